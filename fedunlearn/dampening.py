@@ -1,0 +1,56 @@
+"""Selective Synaptic Dampening: shrink what matters more for the forget set than for all (paper, Section 4.2)."""
+
+import torch
+from torch import Tensor
+
+
+def dampen(
+    params: dict[str, Tensor],
+    fisher_full: dict[str, Tensor],
+    fisher_forget: dict[str, Tensor],
+    *,
+    alpha: float,
+    lambda_: float,
+    exponent: float = 1.0,
+) -> dict[str, Tensor]:
+    """theta_i *= min((lambda F_D,i / F_f,i)^e, 1) where F_f,i > alpha F_D,i (Eq. 8-9; Foster et al., 2024).
+
+    Args:
+        params: theta, by name.
+        fisher_full: F_D, diagonal Fisher over all data; names and shapes of `params`.
+        fisher_forget: F_f, diagonal Fisher over the forget set; names and shapes of `params`.
+        alpha: selection threshold; `inf` selects nothing.
+        lambda_: dampening strength; 0 sets the selected weights to zero.
+        exponent: e, power of the factor (1 in the paper).
+
+    Returns:
+        A new dict; the arguments are unchanged.
+
+    Raises:
+        ValueError: Fishers of other names or shapes than the parameters, or with negative, NaN or infinite values.
+    """
+    _check("fisher_full", fisher_full, params)
+    _check("fisher_forget", fisher_forget, params)
+
+    def dampened(name: str, theta: Tensor) -> Tensor:
+        full, forget = fisher_full[name], fisher_forget[name]
+        beta = (lambda_ * full / forget).pow(exponent).clamp(max=1)
+        return torch.where(forget > alpha * full, beta * theta, theta)
+
+    return {name: dampened(name, theta) for name, theta in params.items()}
+
+
+def selected_share(fisher_full: dict[str, Tensor], fisher_forget: dict[str, Tensor], *, alpha: float) -> float:
+    """|S| / number of parameters, with S = {i: F_f,i > alpha F_D,i} (Eq. 8)."""
+    selected = sum(int((fisher_forget[name] > alpha * full).sum()) for name, full in fisher_full.items())
+    return selected / sum(full.numel() for full in fisher_full.values())
+
+
+def _check(what: str, fisher: dict[str, Tensor], params: dict[str, Tensor]) -> None:
+    if fisher.keys() != params.keys():
+        raise ValueError(f"{what} has other names than the parameters: {sorted(fisher.keys() ^ params.keys())[:3]}")
+    for name, values in fisher.items():
+        if values.shape != params[name].shape:
+            raise ValueError(f"{what}[{name!r}] is {list(values.shape)}, the parameter {list(params[name].shape)}")
+        if not (torch.isfinite(values).all() and (values >= 0).all()):
+            raise ValueError(f"{what}[{name!r}] has negative, NaN or infinite values")

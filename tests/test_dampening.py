@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+import reference
+from fedunlearn.dampening import dampen, selected_share
+
+
+def case(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"a": (4, 5), "b": (7,)}
+    theta = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
+    full = {n: torch.rand(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
+    forget = {n: 3 * torch.rand(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
+    return theta, full, forget
+
+
+def test_value_by_hand():
+    theta = {"w": torch.tensor([2.0, 2.0, 2.0, 2.0])}
+    full = {"w": torch.tensor([1.0, 1.0, 1.0, 0.0])}
+    forget = {"w": torch.tensor([4.0, 2.0, 8.0, 1.0])}
+    # F_f > 3 F_D for weights 0, 2 and 3; factors 2/4, 2/8 and 0
+    assert_close(dampen(theta, full, forget, alpha=3, lambda_=2)["w"], torch.tensor([1.0, 2.0, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize(("alpha", "lambda_", "exponent"), [(1, 1, 1), (2, 0.1, 1), (0.5, 3, 2), (1.5, 0.7, 0.5)])
+def test_equals_the_naive_loop(alpha, lambda_, exponent):
+    settings = {"alpha": alpha, "lambda_": lambda_, "exponent": exponent}
+    assert_close(dampen(*case(), **settings), reference.dampen(*case(), **settings))
+
+
+def test_infinite_alpha_changes_nothing():
+    theta, full, forget = case()
+    full["a"][0] = 0
+    assert all(
+        torch.equal(value, theta[name])
+        for name, value in dampen(theta, full, forget, alpha=torch.inf, lambda_=1).items()
+    )
+
+
+def test_no_weight_grows():
+    theta, full, forget = case()
+    after = dampen(theta, full, forget, alpha=0.1, lambda_=1e6)
+    assert_close(after, theta)
+
+
+def test_weights_that_matter_to_nobody_stay():
+    zero = {"w": torch.zeros(3)}
+    theta = {"w": torch.ones(3)}
+    assert_close(dampen(theta, zero, zero, alpha=1, lambda_=0), theta)
+
+
+def test_arguments_are_unchanged():
+    theta, full, forget = case()
+    dampen(theta, full, forget, alpha=1, lambda_=0.1)
+    assert_close((theta, full, forget), case())
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [1, 2])
+def test_impossible_fishers_are_refused(bad, which):
+    arguments = case()
+    arguments[which]["b"][3] = bad
+    with pytest.raises(ValueError, match="negative, NaN or infinite"):
+        dampen(*arguments, alpha=1, lambda_=1)
+
+
+def test_other_names_and_shapes_are_refused():
+    theta, full, forget = case()
+    with pytest.raises(ValueError, match="other names"):
+        dampen(theta, full, {"a": forget["a"]}, alpha=1, lambda_=1)
+    with pytest.raises(ValueError, match=r"\[5, 4\], the parameter \[4, 5\]"):
+        dampen(theta, full | {"a": full["a"].T}, forget, alpha=1, lambda_=1)
+
+
+def test_selected_share():
+    full, forget = {"w": torch.ones(4)}, {"w": torch.tensor([0.5, 1.5, 2.5, 3.5])}
+    assert selected_share(full, forget, alpha=2) == 0.5

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import reference
+from fedunlearn.fisher import diagonal_fisher
+from fedunlearn.model import Outputs, TwoHeadResNet18
+
+
+def two_head(norm="batch", clients=4):
+    torch.manual_seed(0)
+    model = TwoHeadResNet18(3, clients, width=8, norm=norm)
+    for _ in range(3):
+        model(torch.randn(16, 3, 8, 8))  # running statistics other than 0 and 1
+    return model.double()
+
+
+def examples(n=11):
+    g = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(n, 3, 8, 8, generator=g, dtype=torch.float64),
+        torch.randint(3, (n,), generator=g),
+        torch.randint(4, (n,), generator=g),
+    )
+
+
+def batches(size, n=11):
+    return list(zip(*(part.split(size) for part in examples(n)), strict=True))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("head", ["class", "client"])
+@pytest.mark.parametrize("estimator", ["per_example", "batch"])
+def test_equals_one_backward_pass_an_example(norm, head, estimator):
+    model = two_head(norm)
+    fast = diagonal_fisher(model, batches(4), head=head, estimator=estimator)
+    assert_close(fast, reference.fisher(model, batches(4), head=head, estimator=estimator))
+
+
+def test_does_not_depend_on_the_batch_size():
+    model = two_head()
+    assert_close(diagonal_fisher(model, batches(1)), diagonal_fisher(model, batches(11)))
+
+
+def test_chunks_of_a_layer_change_nothing(monkeypatch):
+    model = two_head()
+    whole = diagonal_fisher(model, batches(11))
+    monkeypatch.setattr("fedunlearn.fisher.CHUNK_ELEMENTS", 1)
+    assert_close(diagonal_fisher(model, batches(11)), whole)
+
+
+def test_value_by_hand():
+    # logistic regression at zero weights: p = 1/2, gradient of example x with label 0 is (-x/2, x/2)
+    class Logistic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 2, bias=False)
+            nn.init.zeros_(self.linear.weight)
+
+        def forward(self, x):
+            return Outputs(self.linear(x), None, x)
+
+    batch = (torch.tensor([[2.0], [4.0]]), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    fisher = diagonal_fisher(Logistic(), [batch])
+    assert_close(fisher["linear.weight"], torch.full((2, 1), (1.0 + 4.0) / 2))
+
+
+def test_batch_estimator_shrinks_as_batches_grow():
+    model = two_head()
+    small, large = (
+        sum(f.sum() for f in diagonal_fisher(model, batches(s, 64), estimator="batch").values()) for s in (1, 64)
+    )
+    assert large < small / 2
+
+
+def test_the_other_head_has_none_and_the_model_is_left_as_it_was():
+    model = two_head()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fisher = diagonal_fisher(model, batches(4))
+    assert fisher.keys() == dict(model.named_parameters()).keys()
+    assert all((f == 0).all() for name, f in fisher.items() if name.startswith("client_head"))
+    assert all(f.sum() > 0 for name, f in fisher.items() if not name.startswith("client_head"))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_modules_without_a_per_example_rule_are_named():
+    class Shared(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return Outputs(self.layer(self.layer(x)), None, x)
+
+    batch = (torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    with pytest.raises(TypeError, match="layer ran twice"):
+        diagonal_fisher(Shared(nn.Linear(3, 3)), [batch])
+    with pytest.raises(TypeError, match=r"layer \(LayerNorm\)"):
+        diagonal_fisher(Shared(nn.LayerNorm(3)), [batch])
+
+
+def test_no_examples_no_client_head_and_unknown_words_are_refused():
+    with pytest.raises(ValueError, match="no examples"):
+        diagonal_fisher(two_head(), [])
+    with pytest.raises(ValueError, match="needs a model with a client head"):
+        diagonal_fisher(two_head(clients=0), batches(4), head="client")
+    with pytest.raises(ValueError, match="estimator='exact'"):
+        diagonal_fisher(two_head(), batches(4), estimator="exact")

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from fedunlearn.errors import UserError
+from fedunlearn.partition import class_partition, dirichlet_partition, iid_partition, partition
+
+TABLE_1 = {
+    "CIFAR-10": (10, 5000, [2575, 5913, 3263, 5538, 6895, 2359, 7847, 7200, 3226, 5184]),
+    "CIFAR-100": (100, 500, [5259, 5105, 4306, 4391, 4995, 3820, 5442, 5365, 5281, 6036]),
+}
+
+
+@pytest.mark.parametrize(("classes", "per_class", "sizes"), TABLE_1.values(), ids=TABLE_1)
+def test_default_split_is_the_papers_table_1(classes, per_class, sizes):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(classes), per_class))
+    assert [len(owned) for owned in dirichlet_partition(labels, 10)] == sizes
+
+
+def test_dirichlet_deals_each_class_in_data_set_order():
+    labels = np.array([0, 1] * 50)
+    owned = dirichlet_partition(labels, 3, seed=7)
+    of_class_0 = np.concatenate([indices[labels[indices] == 0] for indices in owned])
+    assert (of_class_0 == np.flatnonzero(labels == 0)).all()
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "iid", "class"])
+def test_every_split_owns_every_example_once(kind):
+    labels = np.random.default_rng(1).integers(0, 5, 203)
+    owned = partition(kind, labels, 7, dirichlet_alpha=0.1, seed=3)
+    assert len(owned) == 7
+    assert (np.sort(np.concatenate(owned)) == np.arange(203)).all()
+
+
+def test_dirichlet_with_a_large_alpha_is_nearly_even():
+    owned = dirichlet_partition(np.repeat(np.arange(4), 250), 10, dirichlet_alpha=1e6)
+    assert max(abs(len(indices) - 100) for indices in owned) <= 4
+
+
+def test_iid_sizes_differ_by_at_most_one():
+    sizes = [len(indices) for indices in iid_partition(np.zeros(103), 10)]
+    assert sorted(set(sizes)) == [10, 11]
+
+
+def test_one_class_a_client():
+    labels = np.array([3, 1, 2, 1, 3])
+    assert [indices.tolist() for indices in class_partition(labels, 3)] == [[1, 3], [2], [0, 4]]
+
+
+def test_fewer_than_two_clients_are_refused():
+    with pytest.raises(UserError, match="clients=1 is too few"):
+        partition("iid", np.zeros(4), 1)

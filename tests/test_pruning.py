@@ -1,0 +1,57 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedunlearn.errors import UserError
+from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.pruning import prune_clients
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return TwoHeadResNet18(3, 5, width=8)
+
+
+def test_pruned_logits_are_minus_infinity_and_others_are_untouched(model):
+    images = torch.randn(4, 3, 8, 8)
+    before = model.eval()(images).client_logits
+    prune_clients(model, [1, 4])
+    after = model(images).client_logits
+    assert (after[:, [1, 4]] == -torch.inf).all()
+    assert torch.equal(after[:, [0, 2, 3]], before[:, [0, 2, 3]])
+    assert (after.softmax(1)[:, [1, 4]] == 0).all()
+
+
+def test_no_gradient_reaches_a_pruned_row_and_training_leaves_it_zero(model):
+    prune_clients(model, [2])
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        loss = cross_entropy(model(torch.randn(6, 3, 8, 8)).client_logits, torch.tensor([0, 1, 3, 4, 0, 1]))
+        optimiser.zero_grad()
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert (model.client_head.out.weight.grad[2] == 0).all()
+        assert model.client_head.out.weight.grad[1].abs().sum() > 0
+        optimiser.step()
+    assert (model.client_head.out.weight[2] == 0).all()
+    assert model.client_head.out.bias[2] == 0
+
+
+def test_the_mark_survives_the_state_dict(model):
+    prune_clients(model, [0])
+    other = TwoHeadResNet18(3, 5, width=8)
+    other.load_state_dict(model.state_dict())
+    assert other.pruned.tolist() == [True, False, False, False, False]
+
+
+def test_a_client_out_of_range_is_named(model):
+    with pytest.raises(UserError, match=r"client 5 is not in 0\.\.4"):
+        prune_clients(model, [5])
+
+
+def test_a_single_head_model_has_nothing_to_prune():
+    model = TwoHeadResNet18(3, 0, width=8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prune_clients(model, [0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
