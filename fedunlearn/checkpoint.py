@@ -1,0 +1,64 @@
+"""Atomic files: model states as safetensors, and small texts."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+from torch import Tensor, nn
+
+from fedunlearn.errors import UserError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Temporary file -> fsync -> rename -> fsync folder: after a crash `path` has its old or its new content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(path: Path, state: dict[str, Tensor]) -> str:
+    """Write `state` to `path` atomically; returns the file's SHA-256."""
+    data = serialise_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load(path: Path, model: nn.Module, *, sha256: str | None = None) -> None:
+    """Load `path` into `model`.
+
+    Raises:
+        UserError: the file is missing, cut short, changed since it was written, or of another model.
+    """
+    try:
+        data = path.read_bytes()
+        state = parse_tensors(data)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read, it is missing or cut short ({error}): start a new run") from error
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{path} is not what the ledger says was written: start a new run, or restore the file")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise UserError(
+            f"{path} is of another model: {name} is {found.get(name, 'absent')} there, "
+            f"{expected.get(name, 'absent')} in this run's model"
+        )
+    model.load_state_dict(state)

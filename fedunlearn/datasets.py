@@ -1,0 +1,241 @@
+"""Image data sets, decoded once into uint8 arrays on disk that every process memory-maps."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fedunlearn.errors import UserError
+
+NAMES = ("digits", "cifar10", "cifar100", "folder")
+
+
+class Split(NamedTuple):
+    """Images [N, H, W, channels] uint8 and labels [N] int64."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Dataset(NamedTuple):
+    """A memory-mapped data set; `fingerprint` is the SHA-256 of all its bytes."""
+
+    train: Split
+    test: Split
+    class_names: list[str]
+    fingerprint: str
+
+
+Decoded = tuple[Split, Split, list[str]]
+
+
+def load(
+    name: str,
+    *,
+    cache: Path,
+    root: str = "",
+    limit: int = 0,
+    test_limit: int = 0,
+    image_size: int = 32,
+    log: Callable[[str], None] = print,
+) -> Dataset:
+    """Open the data set `name`, downloading and decoding it into `cache` on first use.
+
+    Args:
+        name: `digits` (scikit-learn's, embedded), `cifar10`, `cifar100` (through torchvision), or `folder`.
+        cache: where downloads and decoded arrays are kept.
+        root: for `folder`: a tree that `torchvision.datasets.ImageFolder` reads, or an archive of one. With
+            subfolders `train/` and `test/` these are the splits; otherwise every sixth image of a class is for testing.
+        limit, test_limit: keep that many images, the first of each class in equal numbers; 0 keeps all.
+        image_size: for `folder`: pixels a side.
+        log: told once before slow work.
+
+    Raises:
+        UserError: nothing usable is there: missing, empty, corrupt, one class, or no network and no cache.
+    """
+    if name == "folder":
+        source = _unpacked(_existing(root), cache, log)
+        key = _digest([str(source), image_size, *_listing(source)])[:16]
+        decode = partial(_decode_folder, source, image_size, limit, test_limit, log)
+    elif name == "digits":
+        key, decode = "1", _decode_digits
+    else:
+        key, decode = "1", partial(_decode_cifar, name, cache, log)
+    store = cache / f"{name}-{key}-{limit or 'all'}-{test_limit or 'all'}"
+    if not store.is_dir():
+        train, test, class_names = decode()
+        _write(store, first_per_class(train, limit), first_per_class(test, test_limit), class_names)
+    return _open(store)
+
+
+def first_per_class(split: Split, limit: int) -> Split:
+    """The first `limit // K` examples of each of the K classes, in data-set order; all of them for 0."""
+    if not limit:
+        return split
+    per_class = limit // len(np.unique(split.labels))
+    if per_class < 1:
+        raise UserError(f"data.limit={limit} is less than one image a class ({len(np.unique(split.labels))} classes)")
+    keep = np.sort(np.concatenate([np.flatnonzero(split.labels == k)[:per_class] for k in np.unique(split.labels)]))
+    return Split(split.images[keep], split.labels[keep])
+
+
+def _decode_digits() -> Decoded:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
+    train, test = np.sort(train), np.sort(test)
+    names = [str(name) for name in digits.target_names]
+    return Split(images[train], digits.target[train]), Split(images[test], digits.target[test]), names
+
+
+def _decode_cifar(name: str, cache: Path, log: Callable[[str], None]) -> Decoded:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    folder = cache / name
+    log(f"{name}: looking in {folder}, else downloading (170 MB)")
+    try:
+        train, test = (source(folder, train=is_train, download=True) for is_train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{name} could not be loaded ({error}): put a good {source.filename} into {folder}, or use images of your "
+            'own with overrides="data.name=folder data.root=/path/to/images"'
+        ) from error
+    return Split(train.data, np.array(train.targets)), Split(test.data, np.array(test.targets)), list(train.classes)
+
+
+def _decode_folder(source: Path, size: int, limit: int, test_limit: int, log: Callable[[str], None]) -> Decoded:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        if (source / "train").is_dir():
+            train, test = ImageFolder(source / "train"), ImageFolder(source / "test")
+            parts = [(train.samples, limit), (test.samples, test_limit)]
+            if train.classes != test.classes:
+                raise UserError(f"{source}/train and {source}/test have different classes")
+        else:
+            train = ImageFolder(source)
+            is_test = _every_sixth([label for _, label in train.samples])
+            parts = [
+                ([s for s, held_out in zip(train.samples, is_test, strict=True) if held_out == wanted], most)
+                for wanted, most in ((False, limit), (True, test_limit))
+            ]
+    except FileNotFoundError as error:
+        raise UserError(f"data.root={source} is no folder of one subfolder of images a class ({error})") from error
+    if len(train.classes) < 2:
+        raise UserError(f"data.root={source} has one class ({train.classes[0]}): at least 2 are needed")
+    log(f"decoding {source} (once)")
+    return *(_read_images(samples, most, size) for samples, most in parts), train.classes
+
+
+def _read_images(samples: list[tuple[str, int]], limit: int, size: int) -> Split:
+    from PIL import Image
+
+    labels = np.array([label for _, label in samples])
+    positions = first_per_class(Split(np.arange(len(labels)), labels), limit).images
+    images = np.empty((len(positions), size, size, 3), np.uint8)
+    for image, position in zip(images, positions, strict=True):
+        path = samples[position][0]
+        try:
+            with Image.open(path) as opened:
+                image[:] = opened.convert("RGB").resize((size, size))
+        except OSError as error:
+            raise UserError(f"{path} is not a readable image ({error})") from error
+    return Split(images, labels[positions])
+
+
+def _every_sixth(labels: list[int]) -> np.ndarray:
+    labels = np.array(labels)
+    held_out = np.zeros(len(labels), bool)
+    for k in np.unique(labels):
+        held_out[np.flatnonzero(labels == k)[5::6]] = True
+    return held_out
+
+
+def _existing(root: str) -> Path:
+    path = Path(root).expanduser()
+    if not root or not path.is_absolute():
+        raise UserError(f"data.root={root!r} is no absolute path: Flower runs apps from a folder of its own")
+    if not path.exists():
+        raise UserError(f"data.root={path} does not exist")
+    return path
+
+
+def _unpacked(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
+    """The folder itself, or the folder that an archive is unpacked to, once."""
+    from torchvision.datasets.utils import extract_archive
+
+    if path.is_dir():
+        return path
+    stat = path.stat()
+    target = cache / f"unpacked-{_digest([str(path), stat.st_size, stat.st_mtime_ns])[:16]}"
+    if not target.is_dir():
+        log(f"unpacking {path} (once)")
+        with _new_folder(target) as folder:
+            try:
+                extract_archive(str(path), str(folder))
+            except Exception as error:  # each archive format has errors of its own
+                raise UserError(f"data.root={path} is no folder and no readable archive ({error})") from error
+    return target
+
+
+def _listing(source: Path) -> Iterator[tuple]:
+    for folder, subfolders, files in os.walk(source):
+        subfolders.sort()
+        for file in sorted(files):
+            stat = os.stat(os.path.join(folder, file))
+            yield os.path.join(folder, file), stat.st_size, stat.st_mtime_ns
+
+
+def _digest(parts: list) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _write(store: Path, train: Split, test: Split, class_names: list[str]) -> None:
+    if len(class_names) < 2:
+        raise UserError(f"{store.name} has fewer than 2 classes")
+    arrays = {
+        f"{split}_{part}": np.ascontiguousarray(array, dtype)
+        for split, data in (("train", train), ("test", test))
+        for part, array, dtype in (("images", data.images, np.uint8), ("labels", data.labels, np.int64))
+    }
+    fingerprint = hashlib.sha256(b"".join(hashlib.sha256(array.data).digest() for array in arrays.values()))
+    with _new_folder(store) as folder:
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        meta = {"class_names": class_names, "fingerprint": fingerprint.hexdigest()}
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _open(store: Path) -> Dataset:
+    meta = json.loads((store / "meta.json").read_text())
+    arrays = {
+        name: np.load(store / f"{name}.npy", mmap_mode="r")
+        for name in ("train_images", "train_labels", "test_images", "test_labels")
+    }
+    train = Split(arrays["train_images"], arrays["train_labels"])
+    return Dataset(train, Split(arrays["test_images"], arrays["test_labels"]), **meta)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` in one step; a process that comes second drops its own."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
+    try:
+        yield folder
+        if not target.is_dir():
+            os.replace(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,189 @@
+"""The ledger of one run: forget requests, their states, the current checkpoint, and an audit chain, in SQLite.
+
+A transaction of the ledger (`synchronous=FULL`) is the only commit point of a run.
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class State(StrEnum):
+    """Where a request stands."""
+
+    RECEIVED = "RECEIVED"
+    COLLECTING = "COLLECTING"  # Fishers are asked for; from here on its clients do not train
+    APPLIED = "APPLIED"  # the unlearned model is the current checkpoint
+    RECOVERING = "RECOVERING"  # the retained clients train on for the rounds that were asked for
+    COMPLETED = "COMPLETED"
+    REFUSED = "REFUSED"
+    QUARANTINED = "QUARANTINED"  # could not be served; its clients stay out of training
+
+
+OPEN = (State.RECEIVED, State.COLLECTING, State.APPLIED, State.RECOVERING)
+FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One forget request; `detail` is its receipt as far as it is known."""
+
+    id: str
+    clients: list[int]
+    state: State
+    received_at: str
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last committed model: after `round` rounds, in the file `checkpoint` of this SHA-256."""
+
+    round: int
+    checkpoint: str
+    sha256: str
+    finished: bool
+
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+    number INTEGER PRIMARY KEY, clients TEXT NOT NULL, state TEXT NOT NULL, received_at TEXT NOT NULL,
+    detail TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS head (
+    one INTEGER PRIMARY KEY CHECK (one = 1), round INTEGER NOT NULL, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL,
+    finished INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+    number INTEGER PRIMARY KEY, at TEXT NOT NULL, event TEXT NOT NULL, hash TEXT NOT NULL);
+"""
+
+
+class Ledger:
+    """Opens (and makes) the ledger at `path`; several processes may have it open."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA synchronous=FULL")
+        with self._transaction():
+            for statement in SCHEMA.split(";"):
+                self._db.execute(statement)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._db.close()
+
+    def file(self, clients: Iterable[int]) -> list[Request]:
+        """Ask for `clients` to be forgotten together.
+
+        Returns the earlier requests that cover some of them (refused ones do not), then a new one for the rest.
+        """
+        with self._transaction():
+            wanted = sorted(set(clients))
+            earlier = [r for r in self.requests() if r.state != State.REFUSED and set(r.clients) & set(wanted)]
+            rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
+            if not rest:
+                return earlier
+            row = (json.dumps(rest), State.RECEIVED, _now(), "{}")
+            number = self._db.execute(
+                "INSERT INTO requests (clients, state, received_at, detail) VALUES (?, ?, ?, ?)", row
+            ).lastrowid
+            self._db.execute("UPDATE head SET finished = 0")
+            self._record(request=f"r{number}", state=State.RECEIVED, clients=rest)
+            return [*earlier, self.request(f"r{number}")]
+
+    def requests(self) -> list[Request]:
+        """All requests, in order of arrival."""
+        rows = self._db.execute("SELECT number, clients, state, received_at, detail FROM requests ORDER BY number")
+        return [Request(f"r{n}", json.loads(c), State(s), at, json.loads(d)) for n, c, s, at, d in rows]
+
+    def request(self, request_id: str) -> Request | None:
+        """The request of that id, if there is one."""
+        return next((request for request in self.requests() if request.id == request_id), None)
+
+    def clients_in(self, states: Iterable[State]) -> list[int]:
+        """The clients of all requests in one of `states`, sorted."""
+        return sorted({client for r in self.requests() if r.state in states for client in r.clients})
+
+    def advance(self, request: Request, state: State, **detail: Any) -> Request:
+        """Move a request to `state`, adding `detail` to its receipt."""
+        with self._transaction():
+            self._advance(request, state, detail)
+        return self.request(request.id)
+
+    def commit(
+        self, round_: int, checkpoint: str, sha256: str, *, request: Request | None = None, **detail: Any
+    ) -> Request | None:
+        """Make `checkpoint` the current model; with `request`, move that to APPLIED in the same transaction."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO head VALUES (1, ?, ?, ?, 0)", (round_, checkpoint, sha256))
+            self._record(round=round_, checkpoint=checkpoint, sha256=sha256)
+            if request is not None:
+                self._advance(request, State.APPLIED, detail)
+        return request and self.request(request.id)
+
+    def head(self) -> Head | None:
+        """The last commit, or None before the first."""
+        row = self._db.execute("SELECT round, checkpoint, sha256, finished FROM head").fetchone()
+        return row and Head(*row[:3], finished=bool(row[3]))
+
+    def finish(self) -> bool:
+        """Mark the run as finished, unless a request is open; returns whether it is."""
+        with self._transaction():
+            if any(request.state in OPEN for request in self.requests()):
+                return False
+            self._db.execute("UPDATE head SET finished = 1")
+            self._record(finished=True)
+            return True
+
+    def events(self) -> list[dict[str, Any]]:
+        """The audit chain, oldest first."""
+        rows = self._db.execute("SELECT at, event, hash FROM events ORDER BY number")
+        return [{"at": at, **json.loads(event), "hash": hash_} for at, event, hash_ in rows]
+
+    def verify(self) -> bool:
+        """Whether every event's hash is that of its content and of the event before it."""
+        previous = ""
+        for at, event, hash_ in self._db.execute("SELECT at, event, hash FROM events ORDER BY number"):
+            if hash_ != _chain(previous, at, event):
+                return False
+            previous = hash_
+        return True
+
+    def _advance(self, request: Request, state: State, detail: dict[str, Any]) -> None:
+        merged = self.request(request.id).detail | detail
+        self._db.execute(
+            "UPDATE requests SET state = ?, detail = ? WHERE number = ?",
+            (state, json.dumps(merged), int(request.id.removeprefix("r"))),
+        )
+        self._record(request=request.id, state=state, **detail)
+
+    def _record(self, **event: Any) -> None:
+        last = self._db.execute("SELECT hash FROM events ORDER BY number DESC LIMIT 1").fetchone()
+        at, text = _now(), json.dumps(event, sort_keys=True)
+        values = (at, text, _chain(last[0] if last else "", at, text))
+        self._db.execute("INSERT INTO events (at, event, hash) VALUES (?, ?, ?)", values)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def _chain(previous: str, at: str, event: str) -> str:
+    return hashlib.sha256("\n".join((previous, at, event)).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

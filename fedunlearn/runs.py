@@ -1,0 +1,172 @@
+"""The folder of one run, held by one process at a time."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedunlearn import checkpoint
+from fedunlearn.config import Config, from_json, settings, state_home, to_json
+from fedunlearn.errors import UserError
+from fedunlearn.ledger import Ledger, Request
+
+PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
+
+
+@dataclass
+class Run:
+    """An open run: its settings, its ledger, its checkpoints and its metrics."""
+
+    folder: Path
+    config: Config
+    ledger: Ledger
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    def commit(self, model: nn.Module, round_: int, request: Request | None = None, **detail: Any) -> Request | None:
+        """Write the model and make it the current one, in one transaction with the request's step to APPLIED.
+
+        Checkpoints that this one replaces are deleted: after a request no model that knew its clients is kept.
+        """
+        name = f"round-{round_:05d}{f'-{request.id}' if request else ''}.safetensors"
+        sha256 = checkpoint.save(self.folder / "checkpoints" / name, model.state_dict())
+        request = self.ledger.commit(round_, name, sha256, request=request, **detail)
+        for file in (self.folder / "checkpoints").iterdir():
+            if file.name != name:
+                file.unlink()
+        return request
+
+    def restore(self, model: nn.Module) -> int:
+        """Load the current checkpoint into `model`, if there is one; returns the rounds that it has seen."""
+        head = self.ledger.head()
+        if head is None:
+            return 0
+        checkpoint.load(self.folder / "checkpoints" / head.checkpoint, model, sha256=head.sha256)
+        return head.round
+
+    def record(self, kind: str, **row: Any) -> None:
+        """Append a row to `metrics.jsonl`; a row of the same kind, round and request replaces an earlier one."""
+        with open(self.folder / "metrics.jsonl", "ab+") as file:
+            if file.tell() and not _ends_in_newline(file):
+                file.write(b"\n")
+            file.write(json.dumps({"kind": kind, **row}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl` in order of rounds; lines that a crash cut short are passed over."""
+        path = self.folder / "metrics.jsonl"
+        rows: dict[tuple, dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            rows[row["kind"], row["round"], row.get("request")] = row
+        return sorted(rows.values(), key=lambda row: row["round"])
+
+    def about(self) -> dict[str, Any]:
+        """The content of `run.json`."""
+        return json.loads((self.folder / "run.json").read_text())
+
+
+@contextmanager
+def open_run(config: Config, *, fingerprint: str, asked: dict[str, Any] | None = None) -> Iterator[Run]:
+    """Hold the run `config.run`, making it where it is new; its own stored settings count where it is not.
+
+    Args:
+        config: the settings of a new run.
+        fingerprint: of the data set.
+        asked: settings that were named explicitly; a run that exists must agree with them.
+
+    Raises:
+        UserError: another process holds the run, it has other settings than `asked`, or other data.
+    """
+    folder = runs_folder(config) / (config.run or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    with hold(folder):
+        about = folder / "run.json"
+        if not about.exists():
+            versions = {package: version(package) for package in PACKAGES}
+            content = {"created": datetime.now(UTC).isoformat(), "data": fingerprint, "versions": versions}
+            text = json.dumps(content | {"config": json.loads(to_json(config))}, indent=2)
+            checkpoint.write_atomically(about, text.encode())
+        stored, data = stored_config(folder), json.loads(about.read_text())["data"]
+        values = {name: value for name, _, value in settings(stored)}
+        for name, value in (asked or {}).items():
+            if values[name] != value:
+                raise UserError(f"run {folder.name} has {name}={values[name]}, not {value}: use another run name")
+        if data != fingerprint:
+            raise UserError(f"run {folder.name} was trained on other data ({data[:12]}, now {fingerprint[:12]})")
+        ledger = Ledger(folder / "ledger.sqlite")
+        try:
+            yield Run(folder, stored, ledger)
+        finally:
+            ledger.close()
+
+
+def stored_config(folder: Path) -> Config:
+    """The settings that a run was started with."""
+    return from_json(json.dumps(json.loads((folder / "run.json").read_text())["config"]))
+
+
+def runs_folder(config: Config | None = None) -> Path:
+    """Where runs lie."""
+    return state_home(config) / "runs"
+
+
+def all_runs() -> list[Path]:
+    """The folders of all runs, oldest first."""
+    found = [path.parent for path in runs_folder().glob("*/run.json")]
+    return sorted(found, key=lambda folder: json.loads((folder / "run.json").read_text())["created"])
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which dies with the process.
+
+    Raises:
+        UserError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        if not _lock(file):
+            raise UserError(f"run {folder.name} is held by process {holder(folder)}: wait for it, or end it")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def is_live(folder: Path) -> bool:
+    """Whether a process holds the run."""
+    with open(folder / "lock", "a+") as file:
+        return not _lock(file)
+
+
+def holder(folder: Path) -> str:
+    """The process id that was written when the run was last taken hold of."""
+    return (folder / "lock").read_text()
+
+
+def _lock(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _ends_in_newline(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
