@@ -75,7 +75,7 @@ class Train:
     crop_padding: int = number(4, 0, 64, "random crops after zero-padding by so many pixels")
     flip: bool = plain(True, "random horizontal flips")
     precision: str = choice("bf16", ("bf16", "fp32"), "of forward and backward passes (weights stay fp32)")
-    threads: int = number(2, 1, 1024, "CPU threads a worker; fixed, so that results do not depend on the machine")
+    threads: int = number(1, 1, 1024, "CPU threads a worker; more change the last bits of the results")
 
 
 @dataclass
@@ -96,8 +96,8 @@ class Loss:
 class Unlearn:
     """What a forget request does (Eq. 8-9)."""
 
-    alpha: float = number(2.0, 0, INF, "selection threshold; inf selects nothing")
-    lambda_: float = number(0.1, 0, INF, "dampening strength; 0 zeroes what is selected")
+    alpha: float = number(10.0, 0, INF, "selection threshold; inf selects nothing (SSD's published default: 10)")
+    lambda_: float = number(1.0, 0, INF, "dampening strength; 0 zeroes what is selected (SSD's: 1)")
     exponent: float = number(1.0, 0, 100, "power of the dampening factor")
     head: str = choice("class", fisher.HEADS, "whose loss the Fisher is of")
     estimator: str = choice("per_example", fisher.ESTIMATORS, "of the Fisher")
@@ -226,10 +226,9 @@ def from_json(text: str) -> Config:
     return _build(Config, json.loads(text))
 
 
-def state_home(config: Config | None = None) -> Path:
-    """The state folder: the setting `home`, else $FEDUNLEARN_HOME, else ~/.fedunlearn."""
-    home = (config.home if config else "") or os.environ.get("FEDUNLEARN_HOME") or "~/.fedunlearn"
-    return Path(home).expanduser().absolute()
+def state_home(home: str = "") -> Path:
+    """The state folder: `home`, else $FEDUNLEARN_HOME, else ~/.fedunlearn."""
+    return Path(home or os.environ.get("FEDUNLEARN_HOME") or "~/.fedunlearn").expanduser().absolute()
 
 
 def _build(kind: type, values: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def open_run(config: Config, *, fingerprint: str, asked: dict[str, Any] | None =
     Raises:
         UserError: another process holds the run, it has other settings than `asked`, or other data.
     """
-    folder = runs_folder(config) / (config.run or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = runs_folder(state_home(config.home)) / (config.run or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}")
     with hold(folder):
         about = folder / "run.json"
         if not about.exists():
@@ -120,14 +121,14 @@ def stored_config(folder: Path) -> Config:
     return from_json(json.dumps(json.loads((folder / "run.json").read_text())["config"]))
 
 
-def runs_folder(config: Config | None = None) -> Path:
-    """Where runs lie."""
-    return state_home(config) / "runs"
+def runs_folder(home: Path) -> Path:
+    """Where runs lie in a state folder."""
+    return home / "runs"
 
 
-def all_runs() -> list[Path]:
+def all_runs(home: Path) -> list[Path]:
     """The folders of all runs, oldest first."""
-    found = [path.parent for path in runs_folder().glob("*/run.json")]
+    found = [path.parent for path in runs_folder(home).glob("*/run.json")]
     return sorted(found, key=lambda folder: json.loads((folder / "run.json").read_text())["created"])
 
 
@@ -140,7 +141,7 @@ def hold(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as file:
-        if not _lock(file):
+        if not _lock(file, fcntl.LOCK_EX):
             raise UserError(f"run {folder.name} is held by process {holder(folder)}: wait for it, or end it")
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -151,7 +152,7 @@ def hold(folder: Path) -> Iterator[None]:
 def is_live(folder: Path) -> bool:
     """Whether a process holds the run."""
     with open(folder / "lock", "a+") as file:
-        return not _lock(file)
+        return not _lock(file, fcntl.LOCK_SH)
 
 
 def holder(folder: Path) -> str:
@@ -159,12 +160,18 @@ def holder(folder: Path) -> str:
     return (folder / "lock").read_text()
 
 
-def _lock(file: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _lock(file: Any, kind: int, *, patience: float = 0.5) -> bool:
+    """Whether the lock was got; `patience` (seconds) outlasts somebody who only looks whether the run is live."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
 
 
 def _ends_in_newline(file: Any) -> bool:

@@ -28,6 +28,13 @@ def step(
     prune_clients(model, clients)
 
 
+def no_moments(model: nn.Module) -> dict[str, Tensor]:
+    """The moments of no images: zeros, in the shapes of `batch_moments`."""
+    return {
+        name: torch.zeros(3, layer.num_features, dtype=torch.float64) for name, layer in _batch_norms(model).items()
+    }
+
+
 @torch.no_grad()
 def batch_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """Count, sum and sum of squares of every BatchNorm layer's input, a channel.
@@ -41,8 +48,7 @@ def batch_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tens
     Returns:
         `{layer: [3, channels]}` in fp64, rows count, sum, sum of squares; empty for a model without BatchNorm.
     """
-    layers = _batch_norms(model)
-    moments = {name: torch.zeros(3, layer.num_features, dtype=torch.float64) for name, layer in layers.items()}
+    layers, moments = _batch_norms(model), no_moments(model)
 
     def add(name: str, activation: Tensor) -> None:
         a = activation.detach().double().transpose(0, 1).flatten(1)

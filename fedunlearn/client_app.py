@@ -1,0 +1,111 @@
+"""What runs on a node: it trains, measures and questions the clients that it hosts, one after another.
+
+A node keeps nothing between messages but caches by content; every message says all that it needs.
+"""
+
+from functools import lru_cache
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fedunlearn import config as configuration
+from fedunlearn.evaluate import Counts
+from fedunlearn.fisher import diagonal_fisher
+from fedunlearn.train import fit, generator_of, learning_rate, loss_weights
+from fedunlearn.unlearn import batch_moments
+from fedunlearn.worker import Worker
+from strategies import wire
+
+app = ClientApp()
+
+
+@lru_cache(maxsize=2)
+def resident(config: str) -> Worker:
+    """The worker of a configuration, given as JSON."""
+    return Worker(configuration.from_json(config))
+
+
+def prepare(message: Message) -> tuple[wire.Task, Worker, dict[str, Tensor]]:
+    """The task of a message, the worker for it, and the model state that came along (already in the model)."""
+    task = wire.task_of(message)
+    worker = resident(task.config)
+    torch.set_num_threads(worker.config.train.threads)
+    state = wire.tensors_of(message)
+    worker.model.load_state_dict(state)
+    return task, worker, state
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train every client from the broadcast model; reply with the sum of n_c times its weights."""
+    task, worker, state = prepare(message)
+    settings, loss = worker.config.train, worker.config.loss
+    progress = (task.round - 1) / worker.config.rounds
+    weights = {
+        name: value for name, _, value in configuration.settings(loss) if name != "warmup"
+    }  # the rest are arguments of the loss
+    sums: dict[str, Tensor] = {}
+    counts: dict[int, Counts] = {}
+    for client in task.clients:
+        worker.model.load_state_dict(state)
+        epochs = (
+            worker.batches(client, generator_of(worker.config.seed, task.round, client, epoch))
+            for epoch in range(settings.epochs)
+        )
+        counts[client] = fit(
+            worker.model,
+            epochs,
+            lr=learning_rate(progress, lr=settings.lr, schedule=settings.schedule),
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            precision=settings.precision,
+            loss=loss_weights(progress, weights, warmup=loss.warmup),
+        )
+        wire.add_to(sums, wire.averaged(worker.model.state_dict()), worker.examples(client))
+    return wire.reply(message, sums, counts)
+
+
+@app.evaluate()
+def evaluate_clients(message: Message, context: Context) -> Message:
+    """Count what the broadcast model gets right on every client's training images, as they are."""
+    task, worker, _ = prepare(message)
+    return wire.reply(message, {}, {c: worker.evaluate(c) for c in task.clients})
+
+
+@app.query("fisher")
+def fisher(message: Message, context: Context) -> Message:
+    """Reply with the sum of n_c times every client's diagonal Fisher, in fp32."""
+    task, worker, _ = prepare(message)
+    settings = worker.config.unlearn
+    sums: dict[str, Tensor] = {}
+    for client in task.clients:
+        f = diagonal_fisher(worker.model, worker.batches(client), head=settings.head, estimator=settings.estimator)
+        wire.add_to(sums, f, worker.examples(client))
+    return wire.reply(message, sums, {c: Counts(worker.examples(c)) for c in task.clients})
+
+
+@app.query("moments")
+def moments(message: Message, context: Context) -> Message:
+    """Reply with the sums that BatchNorm statistics are estimated from, over every client's images."""
+    task, worker, _ = prepare(message)
+    sums: dict[str, Tensor] = {}
+    for client in task.clients:
+        wire.add_to(sums, batch_moments(worker.model, (images for images, _, _ in worker.batches(client))))
+    return wire.reply(message, sums, {c: Counts(worker.examples(c)) for c in task.clients})
+
+
+@app.query("identify")
+def identify(message: Message, context: Context) -> Message:
+    """Reply with the clients that this node hosts and how many examples each has.
+
+    Client c lives on node c mod P of the P nodes: as many nodes as clients gives each its own.
+    """
+    worker = resident(wire.task_of(message).config)
+    index, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    hosted = range(index, worker.config.clients, nodes)
+    content = wire.reply(message, {}, {c: Counts(worker.examples(c)) for c in hosted}).content
+    content["metrics"]["node"], content["metrics"]["nodes"] = index, nodes
+    content["metrics"]["gpu"] = int(worker.device.type == "cuda")
+    return Message(content, reply_to=message)

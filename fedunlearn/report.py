@@ -1,0 +1,139 @@
+"""What a run leaves for people: a summary table and one self-contained HTML page."""
+
+import base64
+import io
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment
+from rich.console import Console
+from rich.table import Table
+
+from fedunlearn.checkpoint import write_atomically
+from fedunlearn.config import settings
+from fedunlearn.runs import Run
+from fedunlearn.worker import Worker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {"forgotten": "#c8553d", "others": "#2a6f97", "test": "#6a994e"}
+
+
+def summary(run: Run) -> str:
+    """One table: every group's class and client-ID accuracy before and after each request, and at the end."""
+    table = Table(title=f"run {run.name}", title_justify="left")
+    columns = ("when", "who", "images", "class accuracy", "client-ID accuracy")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    for when, who, scores in score_rows(run):
+        table.add_row(when, who, str(scores["examples"]), f"{scores['class']:.3f}", _client_id(who, scores))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    return console.file.getvalue().rstrip()
+
+
+def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any]]]:
+    """(when, who, scores) for before and after every request, and for the last evaluated round."""
+    moments, evaluated = [], None
+    for row in run.metrics():
+        if row["kind"] == "forget":
+            asked = ", ".join(map(str, row["clients"]))
+            moments += [(f"before forgetting {asked}", row["before"]), (f"after forgetting {asked}", row["after"])]
+            evaluated = None
+        elif "test" in row:
+            evaluated = row
+    if evaluated:
+        moments.append((f"after round {evaluated['round']}", evaluated))
+    rows = []
+    for when, scores in moments:
+        rows += [(when, f"client {client}", s) for client, s in scores["forgotten"].items()]
+        rows += [(when, "others", scores["others"]), (when, "test", scores["test"])]
+    return rows
+
+
+def write(run: Run, worker: Worker) -> Path:
+    """Write `report/index.html`; returns its path."""
+    names = worker.dataset.class_names
+    counts = np.stack([np.bincount(worker.dataset.train.labels[own], minlength=len(names)) for own in worker.slices])
+    template = Environment(autoescape=True).from_string(files("fedunlearn").joinpath("report.html.jinja").read_text())
+    page = template.render(
+        run=run.name,
+        config=run.config,
+        about=run.about(),
+        settings=[(name, value, field.metadata["text"]) for name, field, value in settings(run.config)],
+        rows=[(when, who, scores, _client_id(who, scores)) for when, who, scores in score_rows(run)],
+        requests=run.ledger.requests(),
+        chain_holds=run.ledger.verify(),
+        split=_embedded(split_figure(counts, names)),
+        accuracy=_embedded(accuracy_figure(run.metrics())),
+    )
+    path = run.folder / "report" / "index.html"
+    write_atomically(path, page.encode())
+    return path
+
+
+def split_figure(counts: np.ndarray, class_names: list[str]) -> "Figure":
+    """Heat map of examples, clients x classes (the paper's Figure 4)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 0.6 + 0.34 * min(len(counts), 40)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(counts, cmap="YlGnBu", aspect="auto")
+    few = counts.size <= 400
+    axes.set(xlabel="class", ylabel="client")
+    axes.set_xticks(range(len(class_names)) if few else [], class_names if few else [], rotation=40, ha="right")
+    axes.set_yticks(range(len(counts)) if few else [])
+    if few:
+        for (client, k), count in np.ndenumerate(counts):
+            colour = "white" if count > counts.max() / 2 else "black"
+            axes.text(k, client, int(count), ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, label="training images")
+    return figure
+
+
+def accuracy_figure(rows: list[dict[str, Any]]) -> "Figure":
+    """Class and client-ID accuracy over the rounds, with every request marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5.4), layout="constrained")
+    for axes, measure in zip(figure.subplots(2, 1, sharex=True), ("class", "client_id"), strict=True):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            for x, scores in _points(row):
+                groups = {f"client {c}": s for c, s in scores["forgotten"].items()} | {"others": scores["others"]}
+                for who, values in (groups | ({"test": scores["test"]} if measure == "class" else {})).items():
+                    curves.setdefault(who, []).append((x, values[measure]))
+        for who, points in curves.items():
+            colour = COLOURS.get(who)
+            style = {"color": colour} if colour else {"linestyle": "--"}
+            axes.plot(*zip(*points, strict=True), label=who, marker="o", markersize=3, **style)
+        for row in rows:
+            if row["kind"] == "forget":
+                asked = ", ".join(map(str, row["clients"]))
+                axes.axvline(row["round"], color="0.6", linewidth=1)
+                axes.annotate(f" forget {asked}", (row["round"], 0.02), fontsize=8, color="0.35")
+        axes.set(ylim=(-0.02, 1.02), ylabel=f"{measure.replace('_id', '-ID')} accuracy")
+        axes.grid(alpha=0.25)
+        if curves:
+            axes.legend(loc="lower right", fontsize=8)
+    axes.set_xlabel("round")
+    return figure
+
+
+def _points(row: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+    if row["kind"] == "forget":
+        return [(row["round"], row["before"]), (row["completed_round"], row["after"])]
+    return [(row["round"], row)] if "test" in row else []
+
+
+def _client_id(who: str, scores: dict[str, Any]) -> str:
+    return "" if who == "test" else f"{scores['client_id']:.3f}"
+
+
+def _embedded(figure: "Figure") -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,87 @@
+"""What Flower runs on the server: open a run or resume it, train and forget, report."""
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedunlearn import report
+from fedunlearn.config import Config, compose, settings, split_overrides, state_home
+from fedunlearn.runs import Run, open_run, runs_folder, stored_config
+from fedunlearn.worker import Worker, open_dataset
+from strategies.subset_unlearning import SubsetUnlearning
+
+
+def log(line: str) -> None:
+    """Print at once, so that a streamed log keeps pace."""
+    print(line, flush=True)
+
+
+def server_app(conf: Path) -> ServerApp:
+    """The ServerApp of the Hydra configuration folder `conf`; its run config has one string, `overrides`."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        overrides = str(context.run_config.get("overrides", ""))
+        config = compose(conf, overrides)
+        log(_scale_line(config, conf))
+        with _open(config, _asked(overrides, config)) as run:
+            train(grid, run)
+
+    return app
+
+
+def forget_app(config: Config) -> ServerApp:
+    """The ServerApp that serves the open requests of an existing run, without any other training."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        with _open(config, {}) as run:
+            carry_out(grid, run, rounds=config.unlearn.recovery_rounds)
+
+    return app
+
+
+def train(grid: Grid, run: Run) -> None:
+    """Train the rounds that are missing, forget what is asked, write the report and print the summary."""
+    head = run.ledger.head()
+    if head is not None and head.round > 0:
+        log(f"run {run.name} goes on after round {head.round} of {run.config.rounds} ({run.folder})")
+    else:
+        log(f"run {run.name} starts ({run.folder})")
+    carry_out(grid, run, rounds=run.config.rounds - (head.round if head else 0))
+
+
+def carry_out(grid: Grid, run: Run, *, rounds: int) -> None:
+    """Train `rounds` rounds (none below 1), serve all requests, write the report."""
+    strategy = SubsetUnlearning(run, Worker(run.config), log=log)
+    strategy.start(grid, max(rounds, 0))
+    page = report.write(run, strategy.worker)
+    log(report.summary(run))
+    log(f"report: {page}")
+
+
+def _open(config: Config, asked: dict[str, Any]) -> AbstractContextManager[Run]:
+    folder = runs_folder(state_home(config.home)) / config.run
+    if config.run and (folder / "run.json").exists():
+        config = replace(stored_config(folder), home=config.home)
+    return open_run(config, fingerprint=open_dataset(config, log=log).fingerprint, asked=asked)
+
+
+def _asked(overrides: str, config: Config) -> dict[str, Any]:
+    """The settings that `overrides` names, but for those that say which run it is."""
+    names = {word.lstrip("+").split("=")[0] for word in split_overrides(overrides)} - {"run", "home"}
+    return {name: value for name, _, value in settings(config) if name in names}
+
+
+def _scale_line(config: Config, conf: Path) -> str:
+    limit = f", {config.data.limit:,} images" if config.data.limit else ", all images"
+    line = f"{config.data.name}: width {config.model.width}{limit}, {config.rounds} rounds of {config.clients} clients"
+    if config.scale == "laptop":
+        line += '\nscale=laptop, since there is no GPU or it was asked for; the paper\'s size: overrides="scale=full"'
+    return line

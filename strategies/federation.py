@@ -1,0 +1,149 @@
+"""The nodes behind a grid: who hosts whom, what they are sent, and the sums of what they answer."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedunlearn.evaluate import Counts
+from strategies import wire
+
+WAIT_SECONDS = 600
+
+
+class NoAnswerError(Exception):
+    """Nobody, or not everybody who had to, answered a sweep."""
+
+
+@dataclass
+class Answer:
+    """What a sweep over nodes brought: one sum a name, and the counts of every client that is in it."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[int, Counts] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Counts:
+        """Counts over all clients."""
+        return sum(self.counts.values(), Counts())
+
+
+class Federation:
+    """Addresses clients through the nodes that host them.
+
+    Args:
+        config: settings as JSON, sent along with every message.
+        timeout: seconds of silence after which nodes are left out.
+        log: told of every node that is left out, and why.
+    """
+
+    def __init__(self, config: str, *, timeout: float, log: Callable[[str], None] = print) -> None:
+        self._config = config
+        self._log = log
+        self._sent: list[Message] = []
+        self.timeout = timeout
+        self.nodes: list[int] = []  # Flower's node ids, by position in the federation
+        self.clients_of: dict[int, list[int]] = {}  # Flower's node id -> clients, in order
+        self.examples: dict[int, int] = {}  # client -> how many it has
+        self.gpu = False
+
+    def identify(self, grid: Grid) -> None:
+        """Learn which node hosts which clients, waiting until all nodes of the federation are there."""
+        found: dict[int, Message] = {}
+        expected, deadline = 1, time.monotonic() + WAIT_SECONDS
+        while len(found) < expected:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{len(found)} of {expected} nodes are connected after {WAIT_SECONDS} s")
+            known = {reply.metadata.src_node_id for reply in found.values()}
+            unknown = [node for node in grid.get_node_ids() if node not in known]
+            if not unknown:
+                time.sleep(0.1)
+            content = wire.request(wire.Task(self._config, 0, []))
+            messages = [Message(content, node, "query.identify") for node in unknown]
+            for message, reply in zip(messages, grid.send_and_receive(messages, timeout=self.timeout), strict=True):
+                if reply.has_error():
+                    raise RuntimeError(f"node {message.metadata.dst_node_id} does not work: {_reason(reply)}")
+                metrics = reply.content["metrics"]
+                found[metrics["node"]] = reply
+                expected = metrics["nodes"]
+        for _, reply in sorted(found.items()):
+            metrics = reply.content["metrics"]
+            self.nodes.append(reply.metadata.src_node_id)
+            self.clients_of[reply.metadata.src_node_id] = list(metrics["client"])
+            self.examples |= dict(zip(metrics["client"], metrics["examples"], strict=True))
+            self.gpu |= bool(metrics["gpu"])
+
+    def messages(self, kind: str, round_: int, clients: Iterable[int], state: ArrayRecord) -> list[Message]:
+        """One message of type `kind` to every node that hosts some of `clients`, in order of the nodes."""
+        wanted = set(clients)
+        hosted = {node: [c for c in self.clients_of[node] if c in wanted] for node in self.nodes}
+        self._sent = [
+            Message(wire.request(wire.Task(self._config, round_, mine), state), node, kind, group_id=str(round_))
+            for node, mine in hosted.items()
+            if mine
+        ]
+        return self._sent
+
+    def add_up(self, replies: Iterable[Message], like: dict[str, Tensor]) -> Answer:
+        """Sum the replies to the last `messages`, as they come, in order of the nodes.
+
+        Args:
+            replies: one a message, in their order (`OrderedGrid`).
+            like: names and shapes that every reply must have. A reply that has others, is not finite, lacks a client
+                or is an error is named in the log and left out.
+        """
+        answer = Answer()
+        for message, reply in zip(self._sent, replies, strict=True):
+            clients = wire.task_of(message).clients
+            try:
+                sums, counts = _checked(reply, clients, like)
+            except ValueError as error:
+                node = self.nodes.index(message.metadata.dst_node_id)
+                task = wire.task_of(message)
+                self._log(f"round {task.round}: node {node} (clients {_listed(clients)}) is left out: {error}")
+                continue
+            wire.add_to(answer.sums, sums)
+            answer.counts |= counts
+        return answer
+
+    def ask(
+        self, grid: Grid, kind: str, round_: int, clients: Iterable[int], state: ArrayRecord, like: dict[str, Tensor]
+    ) -> Answer:
+        """Send `messages` and `add_up` what comes back."""
+        return self.add_up(
+            grid.send_and_receive(self.messages(kind, round_, clients, state), timeout=self.timeout), like
+        )
+
+
+def _checked(reply: Message, clients: list[int], like: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """Sums and counts of a reply that is what was asked for; ValueError with the reason otherwise."""
+    if reply.has_error():
+        raise ValueError(_reason(reply))
+    try:
+        sums, counts = wire.tensors_of(reply), wire.counts_of(reply)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its reply is not in the expected form ({error!r})") from error
+    if sorted(counts) != sorted(clients):
+        raise ValueError(f"it answered for clients {_listed(counts)}")
+    if sums.keys() != like.keys():
+        raise ValueError(f"it sent wrong names: {_listed(sorted(sums.keys() ^ like.keys())[:3])}")
+    for name, value in sums.items():
+        if value.shape != like[name].shape:
+            raise ValueError(f"it sent {name} of shape {list(value.shape)}, not {list(like[name].shape)}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"it sent NaN or infinite values in {name}")
+    return sums, counts
+
+
+def _reason(reply: Message) -> str:
+    """The innermost line of an error reply that says something."""
+    lines: Iterator[str] = (line.strip() for line in (reply.error.reason or "unknown error").splitlines())
+    return [line for line in lines if line][-1]
+
+
+def _listed(values: Iterable) -> str:
+    return ", ".join(map(str, values)) or "none"

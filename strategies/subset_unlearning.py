@@ -1,0 +1,285 @@
+"""Federated averaging that forgets clients between rounds (the paper's Algorithm 1, federated)."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+from torch import Tensor
+
+from fedunlearn import unlearn
+from fedunlearn.config import to_json
+from fedunlearn.dampening import selected_share
+from fedunlearn.evaluate import Counts
+from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
+from fedunlearn.runs import Run
+from fedunlearn.worker import Worker
+from strategies import wire
+from strategies.federation import Answer, Federation, NoAnswerError
+from strategies.ordered_grid import OrderedGrid
+
+Scores = dict[str, Any]
+
+
+class SubsetUnlearning(FedAvg):
+    """FedAvg whose model forgets clients at round boundaries, and which is resumed where it was stopped.
+
+    The loop is Flower's. A round is one transaction: train, add up, evaluate, commit. Before the next round every open
+    request of the run's ledger is served: Fishers of the retained clients and of the leaving ones at the current
+    model, F_D = sum of n_c F_c / sum of n_c, `unlearn.step`, BatchNorm statistics again from the retained clients,
+    commit. From then on the leaving clients are never sent a message.
+
+    Args:
+        run: where state is kept.
+        worker: the server's own model and data; it measures what no client can: the test images, and (as an auditor
+            that only a simulation can have) the forgotten clients' images.
+        log: told one line a round, and of everything out of the ordinary.
+    """
+
+    def __init__(self, run: Run, worker: Worker, *, log: Callable[[str], None] = print) -> None:
+        super().__init__()
+        self.run, self.worker, self.config, self.log = run, worker, run.config, log
+        self.model = worker.model
+        self.federation = Federation(to_json(run.config), timeout=run.config.timeout, log=log)
+        self.round = run.restore(self.model)
+        self.started_at = self.round
+        self._row: dict[str, Any] = {}
+        self._clock = self._round_clock = time.monotonic()
+
+    # --- Flower's hooks -----------------------------------------------------------------------------------------
+
+    def summary(self) -> None:
+        """Nothing: the server app has said it."""
+
+    def start(self, grid: Grid, num_rounds: int) -> Result:
+        """Train `num_rounds` rounds, serving requests before each and until none is open after the last."""
+        grid = OrderedGrid(grid, window=self.config.window)
+        self.federation.identify(grid)
+        self._announce()
+        if self.round == 0 and self.run.ledger.head() is None:
+            self.run.commit(self.model, 0)
+        self._clock = time.monotonic()
+        result = super().start(grid, self._broadcast(), num_rounds, timeout=self.config.timeout)
+        self.serve_requests(grid)
+        while not self.run.ledger.finish():
+            self.serve_requests(grid, no_more_rounds=True)
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Serve the requests of this round boundary, then ask a sample of the clients to train."""
+        self.serve_requests(grid)
+        self._round_clock = time.monotonic()
+        self.round += 1
+        return self.federation.messages("train", self.round, self._sample(), self._broadcast())
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """theta = sum of n_c theta_c / sum of n_c over the clients that answered."""
+        answer = self.federation.add_up(replies, wire.averaged(self.model.state_dict()))
+        examples = sum(self.federation.examples[c] for c in answer.counts)
+        if not examples:
+            raise RuntimeError(
+                f"round {self.round}: no client answered; continue from round {self.round - 1} with "
+                f'overrides="run={self.run.name}"'
+            )
+        self.model.load_state_dict({name: total / examples for name, total in answer.sums.items()}, strict=False)
+        total = answer.total
+        self._row = {
+            "round": self.round,
+            "clients": sorted(answer.counts),
+            "loss": total.mean_loss,
+            "class_accuracy": total.class_accuracy,
+            "client_accuracy": total.client_accuracy,
+        }
+        return self._broadcast(), None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every client to evaluate, in the rounds that are evaluated."""
+        due = self.round % self.config.evaluate_every == 0 or self.round == self.config.rounds
+        return self.federation.messages("evaluate", self.round, self.active if due else [], arrays)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Close the round: measure, write the metrics, commit, and say how it went."""
+        others = self.federation.add_up(replies, {})
+        if others.counts:
+            self._row |= self._scores(others)
+        self._row["seconds"] = time.monotonic() - self._round_clock
+        self.run.record("round", **self._row)
+        self.run.commit(self.model, self.round)
+        self.log(self._progress_line())
+
+    # --- Forgetting ---------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> list[int]:
+        """The clients that take part: those with examples enough and without a request that was taken up."""
+        gone = self.run.ledger.clients_in(set(State) - {State.RECEIVED, State.REFUSED})
+        return [c for c, examples in sorted(self.federation.examples.items()) if examples >= 2 and c not in gone]
+
+    def serve_requests(self, grid: Grid, *, no_more_rounds: bool = False) -> None:
+        """Carry every open request as far as it can be carried now, the oldest first."""
+        if scheduled := self.config.forget.schedule.get(self.round):
+            self.run.ledger.file(scheduled)
+        for request in self.run.ledger.requests():
+            if request.state in OPEN:
+                self._serve(request, grid, no_more_rounds)
+
+    def _serve(self, request: Request, grid: Grid, no_more_rounds: bool) -> None:
+        ledger = self.run.ledger
+        if request.state == State.RECEIVED:
+            request = self._accept(request)
+        if request.state == State.COLLECTING:
+            request = self._forget(request, grid)
+        if request.state == State.APPLIED:
+            request = ledger.advance(request, State.RECOVERING)
+        if request.state == State.RECOVERING:
+            recovered = self.round - request.detail["round"]
+            if recovered >= self.config.unlearn.recovery_rounds or no_more_rounds:
+                self._complete(request, grid)
+
+    def _accept(self, request: Request) -> Request:
+        examples = self.federation.examples
+        never_trained = [c for c in request.clients if examples[c] < 2]
+        if never_trained:
+            reason = f"client {never_trained[0]} has {examples[never_trained[0]]} examples and was never trained on"
+        elif not set(self.active) - set(request.clients):
+            reason = "no client would be left"
+        else:
+            return self.run.ledger.advance(request, State.COLLECTING)
+        self.log(f"── request {request.id} is refused: {reason}")
+        return self.run.ledger.advance(request, State.REFUSED, reason=reason)
+
+    def _forget(self, request: Request, grid: Grid) -> Request:
+        """Collect Fishers, dampen, prune, recalibrate, commit; or count a failed attempt."""
+        started, settings = time.monotonic(), self.config.unlearn
+        before = self.evaluate(grid, forgotten=request.clients)
+        try:
+            full, forget = self._fishers(request.clients, grid)
+            arguments = {"alpha": settings.alpha, "lambda_": settings.lambda_, "exponent": settings.exponent}
+            unlearn.step(self.model, full, forget, request.clients, **arguments)
+            if settings.recalibrate:
+                self._recalibrate(grid)
+        except (NoAnswerError, ValueError) as error:
+            self.run.restore(self.model)
+            return self._failed(request, str(error))
+        return self.run.commit(
+            self.model,
+            self.round,
+            request,
+            round=self.round,
+            selected=selected_share(full, forget, alpha=settings.alpha),
+            seconds=time.monotonic() - started,
+            before=before,
+            **arguments,
+        )
+
+    def _failed(self, request: Request, reason: str) -> Request:
+        attempts = request.detail.get("attempts", 0) + 1
+        last = attempts >= self.config.unlearn.attempts
+        fate = "set aside, its clients stay out of training" if last else "tried again at the next boundary"
+        self.log(f"── request {request.id}, attempt {attempts}: {reason}; {fate}")
+        state = State.QUARANTINED if last else State.COLLECTING
+        return self.run.ledger.advance(request, state, attempts=attempts, reason=reason)
+
+    def _complete(self, request: Request, grid: Grid) -> None:
+        receipt = {"completed_round": self.round, "after": self.evaluate(grid)}
+        self.run.record("forget", request=request.id, clients=request.clients, **request.detail, **receipt)
+        self.log(_forget_line(self.run.ledger.advance(request, State.COMPLETED, **receipt)))
+
+    def _fishers(self, leaving: list[int], grid: Grid) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """F_D over the retained and the leaving clients, F_f over the leaving ones; means over examples."""
+        like, state = dict(self.model.named_parameters()), self._broadcast()
+        forget = self.federation.ask(grid, "query.fisher", self.round, leaving, state, like)
+        if missing := sorted(set(leaving) - forget.counts.keys()):
+            raise NoAnswerError(f"client {missing[0]} did not answer the Fisher query")
+        retain = self.federation.ask(grid, "query.fisher", self.round, self.active, state, like)
+        if not retain.counts:
+            raise NoAnswerError("no retained client answered the Fisher query")
+        n_forget, n_retain, device = forget.total.examples, retain.total.examples, self.worker.device
+        full = {n: ((retain.sums[n] + forget.sums[n]) / (n_retain + n_forget)).to(device) for n in like}
+        return full, {n: (total / n_forget).to(device) for n, total in forget.sums.items()}
+
+    def _recalibrate(self, grid: Grid) -> None:
+        like = unlearn.no_moments(self.model)
+        if like:
+            answer = self.federation.ask(grid, "query.moments", self.round, self.active, self._broadcast(), like)
+            if not answer.counts:
+                raise NoAnswerError("no retained client answered the query for BatchNorm moments")
+            unlearn.recalibrate(self.model, answer.sums)
+
+    # --- Measuring ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, grid: Grid, *, forgotten: Iterable[int] = ()) -> Scores:
+        """Scores of the current model; `forgotten` are clients that are leaving just now."""
+        others = self.federation.ask(grid, "evaluate", self.round, self.active, self._broadcast(), {})
+        return self._scores(others, forgotten)
+
+    def _scores(self, others: Answer, leaving: Iterable[int] = ()) -> Scores:
+        torch.set_num_threads(self.config.train.threads)
+        forgotten = sorted({*leaving, *self.run.ledger.clients_in(FORGOTTEN)})
+        return {
+            "forgotten": {str(client): _accuracies(self.worker.evaluate(client)) for client in forgotten},
+            "others": _accuracies(others.total),
+            "test": _accuracies(self.worker.evaluate_test()),
+        }
+
+    def _sample(self) -> list[int]:
+        """A share of the active clients that depends on the seed and the round alone."""
+        active = self.active
+        if not active:
+            raise RuntimeError(f"round {self.round}: no client has two examples or more")
+        size = max(1, math.ceil(self.config.fraction * len(active)))
+        random = np.random.default_rng([self.config.seed, self.round])
+        return sorted(random.choice(active, size, replace=False).tolist())
+
+    def _broadcast(self) -> ArrayRecord:
+        return ArrayRecord(dict(self.model.state_dict()))
+
+    def _announce(self) -> None:
+        clients, nodes = self.config.clients, len(self.federation.nodes)
+        hint = "" if nodes >= clients else f'; one each: --federation-config "num-supernodes={clients}"'
+        self.log(f"{clients} clients on {nodes} virtual nodes{hint}")
+        if torch.cuda.is_available() and not self.federation.gpu:
+            self.log('clients run on CPUs; GPU shares: --federation-config "client-resources-num-gpus=0.1"')
+        for client, examples in sorted(self.federation.examples.items()):
+            if examples < 2:
+                self.log(f"client {client} has {examples} examples: it takes no part")
+
+    def _progress_line(self) -> str:
+        row, rounds = self._row, self.config.rounds
+        trained = f"loss {row['loss']:.3f}  class {row['class_accuracy']:.3f}  client-ID {row['client_accuracy']:.3f}"
+        tested = f"  test {row['test']['class']:.3f}" if "test" in row else ""
+        done = self.round - self.started_at
+        left = (time.monotonic() - self._clock) / done * max(0, rounds - self.round)
+        return f"round {self.round:>3}/{rounds}  {trained}{tested}  {row['seconds']:.1f} s  {_duration(left)} left"
+
+
+def _accuracies(counts: Counts) -> dict[str, float]:
+    return {"class": counts.class_accuracy, "client_id": counts.client_accuracy, "examples": counts.examples}
+
+
+def _forget_line(request: Request) -> str:
+    before, after = request.detail["before"], request.detail["after"]
+    forgotten = [
+        f"client {c}: class {before['forgotten'][c]['class']:.3f} → {after['forgotten'][c]['class']:.3f}, client-ID "
+        f"{before['forgotten'][c]['client_id']:.3f} → {after['forgotten'][c]['client_id']:.3f}"
+        for c in map(str, request.clients)
+    ]
+    rest = [f"{who} {before[who]['class']:.3f} → {after[who]['class']:.3f}" for who in ("others", "test")]
+    where = f"forgotten after round {request.detail['round']} in {request.detail['seconds']:.1f} s"
+    return f"── request {request.id}, {where}  │  " + "  │  ".join([*forgotten, *rest])
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

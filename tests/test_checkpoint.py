@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from fedunlearn import checkpoint
+from fedunlearn.errors import UserError
+from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.pruning import prune_clients
+
+
+def test_round_trip_keeps_every_bit_and_the_pruning(tmp_path):
+    model, other = TwoHeadResNet18(3, 4, width=8), TwoHeadResNet18(3, 4, width=8)
+    prune_clients(model, [2])
+    sha256 = checkpoint.save(tmp_path / "deep" / "model.safetensors", model.state_dict())
+    checkpoint.load(tmp_path / "deep" / "model.safetensors", other, sha256=sha256)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+    assert other.pruned.tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("left", [0, 5, 1000, -1])
+def test_a_checkpoint_cut_short_is_named(tmp_path, left):
+    model, path = TwoHeadResNet18(3, 4, width=8), tmp_path / "model.safetensors"
+    checkpoint.save(path, model.state_dict())
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(UserError, match="missing or cut short"):
+        checkpoint.load(path, model)
+
+
+def test_a_missing_changed_or_foreign_checkpoint_is_named(tmp_path):
+    model, path = TwoHeadResNet18(3, 4, width=8), tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match="missing or cut short"):
+        checkpoint.load(path, model)
+    sha256 = checkpoint.save(path, model.state_dict())
+    with pytest.raises(UserError, match=r"class_head.hidden.bias is \(16,\) there, \(32,\) in this run's model"):
+        checkpoint.load(path, TwoHeadResNet18(3, 4, width=16), sha256=sha256)
+    checkpoint.save(path, TwoHeadResNet18(3, 4, width=8).state_dict())
+    with pytest.raises(UserError, match="not what the ledger says"):
+        checkpoint.load(path, model, sha256=sha256)
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, b"old")
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,97 @@
+import sqlite3
+import threading
+
+import pytest
+
+from fedunlearn.ledger import Ledger, State
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    yield ledger
+    ledger.close()
+
+
+def test_asking_twice_gives_the_same_request(ledger):
+    (first,) = ledger.file([3])
+    (again,) = ledger.file([3])
+    assert again == first
+    assert (first.id, first.clients, first.state) == ("r1", [3], State.RECEIVED)
+    assert len(ledger.requests()) == 1
+
+
+def test_one_request_for_two_and_only_the_rest_is_new(ledger):
+    ledger.file([5, 3, 3])
+    earlier, new = ledger.file([3, 7])
+    assert (earlier.clients, new.clients) == ([3, 5], [7])
+
+
+def test_a_refused_request_may_be_asked_again(ledger):
+    (request,) = ledger.file([3])
+    ledger.advance(request, State.REFUSED, reason="no client would be left")
+    (again,) = ledger.file([3])
+    assert again.id == "r2"
+
+
+def test_details_of_steps_add_up_to_the_receipt(ledger):
+    (request,) = ledger.file([3])
+    ledger.advance(request, State.COLLECTING, attempts=1)
+    ledger.commit(6, "a.safetensors", "00", request=request, round=6)
+    request = ledger.advance(request, State.COMPLETED, after=0.5)
+    assert request.detail == {"attempts": 1, "round": 6, "after": 0.5}
+    assert ledger.clients_in([State.COMPLETED]) == [3]
+
+
+def test_a_commit_is_head_and_request_or_neither(ledger):
+    (request,) = ledger.file([3])
+    ledger.commit(5, "five", "55")
+    with pytest.raises(TypeError):
+        ledger.commit(6, "six", "66", request=request, impossible=object())
+    assert ledger.head().checkpoint == "five"
+    assert ledger.request("r1").state == State.RECEIVED
+    ledger.commit(6, "six", "66", request=request)
+    assert (ledger.head().round, ledger.request("r1").state) == (6, State.APPLIED)
+
+
+def test_a_run_finishes_only_without_open_requests(ledger):
+    ledger.commit(1, "one", "11")
+    (request,) = ledger.file([3])
+    assert not ledger.finish()
+    ledger.advance(request, State.COMPLETED)
+    assert ledger.finish()
+    assert ledger.head().finished
+    ledger.file([4])
+    assert not ledger.head().finished
+
+
+def test_the_audit_chain_notices_a_changed_event(ledger, tmp_path):
+    ledger.file([3])
+    ledger.commit(1, "one", "11")
+    assert ledger.verify()
+    assert [sorted(event)[2:] for event in ledger.events()] == [
+        ["hash", "request", "state"],
+        ["hash", "round", "sha256"],
+    ]
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
+        db.execute("UPDATE events SET event = replace(event, '[3]', '[4]') WHERE number = 1")
+    db.close()
+    assert not ledger.verify()
+
+
+def test_two_processes_may_file_at_once(tmp_path):
+    def file(clients):
+        ledger = Ledger(tmp_path / "ledger.sqlite")
+        for client in clients:
+            ledger.file([client])
+        ledger.close()
+
+    threads = [threading.Thread(target=file, args=(range(start, 20),)) for start in (0, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert sorted(client for r in ledger.requests() for client in r.clients) == list(range(20))
+    assert ledger.verify()
+    ledger.close()
