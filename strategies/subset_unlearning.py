@@ -142,6 +142,8 @@ class SubsetUnlearning(FedAvg):
             request = self._forget(request, grid)
         if request.state == State.APPLIED:
             request = ledger.advance(request, State.RECOVERING)
+            if self.config.unlearn.recovery_rounds:
+                self.log(f"── request {request.id} is applied; {self.config.unlearn.recovery_rounds} rounds to recover")
         if request.state == State.RECOVERING:
             recovered = self.round - request.detail["round"]
             if recovered >= self.config.unlearn.recovery_rounds or no_more_rounds:

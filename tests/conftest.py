@@ -1,0 +1,68 @@
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from fedunlearn import config as configuration
+from fedunlearn.ledger import Ledger
+from fedunlearn.runs import Run, stored_config
+from fedunlearn.server_app import server_app
+from fedunlearn.worker import Worker
+from local_grid import LocalGrid
+
+DIGITS = Path(__file__).parent.parent / "simulations" / "digits" / "conf"
+SMALL = "clients=4 rounds=3 data.limit=120 data.test_limit=40 train.lr=0.02 unlearn.alpha=2 unlearn.lambda_=0.5"
+
+
+@pytest.fixture(autouse=True)
+def quiet_flower():
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty state folder."""
+    monkeypatch.setenv("FEDUNLEARN_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@dataclass
+class Federate:
+    """Runs the whole server app of a small digits federation in this process."""
+
+    home: Path
+
+    def __call__(self, overrides: str = "", *, nodes: int = 2, grid: LocalGrid | None = None) -> LocalGrid:
+        grid = grid or LocalGrid(nodes)
+        context = Context(1, 1, {}, RecordDict(), {"overrides": f"{SMALL} run=test {overrides}"})
+        server_app(DIGITS)(grid, context)
+        return grid
+
+    def folder(self, name: str = "test") -> Path:
+        return self.home / "runs" / name
+
+    def run(self, name: str = "test") -> Run:
+        """The run as it lies on disk, not held."""
+        folder = self.folder(name)
+        return Run(folder, stored_config(folder), Ledger(folder / "ledger.sqlite"))
+
+    def state(self, name: str = "test") -> dict:
+        """The current checkpoint's tensors."""
+        run = self.run(name)
+        worker = Worker(run.config)
+        run.restore(worker.model)
+        return worker.model.state_dict()
+
+    def requests(self, name: str = "test") -> list:
+        return self.run(name).ledger.requests()
+
+    def worker(self, overrides: str = "") -> Worker:
+        """A worker of the same settings, with the initial weights."""
+        return Worker(configuration.compose(DIGITS, f"{SMALL} run=test {overrides}"))
+
+
+@pytest.fixture
+def federate(home):
+    return Federate(home)

@@ -1,0 +1,354 @@
+"""The whole server app against the whole client app, over a grid in this process."""
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from fedunlearn import unlearn
+from fedunlearn.errors import UserError
+from fedunlearn.fisher import diagonal_fisher
+from fedunlearn.ledger import State
+from local_grid import LocalGrid
+from strategies import wire
+
+ONE_STEP = (
+    "rounds=1 model.norm=group train.batch_size=1000 train.crop_padding=0 loss.client_weight=0 "
+    "loss.disentangle_weight=0 loss.warmup=0 train.schedule=constant"
+)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def kinds(grid, client=None):
+    tasks = [(m.metadata.message_type, wire.task_of(m)) for m in grid.sent]
+    return [(kind, task.round) for kind, task in tasks if client is None or client in task.clients]
+
+
+def test_one_round_of_one_step_is_pooled_sgd_on_the_same_examples(federate):
+    federate(ONE_STEP)
+    worker = federate.worker(ONE_STEP)
+    batches = [batch for c in range(4) for batch in worker.batches(c)]
+    images, labels = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    settings = worker.config.train
+    optimiser = torch.optim.SGD(worker.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    worker.model.train()
+    cross_entropy(worker.model(images).class_logits, labels).backward()
+    optimiser.step()
+    assert_close(federate.state(), dict(worker.model.state_dict()), rtol=1e-4, atol=1e-6)
+
+
+def test_the_arrival_order_and_the_window_change_no_bit(federate):
+    federate("run=in_order forget.schedule={2:[3]}", nodes=4)
+    first = federate.home / "runs"
+    grid = LocalGrid(4)
+    grid.newest_first = True
+    federate("run=newest_first forget.schedule={2:[3]} window=3", grid=grid)
+    files = [next((first / name / "checkpoints").iterdir()).read_bytes() for name in ("in_order", "newest_first")]
+    assert files[0] == files[1]
+
+
+def test_two_nodes_and_four_give_the_same_model(federate):
+    federate("rounds=1", nodes=4)
+    four = federate.state()
+    federate("rounds=1 run=two", nodes=2)
+    two = torch.cat([v.flatten().float() for v in federate.state("two").values()])
+    assert_close(two, torch.cat([v.flatten().float() for v in four.values()]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_forgotten_client_gets_no_more_messages_and_training_goes_on(federate, capsys):
+    grid = federate("rounds=4 forget.schedule={2:[3]}")
+    assert ("train", 2) in kinds(grid, client=3)
+    assert not [kind for kind in kinds(grid, client=3) if kind[1] > 2]
+    assert kinds(grid, client=3)[-1] == ("query.fisher", 2)
+    assert [kind for kind in kinds(grid, client=1) if kind[0] == "train"] == [("train", r) for r in (1, 2, 3, 4)]
+    (request,) = federate.requests()
+    assert request.state == State.COMPLETED
+    assert request.detail["after"]["forgotten"]["3"]["client_id"] == 0
+    assert 0 < request.detail["selected"] < 1
+    last = federate.run().metrics()[-1]
+    assert (last["round"], last["forgotten"]["3"]["client_id"]) == (4, 0)
+    assert federate.state()["pruned"].tolist() == [False, False, False, True]
+    assert (federate.state()["client_head.out.weight"][3] == 0).all()
+    assert "request r1, forgotten after round 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("head", ["class", "client"])
+def test_the_federated_step_is_the_pooled_one(federate, head):
+    settings = f"rounds=1 unlearn.head={head}"
+    federate(settings)
+    before = federate.state()
+    federate(f"{settings} run=forgets forget.schedule={{1:[0, 2]}}")
+    worker = federate.worker(settings)
+    worker.model.load_state_dict(before)
+    of = {c: list(worker.batches(c)) for c in range(4)}
+    full = diagonal_fisher(worker.model, [b for c in range(4) for b in of[c]], head=head)
+    forget = diagonal_fisher(worker.model, [*of[0], *of[2]], head=head)
+    unlearn.step(worker.model, full, forget, [0, 2], alpha=2, lambda_=0.5)
+    moments = unlearn.batch_moments(worker.model, [b[0] for c in (1, 3) for b in of[c]])
+    unlearn.recalibrate(worker.model, moments)
+    assert not equal(dict(worker.model.state_dict()), before)
+    assert_close(federate.state("forgets"), dict(worker.model.state_dict()), rtol=1e-4, atol=1e-5)
+
+
+def test_several_requests_are_served_in_order_of_arrival(federate):
+    federate("forget.schedule={1:[2],2:[0,3]}")
+    first, second = federate.requests()
+    assert (first.clients, first.detail["round"]) == ([2], 1)
+    assert (second.clients, second.detail["round"]) == ([0, 3], 2)
+    assert sorted(second.detail["after"]["forgotten"]) == ["0", "2", "3"]
+    assert second.detail["after"]["others"]["examples"] == len(federate.worker().slices[1])
+
+
+def test_recovery_rounds_are_trained_before_a_request_counts_as_done(federate):
+    federate("forget.schedule={1:[2]} unlearn.recovery_rounds=1")
+    (request,) = federate.requests()
+    assert (request.detail["round"], request.detail["completed_round"]) == (1, 2)
+    federate("run=short forget.schedule={3:[2]} unlearn.recovery_rounds=5")
+    (request,) = federate.requests("short")
+    assert (request.state, request.detail["completed_round"]) == (State.COMPLETED, 3)
+
+
+def test_only_the_last_checkpoint_is_kept(federate):
+    federate("forget.schedule={2:[3]}")
+    assert [file.name for file in (federate.folder() / "checkpoints").iterdir()] == ["round-00003.safetensors"]
+
+
+def test_a_share_of_the_clients_trains_and_the_draw_depends_on_the_round_alone(federate):
+    grid = federate("fraction=0.5 rounds=6", nodes=4)
+    drawn = [row["clients"] for row in federate.run().metrics()]
+    assert all(len(clients) == 2 for clients in drawn)
+    assert len({tuple(clients) for clients in drawn}) > 1
+    again = federate("fraction=0.5 rounds=6 run=again", nodes=4)
+    assert kinds(grid) == kinds(again)
+
+
+# --- clients and nodes that cannot do their part ------------------------------------------------------------------
+
+
+def broken(grid, damage, *, kind="train", node=1, times=1):
+    """Let the first `times` messages of `kind` to node number `node` be answered by `damage(reply)`."""
+    left = [times]
+
+    def deliver(message):
+        mine = grid.nodes[message.metadata.dst_node_id] == node and message.metadata.message_type == kind
+        if mine and left[0]:
+            left[0] -= 1
+            return damage(grid.call(message), message)
+        return grid.call(message)
+
+    grid.deliver = deliver
+
+
+def change(**arrays):
+    def damage(reply, message):
+        tensors = wire.tensors_of(reply)
+        for name, function in arrays.items():
+            tensors[name.replace("__", ".")] = function(tensors.pop(name.replace("__", ".")))
+        reply.content["arrays"] = ArrayRecord(tensors)
+        return reply
+
+    return damage
+
+
+def renamed(reply, message):
+    tensors = wire.tensors_of(reply)
+    tensors["else"] = tensors.pop("class_head.out.bias")
+    reply.content["arrays"] = ArrayRecord(tensors)
+    return reply
+
+
+def failed(reply, message):
+    from flwr.app import Error
+
+    return Message(Error(0, "the node ran\nout of memory"), reply_to=message)
+
+
+DAMAGES = {
+    "error": (failed, "out of memory"),
+    "silence": (lambda reply, message: None, "no reply within 0.3 s"),
+    "NaN": (change(class_head__out__bias=lambda t: t * torch.nan), "NaN or infinite values in class_head.out.bias"),
+    "shape": (change(class_head__out__bias=lambda t: t[:-1]), r"class_head.out.bias of shape [9], not [10]"),
+    "names": (renamed, "wrong names: class_head.out.bias, else"),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_a_node_that_fails_is_named_and_left_out_of_that_round(federate, capsys, damage, reason):
+    grid = LocalGrid(2)
+    broken(grid, damage)
+    federate("timeout=0.3", grid=grid)
+    assert f"round 1: node 1 (clients 1, 3) is left out: {'it sent ' if 'of shape' in reason else ''}" in (
+        out := capsys.readouterr().out
+    )
+    assert reason in out
+    assert [row["clients"] for row in federate.run().metrics()] == [[0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_what_is_left_of_a_round_is_the_mean_of_those_who_answered(federate):
+    grid = LocalGrid(4)
+    broken(grid, failed, node=2)
+    federate(f"{ONE_STEP} forget.schedule={{}}", grid=grid)
+    worker = federate.worker(ONE_STEP)
+    examples = [worker.examples(c) for c in range(4)]
+    replies = [LocalGrid(4).call(m) for m in grid.sent if m.metadata.message_type == "train"]
+    sums = [wire.tensors_of(reply)["class_head.out.bias"] for reply in replies]
+    expected = (sums[0] + sums[1] + sums[3]) / (sum(examples) - examples[2])
+    assert_close(federate.state()["class_head.out.bias"], expected)
+
+
+def test_a_round_without_any_answer_ends_the_run_with_the_way_on(federate):
+    grid = LocalGrid(1)
+    broken(grid, failed, node=0, times=100)
+    with pytest.raises(RuntimeError, match=r'round 1: no client answered; .*overrides="run=test"'):
+        federate(grid=grid)
+    federate()
+    assert federate.run().ledger.head().finished
+
+
+def test_a_failed_fisher_query_is_tried_again_and_then_set_aside(federate, capsys):
+    grid = LocalGrid(4)
+    broken(grid, failed, kind="query.fisher", node=3, times=1)
+    federate("forget.schedule={1:[3]}", grid=grid)
+    (request,) = federate.requests()
+    assert (request.state, request.detail["round"]) == (State.COMPLETED, 2)
+    assert not [kind for kind in kinds(grid, client=3) if kind == ("train", 2)]
+
+    grid = LocalGrid(4)
+    broken(grid, failed, kind="query.fisher", node=3, times=100)
+    federate("run=set_aside forget.schedule={1:[3]}", grid=grid)
+    out = capsys.readouterr().out
+    assert "request r1, attempt 3: client 3 did not answer the Fisher query; set aside" in out
+    assert not [kind for kind in kinds(grid, client=3) if kind[0] == "train" and kind[1] > 1]
+
+
+def test_a_request_that_cannot_be_served_is_refused_with_the_reason(federate):
+    federate("forget.schedule={1:[0,1,2,3]}")
+    (request,) = federate.requests()
+    assert (request.state, request.detail["reason"]) == (State.REFUSED, "no client would be left")
+
+
+def test_clients_without_examples_take_no_part_and_are_reported(federate, capsys):
+    uneven = "partition.kind=class clients=11 data.limit=40 forget.schedule={1:[10]}"
+    grid = federate(uneven, nodes=3)
+    assert "client 10 has 0 examples: it takes no part" in capsys.readouterr().out
+    assert kinds(grid, client=10) == []
+    (request,) = federate.requests()
+    assert request.detail["reason"] == "client 10 has 0 examples and was never trained on"
+
+
+def test_a_client_of_one_example_does_not_break_batch_norm(federate, monkeypatch):
+    split = [np.arange(60), np.arange(60, 119), np.array([119]), np.array([], int)]
+    monkeypatch.setattr("fedunlearn.partition.partition", lambda *args, **kwargs: split)
+    from fedunlearn.client_app import resident
+
+    resident.cache_clear()
+    grid = federate("rounds=1 seed=5")
+    resident.cache_clear()
+    assert kinds(grid, client=2) == kinds(grid, client=3) == []
+    assert federate.run().metrics()[0]["clients"] == [0, 1]
+
+
+def test_more_nodes_than_clients_and_one_node_for_all(federate):
+    federate("rounds=1", nodes=6)
+    federate("rounds=1 run=one", nodes=1)
+    assert_close(federate.state("one"), federate.state(), rtol=1e-5, atol=1e-6)
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------------
+
+
+SCHEDULE = "rounds=3 forget.schedule={2:[3]}"
+
+
+def crash_at(grid, number):
+    def deliver(message):
+        if len(grid.sent) == number:
+            raise KeyboardInterrupt
+        return grid.call(message)
+
+    grid.deliver = deliver
+    return grid
+
+
+def test_a_run_that_is_stopped_at_any_message_goes_on_to_the_same_weights(federate):
+    undisturbed = federate(f"{SCHEDULE} run=whole")
+    expected = federate.state("whole")
+    for number in range(3, len(undisturbed.sent) + 1, 2):
+        name = f"stopped-{number}"
+        with pytest.raises(KeyboardInterrupt):
+            federate(f"{SCHEDULE} run={name}", grid=crash_at(LocalGrid(2), number))
+        federate(f"run={name}")
+        assert equal(federate.state(name), expected), f"stopped at message {number}"
+
+
+@pytest.mark.parametrize("where", ["fedunlearn.checkpoint.save", "fedunlearn.ledger.Ledger.commit", "os.fsync"])
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_a_run_that_is_stopped_while_committing_applies_the_request_once(federate, monkeypatch, where, number):
+    federate(f"{SCHEDULE} run=whole")
+    calls = []
+    with monkeypatch.context() as patch:
+        module, name = where.rsplit(".", 1)
+        original = _resolve(module, name)
+
+        def stopping(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        patch.setattr(where, stopping)
+        with pytest.raises(KeyboardInterrupt):
+            federate(SCHEDULE)
+    federate("run=test")
+    assert equal(federate.state(), federate.state("whole"))
+    run = federate.run()
+    applied = [e for e in run.ledger.events() if e.get("state") == State.APPLIED]
+    assert len(applied) == 1
+    assert run.ledger.verify()
+    assert [row["round"] for row in run.metrics() if row["kind"] == "round"] == [1, 2, 3]
+
+
+def _resolve(module, name):
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError:
+        parent, cls = module.rsplit(".", 1)
+        return getattr(_resolve(parent, cls), name)
+
+
+def test_a_finished_run_is_left_as_it_is(federate, capsys):
+    federate()
+    before = federate.state()
+    grid = federate("run=test")
+    assert equal(federate.state(), before)
+    assert "train" not in [kind for kind, _ in kinds(grid)]
+    assert "report:" in capsys.readouterr().out
+
+
+def test_a_run_keeps_its_settings_its_data_and_its_holder(federate):
+    from fedunlearn.runs import hold
+
+    federate("seed=1")
+    with pytest.raises(UserError, match="run test has seed=1, not 2: use another run name"):
+        federate("seed=2")
+    with hold(federate.folder()), pytest.raises(UserError, match="run test is held by process"):
+        federate("seed=1")
+    about = federate.folder() / "run.json"
+    about.write_text(about.read_text().replace('"data": "', '"data": "0'))
+    with pytest.raises(UserError, match="was trained on other data"):
+        federate("seed=1")
+
+
+def test_a_damaged_checkpoint_is_named(federate):
+    federate("rounds=2")
+    (file,) = (federate.folder() / "checkpoints").iterdir()
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"round-00002.safetensors cannot be read, it is missing or cut short"):
+        federate("rounds=2")
