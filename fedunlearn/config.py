@@ -155,6 +155,8 @@ def compose(folder: Path, overrides: str = "") -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} has no config.yaml: is {folder.parent} an app such as simulations/digits?")
     ConfigStore.instance().store(name="schema", node=Config)
     words = _resolve_scale(split_overrides(overrides), folder)
     try:

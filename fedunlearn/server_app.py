@@ -1,5 +1,6 @@
 """What Flower runs on the server: open a run or resume it, train and forget, report."""
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedunlearn import report
 from fedunlearn.config import Config, compose, settings, split_overrides, state_home
+from fedunlearn.errors import UserError
 from fedunlearn.runs import Run, open_run, runs_folder, stored_config
 from fedunlearn.worker import Worker, open_dataset
 from strategies.subset_unlearning import SubsetUnlearning
@@ -20,12 +22,36 @@ def log(line: str) -> None:
     print(line, flush=True)
 
 
+def outlive_workers() -> None:
+    """Have Ray restart a Flower worker that dies and repeat what it was doing, up to two times.
+
+    Flower 1.41 puts a dead actor back into its pool, where it answers every further message with an error at once.
+    What a worker does depends on its message alone, so that repeating it gives the same reply. Ray takes these options
+    only where an actor is made, which is inside of Flower; hence the class's defaults.
+    """
+    from flwr.simulation.ray_transport.ray_actor import ClientAppActor
+
+    ClientAppActor._default_options |= {"max_restarts": -1, "max_task_retries": 2}
+
+
+class OneLine(logging.Filter):
+    """Lets Flower log a UserError as the line that it is, without a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrite the record; always keep it."""
+        if record.exc_info and isinstance(record.exc_info[1], UserError):
+            record.msg, record.args, record.exc_info = str(record.exc_info[1]), (), None
+        return True
+
+
 def server_app(conf: Path) -> ServerApp:
     """The ServerApp of the Hydra configuration folder `conf`; its run config has one string, `overrides`."""
+    outlive_workers()
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        logging.getLogger("flwr").addFilter(OneLine())
         overrides = str(context.run_config.get("overrides", ""))
         config = compose(conf, overrides)
         log(_scale_line(config, conf))
@@ -37,6 +63,7 @@ def server_app(conf: Path) -> ServerApp:
 
 def forget_app(config: Config) -> ServerApp:
     """The ServerApp that serves the open requests of an existing run, without any other training."""
+    outlive_workers()
     app = ServerApp()
 
     @app.main()

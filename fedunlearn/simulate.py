@@ -17,20 +17,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedunlearn.config import state_home
+from fedunlearn.config import compose, state_home
+from fedunlearn.errors import UserError
 
 START_SECONDS = 120
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 if the run was completed, else 1."""
+    """Run the command line; returns 0 if the run was completed, 1 if not, 2 for bad input."""
     p = argparse.ArgumentParser("python -m fedunlearn.simulate", description="Run a Flower app and wait for its end.")
     p.add_argument("app", help="the app's folder, as simulations/digits")
     p.add_argument("overrides", nargs="*", help="settings, as rounds=40 'forget.schedule={6:[3]}'")
     p.add_argument("--nodes", type=int, default=10, help="virtual nodes (default: 10)")
     p.add_argument("--cpus", type=int, default=1, help="CPUs of a node while it works (default: 1)")
     p.add_argument("--gpus", type=float, default=0.0, help="GPU share of a node while it works (default: 0)")
-    options = p.parse_args(arguments)
+    options = p.parse_intermixed_args(arguments)
+    try:
+        compose(Path(options.app) / "conf", " ".join(options.overrides))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     resources = f"client-resources-num-cpus={options.cpus} client-resources-num-gpus={options.gpus}"
     with superlink(state_home() / "flower") as environment:
         return run(

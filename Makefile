@@ -1,0 +1,30 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer; the first of them installs everything into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint lock clean
+
+demo: .venv/installed
+	$(BIN)/python -m fedunlearn.simulate simulations/digits run=demo-$$(date +%Y%m%d-%H%M%S) 'forget.schedule={20:[3]}'
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+
+# plain pip may pick a torch beside which torchvision cannot be imported; uv installs the pair that is pinned
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+lock:
+	$(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --no-annotate \
+		--upgrade --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf .venv build *.egg-info
