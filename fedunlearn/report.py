@@ -56,8 +56,6 @@ def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any]]]:
 
 def write(run: Run, worker: Worker) -> Path:
     """Write `report/index.html`; returns its path."""
-    names = worker.dataset.class_names
-    counts = np.stack([np.bincount(worker.dataset.train.labels[own], minlength=len(names)) for own in worker.slices])
     template = Environment(autoescape=True).from_string(files("fedunlearn").joinpath("report.html.jinja").read_text())
     page = template.render(
         run=run.name,
@@ -67,12 +65,18 @@ def write(run: Run, worker: Worker) -> Path:
         rows=[(when, who, scores, _client_id(who, scores)) for when, who, scores in score_rows(run)],
         requests=run.ledger.requests(),
         chain_holds=run.ledger.verify(),
-        split=_embedded(split_figure(counts, names)),
+        split=_embedded(split_figure(class_counts(worker), worker.dataset.class_names)),
         accuracy=_embedded(accuracy_figure(run.metrics())),
     )
     path = run.folder / "report" / "index.html"
     write_atomically(path, page.encode())
     return path
+
+
+def class_counts(worker: Worker) -> np.ndarray:
+    """Training examples of every client by class, [C, K]."""
+    labels, classes = np.asarray(worker.dataset.train.labels), len(worker.dataset.class_names)
+    return np.stack([np.bincount(labels[owned], minlength=classes) for owned in worker.slices])
 
 
 def split_figure(counts: np.ndarray, class_names: list[str]) -> "Figure":

@@ -1,0 +1,109 @@
+"""The forget command: in this process where a run is live or nothing is to be served, through Ray where it serves."""
+
+import json
+import subprocess
+import sys
+import threading
+
+from fedunlearn import forget
+from fedunlearn.ledger import Ledger, State
+from fedunlearn.runs import hold
+from local_grid import LocalGrid
+
+
+def test_bad_input_gets_one_line_and_status_2(federate, capsys):
+    assert forget.main(["--client", "3"]) == 2
+    assert "start one with 'flwr run simulations/digits'" in capsys.readouterr().err
+    federate("rounds=1")
+    before = federate.folder().joinpath("ledger.sqlite").read_bytes()
+    cases = {
+        ("--client", "4"): "client 4 is not in 0..3",
+        ("--client", "-1"): "client -1 is not in 0..3",
+        ("--client", "three"): "client 'three' is not a whole number in 0..3",
+        (): "no client to forget: name one in 0..3",
+        ("--client", "1", "--run", "other"): "no run other in",
+        ("--status", "r9"): "run test has no request r9: there are none",
+    }
+    for arguments, message in cases.items():
+        assert forget.main(list(arguments)) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert federate.folder().joinpath("ledger.sqlite").read_bytes() == before
+
+
+def test_an_earlier_request_gives_its_receipt_and_status_0(federate, capsys):
+    federate("forget.schedule={1:[3]}")
+    capsys.readouterr()
+    assert forget.main(["--client", "3"]) == 0
+    assert capsys.readouterr().out.startswith("r1  COMPLETED    clients 3  after round 1; class accuracy client 3 ")
+    assert forget.main(["--client", "3", "--json"]) == 0
+    (receipt,) = json.loads(capsys.readouterr().out)
+    assert (receipt["id"], receipt["state"], receipt["clients"]) == ("r1", "COMPLETED", [3])
+    assert receipt["detail"]["after"]["forgotten"]["3"]["client_id"] == 0
+    assert forget.main(["--list"]) == forget.main(["--status", "r1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[1]
+
+
+def test_a_refused_request_gives_status_1(federate, capsys):
+    federate("forget.schedule={1:[0,1,2,3]}")
+    assert forget.main(["--status", "r1"]) == 1
+    assert "no client would be left" in capsys.readouterr().out
+
+
+def test_a_live_run_takes_the_request_at_its_next_round_boundary(federate, capsys):
+    grid, statuses = LocalGrid(2), []
+    waiter = threading.Thread(target=lambda: statuses.append(forget.main(["--client", "3", "--wait"])))
+
+    def deliver(message):
+        if message.metadata.message_type == "train" and not waiter.ident:
+            assert forget.main(["--client", "3"]) == 0  # it only files
+            waiter.start()
+        return grid.call(message)
+
+    grid.deliver = deliver
+    federate("rounds=4", grid=grid)
+    waiter.join(timeout=60)
+    assert statuses == [0]
+    (request,) = federate.requests()
+    assert (request.state, request.detail["round"]) == (State.COMPLETED, 1)
+    out = capsys.readouterr().out
+    assert "run test takes the request at its next round boundary" in out
+    assert "r1  COMPLETED    clients 3  after round 1" in out
+
+
+def test_waiting_for_a_run_that_stops_says_how_to_go_on(federate, capsys, monkeypatch):
+    federate("rounds=1")
+    monkeypatch.setattr(forget, "taken_by_live_run", lambda folder, ledger: True)
+    assert forget.main(["--client", "3", "--wait"]) == 2
+    assert 'resume it with overrides="run=test"' in capsys.readouterr().err
+
+
+def test_the_live_run_comes_first_then_the_newest_finished_one(federate):
+    for name in ("one", "two", "three"):
+        federate(f"rounds=1 run={name}")
+    ledger = Ledger(federate.folder("three") / "ledger.sqlite")
+    ledger.commit(0, "round-00000.safetensors", "00")  # as if it had been stopped before its first round
+    ledger.close()
+    assert forget.find_run(federate.home, None).name == "two"
+    with hold(federate.folder("one")):
+        assert forget.find_run(federate.home, None).name == "one"
+    assert forget.find_run(federate.home, "three").name == "three"
+
+
+def test_without_a_live_run_the_request_is_served_in_a_flower_simulation(federate):
+    """Ray and all, in a process of its own: the same weights as from a request that was served while training."""
+    federate("rounds=2 forget.schedule={2:[1,3]} run=live")
+    federate("rounds=2")
+    command = [sys.executable, "-m", "fedunlearn.forget", "--client", "3", "--client", "1", "--run", "test"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "no live run: run test is served here" in done.stdout
+    (request,) = federate.requests()
+    assert (request.state, request.clients) == (State.COMPLETED, [1, 3])
+    live, served = federate.state("live"), federate.state()
+    assert all((live[name] == value).all() for name, value in served.items())
+    assert [file.name for file in (federate.folder() / "checkpoints").iterdir()] == ["round-00002-r1.safetensors"]
+    assert federate.run().ledger.head().finished
+    assert (federate.folder() / "report" / "index.html").exists()

@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedunlearn.losses import multi_task_loss
+from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.train import fit, generator_of, learning_rate, loss_weights
+
+WEIGHTS = {"class_weight": 1.0, "client_weight": 0.5, "disentangle_weight": 0.1}
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+
+
+def test_generators_differ_by_place_and_repeat():
+    draws = [
+        torch.rand(3, generator=generator_of(*place)).tolist() for place in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 2))
+    ]
+    assert draws[0] == draws[3]
+    assert len({tuple(draw) for draw in draws}) == 3
+
+
+def test_learning_rates():
+    steps = [learning_rate(p, lr=1.0, schedule="steps") for p in (0, 0.49, 0.5, 0.74, 0.75, 1)]
+    assert steps == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    cosine = [learning_rate(p, lr=2.0, schedule="cosine") for p in (0, 0.5, 1, 1.5)]
+    assert cosine == pytest.approx([2, 1, 0, 0])
+    assert learning_rate(0.9, lr=0.3, schedule="constant") == 0.3
+
+
+def test_the_first_tenth_has_the_class_loss_alone():
+    assert loss_weights(19 / 200, WEIGHTS, warmup=0.1) == {
+        "class_weight": 1,
+        "client_weight": 0,
+        "disentangle_weight": 0,
+    }
+    assert loss_weights(20 / 200, WEIGHTS, warmup=0.1) == WEIGHTS
+
+
+def batches():
+    g = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(6, 3, 8, 8, generator=g), torch.randint(3, (6,), generator=g), torch.arange(6) % 2)
+        for _ in range(2)
+    ]
+
+
+def test_fit_is_sgd_written_out():
+    torch.manual_seed(0)
+    model, twin = (TwoHeadResNet18(3, 2, width=8) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    counts = fit(model, [batches(), batches()], **SGD, precision="fp32", loss=WEIGHTS)
+
+    velocity, loss_sum = {name: 0 for name, _ in twin.named_parameters()}, 0.0
+    twin.train()
+    for images, classes, clients in [*batches(), *batches()]:
+        twin.zero_grad()
+        loss = multi_task_loss(*twin(images), classes, clients, **WEIGHTS)
+        loss.backward()
+        loss_sum += 6 * loss.item()
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                velocity[name] = SGD["momentum"] * velocity[name] + p.grad + SGD["weight_decay"] * p
+                p -= SGD["lr"] * velocity[name]
+    assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=1e-4, atol=1e-5)
+    assert counts.examples == 24
+    assert counts.loss == pytest.approx(loss_sum, rel=1e-4)
+
+
+def test_bf16_is_close_and_keeps_fp32_weights():
+    torch.manual_seed(0)
+    model, twin = (TwoHeadResNet18(3, 2, width=8) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    losses = [
+        fit(m, [batches()], **(SGD | {"lr": 0.01}), precision=p, loss=WEIGHTS).mean_loss
+        for m, p in ((model, "fp32"), (twin, "bf16"))
+    ]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert {p.dtype for p in twin.parameters()} == {torch.float32}
+    assert math.isfinite(losses[1])
