@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedunlearn.datasets import Split
-from fedunlearn.fisher import Batch
+from fedunlearn.model import Batch
 
 
 def batches(

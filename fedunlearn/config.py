@@ -192,6 +192,8 @@ def check(config: Config) -> Config:
             raise UserError(f"{name}={value} is not one of {', '.join(options)}")
     if config.run and not re.fullmatch(r"[\w.-]+", config.run):
         raise UserError(f"run={config.run!r} is no name: letters, digits, '.', '_' and '-' only")
+    if config.unlearn.head == "client" and not config.model.client_head:
+        raise UserError("unlearn.head=client needs model.client_head=true")
     for round_, clients in config.forget.schedule.items():
         if not 1 <= round_ <= config.rounds:
             raise UserError(f"forget.schedule: round {round_} is not in 1..{config.rounds}")

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedunlearn.fisher import Batch
-from fedunlearn.model import Outputs
+from fedunlearn.model import Batch, Outputs
 
 
 @dataclass(frozen=True)

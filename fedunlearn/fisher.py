@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, group_norm, unfold
 
+from fedunlearn.model import Batch
+
 HEADS = ("class", "client")
 ESTIMATORS = ("per_example", "batch")
-Batch = tuple[Tensor, Tensor, Tensor]
 
 CHUNK_ELEMENTS = 2**23  # per-example gradients held at once by one layer
 

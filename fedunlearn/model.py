@@ -10,6 +10,10 @@ HEADS = ("large", "medium", "small")
 NORMS = ("batch", "group")
 
 
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images [N, channels, H, W], class labels [N], client ids [N]."""
+
+
 class Outputs(NamedTuple):
     """What the model says of N images."""
 
@@ -30,7 +34,7 @@ class TwoHeadResNet18(nn.Module):
         num_clients: C, or 0 for the single-head baseline, whose `client_logits` are None.
         width: channels of the first stage.
         head: `large`, `medium` or `small`.
-        norm: `batch`, or `group` (GroupNorm of 8 channels a group at most, no running statistics).
+        norm: `batch`, or `group` (GroupNorm of 8 channels a group, no running statistics).
         channels: of the images, 1 or 3.
 
     `forward` takes images [N, channels, H, W] and gives `(class_logits [N, K], client_logits [N, C], embedding
@@ -102,8 +106,10 @@ def conv3x3(before: int, after: int, stride: int = 1) -> nn.Conv2d:
 
 
 def normalisation(norm: str, channels: int) -> nn.Module:
-    """BatchNorm, or GroupNorm of 8 channels a group."""
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(max(1, channels // 8), channels)
+    """BatchNorm, or GroupNorm of 8 channels a group (one group where 8 does not divide the channels)."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(1 if channels % 8 else channels // 8, channels)
 
 
 def head_of(size: int, outputs: int) -> nn.Sequential:

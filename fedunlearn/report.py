@@ -3,6 +3,7 @@
 import base64
 import io
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from fedunlearn.worker import Worker
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"forgotten": "#c8553d", "others": "#2a6f97", "test": "#6a994e"}
+COLOURS = ("#2a6f97", "#6a994e", "#c8553d", "#e09f3e", "#7b2cbf", "#bc4b8a", "#5c4033")
 
 
 def summary(run: Run) -> str:
@@ -99,35 +100,40 @@ def split_figure(counts: np.ndarray, class_names: list[str]) -> "Figure":
 
 
 def accuracy_figure(rows: list[dict[str, Any]]) -> "Figure":
-    """Class and client-ID accuracy over the rounds, with every request marked."""
+    """Class and client-ID accuracy over the rounds, of those who stay, those who left and the test set."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5.4), layout="constrained")
+    requests = [row for row in rows if row["kind"] == "forget"]
+    colours = dict(zip(_curves(rows, "class"), cycle(COLOURS), strict=False))
     for axes, measure in zip(figure.subplots(2, 1, sharex=True), ("class", "client_id"), strict=True):
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            for x, scores in _points(row):
-                groups = {f"client {c}": s for c, s in scores["forgotten"].items()} | {"others": scores["others"]}
-                for who, values in (groups | ({"test": scores["test"]} if measure == "class" else {})).items():
-                    curves.setdefault(who, []).append((x, values[measure]))
-        for who, points in curves.items():
-            colour = COLOURS.get(who)
-            style = {"color": colour} if colour else {"linestyle": "--"}
-            axes.plot(*zip(*points, strict=True), label=who, marker="o", markersize=3, **style)
-        for row in rows:
-            if row["kind"] == "forget":
-                asked = ", ".join(map(str, row["clients"]))
-                axes.axvline(row["round"], color="0.6", linewidth=1)
-                axes.annotate(f" forget {asked}", (row["round"], 0.02), fontsize=8, color="0.35")
+        for who, points in _curves(rows, measure).items():
+            axes.plot(*zip(*points, strict=True), label=who, color=colours[who], marker="o", markersize=3)
+        for row in requests:
+            axes.axvline(row["round"], color="0.6", linewidth=1)
+            text = f"forget {', '.join(map(str, row['clients']))} "
+            axes.annotate(text, (row["round"], 1), fontsize=8, color="0.35", ha="right", va="top")
         axes.set(ylim=(-0.02, 1.02), ylabel=f"{measure.replace('_id', '-ID')} accuracy")
         axes.grid(alpha=0.25)
-        if curves:
-            axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="upper left", fontsize=8)
     axes.set_xlabel("round")
     return figure
 
 
-def _points(row: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+def _curves(rows: list[dict[str, Any]], measure: str) -> dict[str, list[tuple[int, float]]]:
+    """Points (round, accuracy) of the others, of the test set and of every client that left, before and after it did."""
+    left = [str(client) for row in rows if row["kind"] == "forget" for client in row["clients"]]
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for round_, scores in (moment for row in rows for moment in _moments(row)):
+        groups = {"others": scores["others"]} | ({"test": scores["test"]} if measure == "class" else {})
+        everybody = scores["staying"] | scores["forgotten"]
+        groups |= {f"client {client}": everybody[client] for client in left if client in everybody}
+        for who, accuracies in groups.items():
+            curves.setdefault(who, []).append((round_, accuracies[measure]))
+    return curves
+
+
+def _moments(row: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     if row["kind"] == "forget":
         return [(row["round"], row["before"]), (row["completed_round"], row["after"])]
     return [(row["round"], row)] if "test" in row else []

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fedunlearn.evaluate import Counts, autocast, count
-from fedunlearn.fisher import Batch
 from fedunlearn.losses import multi_task_loss
+from fedunlearn.model import Batch
 
 SCHEDULES = ("steps", "cosine", "constant")
 

@@ -9,8 +9,7 @@ from fedunlearn import config as configuration
 from fedunlearn import datasets, partition
 from fedunlearn.batches import batches
 from fedunlearn.evaluate import Counts, evaluate
-from fedunlearn.fisher import Batch
-from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.model import Batch, TwoHeadResNet18
 from fedunlearn.train import generator_of
 
 NOBODY = -1

@@ -24,6 +24,7 @@ from strategies.federation import Answer, Federation, NoAnswerError
 from strategies.ordered_grid import OrderedGrid
 
 Scores = dict[str, Any]
+MOST_LISTED = 100  # clients whose own scores are kept every round
 
 
 class SubsetUnlearning(FedAvg):
@@ -229,7 +230,9 @@ class SubsetUnlearning(FedAvg):
     def _scores(self, others: Answer, leaving: Iterable[int] = ()) -> Scores:
         torch.set_num_threads(self.config.train.threads)
         forgotten = sorted({*leaving, *self.run.ledger.clients_in(FORGOTTEN)})
+        each = others.counts if len(others.counts) <= MOST_LISTED else {}
         return {
+            "staying": {str(client): _accuracies(counts) for client, counts in each.items()},
             "forgotten": {str(client): _accuracies(self.worker.evaluate(client)) for client in forgotten},
             "others": _accuracies(others.total),
             "test": _accuracies(self.worker.evaluate_test()),

@@ -39,6 +39,7 @@ def test_overrides_of_all_kinds():
         ("forget.schedule={999:[1]}", r"round 999 is not in 1\.\."),
         ("forget.schedule={3:[]}", "no client to forget"),
         ("run=../elsewhere", "is no name"),
+        ("unlearn.head=client model.client_head=false", "unlearn.head=client needs model.client_head=true"),
     ],
 )
 @pytest.mark.parametrize("app", ["digits", "cifar10"])
@@ -58,11 +59,12 @@ def test_scale_auto_is_laptop_without_a_gpu_and_full_with_one(monkeypatch):
     assert config.compose(conf, "scale=laptop model.width=32").model.width == 32
 
 
-def test_the_papers_full_size():
+def test_the_papers_values_are_the_defaults():
+    loss = asdict(config.Config().loss)
+    paper = {"class_weight": 1, "client_weight": 1, "disentangle_weight": 0.1, "pull": 1, "push": 1, "margin": 1}
+    assert paper.items() <= loss.items()
     composed = config.compose(REPOSITORY / "simulations/cifar100/conf", "scale=full")
     assert (composed.rounds, composed.model.width, composed.data.limit) == (200, 64, 0)
-    paper = {"class_weight": 1, "client_weight": 1, "disentangle_weight": 0.1, "pull": 1, "push": 1, "margin": 1}
-    assert paper.items() <= asdict(composed.loss).items()
     assert composed.loss.warmup * composed.rounds == 20
 
 

@@ -21,10 +21,11 @@ def test_head_sizes_at_the_papers_width(head, size, hidden):
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_shapes(norm, channels):
-    model = TwoHeadResNet18(7, 4, width=8, norm=norm, channels=channels)
+@pytest.mark.parametrize("width", [8, 11])
+def test_shapes(norm, channels, width):
+    model = TwoHeadResNet18(7, 4, width=width, norm=norm, channels=channels)
     out = model(torch.randn(5, channels, 8, 8))
-    assert (out.class_logits.shape, out.client_logits.shape, out.embedding.shape) == ((5, 7), (5, 4), (5, 32))
+    assert (out.class_logits.shape, out.client_logits.shape, out.embedding.shape) == ((5, 7), (5, 4), (5, 4 * width))
 
 
 def test_resolution_is_halved_three_times():
