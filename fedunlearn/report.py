@@ -121,7 +121,7 @@ def accuracy_figure(rows: list[dict[str, Any]]) -> "Figure":
 
 
 def _curves(rows: list[dict[str, Any]], measure: str) -> dict[str, list[tuple[int, float]]]:
-    """Points (round, accuracy) of the others, of the test set and of every client that left, before and after it did."""
+    """(round, accuracy) of the others, of the test set, and of every client that left, before it did and after."""
     left = [str(client) for row in rows if row["kind"] == "forget" for client in row["clients"]]
     curves: dict[str, list[tuple[int, float]]] = {}
     for round_, scores in (moment for row in rows for moment in _moments(row)):

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedunlearn import report
+from fedunlearn import report, retrying_actor
 from fedunlearn.config import Config, compose, settings, split_overrides, state_home
 from fedunlearn.errors import UserError
 from fedunlearn.runs import Run, open_run, runs_folder, stored_config
@@ -20,18 +20,6 @@ from strategies.subset_unlearning import SubsetUnlearning
 def log(line: str) -> None:
     """Print at once, so that a streamed log keeps pace."""
     print(line, flush=True)
-
-
-def outlive_workers() -> None:
-    """Have Ray restart a Flower worker that dies and repeat what it was doing, up to two times.
-
-    Flower 1.41 puts a dead actor back into its pool, where it answers every further message with an error at once.
-    What a worker does depends on its message alone, so that repeating it gives the same reply. Ray takes these options
-    only where an actor is made, which is inside of Flower; hence the class's defaults.
-    """
-    from flwr.simulation.ray_transport.ray_actor import ClientAppActor
-
-    ClientAppActor._default_options |= {"max_restarts": -1, "max_task_retries": 2}
 
 
 class OneLine(logging.Filter):
@@ -46,7 +34,7 @@ class OneLine(logging.Filter):
 
 def server_app(conf: Path) -> ServerApp:
     """The ServerApp of the Hydra configuration folder `conf`; its run config has one string, `overrides`."""
-    outlive_workers()
+    retrying_actor.install()
     app = ServerApp()
 
     @app.main()
@@ -63,7 +51,7 @@ def server_app(conf: Path) -> ServerApp:
 
 def forget_app(config: Config) -> ServerApp:
     """The ServerApp that serves the open requests of an existing run, without any other training."""
-    outlive_workers()
+    retrying_actor.install()
     app = ServerApp()
 
     @app.main()

@@ -40,7 +40,7 @@ def workers(environment):
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            named = b"ray::ClientAppActor" in (process / "cmdline").read_bytes()
+            named = b"ray::RetryingActor" in (process / "cmdline").read_bytes()
             ours = environment["FLWR_HOME"].encode() in (process / "environ").read_bytes()
         except OSError:
             continue
