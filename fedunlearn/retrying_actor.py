@@ -8,13 +8,11 @@ depends on its message alone, so that repeating it changes nothing.
 from collections.abc import Callable
 
 import ray
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.simulation.ray_transport.ray_actor import VirtualClientEngineActor
 
 
-@ray.remote(max_restarts=-1)
+@ray.remote(max_restarts=-1, max_task_retries=2)
 class RetryingActor(VirtualClientEngineActor):
     """Flower's `ClientAppActor` with restarts and retries."""
 
@@ -23,12 +21,10 @@ class RetryingActor(VirtualClientEngineActor):
         if on_actor_init_fn:
             on_actor_init_fn()
 
-    @ray.method(max_task_retries=2)
-    def run(
-        self, client_app_fn: Callable[[], ClientApp], message: Message, cid: str, context: Context
-    ) -> tuple[str, Message, Context]:
+    @ray.method(max_task_retries=0)  # an exit that is wanted is no failure
+    def terminate(self) -> None:
         """As Flower's."""
-        return super().run(client_app_fn, message, cid, context)
+        super().terminate()
 
 
 def install() -> None:
