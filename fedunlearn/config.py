@@ -96,8 +96,10 @@ class Loss:
 class Unlearn:
     """What a forget request does (Eq. 8-9)."""
 
-    alpha: float = number(10.0, 0, INF, "selection threshold; inf selects nothing (SSD's published default: 10)")
-    lambda_: float = number(1.0, 0, INF, "dampening strength; 0 zeroes what is selected (SSD's: 1)")
+    alpha: float = number(
+        2.0, 0, INF, "selection threshold; at N/n_f of the leaving clients and above nothing is selected"
+    )
+    lambda_: float = number(1.0, 0, INF, "dampening strength; 0 zeroes what is selected")
     exponent: float = number(1.0, 0, 100, "power of the dampening factor")
     head: str = choice("class", fisher.HEADS, "whose loss the Fisher is of")
     estimator: str = choice("per_example", fisher.ESTIMATORS, "of the Fisher")

@@ -40,6 +40,12 @@ def dampen(
     return {name: dampened(name, theta) for name, theta in params.items()}
 
 
+def largest_alpha(examples: int, forget_examples: int) -> float:
+    """N / n_f: no F_f,i / F_D,i is above it, since F_D contains the forget set's share of F_f; SSD's usual alpha = 10
+    therefore selects nothing of a client that owns a tenth of the data."""
+    return examples / forget_examples
+
+
 def selected_share(fisher_full: dict[str, Tensor], fisher_forget: dict[str, Tensor], *, alpha: float) -> float:
     """|S| / number of parameters, with S = {i: F_f,i > alpha F_D,i} (Eq. 8)."""
     selected = sum(int((fisher_forget[name] > alpha * full).sum()) for name, full in fisher_full.items())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedunlearn import unlearn
 from fedunlearn.config import to_json
-from fedunlearn.dampening import selected_share
+from fedunlearn.dampening import largest_alpha, selected_share
 from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
 from fedunlearn.runs import Run
@@ -209,6 +209,12 @@ class SubsetUnlearning(FedAvg):
         if not retain.counts:
             raise NoAnswerError("no retained client answered the Fisher query")
         n_forget, n_retain, device = forget.total.examples, retain.total.examples, self.worker.device
+        limit = largest_alpha(n_retain + n_forget, n_forget)
+        if self.config.unlearn.alpha >= limit:
+            self.log(
+                f"── unlearn.alpha={self.config.unlearn.alpha:g} selects nothing: for this forget set, of "
+                f"{n_forget} of {n_retain + n_forget} examples, take less than {limit:.2f}"
+            )
         full = {n: ((retain.sums[n] + forget.sums[n]) / (n_retain + n_forget)).to(device) for n in like}
         return full, {n: (total / n_forget).to(device) for n, total in forget.sums.items()}
 
@@ -282,6 +288,7 @@ def _forget_line(request: Request) -> str:
     ]
     rest = [f"{who} {before[who]['class']:.3f} → {after[who]['class']:.3f}" for who in ("others", "test")]
     where = f"forgotten after round {request.detail['round']} in {request.detail['seconds']:.1f} s"
+    where += f", {request.detail['selected']:.2%} of the weights dampened"
     return f"── request {request.id}, {where}  │  " + "  │  ".join([*forgotten, *rest])
 
 

@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from fedunlearn.dampening import dampen, selected_share
+from fedunlearn.dampening import dampen, largest_alpha, selected_share
 
 
 def case(seed=0):
@@ -71,6 +71,17 @@ def test_other_names_and_shapes_are_refused():
         dampen(theta, full, {"a": forget["a"]}, alpha=1, lambda_=1)
     with pytest.raises(ValueError, match=r"\[5, 4\], the parameter \[4, 5\]"):
         dampen(theta, full | {"a": full["a"].T}, forget, alpha=1, lambda_=1)
+
+
+def test_no_ratio_exceeds_the_largest_alpha():
+    g = torch.Generator().manual_seed(0)
+    retain, forget = torch.rand(1000, generator=g), torch.rand(1000, generator=g)
+    retain[:10] = 0  # weights that matter to the forget set alone
+    full = {"w": (90 * retain + 10 * forget) / 100}
+    limit = largest_alpha(100, 10)
+    assert limit == 10
+    assert selected_share(full, {"w": forget}, alpha=limit * 1.001) == 0
+    assert selected_share(full, {"w": forget}, alpha=limit * 0.999) == 0.01
 
 
 def test_selected_share():

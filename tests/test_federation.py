@@ -95,6 +95,13 @@ def test_the_federated_step_is_the_pooled_one(federate, head):
     assert_close(federate.state("forgets"), dict(worker.model.state_dict()), rtol=1e-4, atol=1e-5)
 
 
+def test_a_threshold_that_can_select_nothing_is_reported_with_the_largest_that_can(federate, capsys):
+    federate("rounds=1 forget.schedule={1:[0]} unlearn.alpha=100")
+    owned = federate.worker().examples(0)
+    assert f"of {owned} of 120 examples, take less than {120 / owned:.2f}" in capsys.readouterr().out
+    assert federate.requests()[0].detail["selected"] == 0
+
+
 def test_several_requests_are_served_in_order_of_arrival(federate):
     federate("forget.schedule={1:[2],2:[0,3]}")
     first, second = federate.requests()
