@@ -40,6 +40,21 @@ def save(path: Path, state: dict[str, Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def read(path: Path, *, sha256: str | None = None) -> bytes:
+    """The bytes of `path`.
+
+    Raises:
+        UserError: the file is missing, or not the one of that SHA-256.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): restore the file, or start a new run") from error
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{path} was cut short or changed since it was written: restore the file, or start a new run")
+    return data
+
+
 def load(path: Path, model: nn.Module, *, sha256: str | None = None) -> None:
     """Load `path` into `model`.
 
@@ -47,12 +62,9 @@ def load(path: Path, model: nn.Module, *, sha256: str | None = None) -> None:
         UserError: the file is missing, cut short, changed since it was written, or of another model.
     """
     try:
-        data = path.read_bytes()
-        state = parse_tensors(data)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read, it is missing or cut short ({error}): start a new run") from error
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} is not what the ledger says was written: start a new run, or restore the file")
+        state = parse_tensors(read(path, sha256=sha256))
+    except SafetensorError as error:
+        raise UserError(f"{path} was cut short ({error}): restore the file, or start a new run") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:

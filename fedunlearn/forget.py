@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from fedunlearn import checkpoint
 from fedunlearn.config import check_clients, state_home
 from fedunlearn.errors import UserError
 from fedunlearn.ledger import OPEN, Ledger, Request, State
@@ -65,8 +66,8 @@ def forget(folder: Path, ledger: Ledger, options: argparse.Namespace) -> int:
     count = stored_config(folder).clients
     clients = [whole_number(client, count) for client in options.client]
     check_clients(clients, count)
-    if ledger.head() is None and not is_live(folder):
-        raise UserError(f'run {folder.name} has no checkpoint yet: start it again with overrides="run={folder.name}"')
+    if not is_live(folder):
+        check_checkpoint(folder, ledger)
     requests = ledger.file(clients)
     if any(request.state in OPEN for request in requests):
         if taken_by_live_run(folder, ledger):
@@ -93,6 +94,14 @@ def find_run(home: Path, name: str | None) -> Path:
         unfinished = names(newest_first)
         raise UserError(f"no run in {runs_folder(home)} is live or finished: name one with --run ({unfinished})")
     raise UserError(f"no run in {runs_folder(home)}: start one with 'flwr run simulations/digits'")
+
+
+def check_checkpoint(folder: Path, ledger: Ledger) -> None:
+    """Raise UserError unless there is a sound checkpoint to forget from."""
+    head = ledger.head()
+    if head is None:
+        raise UserError(f'run {folder.name} has no checkpoint yet: start it again with overrides="run={folder.name}"')
+    checkpoint.read(folder / "checkpoints" / head.checkpoint, sha256=head.sha256)
 
 
 def is_finished(folder: Path) -> bool:

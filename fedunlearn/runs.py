@@ -30,6 +30,11 @@ class Run:
     config: Config
     ledger: Ledger
 
+    @classmethod
+    def opened(cls, folder: Path) -> "Run":
+        """The run that lies in `folder`, to look at: somebody else may hold it."""
+        return cls(folder, stored_config(folder), Ledger(folder / "ledger.sqlite"))
+
     @property
     def name(self) -> str:
         """The folder's name."""

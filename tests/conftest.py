@@ -6,8 +6,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedunlearn import config as configuration
-from fedunlearn.ledger import Ledger
-from fedunlearn.runs import Run, stored_config
+from fedunlearn.runs import Run
 from fedunlearn.server_app import server_app
 from fedunlearn.worker import Worker
 from local_grid import LocalGrid
@@ -45,8 +44,7 @@ class Federate:
 
     def run(self, name: str = "test") -> Run:
         """The run as it lies on disk, not held."""
-        folder = self.folder(name)
-        return Run(folder, stored_config(folder), Ledger(folder / "ledger.sqlite"))
+        return Run.opened(self.folder(name))
 
     def state(self, name: str = "test") -> dict:
         """The current checkpoint's tensors."""

@@ -21,19 +21,19 @@ def test_a_checkpoint_cut_short_is_named(tmp_path, left):
     model, path = TwoHeadResNet18(3, 4, width=8), tmp_path / "model.safetensors"
     checkpoint.save(path, model.state_dict())
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(UserError, match="missing or cut short"):
+    with pytest.raises(UserError, match="was cut short"):
         checkpoint.load(path, model)
 
 
 def test_a_missing_changed_or_foreign_checkpoint_is_named(tmp_path):
     model, path = TwoHeadResNet18(3, 4, width=8), tmp_path / "model.safetensors"
-    with pytest.raises(UserError, match="missing or cut short"):
+    with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load(path, model)
     sha256 = checkpoint.save(path, model.state_dict())
     with pytest.raises(UserError, match=r"class_head.hidden.bias is \(16,\) there, \(32,\) in this run's model"):
         checkpoint.load(path, TwoHeadResNet18(3, 4, width=16), sha256=sha256)
     checkpoint.save(path, TwoHeadResNet18(3, 4, width=8).state_dict())
-    with pytest.raises(UserError, match="not what the ledger says"):
+    with pytest.raises(UserError, match="cut short or changed since it was written"):
         checkpoint.load(path, model, sha256=sha256)
 
 

@@ -92,6 +92,15 @@ def test_the_live_run_comes_first_then_the_newest_finished_one(federate):
     assert forget.find_run(federate.home, "three").name == "three"
 
 
+def test_a_damaged_checkpoint_is_named_before_anything_is_filed(federate, capsys):
+    federate("rounds=1")
+    (file,) = (federate.folder() / "checkpoints").iterdir()
+    file.write_bytes(file.read_bytes()[:-7])
+    assert forget.main(["--client", "3"]) == 2
+    assert "was cut short or changed since it was written" in capsys.readouterr().err
+    assert federate.requests() == []
+
+
 def test_without_a_live_run_the_request_is_served_in_a_flower_simulation(federate):
     """Ray and all, in a process of its own: the same weights as from a request that was served while training."""
     federate("rounds=2 forget.schedule={2:[1,3]} run=live")
