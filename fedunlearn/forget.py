@@ -70,7 +70,7 @@ def forget(folder: Path, ledger: Ledger, options: argparse.Namespace) -> int:
         check_checkpoint(folder, ledger)
     requests = ledger.file(clients)
     if any(request.state in OPEN for request in requests):
-        if taken_by_live_run(folder, ledger):
+        if taken_by_live_run(folder, ledger, options):
             if not options.wait:
                 tell(options, f"run {folder.name} takes the request at its next round boundary")
                 return show(requests, options.json)
@@ -114,13 +114,17 @@ def is_finished(folder: Path) -> bool:
     return head is not None and head.round >= stored_config(folder).rounds
 
 
-def taken_by_live_run(folder: Path, ledger: Ledger) -> bool:
-    """Whether a process holds the run and will look at its ledger again."""
+def taken_by_live_run(folder: Path, ledger: Ledger, options: argparse.Namespace) -> bool:
+    """Whether a process holds the run and will look at its ledger again; one that will not is waited for."""
+    told = False
     while is_live(folder):
         head = ledger.head()
         if head is None or not head.finished:
             return True
-        time.sleep(POLL_SECONDS)  # it is writing its report and will let go
+        if not told:
+            tell(options, f"run {folder.name} is closing: waiting until it lets go")
+            told = True
+        time.sleep(POLL_SECONDS)
     return False
 
 

@@ -94,7 +94,6 @@ class Ledger:
             number = self._db.execute(
                 "INSERT INTO requests (clients, state, received_at, detail) VALUES (?, ?, ?, ?)", row
             ).lastrowid
-            self._db.execute("UPDATE head SET finished = 0")
             self._record(request=f"r{number}", state=State.RECEIVED, clients=rest)
             return [*earlier, self.request(f"r{number}")]
 
@@ -134,7 +133,10 @@ class Ledger:
         return row and Head(*row[:3], finished=bool(row[3]))
 
     def finish(self) -> bool:
-        """Mark the run as finished, unless a request is open; returns whether it is."""
+        """Mark the run as finished, unless a request is open; returns whether it is.
+
+        A request that is filed later finds the mark, and knows that this process will not look again.
+        """
         with self._transaction():
             if any(request.state in OPEN for request in self.requests()):
                 return False

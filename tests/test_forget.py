@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 
 from fedunlearn import forget
 from fedunlearn.ledger import Ledger, State
@@ -73,9 +74,24 @@ def test_a_live_run_takes_the_request_at_its_next_round_boundary(federate, capsy
     assert "r1  COMPLETED    clients 3  after round 1" in out
 
 
+def test_a_run_that_has_closed_its_ledger_is_waited_for_and_then_served(federate, capsys, monkeypatch):
+    federate("rounds=1")
+    served = []
+    monkeypatch.setattr(forget, "serve", lambda folder, options: served.append(forget.is_live(folder)))
+    with hold(federate.folder()):
+        command = threading.Thread(target=forget.main, args=(["--client", "3"],))
+        command.start()
+        while "is closing: waiting" not in capsys.readouterr().out:
+            assert command.is_alive()
+            time.sleep(0.05)
+        assert served == []
+    command.join(timeout=30)
+    assert served == [False]
+
+
 def test_waiting_for_a_run_that_stops_says_how_to_go_on(federate, capsys, monkeypatch):
     federate("rounds=1")
-    monkeypatch.setattr(forget, "taken_by_live_run", lambda folder, ledger: True)
+    monkeypatch.setattr(forget, "taken_by_live_run", lambda *args: True)
     assert forget.main(["--client", "3", "--wait"]) == 2
     assert 'resume it with overrides="run=test"' in capsys.readouterr().err
 

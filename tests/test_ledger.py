@@ -61,7 +61,9 @@ def test_a_run_finishes_only_without_open_requests(ledger):
     ledger.advance(request, State.COMPLETED)
     assert ledger.finish()
     assert ledger.head().finished
-    ledger.file([4])
+    (later,) = ledger.file([4])
+    assert ledger.head().finished  # whoever files now sees that nobody will look again
+    ledger.commit(1, "one-r2", "12", request=later)
     assert not ledger.head().finished
 
 
