@@ -92,7 +92,7 @@ def moments(message: Message, context: Context) -> Message:
     task, worker, _ = prepare(message)
     sums: dict[str, Tensor] = {}
     for client in task.clients:
-        wire.add_to(sums, batch_moments(worker.model, (images for images, _, _ in worker.batches(client))))
+        wire.add_to(sums, batch_moments(worker.model, worker.shuffled_images(client, task.round)))
     return wire.reply(message, sums, {c: Counts(worker.examples(c)) for c in task.clients})
 
 

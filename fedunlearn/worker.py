@@ -25,7 +25,9 @@ class Worker:
         self.slices = slices_of(config, self.dataset)
         self.model = model_of(config, self.dataset).to(self.device, memory_format=torch.channels_last)
 
-    def batches(self, client: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+    def batches(
+        self, client: int, generator: torch.Generator | None = None, *, augment: bool = True
+    ) -> Iterator[Batch]:
         """The client's examples once: shuffled and augmented with a generator, else in order and as they are."""
         train = self.config.train
         return batches(
@@ -35,9 +37,14 @@ class Worker:
             batch_size=train.batch_size,
             device=self.device,
             generator=generator,
-            crop_padding=train.crop_padding,
-            flip=train.flip,
+            crop_padding=train.crop_padding if augment else 0,
+            flip=train.flip and augment,
         )
+
+    def shuffled_images(self, client: int, round_: int) -> Iterator[torch.Tensor]:
+        """The client's images once, as they are, in batches of mixed classes: stored order is by class."""
+        generator = generator_of(self.config.seed, round_, client)
+        return (images for images, _, _ in self.batches(client, generator, augment=False))
 
     def examples(self, client: int) -> int:
         """How many examples the client has."""

@@ -89,10 +89,26 @@ def test_the_federated_step_is_the_pooled_one(federate, head):
     full = diagonal_fisher(worker.model, [b for c in range(4) for b in of[c]], head=head)
     forget = diagonal_fisher(worker.model, [*of[0], *of[2]], head=head)
     unlearn.step(worker.model, full, forget, [0, 2], alpha=2, lambda_=0.5)
-    moments = unlearn.batch_moments(worker.model, [b[0] for c in (1, 3) for b in of[c]])
+    moments = unlearn.batch_moments(worker.model, [b for c in (1, 3) for b in worker.shuffled_images(c, 1)])
     unlearn.recalibrate(worker.model, moments)
     assert not equal(dict(worker.model.state_dict()), before)
     assert_close(federate.state("forgets"), dict(worker.model.state_dict()), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_sees_batches_of_mixed_classes(federate):
+    worker = federate.worker("data.limit=0 partition.kind=iid")
+    images = torch.cat([images for _, _, images in _labelled(worker)])
+    labels = torch.cat([labels for labels, _, _ in _labelled(worker)])
+    assert torch.unique_consecutive(labels).numel() == 10  # the client's own order is by class
+    for shuffled in worker.shuffled_images(0, round_=1):
+        classes = {int(labels[(images == image).flatten(1).all(1)][0]) for image in shuffled}
+        assert len(classes) > 4
+
+
+def _labelled(worker):
+    order = np.argsort(worker.dataset.train.labels[worker.slices[0]], kind="stable")
+    worker.slices[0] = worker.slices[0][order]
+    return [(labels, clients, images) for images, labels, clients in worker.batches(0)]
 
 
 def test_a_threshold_that_can_select_nothing_is_reported_with_the_largest_that_can(federate, capsys):
