@@ -42,7 +42,7 @@ def train(message: Message, context: Context) -> Message:
     """Train every client from the broadcast model; reply with the sum of n_c times its weights."""
     task, worker, state = prepare(message)
     settings, loss = worker.config.train, worker.config.loss
-    progress = (task.round - 1) / worker.config.rounds
+    progress = min(task.round - 1, worker.config.rounds - 1) / worker.config.rounds
     weights = {
         name: value for name, _, value in configuration.settings(loss) if name != "warmup"
     }  # the rest are arguments of the loss

@@ -134,7 +134,7 @@ class Config:
     fraction: float = number(1.0, 0, 1, "share of the clients that train in a round (at least one)")
     evaluate_every: int = number(1, 1, 10**6, "rounds between evaluations (always after the last and around a request)")
     window: int = number(8, 1, 10**6, "messages in flight at once")
-    timeout: float = number(600, 0.1, 10**6, "seconds without any reply after which silent nodes are left out")
+    timeout: float = number(3600, 0.1, 10**6, "seconds without any reply after which silent nodes are left out")
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
     model: Model = field(default_factory=Model)
@@ -192,8 +192,8 @@ def check(config: Config) -> Config:
         options = declared.metadata.get("options")
         if options and value not in options:
             raise UserError(f"{name}={value} is not one of {', '.join(options)}")
-    if config.run and not re.fullmatch(r"[\w.-]+", config.run):
-        raise UserError(f"run={config.run!r} is no name: letters, digits, '.', '_' and '-' only")
+    if config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
+        raise UserError(f"run={config.run!r} is no name: a letter or digit, then also '.', '_' and '-'")
     if config.unlearn.head == "client" and not config.model.client_head:
         raise UserError("unlearn.head=client needs model.client_head=true")
     for round_, clients in config.forget.schedule.items():

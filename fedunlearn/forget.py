@@ -17,7 +17,7 @@ from fedunlearn import checkpoint
 from fedunlearn.config import check_clients, state_home
 from fedunlearn.errors import UserError
 from fedunlearn.ledger import OPEN, Ledger, Request, State
-from fedunlearn.runs import all_runs, is_live, runs_folder, stored_config
+from fedunlearn.runs import HeldError, all_runs, is_live, runs_folder, stored_config
 
 POLL_SECONDS = 0.5
 
@@ -66,9 +66,12 @@ def forget(folder: Path, ledger: Ledger, options: argparse.Namespace) -> int:
     count = stored_config(folder).clients
     clients = [whole_number(client, count) for client in options.client]
     check_clients(clients, count)
-    if not is_live(folder):
+    check_resources(options)
+    live = is_live(folder)
+    if not live:
         check_checkpoint(folder, ledger)
-    requests = ledger.file(clients)
+    head = ledger.head()
+    requests = ledger.file(clients, not_before=head.round + 1 if live and head else 0)
     if any(request.state in OPEN for request in requests):
         if taken_by_live_run(folder, ledger, options):
             if not options.wait:
@@ -76,7 +79,10 @@ def forget(folder: Path, ledger: Ledger, options: argparse.Namespace) -> int:
                 return show(requests, options.json)
             follow(folder, ledger, requests, options)
         else:
-            serve(folder, options)
+            try:
+                serve(folder, options)
+            except HeldError:  # another command came first, and serves all open requests
+                follow(folder, ledger, requests, options)
     return show([ledger.request(request.id) for request in requests], options.json)
 
 
@@ -94,6 +100,17 @@ def find_run(home: Path, name: str | None) -> Path:
         unfinished = names(newest_first)
         raise UserError(f"no run in {runs_folder(home)} is live or finished: name one with --run ({unfinished})")
     raise UserError(f"no run in {runs_folder(home)}: start one with 'flwr run simulations/digits'")
+
+
+def check_resources(options: argparse.Namespace) -> None:
+    """Raise UserError for nodes or GPU shares that no simulation can have."""
+    if options.nodes < 1:
+        raise UserError(f"--nodes {options.nodes} is too few: a simulation has at least 1")
+    if options.gpus:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(f"--gpus {options.gpus:g}: there is no GPU here, leave it out")
 
 
 def check_checkpoint(folder: Path, ledger: Ledger) -> None:

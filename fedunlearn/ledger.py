@@ -28,6 +28,7 @@ class State(StrEnum):
 
 
 OPEN = (State.RECEIVED, State.COLLECTING, State.APPLIED, State.RECOVERING)
+FAILED = (State.REFUSED, State.QUARANTINED)
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
 
@@ -79,18 +80,19 @@ class Ledger:
         """Close the connection."""
         self._db.close()
 
-    def file(self, clients: Iterable[int]) -> list[Request]:
-        """Ask for `clients` to be forgotten together.
+    def file(self, clients: Iterable[int], *, not_before: int = 0) -> list[Request]:
+        """Ask for `clients` to be forgotten together, after round `not_before` at the earliest.
 
-        Returns the earlier requests that cover some of them (refused ones do not), then a new one for the rest.
+        Returns the earlier requests that cover some of them (refused ones and those set aside do not), then a new one
+        for the rest.
         """
         with self._transaction():
             wanted = sorted(set(clients))
-            earlier = [r for r in self.requests() if r.state != State.REFUSED and set(r.clients) & set(wanted)]
+            earlier = [r for r in self.requests() if r.state not in FAILED and set(r.clients) & set(wanted)]
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
             if not rest:
                 return earlier
-            row = (json.dumps(rest), State.RECEIVED, _now(), "{}")
+            row = (json.dumps(rest), State.RECEIVED, _now(), json.dumps({"not_before": not_before}))
             number = self._db.execute(
                 "INSERT INTO requests (clients, state, received_at, detail) VALUES (?, ?, ?, ?)", row
             ).lastrowid

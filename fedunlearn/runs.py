@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,12 @@ from fedunlearn.config import Config, from_json, settings, state_home, to_json
 from fedunlearn.errors import UserError
 from fedunlearn.ledger import Ledger, Request
 
+OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
 PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
+
+
+class HeldError(UserError):
+    """Another process holds the run."""
 
 
 @dataclass
@@ -48,9 +53,7 @@ class Run:
         name = f"round-{round_:05d}{f'-{request.id}' if request else ''}.safetensors"
         sha256 = checkpoint.save(self.folder / "checkpoints" / name, model.state_dict())
         request = self.ledger.commit(round_, name, sha256, request=request, **detail)
-        for file in (self.folder / "checkpoints").iterdir():
-            if file.name != name:
-                file.unlink()
+        self._delete_all_but(name)
         return request
 
     def restore(self, model: nn.Module) -> int:
@@ -60,6 +63,11 @@ class Run:
             return 0
         checkpoint.load(self.folder / "checkpoints" / head.checkpoint, model, sha256=head.sha256)
         return head.round
+
+    def _delete_all_but(self, name: str) -> None:
+        for file in (self.folder / "checkpoints").iterdir():
+            if file.name != name:
+                file.unlink()
 
     def record(self, kind: str, **row: Any) -> None:
         """Append a row to `metrics.jsonl`; a row of the same kind, round and request replaces an earlier one."""
@@ -110,13 +118,17 @@ def open_run(config: Config, *, fingerprint: str, asked: dict[str, Any] | None =
         stored, data = stored_config(folder), json.loads(about.read_text())["data"]
         values = {name: value for name, _, value in settings(stored)}
         for name, value in (asked or {}).items():
-            if values[name] != value:
+            if values[name] != value and name not in OPERATIONAL:
                 raise UserError(f"run {folder.name} has {name}={values[name]}, not {value}: use another run name")
         if data != fingerprint:
             raise UserError(f"run {folder.name} was trained on other data ({data[:12]}, now {fingerprint[:12]})")
+        operational = {name: value for name, value in (asked or {}).items() if name in OPERATIONAL}
         ledger = Ledger(folder / "ledger.sqlite")
         try:
-            yield Run(folder, stored, ledger)
+            run = Run(folder, replace(stored, home=config.home, **operational), ledger)
+            if head := ledger.head():
+                run._delete_all_but(head.checkpoint)
+            yield run
         finally:
             ledger.close()
 
@@ -142,12 +154,12 @@ def hold(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which dies with the process.
 
     Raises:
-        UserError: another process has it.
+        HeldError: another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as file:
         if not _lock(file, fcntl.LOCK_EX):
-            raise UserError(f"run {folder.name} is held by process {holder(folder)}: wait for it, or end it")
+            raise HeldError(f"run {folder.name} is held by process {holder(folder)}: wait for it, or end it")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -42,7 +42,6 @@ def server_app(conf: Path) -> ServerApp:
         logging.getLogger("flwr").addFilter(OneLine())
         overrides = str(context.run_config.get("overrides", ""))
         config = compose(conf, overrides)
-        log(_scale_line(config, conf))
         with _open(config, _asked(overrides, config)) as run:
             train(grid, run)
 
@@ -57,13 +56,14 @@ def forget_app(config: Config) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         with _open(config, {}) as run:
-            carry_out(grid, run, rounds=config.unlearn.recovery_rounds)
+            carry_out(grid, run, rounds=0)
 
     return app
 
 
 def train(grid: Grid, run: Run) -> None:
     """Train the rounds that are missing, forget what is asked, write the report and print the summary."""
+    log(_scale_line(run.config))
     head = run.ledger.head()
     if head is not None and head.round > 0:
         log(f"run {run.name} goes on after round {head.round} of {run.config.rounds} ({run.folder})")
@@ -73,9 +73,9 @@ def train(grid: Grid, run: Run) -> None:
 
 
 def carry_out(grid: Grid, run: Run, *, rounds: int) -> None:
-    """Train `rounds` rounds (none below 1), serve all requests, write the report."""
+    """Train `rounds` rounds, or more where a request has still to recover; serve all requests, write the report."""
     strategy = SubsetUnlearning(run, Worker(run.config), log=log)
-    strategy.start(grid, max(rounds, 0))
+    strategy.start(grid, max(rounds, strategy.recovery_left()))
     page = report.write(run, strategy.worker)
     log(report.summary(run))
     log(f"report: {page}")
@@ -94,7 +94,7 @@ def _asked(overrides: str, config: Config) -> dict[str, Any]:
     return {name: value for name, _, value in settings(config) if name in names}
 
 
-def _scale_line(config: Config, conf: Path) -> str:
+def _scale_line(config: Config) -> str:
     limit = f", {config.data.limit:,} images" if config.data.limit else ", all images"
     line = f"{config.data.name}: width {config.model.width}{limit}, {config.rounds} rounds of {config.clients} clients"
     if config.scale == "laptop":

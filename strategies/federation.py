@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedunlearn.errors import UserError
 from fedunlearn.evaluate import Counts
 from strategies import wire
 
@@ -57,7 +58,7 @@ class Federation:
         expected, deadline = 1, time.monotonic() + WAIT_SECONDS
         while len(found) < expected:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{len(found)} of {expected} nodes are connected after {WAIT_SECONDS} s")
+                raise UserError(f"{len(found)} of {expected} nodes are connected after {WAIT_SECONDS} s")
             known = {reply.metadata.src_node_id for reply in found.values()}
             unknown = [node for node in grid.get_node_ids() if node not in known]
             if not unknown:
@@ -66,7 +67,7 @@ class Federation:
             messages = [Message(content, node, "query.identify") for node in unknown]
             for message, reply in zip(messages, grid.send_and_receive(messages, timeout=self.timeout), strict=True):
                 if reply.has_error():
-                    raise RuntimeError(f"node {message.metadata.dst_node_id} does not work: {_reason(reply)}")
+                    raise UserError(f"node {message.metadata.dst_node_id} does not work: {_reason(reply)}")
                 metrics = reply.content["metrics"]
                 found[metrics["node"]] = reply
                 expected = metrics["nodes"]

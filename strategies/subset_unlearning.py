@@ -15,11 +15,12 @@ from torch import Tensor
 from fedunlearn import unlearn
 from fedunlearn.config import to_json
 from fedunlearn.dampening import largest_alpha, selected_share
+from fedunlearn.errors import UserError
 from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
 from fedunlearn.runs import Run
 from fedunlearn.worker import Worker
-from strategies import wire
+from strategies import lines, wire
 from strategies.federation import Answer, Federation, NoAnswerError
 from strategies.ordered_grid import OrderedGrid
 
@@ -87,7 +88,7 @@ class SubsetUnlearning(FedAvg):
         answer = self.federation.add_up(replies, wire.averaged(self.model.state_dict()))
         examples = sum(self.federation.examples[c] for c in answer.counts)
         if not examples:
-            raise RuntimeError(
+            raise UserError(
                 f"round {self.round}: no client answered; continue from round {self.round - 1} with "
                 f'overrides="run={self.run.name}"'
             )
@@ -117,7 +118,9 @@ class SubsetUnlearning(FedAvg):
         self._row["seconds"] = time.monotonic() - self._round_clock
         self.run.record("round", **self._row)
         self.run.commit(self.model, self.round)
-        self.log(self._progress_line())
+        done = self.round - self.started_at
+        left = (time.monotonic() - self._clock) / done * max(0, self.config.rounds - self.round)
+        self.log(lines.progress(self._row, rounds=self.config.rounds, seconds_left=left))
 
     # --- Forgetting ---------------------------------------------------------------------------------------------
 
@@ -129,10 +132,13 @@ class SubsetUnlearning(FedAvg):
 
     def serve_requests(self, grid: Grid, *, no_more_rounds: bool = False) -> None:
         """Carry every open request as far as it can be carried now, the oldest first."""
-        if scheduled := self.config.forget.schedule.get(self.round):
-            self.run.ledger.file(scheduled)
+        scheduled = set(self.config.forget.schedule.get(self.round, []))
+        asked = {client for request in self.run.ledger.requests() for client in request.clients}
+        if scheduled - asked:
+            self.run.ledger.file(scheduled - asked)
         for request in self.run.ledger.requests():
-            if request.state in OPEN:
+            # what was asked for during a round waits for that round's end, also where a crash repeats the round
+            if request.state in OPEN and (request.detail["not_before"] <= self.round or no_more_rounds):
                 self._serve(request, grid, no_more_rounds)
 
     def _serve(self, request: Request, grid: Grid, no_more_rounds: bool) -> None:
@@ -197,7 +203,7 @@ class SubsetUnlearning(FedAvg):
     def _complete(self, request: Request, grid: Grid) -> None:
         receipt = {"completed_round": self.round, "after": self.evaluate(grid)}
         self.run.record("forget", request=request.id, clients=request.clients, **request.detail, **receipt)
-        self.log(_forget_line(self.run.ledger.advance(request, State.COMPLETED, **receipt)))
+        self.log(lines.forgotten(self.run.ledger.advance(request, State.COMPLETED, **receipt)))
 
     def _fishers(self, leaving: list[int], grid: Grid) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """F_D over the retained and the leaving clients, F_f over the leaving ones; means over examples."""
@@ -226,6 +232,12 @@ class SubsetUnlearning(FedAvg):
                 raise NoAnswerError("no retained client answered the query for BatchNorm moments")
             unlearn.recalibrate(self.model, answer.sums)
 
+    def recovery_left(self) -> int:
+        """Rounds until the last open request has had its `unlearn.recovery_rounds`."""
+        open_requests = [request for request in self.run.ledger.requests() if request.state in OPEN]
+        recovered = [self.round - request.detail.get("round", self.round) for request in open_requests]
+        return max((self.config.unlearn.recovery_rounds - done for done in recovered), default=0)
+
     # --- Measuring ----------------------------------------------------------------------------------------------
 
     def evaluate(self, grid: Grid, *, forgotten: Iterable[int] = ()) -> Scores:
@@ -248,7 +260,7 @@ class SubsetUnlearning(FedAvg):
         """A share of the active clients that depends on the seed and the round alone."""
         active = self.active
         if not active:
-            raise RuntimeError(f"round {self.round}: no client has two examples or more")
+            raise UserError(f"round {self.round}: no client has two examples or more")
         size = max(1, math.ceil(self.config.fraction * len(active)))
         random = np.random.default_rng([self.config.seed, self.round])
         return sorted(random.choice(active, size, replace=False).tolist())
@@ -266,32 +278,6 @@ class SubsetUnlearning(FedAvg):
             if examples < 2:
                 self.log(f"client {client} has {examples} examples: it takes no part")
 
-    def _progress_line(self) -> str:
-        row, rounds = self._row, self.config.rounds
-        trained = f"loss {row['loss']:.3f}  class {row['class_accuracy']:.3f}  client-ID {row['client_accuracy']:.3f}"
-        tested = f"  test {row['test']['class']:.3f}" if "test" in row else ""
-        done = self.round - self.started_at
-        left = (time.monotonic() - self._clock) / done * max(0, rounds - self.round)
-        return f"round {self.round:>3}/{rounds}  {trained}{tested}  {row['seconds']:.1f} s  {_duration(left)} left"
-
 
 def _accuracies(counts: Counts) -> dict[str, float]:
     return {"class": counts.class_accuracy, "client_id": counts.client_accuracy, "examples": counts.examples}
-
-
-def _forget_line(request: Request) -> str:
-    before, after = request.detail["before"], request.detail["after"]
-    forgotten = [
-        f"client {c}: class {before['forgotten'][c]['class']:.3f} → {after['forgotten'][c]['class']:.3f}, client-ID "
-        f"{before['forgotten'][c]['client_id']:.3f} → {after['forgotten'][c]['client_id']:.3f}"
-        for c in map(str, request.clients)
-    ]
-    rest = [f"{who} {before[who]['class']:.3f} → {after[who]['class']:.3f}" for who in ("others", "test")]
-    where = f"forgotten after round {request.detail['round']} in {request.detail['seconds']:.1f} s"
-    where += f", {request.detail['selected']:.2%} of the weights dampened"
-    return f"── request {request.id}, {where}  │  " + "  │  ".join([*forgotten, *rest])
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

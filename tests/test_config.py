@@ -39,6 +39,7 @@ def test_overrides_of_all_kinds():
         ("forget.schedule={999:[1]}", r"round 999 is not in 1\.\."),
         ("forget.schedule={3:[]}", "no client to forget"),
         ("run=../elsewhere", "is no name"),
+        ("run=..", "is no name"),
         ("unlearn.head=client model.client_head=false", "unlearn.head=client needs model.client_head=true"),
     ],
 )

@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, Message
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from fedunlearn import unlearn
+from fedunlearn import forget, unlearn
 from fedunlearn.errors import UserError
 from fedunlearn.fisher import diagonal_fisher
 from fedunlearn.ledger import State
@@ -96,19 +96,16 @@ def test_the_federated_step_is_the_pooled_one(federate, head):
 
 
 def test_batch_norm_sees_batches_of_mixed_classes(federate):
-    worker = federate.worker("data.limit=0 partition.kind=iid")
-    images = torch.cat([images for _, _, images in _labelled(worker)])
-    labels = torch.cat([labels for labels, _, _ in _labelled(worker)])
-    assert torch.unique_consecutive(labels).numel() == 10  # the client's own order is by class
-    for shuffled in worker.shuffled_images(0, round_=1):
-        classes = {int(labels[(images == image).flatten(1).all(1)][0]) for image in shuffled}
-        assert len(classes) > 4
-
-
-def _labelled(worker):
-    order = np.argsort(worker.dataset.train.labels[worker.slices[0]], kind="stable")
-    worker.slices[0] = worker.slices[0][order]
-    return [(labels, clients, images) for images, labels, clients in worker.batches(0)]
+    worker = federate.worker("data.limit=0 partition.dirichlet_alpha=1000")
+    stored = [labels.unique().numel() for _, labels, _ in worker.batches(0)]
+    labels_of = {
+        tuple(image.flatten().tolist()): int(k) for x, y, _ in worker.batches(0) for image, k in zip(x, y, strict=True)
+    }
+    shuffled = [
+        len({labels_of[tuple(image.flatten().tolist())] for image in images}) for images in worker.shuffled_images(0, 1)
+    ]
+    assert max(stored) <= 4  # a client's images are stored by class
+    assert min(shuffled[:-1]) >= 5
 
 
 def test_a_threshold_that_can_select_nothing_is_reported_with_the_largest_that_can(federate, capsys):
@@ -227,7 +224,7 @@ def test_what_is_left_of_a_round_is_the_mean_of_those_who_answered(federate):
 def test_a_round_without_any_answer_ends_the_run_with_the_way_on(federate):
     grid = LocalGrid(1)
     broken(grid, failed, node=0, times=100)
-    with pytest.raises(RuntimeError, match=r'round 1: no client answered; .*overrides="run=test"'):
+    with pytest.raises(UserError, match=r'round 1: no client answered; .*overrides="run=test"'):
         federate(grid=grid)
     federate()
     assert federate.run().ledger.head().finished
@@ -307,6 +304,36 @@ def test_a_run_that_is_stopped_at_any_message_goes_on_to_the_same_weights(federa
             federate(f"{SCHEDULE} run={name}", grid=crash_at(LocalGrid(2), number))
         federate(f"run={name}")
         assert equal(federate.state(name), expected), f"stopped at message {number}"
+
+
+def test_a_request_that_came_in_a_round_that_is_repeated_still_waits_for_its_end(federate):
+    def asking(grid, run, stop):
+        def deliver(message):
+            task = wire.task_of(message)
+            if (message.metadata.message_type, task.round) == ("train", 2):
+                if not federate.requests(run):
+                    assert forget.main(["--client", "3", "--run", run]) == 0
+                elif stop:
+                    raise KeyboardInterrupt
+            return grid.call(message)
+
+        grid.deliver = deliver
+        return grid
+
+    federate("run=whole", grid=asking(LocalGrid(2), "whole", stop=False))
+    with pytest.raises(KeyboardInterrupt):
+        federate("run=stopped", grid=asking(LocalGrid(2), "stopped", stop=True))
+    federate("run=stopped")
+    assert federate.requests("stopped")[0].detail["round"] == 2
+    assert equal(federate.state("stopped"), federate.state("whole"))
+
+
+def test_what_a_crash_left_beside_the_checkpoint_is_deleted_and_the_timeout_may_change(federate):
+    federate("rounds=1")
+    for name in ("round-00000.safetensors", ".new-half-written"):
+        (federate.folder() / "checkpoints" / name).write_bytes(b"of a model that knew the client")
+    federate("rounds=1 timeout=7200")
+    assert [file.name for file in (federate.folder() / "checkpoints").iterdir()] == ["round-00001.safetensors"]
 
 
 @pytest.mark.parametrize("where", ["fedunlearn.checkpoint.save", "fedunlearn.ledger.Ledger.commit", "os.fsync"])

@@ -12,7 +12,8 @@ from fedunlearn.runs import hold
 from local_grid import LocalGrid
 
 
-def test_bad_input_gets_one_line_and_status_2(federate, capsys):
+def test_bad_input_gets_one_line_and_status_2(federate, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert forget.main(["--client", "3"]) == 2
     assert "start one with 'flwr run simulations/digits'" in capsys.readouterr().err
     federate("rounds=1")
@@ -24,6 +25,8 @@ def test_bad_input_gets_one_line_and_status_2(federate, capsys):
         (): "no client to forget: name one in 0..3",
         ("--client", "1", "--run", "other"): "no run other in",
         ("--status", "r9"): "run test has no request r9: there are none",
+        ("--client", "1", "--nodes", "0"): "--nodes 0 is too few",
+        ("--client", "1", "--gpus", "0.5"): "--gpus 0.5: there is no GPU here",
     }
     for arguments, message in cases.items():
         assert forget.main(list(arguments)) == 2

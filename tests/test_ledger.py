@@ -27,9 +27,10 @@ def test_one_request_for_two_and_only_the_rest_is_new(ledger):
     assert (earlier.clients, new.clients) == ([3, 5], [7])
 
 
-def test_a_refused_request_may_be_asked_again(ledger):
+@pytest.mark.parametrize("state", [State.REFUSED, State.QUARANTINED])
+def test_a_failed_request_may_be_asked_again(ledger, state):
     (request,) = ledger.file([3])
-    ledger.advance(request, State.REFUSED, reason="no client would be left")
+    ledger.advance(request, state, reason="no client would be left")
     (again,) = ledger.file([3])
     assert again.id == "r2"
 
@@ -39,7 +40,7 @@ def test_details_of_steps_add_up_to_the_receipt(ledger):
     ledger.advance(request, State.COLLECTING, attempts=1)
     ledger.commit(6, "a.safetensors", "00", request=request, round=6)
     request = ledger.advance(request, State.COMPLETED, after=0.5)
-    assert request.detail == {"attempts": 1, "round": 6, "after": 0.5}
+    assert request.detail == {"not_before": 0, "attempts": 1, "round": 6, "after": 0.5}
     assert ledger.clients_in([State.COMPLETED]) == [3]
 
 
