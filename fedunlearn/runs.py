@@ -107,7 +107,8 @@ def open_run(config: Config, *, fingerprint: str, asked: dict[str, Any] | None =
     Raises:
         UserError: another process holds the run, it has other settings than `asked`, or other data.
     """
-    folder = runs_folder(state_home(config.home)) / (config.run or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    config = replace(config, run=config.run or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = runs_folder(state_home(config.home)) / config.run
     with hold(folder):
         about = folder / "run.json"
         if not about.exists():

@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 
+from flwr.app import Context, RecordDict
+
 from fedunlearn import forget
 from fedunlearn.ledger import Ledger, State
 from fedunlearn.runs import hold
@@ -109,6 +111,20 @@ def test_the_live_run_comes_first_then_the_newest_finished_one(federate):
     with hold(federate.folder("one")):
         assert forget.find_run(federate.home, None).name == "one"
     assert forget.find_run(federate.home, "three").name == "three"
+
+
+def test_a_run_without_a_name_is_served_in_its_own_folder(federate, capsys, monkeypatch):
+    federate("rounds=1 run=''")
+    (folder,) = (federate.home / "runs").iterdir()
+
+    def serve_here(server_app, client_app, **options):
+        server_app(LocalGrid(options["num_supernodes"]), Context(1, 1, {}, RecordDict(), {}))
+
+    monkeypatch.setattr("flwr.simulation.run_simulation", serve_here)
+    assert forget.main(["--client", "3"]) == 0
+    assert list((federate.home / "runs").iterdir()) == [folder]
+    (request,) = federate.requests(folder.name)
+    assert request.state == State.COMPLETED
 
 
 def test_a_damaged_checkpoint_is_named_before_anything_is_filed(federate, capsys):
