@@ -1,6 +1,7 @@
 """The nodes behind a grid: who hosts whom, what they are sent, and the sums of what they answer."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from fedunlearn.evaluate import Counts
 from strategies import wire
 
 WAIT_SECONDS = 600
+ATTEMPTS = 3
 
 
 class NoAnswerError(Exception):
@@ -53,24 +55,33 @@ class Federation:
         self.gpu = False
 
     def identify(self, grid: Grid) -> None:
-        """Learn which node hosts which clients, waiting until all nodes of the federation are there."""
+        """Learn which node hosts which clients, waiting until all nodes of the federation are there.
+
+        A node that fails to say it three times is named in the log and left out.
+        """
         found: dict[int, Message] = {}
+        failures: Counter[int] = Counter()
         expected, deadline = 1, time.monotonic() + WAIT_SECONDS
-        while len(found) < expected:
+        while len(found) + sum(count == ATTEMPTS for count in failures.values()) < expected:
             if time.monotonic() > deadline:
                 raise UserError(f"{len(found)} of {expected} nodes are connected after {WAIT_SECONDS} s")
             known = {reply.metadata.src_node_id for reply in found.values()}
-            unknown = [node for node in grid.get_node_ids() if node not in known]
+            unknown = [node for node in grid.get_node_ids() if node not in known and failures[node] < ATTEMPTS]
             if not unknown:
                 time.sleep(0.1)
             content = wire.request(wire.Task(self._config, 0, []))
             messages = [Message(content, node, "query.identify") for node in unknown]
             for message, reply in zip(messages, grid.send_and_receive(messages, timeout=self.timeout), strict=True):
                 if reply.has_error():
-                    raise UserError(f"node {message.metadata.dst_node_id} does not work: {_reason(reply)}")
+                    node = message.metadata.dst_node_id
+                    failures[node] += 1
+                    self._log(f"node {node}, attempt {failures[node]} of {ATTEMPTS}: {_reason(reply)}")
+                    continue
                 metrics = reply.content["metrics"]
                 found[metrics["node"]] = reply
                 expected = metrics["nodes"]
+        if not found:
+            raise UserError("no node works: the reasons are in the log above")
         for _, reply in sorted(found.items()):
             metrics = reply.content["metrics"]
             self.nodes.append(reply.metadata.src_node_id)

@@ -158,7 +158,7 @@ class SubsetUnlearning(FedAvg):
 
     def _accept(self, request: Request) -> Request:
         examples = self.federation.examples
-        never_trained = [c for c in request.clients if examples[c] < 2]
+        never_trained = [c for c in request.clients if c in examples and examples[c] < 2]
         if never_trained:
             reason = f"client {never_trained[0]} has {examples[never_trained[0]]} examples and was never trained on"
         elif not set(self.active) - set(request.clients):

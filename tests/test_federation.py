@@ -197,6 +197,24 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize(("times", "clients"), [(2, [0, 1, 2, 3]), (3, [0, 2])])
+def test_a_node_that_does_not_say_whom_it_hosts_is_asked_three_times(federate, capsys, times, clients):
+    grid = LocalGrid(2)
+    broken(grid, failed, kind="query.identify", times=times)
+    federate("rounds=1 forget.schedule={1:[3]} unlearn.attempts=1", grid=grid)
+    assert f"attempt {times} of 3: out of memory" in capsys.readouterr().out
+    assert federate.run().metrics()[0]["clients"] == clients
+    expected = State.COMPLETED if times == 2 else State.QUARANTINED
+    assert [request.state for request in federate.requests()] == [expected]
+
+
+def test_without_any_node_that_works_the_run_ends_with_one_line(federate):
+    grid = LocalGrid(1)
+    broken(grid, failed, kind="query.identify", node=0, times=100)
+    with pytest.raises(UserError, match="no node works"):
+        federate(grid=grid)
+
+
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
 def test_a_node_that_fails_is_named_and_left_out_of_that_round(federate, capsys, damage, reason):
     grid = LocalGrid(2)
