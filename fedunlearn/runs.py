@@ -53,7 +53,7 @@ class Run:
         name = f"round-{round_:05d}{f'-{request.id}' if request else ''}.safetensors"
         sha256 = checkpoint.save(self.folder / "checkpoints" / name, model.state_dict())
         request = self.ledger.commit(round_, name, sha256, request=request, **detail)
-        self._delete_all_but(name)
+        self.delete_all_but(name)
         return request
 
     def restore(self, model: nn.Module) -> int:
@@ -64,7 +64,8 @@ class Run:
         checkpoint.load(self.folder / "checkpoints" / head.checkpoint, model, sha256=head.sha256)
         return head.round
 
-    def _delete_all_but(self, name: str) -> None:
+    def delete_all_but(self, name: str) -> None:
+        """Delete every file beside the checkpoint `name`: older models, and what a crash left half-written."""
         for file in (self.folder / "checkpoints").iterdir():
             if file.name != name:
                 file.unlink()
@@ -96,7 +97,7 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, *, fingerprint: str, asked: dict[str, Any] | None = None) -> Iterator[Run]:
+def open_run(config: Config, *, fingerprint: str, asked: dict[str, Any]) -> Iterator[Run]:
     """Hold the run `config.run`, making it where it is new; its own stored settings count where it is not.
 
     Args:
@@ -118,17 +119,17 @@ def open_run(config: Config, *, fingerprint: str, asked: dict[str, Any] | None =
             checkpoint.write_atomically(about, text.encode())
         stored, data = stored_config(folder), json.loads(about.read_text())["data"]
         values = {name: value for name, _, value in settings(stored)}
-        for name, value in (asked or {}).items():
+        for name, value in asked.items():
             if values[name] != value and name not in OPERATIONAL:
                 raise UserError(f"run {folder.name} has {name}={values[name]}, not {value}: use another run name")
         if data != fingerprint:
             raise UserError(f"run {folder.name} was trained on other data ({data[:12]}, now {fingerprint[:12]})")
-        operational = {name: value for name, value in (asked or {}).items() if name in OPERATIONAL}
+        operational = {name: value for name, value in asked.items() if name in OPERATIONAL}
         ledger = Ledger(folder / "ledger.sqlite")
         try:
             run = Run(folder, replace(stored, home=config.home, **operational), ledger)
             if head := ledger.head():
-                run._delete_all_but(head.checkpoint)
+                run.delete_all_but(head.checkpoint)
             yield run
         finally:
             ledger.close()

@@ -34,7 +34,7 @@ class SubsetUnlearning(FedAvg):
     The loop is Flower's. A round is one transaction: train, add up, evaluate, commit. Before the next round every open
     request of the run's ledger is served: Fishers of the retained clients and of the leaving ones at the current
     model, F_D = sum of n_c F_c / sum of n_c, `unlearn.step`, BatchNorm statistics again from the retained clients,
-    commit. From then on the leaving clients are never sent a message.
+    commit. From then on no message names the leaving clients.
 
     Args:
         run: where state is kept.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from uuid import uuid4
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -10,6 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedunlearn.client_app import app
+from strategies import wire
 
 
 class LocalGrid(Grid):
@@ -65,3 +67,14 @@ class LocalGrid(Grid):
     @property
     def run(self):
         raise NotImplementedError
+
+
+def equal(a, b):
+    """Whether two state dicts have the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def kinds(grid, client=None):
+    """(type, round) of every message sent, or of those that name `client`."""
+    tasks = [(m.metadata.message_type, wire.task_of(m)) for m in grid.sent]
+    return [(kind, task.round) for kind, task in tasks if client is None or client in task.clients]
