@@ -3,10 +3,16 @@
 A node keeps nothing between messages but caches by content; every message says all that it needs.
 """
 
+import os
+import resource
+import socket
+import time
+import zlib
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
@@ -18,7 +24,22 @@ from fedunlearn.unlearn import batch_moments
 from fedunlearn.worker import Worker
 from strategies import wire
 
-app = ClientApp()
+
+def measured(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Add to every reply which worker made it, in how many seconds, and the worker's peak memory."""
+    started = time.perf_counter()
+    reply = call_next(message, context)
+    reply.content["work"] = MetricRecord(
+        {
+            "worker": zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()),
+            "seconds": time.perf_counter() - started,
+            "mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+    )
+    return reply
+
+
+app = ClientApp(mods=[measured])
 
 
 @lru_cache(maxsize=2)
@@ -39,7 +60,7 @@ def prepare(message: Message) -> tuple[wire.Task, Worker, dict[str, Tensor]]:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train every client from the broadcast model; reply with the sum of n_c times its weights."""
+    """Train every client from the broadcast model; reply with the sum of n_c times how its weights moved."""
     task, worker, state = prepare(message)
     settings, loss = worker.config.train, worker.config.loss
     progress = min(task.round - 1, worker.config.rounds - 1) / worker.config.rounds
@@ -63,15 +84,16 @@ def train(message: Message, context: Context) -> Message:
             precision=settings.precision,
             loss=loss_weights(progress, weights, warmup=loss.warmup),
         )
-        wire.add_to(sums, wire.averaged(worker.model.state_dict()), worker.examples(client))
-    return wire.reply(message, sums, counts)
+        moved = {name: value - state[name] for name, value in wire.averaged(worker.model.state_dict()).items()}
+        wire.add_to(sums, moved, worker.examples(client))
+    return wire.reply(message, wire.packed(sums, worker.config.wire), counts)
 
 
 @app.evaluate()
 def evaluate_clients(message: Message, context: Context) -> Message:
     """Count what the broadcast model gets right on every client's training images, as they are."""
     task, worker, _ = prepare(message)
-    return wire.reply(message, {}, {c: worker.evaluate(c) for c in task.clients})
+    return wire.reply(message, None, {c: worker.evaluate(c) for c in task.clients})
 
 
 @app.query("fisher")
@@ -81,9 +103,16 @@ def fisher(message: Message, context: Context) -> Message:
     settings = worker.config.unlearn
     sums: dict[str, Tensor] = {}
     for client in task.clients:
-        f = diagonal_fisher(worker.model, worker.batches(client), head=settings.head, estimator=settings.estimator)
+        f = diagonal_fisher(
+            worker.model,
+            worker.batches(client),
+            head=settings.head,
+            estimator=settings.estimator,
+            precision=settings.precision,
+        )
         wire.add_to(sums, f, worker.examples(client))
-    return wire.reply(message, sums, {c: Counts(worker.examples(c)) for c in task.clients})
+    counts = {c: Counts(worker.examples(c)) for c in task.clients}
+    return wire.reply(message, wire.packed(sums, worker.config.wire), counts)
 
 
 @app.query("moments")
@@ -93,7 +122,8 @@ def moments(message: Message, context: Context) -> Message:
     sums: dict[str, Tensor] = {}
     for client in task.clients:
         wire.add_to(sums, batch_moments(worker.model, worker.shuffled_images(client, task.round)))
-    return wire.reply(message, sums, {c: Counts(worker.examples(c)) for c in task.clients})
+    counts = {c: Counts(worker.examples(c)) for c in task.clients}
+    return wire.reply(message, wire.packed(sums, worker.config.wire), counts)
 
 
 @app.query("identify")
@@ -105,7 +135,7 @@ def identify(message: Message, context: Context) -> Message:
     worker = resident(wire.task_of(message).config)
     index, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
     hosted = range(index, worker.config.clients, nodes)
-    content = wire.reply(message, {}, {c: Counts(worker.examples(c)) for c in hosted}).content
+    content = wire.reply(message, None, {c: Counts(worker.examples(c)) for c in hosted}).content
     content["metrics"]["node"], content["metrics"]["nodes"] = index, nodes
     content["metrics"]["gpu"] = int(worker.device.type == "cuda")
     return Message(content, reply_to=message)

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from pathlib import Path
 from typing import Any
 
-from fedunlearn import datasets, fisher, model, partition, train
+from fedunlearn import datasets, fisher, model, partition, precision, train
 from fedunlearn.errors import UserError
 
 
@@ -74,7 +74,7 @@ class Train:
     weight_decay: float = number(5e-4, 0, 10, "of SGD")
     crop_padding: int = number(4, 0, 64, "random crops after zero-padding by so many pixels")
     flip: bool = plain(True, "random horizontal flips")
-    precision: str = choice("bf16", ("bf16", "fp32"), "of forward and backward passes (weights stay fp32)")
+    precision: str = choice("bf16", precision.PRECISIONS, "of forward and backward passes (weights stay fp32)")
     threads: int = number(1, 1, 1024, "CPU threads a worker; more change the last bits of the results")
 
 
@@ -103,6 +103,7 @@ class Unlearn:
     exponent: float = number(1.0, 0, 100, "power of the dampening factor")
     head: str = choice("class", fisher.HEADS, "whose loss the Fisher is of")
     estimator: str = choice("per_example", fisher.ESTIMATORS, "of the Fisher")
+    precision: str = choice("fp32", precision.PRECISIONS, "of the Fisher's forward and backward passes")
     recalibrate: bool = plain(True, "estimate BatchNorm statistics again on the retained clients")
     recovery_rounds: int = number(
         0, 0, 10**6, "rounds of training on the retained clients until a request counts as done"
@@ -133,6 +134,9 @@ class Config:
     rounds: int = number(200, 1, 10**6, "rounds of training")
     fraction: float = number(1.0, 0, 1, "share of the clients that train in a round (at least one)")
     evaluate_every: int = number(1, 1, 10**6, "rounds between evaluations (always after the last and around a request)")
+    wire: str = choice(
+        "fp32", precision.PRECISIONS, "of the tensors in messages; sums and the server's model stay fp32"
+    )
     window: int = number(8, 1, 10**6, "messages in flight at once")
     timeout: float = number(3600, 0.1, 10**6, "seconds without any reply after which silent nodes are left out")
     data: Data = field(default_factory=Data)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedunlearn.model import Batch, Outputs
+from fedunlearn.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,3 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, precision: str = "fp
             outputs, batch, float(cross_entropy(outputs.class_logits.float(), class_labels, reduction="sum"))
         )
     return total
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Bf16 autocast for `precision="bf16"`, a no-op for `"fp32"`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

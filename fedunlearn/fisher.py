@@ -1,22 +1,29 @@
 """The diagonal empirical Fisher of one head's cross-entropy: how much each weight matters to a set of examples."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, group_norm, unfold
+from torch.nn.functional import cross_entropy, group_norm
 
 from fedunlearn.model import Batch
+from fedunlearn.precision import at_least_fp32, autocast
 
 HEADS = ("class", "client")
 ESTIMATORS = ("per_example", "batch")
 
-CHUNK_ELEMENTS = 2**23  # per-example gradients held at once by one layer
+TILE_ELEMENTS = 2**20  # of an example's weight gradient held at once: it should stay in a core's cache
 
 
 def diagonal_fisher(
-    model: nn.Module, batches: Iterable[Batch], *, head: str = "class", estimator: str = "per_example"
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    head: str = "class",
+    estimator: str = "per_example",
+    precision: str = "fp32",
 ) -> dict[str, Tensor]:
     """F_i = mean over examples of (d loss / d theta_i)^2, in eval mode, independent of the batch size.
 
@@ -29,6 +36,8 @@ def diagonal_fisher(
         model: gives `(class_logits, client_logits, embedding)`. For `per_example` its parameters must belong to
             Conv2d, Linear, BatchNorm2d or GroupNorm modules that run once a forward pass.
         batches: of `(images [N, ...], class_labels [N], client_ids [N])`, on the model's device.
+        precision: of the forward and backward passes, `fp32` or `bf16`; the products of each layer's activations and
+            gradients, their squares and the sums are fp32 in both.
 
     Returns:
         One tensor a parameter, of its name and shape, fp32.
@@ -40,28 +49,28 @@ def diagonal_fisher(
     if head not in HEADS or estimator not in ESTIMATORS:
         raise ValueError(f"head={head!r} is not one of {HEADS}, or estimator={estimator!r} not one of {ESTIMATORS}")
     add_squares = _add_per_example_squares if estimator == "per_example" else _add_batch_square
-    sums = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in model.named_parameters()}
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     count = 0
     with _eval_mode(model):
         for batch in batches:
-            count += add_squares(sums, model, batch, head)
+            count += add_squares(sums, model, batch, head, precision)
     if count == 0:
         raise ValueError("the Fisher of no examples is not defined")
     return {name: total / count for name, total in sums.items()}
 
 
-def _head_loss(model: nn.Module, batch: Batch, head: str, reduction: str) -> Tensor:
+def _head_loss(model: nn.Module, batch: Batch, head: str, precision: str, reduction: str) -> Tensor:
     images, class_labels, client_ids = batch
-    class_logits, client_logits, _ = model(images)
-    if head == "class":
-        return cross_entropy(class_logits, class_labels, reduction=reduction)
-    if client_logits is None:
+    with autocast(images.device, precision):
+        class_logits, client_logits, _ = model(images)
+    if head == "client" and client_logits is None:
         raise ValueError('head="client" needs a model with a client head')
-    return cross_entropy(client_logits, client_ids, reduction=reduction)
+    logits, labels = (class_logits, class_labels) if head == "class" else (client_logits, client_ids)
+    return cross_entropy(at_least_fp32(logits), labels, reduction=reduction)
 
 
-def _add_batch_square(sums: dict[str, Tensor], model: nn.Module, batch: Batch, head: str) -> int:
-    loss = _head_loss(model, batch, head, reduction="mean")
+def _add_batch_square(sums: dict[str, Tensor], model: nn.Module, batch: Batch, head: str, precision: str) -> int:
+    loss = _head_loss(model, batch, head, precision, reduction="mean")
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     for total, gradient in zip(sums.values(), gradients, strict=True):
         if gradient is not None:
@@ -69,13 +78,13 @@ def _add_batch_square(sums: dict[str, Tensor], model: nn.Module, batch: Batch, h
     return 1
 
 
-def _add_per_example_squares(sums: dict[str, Tensor], model: nn.Module, batch: Batch, head: str) -> int:
-    with _capture_layers(sums, model):
+def _add_per_example_squares(sums: dict[str, Tensor], model: nn.Module, batch: Batch, head: str, precision: str) -> int:
+    images = batch[0].detach().requires_grad_()
+    with _no_weight_gradients(model), _capture_layers(sums, model):
         # the gradient of a sum of losses reaches each example's activations as that example's own gradient
-        _head_loss(model, batch, head, reduction="sum").backward(inputs=list(model.parameters()))
-    for parameter in model.parameters():
-        parameter.grad = None
-    return len(batch[0])
+        loss = _head_loss(model, (images, *batch[1:]), head, precision, reduction="sum")
+        torch.autograd.grad(loss, images)
+    return len(images)
 
 
 @contextmanager
@@ -89,32 +98,43 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Spare the backward pass the sums over examples that nobody asks for: a third of its work."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def _capture_layers(sums: dict[str, Tensor], model: nn.Module) -> Iterator[None]:
     """While open, a backward pass adds every layer's squared per-example gradients to `sums`."""
     seen: set[nn.Module] = set()
 
-    def forward_hook(name: str, layer: nn.Module, squares: Callable) -> Callable:
+    def forward_hook(name: str, layer: nn.Module, add_squares: Callable) -> Callable:
+        own = {parameter: sums[f"{name}.{parameter}"] for parameter, _ in layer.named_parameters(recurse=False)}
+
         def on_forward(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if layer in seen:
                 raise TypeError(f"{name} ran twice in one forward pass: shared weights have no per-example layer sum")
             seen.add(layer)
             activation = inputs[0].detach()
-            output.register_hook(lambda delta: add(name, squares(layer, activation, delta)))
+            output.register_hook(lambda delta: add_squares(own, layer, activation, delta))
 
         return on_forward
-
-    def add(name: str, squared: dict[str, Tensor]) -> None:
-        for parameter, values in squared.items():
-            sums[f"{name}.{parameter}" if name else parameter] += values
 
     hooks = []
     for name, layer in model.named_modules():
         if not list(layer.parameters(recurse=False)):
             continue
-        squares = _SQUARES.get(type(layer))
-        if squares is None or getattr(layer, "groups", 1) != 1:
+        add_squares = _ADD_SQUARES.get(type(layer))
+        if add_squares is None or getattr(layer, "groups", 1) != 1:
             raise TypeError(f"no per-example Fisher for {name} ({type(layer).__name__}): use estimator='batch'")
-        hooks.append(layer.register_forward_hook(forward_hook(name, layer, squares)))
+        hooks.append(layer.register_forward_hook(forward_hook(name, layer, add_squares)))
     try:
         yield
     finally:
@@ -122,45 +142,57 @@ def _capture_layers(sums: dict[str, Tensor], model: nn.Module) -> Iterator[None]
             hook.remove()
 
 
-def _linear_squares(layer: nn.Linear, activation: Tensor, delta: Tensor) -> dict[str, Tensor]:
+def _add_linear_squares(sums: dict[str, Tensor], layer: nn.Linear, activation: Tensor, delta: Tensor) -> None:
     """(delta_i a_i^T)^2 summed over examples is delta^2 summed against a^2: one matrix product."""
-    squared = delta.square()
-    result = {"weight": squared.T @ activation.square()}
-    return result if layer.bias is None else result | {"bias": squared.sum(0)}
+    squared = at_least_fp32(delta).square()
+    sums["weight"].addmm_(squared.T, at_least_fp32(activation).square())
+    if layer.bias is not None:
+        sums["bias"] += squared.sum(0)
 
 
-def _conv_squares(layer: nn.Conv2d, activation: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    """Sum over examples i of (sum over positions p of delta_i,p a_i,p^T)^2, in chunks of examples."""
-    delta = delta.flatten(2)
-    total = torch.zeros(layer.weight.numel() // layer.out_channels, layer.out_channels, device=delta.device)
-    chunk = max(1, CHUNK_ELEMENTS // layer.weight.numel())
-    for a, d in zip(activation.split(chunk), delta.split(chunk), strict=True):
-        patches = unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        total += torch.bmm(patches, d.transpose(1, 2)).square().sum(0)
-    result = {"weight": total.T.reshape(layer.weight.shape)}
-    return result if layer.bias is None else result | {"bias": delta.sum(2).square().sum(0)}
+def _add_conv_squares(sums: dict[str, Tensor], layer: nn.Conv2d, activation: Tensor, delta: Tensor) -> None:
+    """Sum over examples i of (sum over positions p of delta_i,p a_i,p^T)^2, in tiles of output channels."""
+    activation, delta = at_least_fp32(activation), at_least_fp32(delta)
+    tiles = 2 ** max(0, math.ceil(math.log2(layer.weight.numel() / TILE_ELEMENTS)))
+    rows = math.ceil(layer.out_channels / tiles)
+    for total, weight, d in zip(
+        sums["weight"].split(rows), layer.weight.split(rows), delta.split(rows, dim=1), strict=True
+    ):
+        for a_i, d_i in zip(activation.split(1), d.split(1), strict=True):
+            gradient = _weight_gradient(layer, weight, a_i, d_i)
+            total.addcmul_(gradient, gradient)
+    if layer.bias is not None:
+        sums["bias"] += delta.sum((2, 3)).square().sum(0)
 
 
-def _norm_squares(layer: nn.Module, normalised: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    return {
-        "weight": (delta * normalised).sum((2, 3)).square().sum(0),
-        "bias": delta.sum((2, 3)).square().sum(0),
-    }
+def _weight_gradient(layer: nn.Conv2d, weight: Tensor, activation: Tensor, delta: Tensor) -> Tensor:
+    """Of the output channels that `delta` has; like `torch.nn.grad.conv2d_weight`, but in the weight's memory order."""
+    geometry = (layer.stride, layer.padding, layer.dilation, False, (0, 0), 1)
+    return torch.ops.aten.convolution_backward(delta, activation, weight, None, *geometry, (False, True, False))[1]
 
 
-def _batch_norm_squares(layer: nn.BatchNorm2d, activation: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    scale = torch.rsqrt(layer.running_var + layer.eps)
-    normalised = (activation - layer.running_mean[:, None, None]) * scale[:, None, None]
-    return _norm_squares(layer, normalised, delta)
+def _add_batch_norm_squares(sums: dict[str, Tensor], layer: nn.BatchNorm2d, activation: Tensor, delta: Tensor) -> None:
+    scale = torch.rsqrt(layer.running_var + layer.eps)[:, None, None]
+    mean = layer.running_mean[:, None, None]
+    _add_norm_squares(sums, lambda a: (a - mean) * scale, activation, delta)
 
 
-def _group_norm_squares(layer: nn.GroupNorm, activation: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    return _norm_squares(layer, group_norm(activation, layer.num_groups, eps=layer.eps), delta)
+def _add_group_norm_squares(sums: dict[str, Tensor], layer: nn.GroupNorm, activation: Tensor, delta: Tensor) -> None:
+    _add_norm_squares(sums, lambda a: group_norm(a, layer.num_groups, eps=layer.eps), activation, delta)
 
 
-_SQUARES: dict[type[nn.Module], Callable] = {
-    nn.Linear: _linear_squares,
-    nn.Conv2d: _conv_squares,
-    nn.BatchNorm2d: _batch_norm_squares,
-    nn.GroupNorm: _group_norm_squares,
+def _add_norm_squares(sums: dict[str, Tensor], normalise: Callable, activation: Tensor, delta: Tensor) -> None:
+    """Sum over examples i of (sum over positions p of delta_i,p x_i,p)^2, x being what the layer scales."""
+    examples = max(1, TILE_ELEMENTS // 4 // activation[0].numel())
+    for a, d in zip(activation.split(examples), delta.split(examples), strict=True):
+        a, d = at_least_fp32(a), at_least_fp32(d)
+        sums["weight"] += (normalise(a) * d).sum((2, 3)).square().sum(0)
+        sums["bias"] += d.sum((2, 3)).square().sum(0)
+
+
+_ADD_SQUARES: dict[type[nn.Module], Callable] = {
+    nn.Linear: _add_linear_squares,
+    nn.Conv2d: _add_conv_squares,
+    nn.BatchNorm2d: _add_batch_norm_squares,
+    nn.GroupNorm: _add_group_norm_squares,
 }

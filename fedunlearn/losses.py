@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedunlearn.precision import at_least_fp32
+
 
 def disentanglement_loss(
     embeddings: Tensor,
@@ -29,7 +31,7 @@ def disentanglement_loss(
     Returns:
         A scalar, in fp32 or wider.
     """
-    z = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    z = at_least_fp32(embeddings)
     same_class = _equal(class_ids) if class_ids is not None else torch.ones(len(z), len(z), dtype=bool, device=z.device)
     same_group = same_class & _equal(client_ids)
     # a group is one client (within one class): each of its members carries an equal share, so that sums over
@@ -71,9 +73,9 @@ def multi_task_loss(
         class_ids, client_ids: [N], integers.
         within_class: take the disentanglement loss within each class.
     """
-    loss = class_weight * cross_entropy(class_logits.float(), class_ids)
+    loss = class_weight * cross_entropy(at_least_fp32(class_logits), class_ids)
     if client_logits is not None and client_weight:
-        loss = loss + client_weight * cross_entropy(client_logits.float(), client_ids)
+        loss = loss + client_weight * cross_entropy(at_least_fp32(client_logits), client_ids)
     if client_logits is not None and disentangle_weight:
         loss = loss + disentangle_weight * disentanglement_loss(
             embeddings, client_ids, margin=margin, pull=pull, push=push, class_ids=class_ids if within_class else None

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedunlearn.evaluate import Counts, autocast, count
+from fedunlearn.evaluate import Counts, count
 from fedunlearn.losses import multi_task_loss
 from fedunlearn.model import Batch
+from fedunlearn.precision import autocast
 
 SCHEDULES = ("steps", "cosine", "constant")
 

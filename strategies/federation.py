@@ -16,6 +16,7 @@ from strategies import wire
 
 WAIT_SECONDS = 600
 ATTEMPTS = 3
+MOST_LISTED = 100
 
 
 class NoAnswerError(Exception):
@@ -24,15 +25,32 @@ class NoAnswerError(Exception):
 
 @dataclass
 class Answer:
-    """What a sweep over nodes brought: one sum a name, and the counts of every client that is in it."""
+    """What a sweep over nodes brought: one sum a name, the counts of every client that is in it, and what it cost.
+
+    `worker_seconds` and `worker_mebibytes` (peak memory) are by worker process, `bytes` those of all tensors sent.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[int, Counts] = field(default_factory=dict)
+    worker_seconds: Counter[int] = field(default_factory=Counter)
+    worker_mebibytes: dict[int, float] = field(default_factory=dict)
+    bytes: int = 0
+    seconds: float = 0.0
 
     @property
     def total(self) -> Counts:
         """Counts over all clients."""
         return sum(self.counts.values(), Counts())
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Wall-clock seconds, those of the worker that had most to do, bytes, and the largest worker's peak memory."""
+        return {
+            "seconds": self.seconds,
+            "busiest": max(self.worker_seconds.values(), default=0.0),
+            "bytes": self.bytes,
+            "worker_mebibytes": max(self.worker_mebibytes.values(), default=0.0),
+        }
 
 
 class Federation:
@@ -108,27 +126,33 @@ class Federation:
             like: names and shapes that every reply must have. A reply that has others, is not finite, lacks a client
                 or is an error is named in the log and left out.
         """
-        answer = Answer()
+        answer, started = Answer(), time.monotonic()
         for message, reply in zip(self._sent, replies, strict=True):
-            clients = wire.task_of(message).clients
-            try:
-                sums, counts = _checked(reply, clients, like)
-            except ValueError as error:
-                node = self.nodes.index(message.metadata.dst_node_id)
-                task = wire.task_of(message)
-                self._log(f"round {task.round}: node {node} (clients {_listed(clients)}) is left out: {error}")
-                continue
-            wire.add_to(answer.sums, sums)
-            answer.counts |= counts
+            self._add(answer, message, reply, like)
+        answer.seconds = time.monotonic() - started
         return answer
 
     def ask(
         self, grid: Grid, kind: str, round_: int, clients: Iterable[int], state: ArrayRecord, like: dict[str, Tensor]
     ) -> Answer:
         """Send `messages` and `add_up` what comes back."""
-        return self.add_up(
-            grid.send_and_receive(self.messages(kind, round_, clients, state), timeout=self.timeout), like
-        )
+        messages = self.messages(kind, round_, clients, state)
+        return self.add_up(grid.send_and_receive(messages, timeout=self.timeout), like)
+
+    def _add(self, answer: Answer, message: Message, reply: Message, like: dict[str, Tensor]) -> None:
+        task = wire.task_of(message)
+        try:
+            sums, counts = _checked(reply, task.clients, like)
+        except ValueError as error:
+            node = self.nodes.index(message.metadata.dst_node_id)
+            self._log(f"round {task.round}: node {node} (clients {_listed(task.clients)}) is left out: {error}")
+            return
+        wire.add_to(answer.sums, sums)
+        answer.counts |= counts
+        work = reply.content["work"]
+        answer.worker_seconds[work["worker"]] += work["seconds"]
+        answer.worker_mebibytes[work["worker"]] = work["mebibytes"]
+        answer.bytes += wire.bytes_of(message) + wire.bytes_of(reply)
 
 
 def _checked(reply: Message, clients: list[int], like: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
@@ -136,7 +160,7 @@ def _checked(reply: Message, clients: list[int], like: dict[str, Tensor]) -> tup
     if reply.has_error():
         raise ValueError(_reason(reply))
     try:
-        sums, counts = wire.tensors_of(reply), wire.counts_of(reply)
+        sums, counts, _ = wire.tensors_of(reply), wire.counts_of(reply), reply.content["work"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"its reply is not in the expected form ({error!r})") from error
     if sorted(counts) != sorted(clients):
@@ -158,4 +182,5 @@ def _reason(reply: Message) -> str:
 
 
 def _listed(values: Iterable) -> str:
-    return ", ".join(map(str, values)) or "none"
+    words = list(map(str, values))
+    return ", ".join(words[:MOST_LISTED] + ["..."] * (len(words) > MOST_LISTED)) or "none"

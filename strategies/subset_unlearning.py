@@ -21,11 +21,10 @@ from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
 from fedunlearn.runs import Run
 from fedunlearn.worker import Worker
 from strategies import lines, wire
-from strategies.federation import Answer, Federation, NoAnswerError
+from strategies.federation import MOST_LISTED, Answer, Federation, NoAnswerError
 from strategies.ordered_grid import OrderedGrid
 
 Scores = dict[str, Any]
-MOST_LISTED = 100  # clients whose own scores are kept every round
 
 
 class SubsetUnlearning(FedAvg):
@@ -84,19 +83,23 @@ class SubsetUnlearning(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """theta = sum of n_c theta_c / sum of n_c over the clients that answered."""
-        answer = self.federation.add_up(replies, wire.averaged(self.model.state_dict()))
+        """theta += sum of n_c (theta_c - theta) / sum of n_c over the clients that answered."""
+        theta = wire.averaged(self.model.state_dict())
+        answer = self.federation.add_up(replies, theta)
         examples = sum(self.federation.examples[c] for c in answer.counts)
         if not examples:
             raise UserError(
                 f"round {self.round}: no client answered; continue from round {self.round - 1} with "
                 f'overrides="run={self.run.name}"'
             )
-        self.model.load_state_dict({name: total / examples for name, total in answer.sums.items()}, strict=False)
+        moved = {name: theta[name] + total.to(self.worker.device) / examples for name, total in answer.sums.items()}
+        self.model.load_state_dict(moved, strict=False)
         total = answer.total
         self._row = {
             "round": self.round,
-            "clients": sorted(answer.counts),
+            "clients": sorted(answer.counts) if len(answer.counts) <= MOST_LISTED else len(answer.counts),
+            "examples": total.examples,
+            "train": answer.cost,
             "loss": total.mean_loss,
             "class_accuracy": total.class_accuracy,
             "client_accuracy": total.client_accuracy,
@@ -114,7 +117,7 @@ class SubsetUnlearning(FedAvg):
         """Close the round: measure, write the metrics, commit, and say how it went."""
         others = self.federation.add_up(replies, {})
         if others.counts:
-            self._row |= self._scores(others)
+            self._row |= self._scores(others) | {"evaluate": others.cost}
         self._row["seconds"] = time.monotonic() - self._round_clock
         self.run.record("round", **self._row)
         self.run.commit(self.model, self.round)
@@ -170,14 +173,15 @@ class SubsetUnlearning(FedAvg):
 
     def _forget(self, request: Request, grid: Grid) -> Request:
         """Collect Fishers, dampen, prune, recalibrate, commit; or count a failed attempt."""
-        started, settings = time.monotonic(), self.config.unlearn
-        before = self.evaluate(grid, forgotten=request.clients)
+        settings = self.config.unlearn
+        before, started = self.evaluate(grid, forgotten=request.clients), time.monotonic()
+        costs: dict[str, dict[str, float]] = {}
         try:
-            full, forget = self._fishers(request.clients, grid)
+            full, forget = self._fishers(request.clients, grid, costs)
             arguments = {"alpha": settings.alpha, "lambda_": settings.lambda_, "exponent": settings.exponent}
             unlearn.step(self.model, full, forget, request.clients, **arguments)
             if settings.recalibrate:
-                self._recalibrate(grid)
+                self._recalibrate(grid, costs)
         except (NoAnswerError, ValueError) as error:
             self.run.restore(self.model)
             return self._failed(request, str(error))
@@ -188,6 +192,7 @@ class SubsetUnlearning(FedAvg):
             round=self.round,
             selected=selected_share(full, forget, alpha=settings.alpha),
             seconds=time.monotonic() - started,
+            costs=costs,
             before=before,
             **arguments,
         )
@@ -205,7 +210,9 @@ class SubsetUnlearning(FedAvg):
         self.run.record("forget", request=request.id, clients=request.clients, **request.detail, **receipt)
         self.log(lines.forgotten(self.run.ledger.advance(request, State.COMPLETED, **receipt)))
 
-    def _fishers(self, leaving: list[int], grid: Grid) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _fishers(
+        self, leaving: list[int], grid: Grid, costs: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """F_D over the retained and the leaving clients, F_f over the leaving ones; means over examples."""
         like, state = dict(self.model.named_parameters()), self._broadcast()
         forget = self.federation.ask(grid, "query.fisher", self.round, leaving, state, like)
@@ -214,6 +221,7 @@ class SubsetUnlearning(FedAvg):
         retain = self.federation.ask(grid, "query.fisher", self.round, self.active, state, like)
         if not retain.counts:
             raise NoAnswerError("no retained client answered the Fisher query")
+        costs |= {"fisher_forget": forget.cost, "fisher_retain": retain.cost}
         n_forget, n_retain, device = forget.total.examples, retain.total.examples, self.worker.device
         limit = largest_alpha(n_retain + n_forget, n_forget)
         if self.config.unlearn.alpha >= limit:
@@ -224,12 +232,13 @@ class SubsetUnlearning(FedAvg):
         full = {n: ((retain.sums[n] + forget.sums[n]) / (n_retain + n_forget)).to(device) for n in like}
         return full, {n: (total / n_forget).to(device) for n, total in forget.sums.items()}
 
-    def _recalibrate(self, grid: Grid) -> None:
+    def _recalibrate(self, grid: Grid, costs: dict[str, Any]) -> None:
         like = unlearn.no_moments(self.model)
         if like:
             answer = self.federation.ask(grid, "query.moments", self.round, self.active, self._broadcast(), like)
             if not answer.counts:
                 raise NoAnswerError("no retained client answered the query for BatchNorm moments")
+            costs["moments"] = answer.cost
             unlearn.recalibrate(self.model, answer.sums)
 
     def recovery_left(self) -> int:
@@ -266,7 +275,7 @@ class SubsetUnlearning(FedAvg):
         return sorted(random.choice(active, size, replace=False).tolist())
 
     def _broadcast(self) -> ArrayRecord:
-        return ArrayRecord(dict(self.model.state_dict()))
+        return wire.packed(self.model.state_dict(), self.config.wire)
 
     def _announce(self) -> None:
         clients, nodes = self.config.clients, len(self.federation.nodes)

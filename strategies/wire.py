@@ -19,6 +19,16 @@ class Task:
     clients: list[int]
 
 
+def packed(tensors: Mapping[str, Tensor], precision: str) -> ArrayRecord:
+    """Tensors as they travel: all that is fp32 rounded to bf16 for `precision="bf16"`, and as it is for `"fp32"`.
+
+    Flower's arrays know no bf16, so that its bits travel as int16.
+    """
+    if precision == "bf16":
+        tensors = {name: _bits(value) if value.dtype == torch.float32 else value for name, value in tensors.items()}
+    return ArrayRecord(dict(tensors))
+
+
 def request(task: Task, state: ArrayRecord | None = None) -> RecordDict:
     """The content of a message to a node; the same `state` may be shared by many."""
     content = RecordDict({"task": ConfigRecord(asdict(task))})
@@ -33,16 +43,20 @@ def task_of(message: Message) -> Task:
 
 
 def tensors_of(message: Message) -> dict[str, Tensor]:
-    """The tensors of a message, writable and in the sender's order."""
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in message.content["arrays"].items()}
+    """The tensors of a message, writable and in the sender's order; bf16 bits as fp32 again."""
+    sent = message.content.get("arrays", {})
+    arrays = {name: torch.from_numpy(array.numpy().copy()) for name, array in sent.items()}
+    return {name: _from_bits(value) if value.dtype == torch.int16 else value for name, value in arrays.items()}
 
 
-def reply(message: Message, sums: Mapping[str, Tensor], counts: Mapping[int, Counts]) -> Message:
-    """Weighted sums over clients, and each client's own counts."""
+def reply(message: Message, sums: ArrayRecord | None, counts: Mapping[int, Counts]) -> Message:
+    """Sums over clients, where there are any, and each client's own counts."""
     columns = {"client": list(counts)}
     for field in fields(Counts):
         columns[field.name] = [getattr(count, field.name) for count in counts.values()]
-    content = RecordDict({"metrics": MetricRecord(columns), "arrays": ArrayRecord(dict(sums))})
+    content = RecordDict({"metrics": MetricRecord(columns)})
+    if sums is not None:
+        content["arrays"] = sums
     return Message(content, reply_to=message)
 
 
@@ -54,11 +68,27 @@ def counts_of(message: Message) -> dict[int, Counts]:
 
 
 def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: float = 1) -> None:
-    """`sums[name] += weight * values[name]`, starting from zero where `sums` has no such name."""
+    """`sums[name] += weight * values[name]` in place, starting from zero where `sums` has no such name."""
     for name, value in values.items():
-        sums[name] = sums[name] + weight * value if name in sums else weight * value
+        if name in sums:
+            sums[name].add_(value, alpha=weight)
+        else:
+            sums[name] = weight * value
 
 
 def averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a model's state that is averaged over clients: all that is floating-point."""
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def bytes_of(message: Message) -> int:
+    """Of the tensors in a message."""
+    return message.content["arrays"].count_bytes() if "arrays" in message.content else 0
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.to(torch.bfloat16).view(torch.int16)
+
+
+def _from_bits(bits: Tensor) -> Tensor:
+    return bits.view(torch.bfloat16).float()

@@ -226,8 +226,9 @@ def test_what_is_left_of_a_round_is_the_mean_of_those_who_answered(federate):
     examples = [worker.examples(c) for c in range(4)]
     replies = [LocalGrid(4).call(m) for m in grid.sent if m.metadata.message_type == "train"]
     sums = [wire.tensors_of(reply)["class_head.out.bias"] for reply in replies]
-    expected = (sums[0] + sums[1] + sums[3]) / (sum(examples) - examples[2])
-    assert_close(federate.state()["class_head.out.bias"], expected)
+    moved = (sums[0] + sums[1] + sums[3]) / (sum(examples) - examples[2])
+    before = worker.model.state_dict()["class_head.out.bias"]
+    assert_close(federate.state()["class_head.out.bias"], before + moved)
 
 
 def test_a_round_without_any_answer_ends_the_run_with_the_way_on(federate):
@@ -286,3 +287,15 @@ def test_more_nodes_than_clients_and_one_node_for_all(federate):
     federate("rounds=1", nodes=6)
     federate("rounds=1 run=one", nodes=1)
     assert_close(federate.state("one"), federate.state(), rtol=1e-5, atol=1e-6)
+
+
+def test_with_bf16_on_the_wire_a_round_moves_the_model_almost_the_same_for_half_the_bytes(federate):
+    federate("rounds=1 run=wide")
+    federate("rounds=1 run=narrow wire=bf16")
+    start, wide, narrow = federate.worker().model.state_dict(), federate.state("wide"), federate.state("narrow")
+    name = "class_head.out.bias"
+    assert not torch.equal(narrow[name], wide[name])
+    error = (narrow[name] - wide[name]).norm() / (wide[name] - start[name]).norm()
+    assert error < 0.05
+    costs = [federate.run(name).metrics()[0]["train"]["bytes"] for name in ("wide", "narrow")]
+    assert costs[1] < 0.53 * costs[0]

@@ -43,10 +43,10 @@ def test_does_not_depend_on_the_batch_size():
     assert_close(diagonal_fisher(model, batches(1)), diagonal_fisher(model, batches(11)))
 
 
-def test_chunks_of_a_layer_change_nothing(monkeypatch):
+def test_tiles_of_a_layer_change_nothing(monkeypatch):
     model = two_head()
     whole = diagonal_fisher(model, batches(11))
-    monkeypatch.setattr("fedunlearn.fisher.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("fedunlearn.fisher.TILE_ELEMENTS", 100)
     assert_close(diagonal_fisher(model, batches(11)), whole)
 
 

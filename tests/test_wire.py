@@ -19,9 +19,19 @@ def test_what_is_sent_arrives():
     assert list(arrived) == list(state)
     assert all(torch.equal(value, state[name]) and value.dtype == state[name].dtype for name, value in arrived.items())
     counts = {4: Counts(10, 2.5, 7, 3), 0: Counts(1)}
-    reply = wire.reply(sent, {"b": state["b"]}, counts)
+    reply = wire.reply(sent, ArrayRecord({"b": state["b"]}), counts)
     assert wire.counts_of(reply) == counts
     assert wire.tensors_of(reply).keys() == {"b"}
+
+
+def test_in_bf16_what_is_fp32_travels_in_half_the_bytes_and_all_else_as_it_is():
+    state = {"w": torch.randn(1000), "moments": torch.randn(3, dtype=torch.float64), "pruned": torch.tensor([True])}
+    wide, narrow = (message(wire.request(wire.Task("{}", 0, []), wire.packed(state, p))) for p in ("fp32", "bf16"))
+    arrived = wire.tensors_of(narrow)
+    assert torch.equal(arrived["w"], state["w"].bfloat16().float())
+    assert torch.equal(arrived["moments"], state["moments"])
+    assert torch.equal(arrived["pruned"], state["pruned"])
+    assert wire.bytes_of(wide) - wire.bytes_of(narrow) == 2000
 
 
 def test_weighted_sums():

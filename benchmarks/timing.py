@@ -1,0 +1,92 @@
+"""How the benchmarks measure and print: everything in one run, turn by turn, medians with their spread."""
+
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+Work = dict[str, Callable[[], object]]
+
+
+def in_turns(work: Work, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call: once without counting, then `repeats` times in turns, so that all see the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(repeats + 1):
+        for name, function in work.items():
+            _wait_for_gpu()
+            started = time.perf_counter()
+            function()
+            _wait_for_gpu()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(seconds: Sequence[float], scale: float = 1, digits: int = 2) -> list[str]:
+    """Median, minimum and maximum, each times `scale`, as words for a table."""
+    return [f"{f(seconds) * scale:,.{digits}f}" for f in (statistics.median, min, max)]
+
+
+def ratio(seconds: Sequence[float], unit: Sequence[float]) -> str:
+    """The median of the ratios turn by turn."""
+    return f"{statistics.median(a / b for a, b in zip(seconds, unit, strict=True)):.2f}"
+
+
+def peak_mebibytes(function: Callable, *arguments: object) -> float:
+    """By how much `function(*arguments)`, in a process of its own, raises the peak of resident (on a GPU: of allocated)
+    memory over what importing and its own `setup` had taken; it returns a callable that does the work.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (function, arguments))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under the machine's name; all columns but the first are numbers."""
+    view = Table(title=f"{title}\n{machine()}", title_justify="left")
+    for i, column in enumerate(columns):
+        view.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        view.add_row(*map(str, row))
+    Console(width=130).print(view)
+
+
+def machine() -> str:
+    """What was measured on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _peak(function: Callable, arguments: tuple) -> float:
+    work = function(*arguments)
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = _resident()
+    work()
+    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+
+
+def _resident() -> float:
+    return int(_lines("/proc/self/statm")[0].split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
