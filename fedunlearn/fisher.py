@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, group_norm
 
+from fedunlearn import fisher_triton
 from fedunlearn.model import Batch
 from fedunlearn.precision import at_least_fp32, autocast
 
@@ -44,7 +45,8 @@ def diagonal_fisher(
 
     Raises:
         ValueError: no examples, an unknown head or estimator, or no client head for `head="client"`.
-        TypeError: `per_example` met a module that it does not know, or one that ran twice.
+        TypeError: `per_example` met a module that it does not know (convolutions with groups, with padding by words or
+            by anything but zeros among them), or one that ran twice.
     """
     if head not in HEADS or estimator not in ESTIMATORS:
         raise ValueError(f"head={head!r} is not one of {HEADS}, or estimator={estimator!r} not one of {ESTIMATORS}")
@@ -127,19 +129,26 @@ def _capture_layers(sums: dict[str, Tensor], model: nn.Module) -> Iterator[None]
 
         return on_forward
 
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name not in sums:
+            raise TypeError(f"{name} is shared with another module: shared weights have no per-example layer sum")
     hooks = []
     for name, layer in model.named_modules():
         if not list(layer.parameters(recurse=False)):
             continue
         add_squares = _ADD_SQUARES.get(type(layer))
-        if add_squares is None or getattr(layer, "groups", 1) != 1:
-            raise TypeError(f"no per-example Fisher for {name} ({type(layer).__name__}): use estimator='batch'")
+        if add_squares is None or (isinstance(layer, nn.Conv2d) and not _is_plain(layer)):
+            raise TypeError(f"no per-example Fisher for {name} ({layer}): use estimator='batch'")
         hooks.append(layer.register_forward_hook(forward_hook(name, layer, add_squares)))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def _add_linear_squares(sums: dict[str, Tensor], layer: nn.Linear, activation: Tensor, delta: Tensor) -> None:
@@ -151,18 +160,31 @@ def _add_linear_squares(sums: dict[str, Tensor], layer: nn.Linear, activation: T
 
 
 def _add_conv_squares(sums: dict[str, Tensor], layer: nn.Conv2d, activation: Tensor, delta: Tensor) -> None:
-    """Sum over examples i of (sum over positions p of delta_i,p a_i,p^T)^2, in tiles of output channels."""
-    activation, delta = at_least_fp32(activation), at_least_fp32(delta)
+    """Sum over examples i of (sum over positions p of delta_i,p a_i,p^T)^2."""
+    if fisher_triton.available(delta.device) and delta.dtype in (torch.float32, torch.bfloat16):
+        sums["weight"] += fisher_triton.conv_squares(
+            activation.to(delta.dtype),
+            delta,
+            kernel_size=layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            input_precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        )
+    else:
+        _add_conv_squares_in_tiles(sums["weight"], layer, at_least_fp32(activation), at_least_fp32(delta))
+    if layer.bias is not None:
+        sums["bias"] += at_least_fp32(delta).sum((2, 3)).square().sum(0)
+
+
+def _add_conv_squares_in_tiles(sums: Tensor, layer: nn.Conv2d, activation: Tensor, delta: Tensor) -> None:
+    """One gradient an example and tile of output channels, squared while it is in the cache."""
     tiles = 2 ** max(0, math.ceil(math.log2(layer.weight.numel() / TILE_ELEMENTS)))
     rows = math.ceil(layer.out_channels / tiles)
-    for total, weight, d in zip(
-        sums["weight"].split(rows), layer.weight.split(rows), delta.split(rows, dim=1), strict=True
-    ):
+    for total, weight, d in zip(sums.split(rows), layer.weight.split(rows), delta.split(rows, dim=1), strict=True):
         for a_i, d_i in zip(activation.split(1), d.split(1), strict=True):
             gradient = _weight_gradient(layer, weight, a_i, d_i)
             total.addcmul_(gradient, gradient)
-    if layer.bias is not None:
-        sums["bias"] += delta.sum((2, 3)).square().sum(0)
 
 
 def _weight_gradient(layer: nn.Conv2d, weight: Tensor, activation: Tensor, delta: Tensor) -> Tensor:

@@ -98,8 +98,11 @@ def test_modules_without_a_per_example_rule_are_named():
     batch = (torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
     with pytest.raises(TypeError, match="layer ran twice"):
         diagonal_fisher(Shared(nn.Linear(3, 3)), [batch])
-    with pytest.raises(TypeError, match=r"layer \(LayerNorm\)"):
+    with pytest.raises(TypeError, match=r"layer \(LayerNorm\(\(3,\)"):
         diagonal_fisher(Shared(nn.LayerNorm(3)), [batch])
+    for options in ({"groups": 3}, {"padding_mode": "reflect"}, {"padding": "same"}):
+        with pytest.raises(TypeError, match=r"layer \(Conv2d\(3, 3"):
+            diagonal_fisher(Shared(nn.Conv2d(3, 3, 1, **options)), [batch])
 
 
 def test_no_examples_no_client_head_and_unknown_words_are_refused():
@@ -109,3 +112,42 @@ def test_no_examples_no_client_head_and_unknown_words_are_refused():
         diagonal_fisher(two_head(clients=0), batches(4), head="client")
     with pytest.raises(ValueError, match="estimator='exact'"):
         diagonal_fisher(two_head(), batches(4), estimator="exact")
+
+
+def test_weights_shared_by_two_modules_are_named():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            return Outputs(self.two(self.one(x)), None, x)
+
+    batch = (torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    with pytest.raises(TypeError, match=r"two.weight is shared"):
+        diagonal_fisher(Tied(), [batch])
+
+
+def test_strides_dilation_and_biases_of_convolutions():
+    class Convolutions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2))
+            self.second = nn.Conv2d(4, 5, 1, stride=2)
+
+        def forward(self, x):
+            return Outputs(self.second(self.first(x)).mean((2, 3)), None, x)
+
+    torch.manual_seed(0)
+    model = Convolutions().double()
+    assert_close(diagonal_fisher(model, batches(4)), reference.fisher(model, batches(4)))
+
+
+def test_bf16_is_close():
+    model = two_head().float()
+    batch = [tuple(part.float() if part.is_floating_point() else part for part in b) for b in batches(11)]
+    exact, rounded = (diagonal_fisher(model, batch, precision=p) for p in ("fp32", "bf16"))
+    flat_exact, flat_rounded = (torch.cat([value.flatten() for value in f.values()]) for f in (exact, rounded))
+    error = float((flat_rounded - flat_exact).norm() / flat_exact.norm())
+    assert 0 < error < 0.05
