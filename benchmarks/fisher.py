@@ -33,7 +33,10 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--no-peers", action="store_true")
+    p.add_argument("--as-worker", action="store_true", help="with the memory settings of the federation's workers")
     options = p.parse_args()
+    if options.as_worker:
+        timing.be_a_worker()
     torch.set_num_threads(options.threads)
     functions = ours() | ({} if options.no_peers else peers(options.peer_batch))
     model, batch = problem(options.width, options.batch, options.device)

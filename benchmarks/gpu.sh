@@ -1,11 +1,20 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in pieces of at most ten minutes: `benchmarks/gpu.sh step`, `benchmarks/gpu.sh math`.
-# They need torch, scikit-learn, safetensors and matplotlib; `math` needs pytest, too.
+# Everything that waits for a GPU, in pieces of at most ten minutes: `benchmarks/gpu.sh math|fisher|layers|sweep|epoch`.
+# They need torch with Triton, scikit-learn, safetensors, matplotlib and rich; `math` needs pytest, `fisher` has one more
+# row with backpack-for-pytorch. The federation (`federation`, `scaling`) also needs all that fedunlearn depends on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1
 case "${1:-}" in
-  step) for width in 16 64; do python3 -m benchmarks.step --device cuda --width "$width" --batch 128; done ;;
-  math) python3 -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --noconftest tests/test_fisher.py tests/test_losses.py \
-          tests/test_dampening.py tests/test_unlearn.py tests/test_pruning.py tests/test_model.py ;;
-  *) echo "usage: $0 step|math" >&2; exit 2 ;;
+  math) python3 -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --noconftest tests/test_fisher_triton.py \
+          tests/test_fisher.py tests/test_losses.py tests/test_dampening.py tests/test_unlearn.py tests/test_pruning.py \
+          tests/test_model.py tests/test_evaluate.py ;;
+  fisher) for width in 64 16; do python3 -m benchmarks.fisher --width "$width" --batch 128 --repeats 7; done ;;
+  layers) python3 -m benchmarks.fisher_layers ;;
+  sweep) python3 -m benchmarks.fisher_layers --sweep ;;
+  epoch) python3 -m benchmarks.epoch --images 12800 --repeats 7 ;;
+  federation) python3 -m benchmarks.federation --images 20000 --rounds 4 --gpus 0.5 ;;
+  scaling) python3 -m fedunlearn.scale name=gpu 'clients=[10,100]' 'actors=[1,2,4]' 'gpus=[0.25]' \
+             'overrides="data.limit=20000 model.width=64"' ;;
+  *) echo "usage: $0 math|fisher|layers|sweep|epoch|federation|scaling" >&2; exit 2 ;;
 esac

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from fedunlearn import memory
 
 Work = dict[str, Callable[[], object]]
 
@@ -57,6 +60,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for row in rows:
         view.add_row(*map(str, row))
     Console(width=130).print(view)
+
+
+def be_a_worker() -> None:
+    """Start this process anew with `memory.ENVIRONMENT`, unless it has it."""
+    if not memory.ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, os.environ | memory.ENVIRONMENT)
 
 
 def machine() -> str:

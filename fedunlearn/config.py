@@ -36,11 +36,13 @@ SCALES = ("auto", "full", "laptop")
 class Data:
     """Which images."""
 
-    name: str = choice("digits", datasets.NAMES, "data set")
+    name: str = choice(
+        "digits", datasets.NAMES, "data set; random: ten noisy patterns, to measure speed where no images are at hand"
+    )
     root: str = plain("", "for folder: absolute path of an ImageFolder tree, or of an archive of one")
     limit: int = number(0, 0, 10**9, "training images to keep, the first of each class; 0 keeps all")
     test_limit: int = number(0, 0, 10**9, "test images to keep; 0 keeps all")
-    image_size: int = number(32, 8, 1024, "for folder: pixels a side")
+    image_size: int = number(32, 8, 1024, "for folder and random: pixels a side")
 
 
 @dataclass

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedunlearn.errors import UserError
 
-NAMES = ("digits", "cifar10", "cifar100", "folder")
+NAMES = ("digits", "cifar10", "cifar100", "folder", "random")
 
 
 class Split(NamedTuple):
@@ -50,12 +50,14 @@ def load(
     """Open the data set `name`, downloading and decoding it into `cache` on first use.
 
     Args:
-        name: `digits` (scikit-learn's, embedded), `cifar10`, `cifar100` (through torchvision), or `folder`.
+        name: `digits` (scikit-learn's, embedded), `cifar10`, `cifar100` (through torchvision), `folder`, or `random`
+            (ten noisy patterns, 10,000 images for training and 1,000 for testing if no limit says otherwise: for
+            measuring speed where no images are at hand).
         cache: where downloads and decoded arrays are kept.
         root: for `folder`: a tree that `torchvision.datasets.ImageFolder` reads, or an archive of one. With
             subfolders `train/` and `test/` these are the splits; otherwise every sixth image of a class is for testing.
         limit, test_limit: keep that many images, the first of each class in equal numbers; 0 keeps all.
-        image_size: for `folder`: pixels a side.
+        image_size: for `folder` and `random`: pixels a side.
         log: told once before slow work.
 
     Raises:
@@ -65,6 +67,8 @@ def load(
         source = _unpacked(_existing(root), cache, log)
         key = _digest([str(source), image_size, *_listing(source)])[:16]
         decode = partial(_decode_folder, source, image_size, limit, test_limit, log)
+    elif name == "random":
+        key, decode = str(image_size), partial(_decode_random, image_size, limit or 10_000, test_limit or 1_000)
     elif name == "digits":
         key, decode = "1", _decode_digits
     else:
@@ -97,6 +101,18 @@ def _decode_digits() -> Decoded:
     train, test = np.sort(train), np.sort(test)
     names = [str(name) for name in digits.target_names]
     return Split(images[train], digits.target[train]), Split(images[test], digits.target[test]), names
+
+
+def _decode_random(size: int, count: int, test_count: int) -> Decoded:
+    random = np.random.default_rng(0)
+    patterns = random.integers(256, size=(10, size, size, 3))
+
+    def draw(count: int) -> Split:
+        labels = np.arange(count) % 10
+        noise = random.normal(0, 64, (count, size, size, 3))
+        return Split(np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8), labels)
+
+    return draw(count), draw(test_count), [f"pattern {k}" for k in range(10)]
 
 
 def _decode_cifar(name: str, cache: Path, log: Callable[[str], None]) -> Decoded:

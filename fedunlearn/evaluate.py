@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedunlearn.model import Batch, Outputs
-from fedunlearn.precision import autocast
+from fedunlearn.precision import at_least_fp32, autocast
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,51 @@ def count(outputs: Outputs, batch: Batch, loss: float) -> Counts:
     if outputs.client_logits is not None:
         client_correct = int((outputs.client_logits.argmax(1) == client_ids).sum())
     return Counts(len(class_labels), loss, int((outputs.class_logits.argmax(1) == class_labels).sum()), client_correct)
+
+
+class Predictions(NamedTuple):
+    """What a model says of N examples, and what is right; on the CPU."""
+
+    class_probs: Tensor
+    client_probs: Tensor | None
+    class_labels: Tensor
+    client_ids: Tensor
+
+    def counts(self) -> dict[int, Counts]:
+        """Of every client in it."""
+        right = self.class_probs.gather(1, self.class_labels[:, None]).squeeze(1)
+        class_hits = self.class_probs.argmax(1) == self.class_labels
+        client_hits = torch.zeros_like(class_hits)
+        if self.client_probs is not None:
+            client_hits = self.client_probs.argmax(1) == self.client_ids
+        clients, place = self.client_ids.unique(return_inverse=True)
+
+        def totals(values: Tensor) -> list[float]:
+            return torch.zeros(len(clients), dtype=torch.float64).index_add_(0, place, values.double()).tolist()
+
+        losses = totals(-right.clamp(min=torch.finfo(right.dtype).tiny).log())
+        hits = [map(int, totals(values)) for values in (torch.ones_like(class_hits), class_hits, client_hits)]
+        rows = zip(clients.tolist(), losses, *hits, strict=True)
+        return {client: Counts(examples, loss, *correct) for client, loss, examples, *correct in rows}
+
+    def features(self) -> Tensor:
+        """What `attack.logistic_mia` looks at, [N, K + C]: class probabilities, then client probabilities if any."""
+        return self.class_probs if self.client_probs is None else torch.cat([self.class_probs, self.client_probs], 1)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Iterable[Batch], *, precision: str = "fp32") -> Predictions:
+    """The model's probabilities for all examples, in eval mode and one pass: accuracies and attacks share it."""
+    model.eval()
+    found = []
+    for images, class_labels, client_ids in batches:
+        with autocast(images.device, precision):
+            class_logits, client_logits, _ = model(images)
+        logits = [class_logits] if client_logits is None else [class_logits, client_logits]
+        probs = [at_least_fp32(values).softmax(1).cpu() for values in logits]
+        found.append((*probs, class_labels.cpu(), client_ids.cpu()))
+    *probs, class_labels, client_ids = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Predictions(probs[0], probs[1] if len(probs) > 1 else None, class_labels, client_ids)
 
 
 @torch.no_grad()

@@ -11,10 +11,12 @@ import ray
 from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.simulation.ray_transport.ray_actor import VirtualClientEngineActor
 
+from fedunlearn import memory
 
-@ray.remote(max_restarts=-1, max_task_retries=2)
+
+@ray.remote(max_restarts=-1, max_task_retries=2, runtime_env={"env_vars": memory.ENVIRONMENT})
 class RetryingActor(VirtualClientEngineActor):
-    """Flower's `ClientAppActor` with restarts and retries."""
+    """Flower's `ClientAppActor` with restarts and retries, in a process of our `memory.ENVIRONMENT`."""
 
     def __init__(self, on_actor_init_fn: Callable[[], None] | None = None) -> None:
         super().__init__()

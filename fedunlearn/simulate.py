@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from fedunlearn.config import compose, state_home
 from fedunlearn.errors import UserError
@@ -47,12 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
 
-def run(app: Path, overrides: str, federation: str, *, environment: dict[str, str]) -> int:
-    """`flwr run` with its log streamed; returns 0 if the run was completed, else 1."""
+def run(
+    app: Path, overrides: str, federation: str, *, environment: dict[str, str], output: IO[str] | None = None
+) -> int:
+    """`run_app` of one of our apps, whose run config is one string of settings."""
+    run_config = f"overrides={json.dumps(overrides)}" if overrides else ""
+    return run_app(app, run_config, federation, environment=environment, output=output)
+
+
+def run_app(
+    app: Path, run_config: str, federation: str, *, environment: dict[str, str], output: IO[str] | None = None
+) -> int:
+    """`flwr run` with its log streamed, to `output` where given; returns 0 if the run was completed, else 1."""
     command = ["flwr", "run", str(app), "--stream", "--federation-config", federation]
-    if overrides:
-        command += ["--run-config", f"overrides={json.dumps(overrides)}"]
-    if subprocess.run(command, env=environment).returncode:
+    if run_config:
+        command += ["--run-config", run_config]
+    if subprocess.run(command, env=environment, stdout=output, stderr=output).returncode:
         return 1
     listing = subprocess.run(["flwr", "ls", "--format", "json"], env=environment, capture_output=True, text=True)
     return int(json.loads(listing.stdout)["runs"][0]["status"] != "finished:completed")
@@ -61,7 +72,7 @@ def run(app: Path, overrides: str, federation: str, *, environment: dict[str, st
 @contextmanager
 def superlink(flower_home: Path) -> Iterator[dict[str, str]]:
     """A local SuperLink that lives as long as the context; gives the environment that `flwr` needs to find it."""
-    port, control_port = _free_ports(2)
+    port, control_port = free_ports(2)
     flower_home.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -92,7 +103,8 @@ def _await_health(port: int, process: subprocess.Popen, log: Path) -> None:
     raise RuntimeError(f"the SuperLink did not start: see {log}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on now."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:

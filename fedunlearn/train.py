@@ -55,7 +55,7 @@ def fit(
     Returns:
         Loss and hits of every example at the moment it was trained on, summed over all epochs.
     """
-    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     model.train()
     return sum((_step(model, optimiser, batch, precision, loss) for epoch in epochs for batch in epoch), Counts())
 

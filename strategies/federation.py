@@ -44,10 +44,11 @@ class Answer:
 
     @property
     def cost(self) -> dict[str, float]:
-        """Wall-clock seconds, those of the worker that had most to do, bytes, and the largest worker's peak memory."""
+        """Wall-clock seconds, those of the busiest worker, workers, bytes, peak memory of the largest worker."""
         return {
             "seconds": self.seconds,
             "busiest": max(self.worker_seconds.values(), default=0.0),
+            "workers": len(self.worker_seconds),
             "bytes": self.bytes,
             "worker_mebibytes": max(self.worker_mebibytes.values(), default=0.0),
         }
@@ -108,18 +109,25 @@ class Federation:
             self.gpu |= bool(metrics["gpu"])
 
     def messages(self, kind: str, round_: int, clients: Iterable[int], state: ArrayRecord) -> list[Message]:
-        """One message of type `kind` to every node that hosts some of `clients`, in order of the nodes."""
+        """One message of type `kind` to every node that hosts some of `clients`: those with most examples first.
+
+        So workers that take one message after another end at about the same time, and the order depends on the data
+        alone.
+        """
         wanted = set(clients)
         hosted = {node: [c for c in self.clients_of[node] if c in wanted] for node in self.nodes}
+        examples = {node: sum(self.examples[c] for c in mine) for node, mine in hosted.items() if mine}
+        tasks = {
+            node: wire.Task(self._config, round_, hosted[node])
+            for node in sorted(examples, key=examples.get, reverse=True)
+        }
         self._sent = [
-            Message(wire.request(wire.Task(self._config, round_, mine), state), node, kind, group_id=str(round_))
-            for node, mine in hosted.items()
-            if mine
+            Message(wire.request(task, state), node, kind, group_id=str(round_)) for node, task in tasks.items()
         ]
         return self._sent
 
     def add_up(self, replies: Iterable[Message], like: dict[str, Tensor]) -> Answer:
-        """Sum the replies to the last `messages`, as they come, in order of the nodes.
+        """Sum the replies to the last `messages`, as they come, in their order.
 
         Args:
             replies: one a message, in their order (`OrderedGrid`).

@@ -1,6 +1,7 @@
 """Federated averaging that forgets clients between rounds (the paper's Algorithm 1, federated)."""
 
 import math
+import resource
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -118,6 +119,7 @@ class SubsetUnlearning(FedAvg):
         others = self.federation.add_up(replies, {})
         if others.counts:
             self._row |= self._scores(others) | {"evaluate": others.cost}
+        self._row["server_mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self._row["seconds"] = time.monotonic() - self._round_clock
         self.run.record("round", **self._row)
         self.run.commit(self.model, self.round)

@@ -41,6 +41,18 @@ def test_is_decoded_once(tmp_path, monkeypatch):
     assert (first.train.images == second.train.images).all()
 
 
+def test_random_images_have_the_size_and_number_asked_for_and_are_always_the_same(tmp_path):
+    first, again = (
+        datasets.load("random", cache=tmp_path / home, limit=50, test_limit=20, image_size=8) for home in "ab"
+    )
+    assert first.train.images.shape == (50, 8, 8, 3)
+    assert first.test.images.shape == (20, 8, 8, 3)
+    assert np.bincount(first.train.labels).tolist() == [5] * 10
+    assert first.fingerprint == again.fingerprint
+    same, other = first.train.images[[0, 10]].astype(float), first.train.images[[0, 11]].astype(float)
+    assert np.abs(same[0] - same[1]).mean() < np.abs(other[0] - other[1]).mean()
+
+
 def test_limit_keeps_the_first_of_each_class_in_order(tmp_path):
     whole, part = (datasets.load("digits", cache=tmp_path, limit=n) for n in (0, 50))
     assert np.bincount(part.train.labels).tolist() == [5] * 10

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedunlearn.evaluate import Counts, evaluate
+from fedunlearn.evaluate import Counts, evaluate, predict
 from fedunlearn.model import Outputs, TwoHeadResNet18
 
 
@@ -35,3 +35,28 @@ def test_uses_running_statistics_and_a_single_head_has_no_client_hits():
     apart = evaluate(model, [(images[i : i + 1], labels[:1], labels[:1]) for i in range(5)])
     assert together.loss == pytest.approx(apart.loss, rel=1e-5)
     assert together.client_correct == 0
+
+
+def test_one_pass_gives_every_clients_counts_and_what_an_attacker_sees():
+    torch.manual_seed(0)
+    batches = [(torch.randn(7, 6), torch.randint(4, (7,)), torch.randint(2, (7,))) for _ in range(3)]
+    found = predict(Fixed(), batches)
+    for client, counts in found.counts().items():
+        own = [tuple(part[batch[2] == client] for part in batch) for batch in batches]
+        alone = evaluate(Fixed(), own)
+        assert counts.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert (counts.examples, counts.class_correct, counts.client_correct) == (
+            alone.examples,
+            alone.class_correct,
+            alone.client_correct,
+        )
+    assert sum(found.counts().values(), Counts()).examples == 21
+    logits = torch.cat([batch[0] for batch in batches])
+    assert torch.equal(found.features(), torch.cat([logits[:, :4].softmax(1), logits[:, 4:].softmax(1)], 1))
+
+
+def test_predictions_of_a_single_head_have_the_class_probabilities_alone():
+    model = TwoHeadResNet18(3, 0, width=8)
+    found = predict(model, [(torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.long), torch.arange(5))])
+    assert found.features().shape == (5, 3)
+    assert [counts.client_correct for counts in found.counts().values()] == [0] * 5

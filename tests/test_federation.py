@@ -224,8 +224,9 @@ def test_what_is_left_of_a_round_is_the_mean_of_those_who_answered(federate):
     federate(f"{ONE_STEP} forget.schedule={{}}", grid=grid)
     worker = federate.worker(ONE_STEP)
     examples = [worker.examples(c) for c in range(4)]
-    replies = [LocalGrid(4).call(m) for m in grid.sent if m.metadata.message_type == "train"]
-    sums = [wire.tensors_of(reply)["class_head.out.bias"] for reply in replies]
+    sent = [message for message in grid.sent if message.metadata.message_type == "train"]
+    assert [wire.task_of(m).clients for m in sent] == [[c] for c in sorted(range(4), key=lambda c: -examples[c])]
+    sums = {wire.task_of(m).clients[0]: wire.tensors_of(grid.call(m))["class_head.out.bias"] for m in sent}
     moved = (sums[0] + sums[1] + sums[3]) / (sum(examples) - examples[2])
     before = worker.model.state_dict()["class_head.out.bias"]
     assert_close(federate.state()["class_head.out.bias"], before + moved)
