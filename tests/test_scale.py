@@ -1,6 +1,7 @@
 import csv
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def test_efficiency_is_by_the_fewest_actors_with_as_many_clients():
     assert [row["efficiency"] for row in scale.with_efficiency(rows)] == [1.0, 0.75, 1.0, 1.0]
 
 
+@pytest.fixture
+def ray_folder(monkeypatch):
+    """Where this test's Ray cluster writes down that it exists; a short name, since it holds sockets."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
+
+
 @contextmanager
 def ray_node(*options):
     """A Ray node with one CPU, for as long as the context."""
@@ -73,7 +82,7 @@ def ray_node(*options):
 
 
 @pytest.mark.timeout(600)
-def test_on_two_ray_nodes_a_study_is_measured_once(home, monkeypatch, capsys):
+def test_on_two_ray_nodes_a_study_is_measured_once(home, ray_folder, monkeypatch, capsys):
     (port,) = simulate.free_ports(1)
     arguments = ["--app", str(SCALING), "clients=[4]", "actors=[2]", SMALL]
     with ray_node("--head", f"--port={port}", "--include-dashboard=false"), ray_node(f"--address=127.0.0.1:{port}"):
