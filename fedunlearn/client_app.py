@@ -19,6 +19,7 @@ from torch import Tensor
 from fedunlearn import config as configuration
 from fedunlearn.evaluate import Counts
 from fedunlearn.fisher import diagonal_fisher
+from fedunlearn.partition import hosted
 from fedunlearn.train import fit, generator_of, learning_rate, loss_weights
 from fedunlearn.unlearn import batch_moments
 from fedunlearn.worker import Worker
@@ -105,7 +106,7 @@ def fisher(message: Message, context: Context) -> Message:
     for client in task.clients:
         f = diagonal_fisher(
             worker.model,
-            worker.batches(client),
+            worker.sample(client, task.share, task.round),
             head=settings.head,
             estimator=settings.estimator,
             precision=settings.precision,
@@ -121,21 +122,19 @@ def moments(message: Message, context: Context) -> Message:
     task, worker, _ = prepare(message)
     sums: dict[str, Tensor] = {}
     for client in task.clients:
-        wire.add_to(sums, batch_moments(worker.model, worker.shuffled_images(client, task.round)))
+        images = worker.shuffled_images(client, task.round)
+        wire.add_to(sums, batch_moments(worker.model, images, precision=worker.config.train.precision))
     counts = {c: Counts(worker.examples(c)) for c in task.clients}
     return wire.reply(message, wire.packed(sums, worker.config.wire), counts)
 
 
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
-    """Reply with the clients that this node hosts and how many examples each has.
-
-    Client c lives on node c mod P of the P nodes: as many nodes as clients gives each its own.
-    """
+    """Reply with the clients that this node hosts (`partition.hosted`) and how many examples each has."""
     worker = resident(wire.task_of(message).config)
     index, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
-    hosted = range(index, worker.config.clients, nodes)
-    content = wire.reply(message, None, {c: Counts(worker.examples(c)) for c in hosted}).content
+    mine = hosted(tuple(map(len, worker.slices)), nodes)[index]
+    content = wire.reply(message, None, {c: Counts(worker.examples(c)) for c in mine}).content
     content["metrics"]["node"], content["metrics"]["nodes"] = index, nodes
     content["metrics"]["gpu"] = int(worker.device.type == "cuda")
     return Message(content, reply_to=message)

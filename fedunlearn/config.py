@@ -106,6 +106,7 @@ class Unlearn:
     head: str = choice("class", fisher.HEADS, "whose loss the Fisher is of")
     estimator: str = choice("per_example", fisher.ESTIMATORS, "of the Fisher")
     precision: str = choice("fp32", precision.PRECISIONS, "of the Fisher's forward and backward passes")
+    share: float = number(1.0, 1e-6, 1, "of each retained client's images, at random, that the Fisher is taken of")
     recalibrate: bool = plain(True, "estimate BatchNorm statistics again on the retained clients")
     recovery_rounds: int = number(
         0, 0, 10**6, "rounds of training on the retained clients until a request counts as done"

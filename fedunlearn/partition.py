@@ -1,5 +1,8 @@
 """Who owns which training image: the clients' slices of a labelled data set (paper, Section 3.1)."""
 
+from functools import lru_cache
+from heapq import heappop, heappush
+
 import numpy as np
 
 from fedunlearn.errors import UserError
@@ -52,3 +55,18 @@ def class_partition(labels: np.ndarray, num_clients: int) -> list[np.ndarray]:
     """Client c owns the classes k with k mod C = c: one class a client where C equals the number of classes."""
     ranks = np.unique(labels, return_inverse=True)[1]
     return [np.flatnonzero(ranks % num_clients == c) for c in range(num_clients)]
+
+
+@lru_cache(maxsize=8)
+def hosted(examples: tuple[int, ...], nodes: int) -> list[list[int]]:
+    """The clients of each node, so that nodes have about as many examples each: largest first, to who has fewest.
+
+    With as many nodes as clients, node c hosts client c; more nodes than clients stay empty.
+    """
+    groups: list[list[int]] = [[] for _ in range(nodes)]
+    by_load = [(0, node) for node in range(nodes)]
+    for client in sorted(range(len(examples)), key=lambda c: -examples[c]):
+        load, node = heappop(by_load)
+        groups[node].append(client)
+        heappush(by_load, (load + max(1, examples[client]), node))
+    return sorted(map(sorted, groups), key=lambda group: (not group, group))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fedunlearn.dampening import dampen
 from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.precision import autocast
 from fedunlearn.pruning import prune_clients
 
 
@@ -36,7 +37,7 @@ def no_moments(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def batch_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def batch_moments(model: nn.Module, batches: Iterable[Tensor], *, precision: str = "fp32") -> dict[str, Tensor]:
     """Count, sum and sum of squares of every BatchNorm layer's input, a channel.
 
     The layers normalise with their batch's own statistics meanwhile, as in training, so that one pass serves all
@@ -44,6 +45,7 @@ def batch_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tens
 
     Args:
         batches: of images [N, ...], N >= 2, on the model's device.
+        precision: of the forward passes, `fp32` or `bf16`.
 
     Returns:
         `{layer: [3, channels]}` in fp64, rows count, sum, sum of squares; empty for a model without BatchNorm.
@@ -64,7 +66,8 @@ def batch_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tens
     model.train()
     try:
         for images in batches:
-            model(images)
+            with autocast(images.device, precision):
+                model(images)
     finally:
         for hook in hooks:
             hook.remove()

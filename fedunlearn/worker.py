@@ -1,5 +1,6 @@
 """The data, the clients and the model of one configuration, in one process."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,13 +27,18 @@ class Worker:
         self.model = model_of(config, self.dataset).to(self.device, memory_format=torch.channels_last)
 
     def batches(
-        self, client: int, generator: torch.Generator | None = None, *, augment: bool = True
+        self,
+        client: int,
+        generator: torch.Generator | None = None,
+        *,
+        augment: bool = True,
+        indices: np.ndarray | None = None,
     ) -> Iterator[Batch]:
-        """The client's examples once: shuffled and augmented with a generator, else in order and as they are."""
+        """The client's examples, or those at `indices`: shuffled and augmented with a generator, else as stored."""
         train = self.config.train
         return batches(
             self.dataset.train,
-            self.slices[client],
+            self.slices[client] if indices is None else indices,
             client,
             batch_size=train.batch_size,
             device=self.device,
@@ -45,6 +51,12 @@ class Worker:
         """The client's images once, as they are, in batches of mixed classes: stored order is by class."""
         generator = generator_of(self.config.seed, round_, client)
         return (images for images, _, _ in self.batches(client, generator, augment=False))
+
+    def sample(self, client: int, share: float, round_: int) -> Iterator[Batch]:
+        """A random share of the client's examples (at least one), in order and as they are."""
+        own = self.slices[client]
+        order = torch.randperm(len(own), generator=generator_of(self.config.seed, round_, client)).numpy()
+        return self.batches(client, indices=own[np.sort(order[: math.ceil(share * len(own))])])
 
     def examples(self, client: int) -> int:
         """How many examples the client has."""

@@ -108,7 +108,9 @@ class Federation:
             self.examples |= dict(zip(metrics["client"], metrics["examples"], strict=True))
             self.gpu |= bool(metrics["gpu"])
 
-    def messages(self, kind: str, round_: int, clients: Iterable[int], state: ArrayRecord) -> list[Message]:
+    def messages(
+        self, kind: str, round_: int, clients: Iterable[int], state: ArrayRecord, *, share: float = 1.0
+    ) -> list[Message]:
         """One message of type `kind` to every node that hosts some of `clients`: those with most examples first.
 
         So workers that take one message after another end at about the same time, and the order depends on the data
@@ -118,7 +120,7 @@ class Federation:
         hosted = {node: [c for c in self.clients_of[node] if c in wanted] for node in self.nodes}
         examples = {node: sum(self.examples[c] for c in mine) for node, mine in hosted.items() if mine}
         tasks = {
-            node: wire.Task(self._config, round_, hosted[node])
+            node: wire.Task(self._config, round_, hosted[node], share)
             for node in sorted(examples, key=examples.get, reverse=True)
         }
         self._sent = [
@@ -141,10 +143,18 @@ class Federation:
         return answer
 
     def ask(
-        self, grid: Grid, kind: str, round_: int, clients: Iterable[int], state: ArrayRecord, like: dict[str, Tensor]
+        self,
+        grid: Grid,
+        kind: str,
+        round_: int,
+        clients: Iterable[int],
+        state: ArrayRecord,
+        like: dict[str, Tensor],
+        *,
+        share: float = 1.0,
     ) -> Answer:
         """Send `messages` and `add_up` what comes back."""
-        messages = self.messages(kind, round_, clients, state)
+        messages = self.messages(kind, round_, clients, state, share=share)
         return self.add_up(grid.send_and_receive(messages, timeout=self.timeout), like)
 
     def _add(self, answer: Answer, message: Message, reply: Message, like: dict[str, Tensor]) -> None:

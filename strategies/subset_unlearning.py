@@ -215,12 +215,16 @@ class SubsetUnlearning(FedAvg):
     def _fishers(
         self, leaving: list[int], grid: Grid, costs: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """F_D over the retained and the leaving clients, F_f over the leaving ones; means over examples."""
+        """F_D over the retained and the leaving clients, F_f over the leaving ones; means over examples.
+
+        With `unlearn.share` < 1 the retained clients' part of F_D is estimated from that share of their examples.
+        """
         like, state = dict(self.model.named_parameters()), self._broadcast()
         forget = self.federation.ask(grid, "query.fisher", self.round, leaving, state, like)
         if missing := sorted(set(leaving) - forget.counts.keys()):
             raise NoAnswerError(f"client {missing[0]} did not answer the Fisher query")
-        retain = self.federation.ask(grid, "query.fisher", self.round, self.active, state, like)
+        share = self.config.unlearn.share
+        retain = self.federation.ask(grid, "query.fisher", self.round, self.active, state, like, share=share)
         if not retain.counts:
             raise NoAnswerError("no retained client answered the Fisher query")
         costs |= {"fisher_forget": forget.cost, "fisher_retain": retain.cost}

@@ -12,11 +12,15 @@ from fedunlearn.evaluate import Counts
 
 @dataclass(frozen=True)
 class Task:
-    """What a node is to do: for which of its clients, in which round, under which settings (JSON of the config)."""
+    """What a node is to do: for which of its clients, in which round, under which settings (JSON of the config).
+
+    `share` is of each client's examples, as far as the query can do with fewer.
+    """
 
     config: str
     round: int
     clients: list[int]
+    share: float = 1.0
 
 
 def packed(tensors: Mapping[str, Tensor], precision: str) -> ArrayRecord:

@@ -155,6 +155,9 @@ def broken(grid, damage, *, kind="train", node=1, times=1):
     grid.deliver = deliver
 
 
+TWO_NODES = [[0, 3], [1, 2]]  # who hosts whom, of four clients with about equally many examples each node
+
+
 def change(**arrays):
     def damage(reply, message):
         tensors = wire.tensors_of(reply)
@@ -188,11 +191,11 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(("times", "clients"), [(2, [0, 1, 2, 3]), (3, [0, 2])])
+@pytest.mark.parametrize(("times", "clients"), [(2, [0, 1, 2, 3]), (3, TWO_NODES[0])])
 def test_a_node_that_does_not_say_whom_it_hosts_is_asked_three_times(federate, capsys, times, clients):
     grid = LocalGrid(2)
     broken(grid, failed, kind="query.identify", times=times)
-    federate("rounds=1 forget.schedule={1:[3]} unlearn.attempts=1", grid=grid)
+    federate("rounds=1 forget.schedule={1:[2]} unlearn.attempts=1", grid=grid)
     assert f"attempt {times} of 3: out of memory" in capsys.readouterr().out
     assert federate.run().metrics()[0]["clients"] == clients
     expected = State.COMPLETED if times == 2 else State.QUARANTINED
@@ -211,11 +214,11 @@ def test_a_node_that_fails_is_named_and_left_out_of_that_round(federate, capsys,
     grid = LocalGrid(2)
     broken(grid, damage)
     federate("timeout=0.3", grid=grid)
-    assert f"round 1: node 1 (clients 1, 3) is left out: {'it sent ' if 'of shape' in reason else ''}" in (
+    assert f"round 1: node 1 (clients 1, 2) is left out: {'it sent ' if 'of shape' in reason else ''}" in (
         out := capsys.readouterr().out
     )
     assert reason in out
-    assert [row["clients"] for row in federate.run().metrics()] == [[0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert [row["clients"] for row in federate.run().metrics()] == [TWO_NODES[0], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_what_is_left_of_a_round_is_the_mean_of_those_who_answered(federate):
@@ -300,3 +303,24 @@ def test_with_bf16_on_the_wire_a_round_moves_the_model_almost_the_same_for_half_
     assert error < 0.05
     costs = [federate.run(name).metrics()[0]["train"]["bytes"] for name in ("wide", "narrow")]
     assert costs[1] < 0.53 * costs[0]
+
+
+def test_a_share_of_the_retained_examples_estimates_their_fisher(federate):
+    grids = [federate(f"rounds=1 run=s{i} forget.schedule={{1:[3]}} unlearn.share={s}") for i, s in enumerate((1, 0.3))]
+    for grid, share in zip(grids, (1, 0.3), strict=True):
+        asked = [wire.task_of(m) for m in grid.sent if m.metadata.message_type == "query.fisher"]
+        assert [task.share for task in asked] == [1.0 if 3 in task.clients else share for task in asked]
+    details = [federate.requests(f"s{i}")[0].detail for i in range(2)]
+    assert details[0]["selected"] != details[1]["selected"]
+
+
+def test_a_sample_is_part_of_the_clients_examples_in_order(federate):
+    worker = federate.worker()
+    whole, again = (torch.cat([images for images, _, _ in b]) for b in (worker.sample(1, 1, 5), worker.batches(1)))
+    assert torch.equal(whole, again)
+    part, same, other = (torch.cat([i for i, _, _ in worker.sample(1, 0.5, r)]) for r in (5, 5, 6))
+    assert len(part) == -(-len(whole) // 2)
+    assert torch.equal(part, same)
+    assert not torch.equal(part, other)
+    places = [next(k for k, image in enumerate(whole) if torch.equal(image, chosen)) for chosen in part]
+    assert places == sorted(places)

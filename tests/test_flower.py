@@ -65,8 +65,10 @@ def test_flwr_run_on_one_actor_on_two_and_with_a_killed_worker_gives_the_same_bi
         for line in run.stdout:
             if line.startswith("round   1/4"):
                 killed = workers(superlink)
+                environments = [Path(f"/proc/{pid}/environ").read_bytes() for pid in killed]
                 os.kill(killed[0], signal.SIGKILL)
     assert len(killed) == 2
+    assert all(b"glibc.malloc.hugetlb=1" in environment for environment in environments)
     assert checkpoint(home, "one") == checkpoint(home, "two")
 
 

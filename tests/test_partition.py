@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fedunlearn.errors import UserError
-from fedunlearn.partition import class_partition, dirichlet_partition, iid_partition, partition
+from fedunlearn.partition import class_partition, dirichlet_partition, hosted, iid_partition, partition
 
 TABLE_1 = {
     "CIFAR-10": (10, 5000, [2575, 5913, 3263, 5538, 6895, 2359, 7847, 7200, 3226, 5184]),
@@ -49,3 +49,15 @@ def test_one_class_a_client():
 def test_fewer_than_two_clients_are_refused():
     with pytest.raises(UserError, match="clients=1 is too few"):
         partition("iid", np.zeros(4), 1)
+
+
+def test_nodes_host_about_equally_many_examples():
+    sizes = (2575, 5913, 3263, 5538, 6895, 2359, 7847, 7200, 3226, 5184)  # Table 1
+    for nodes in (2, 3, 4):
+        groups = hosted(sizes, nodes)
+        assert sorted(client for group in groups for client in group) == list(range(10))
+        loads = [sum(sizes[client] for client in group) for group in groups]
+        assert max(loads) < 1.08 * sum(sizes) / nodes
+    assert hosted(sizes, 10) == [[client] for client in range(10)]
+    assert hosted((5, 1, 1), 5) == [[0], [1], [2], [], []]
+    assert hosted((5, 0, 4, 1), 2) == [[0, 1], [2, 3]]
