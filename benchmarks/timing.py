@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -83,13 +82,15 @@ def _peak(function: Callable, arguments: tuple) -> float:
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; getrusage's began before exec
+    before = _resident_peak()
     work()
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+    return _resident_peak() - before
 
 
-def _resident() -> float:
-    return int(_lines("/proc/self/statm")[0].split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _resident_peak() -> float:
+    (line,) = (line for line in _lines("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def _lines(path: str) -> list[str]:
