@@ -242,10 +242,10 @@ def print_table(rows: list[dict[str, Any]], study: Study) -> None:
     """The results, for a person."""
     columns = {
         "clients": "{clients:,}", "actors": "{actors}", "GPU": "{gpus:g}", "nodes": "{nodes}",
-        "s a round": "{round_seconds:.2f}", "images/s": "{images_per_second:,.0f}", "efficiency": "{efficiency:.2f}",
-        "overhead": "{overhead:.1%}", "server MiB": "{server_mebibytes:,.0f}", "worker MiB": "{worker_mebibytes:,.0f}",
-        "request s": "{request_seconds:.1f}", "request MB": "{request_megabytes:,.1f}",
-        "retraining s": "{retraining_seconds:,.0f}", "ratio": "{retraining_over_request:,.0f}",
+        "s a\nround": "{round_seconds:.2f}", "images/s": "{images_per_second:,.0f}", "efficiency": "{efficiency:.2f}",
+        "overhead": "{overhead:.1%}", "server\nMiB": "{server_mebibytes:,.0f}", "worker\nMiB": "{worker_mebibytes:,.0f}",
+        "request\ns": "{request_seconds:.1f}", "request\nMB": "{request_megabytes:,.1f}",
+        "retraining\ns": "{retraining_seconds:,.0f}", "ratio": "{retraining_over_request:,.0f}",
     }  # fmt: skip
     table = Table(title=f"{study.name}: {study.overrides}", title_justify="left")
     for column in columns:
