@@ -243,7 +243,8 @@ def print_table(rows: list[dict[str, Any]], study: Study) -> None:
     columns = {
         "clients": "{clients:,}", "actors": "{actors}", "GPU": "{gpus:g}", "nodes": "{nodes}",
         "s a\nround": "{round_seconds:.2f}", "images/s": "{images_per_second:,.0f}", "efficiency": "{efficiency:.2f}",
-        "overhead": "{overhead:.1%}", "server\nMiB": "{server_mebibytes:,.0f}", "worker\nMiB": "{worker_mebibytes:,.0f}",
+        "overhead": "{overhead:.1%}",
+        "server\nMiB": "{server_mebibytes:,.0f}", "worker\nMiB": "{worker_mebibytes:,.0f}",
         "request\ns": "{request_seconds:.1f}", "request\nMB": "{request_megabytes:,.1f}",
         "retraining\ns": "{retraining_seconds:,.0f}", "ratio": "{retraining_over_request:,.0f}",
     }  # fmt: skip
