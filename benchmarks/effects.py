@@ -15,7 +15,7 @@ from fedunlearn import simulate
 from fedunlearn.runs import Run, runs_folder
 
 APP = Path(__file__).parent.parent / "simulations" / "digits"
-SETTINGS = ("", "wire=bf16", "unlearn.precision=bf16", "unlearn.share=0.2", "train.precision=bf16")
+SETTINGS = ("", "wire=bf16", "unlearn.precision=bf16", "unlearn.share=0.2")
 MEASURES = {
     "client 3 after": lambda request, last: request["after"]["forgotten"]["3"]["class"],
     "others after": lambda request, last: request["after"]["others"]["class"],
