@@ -54,7 +54,7 @@ def prepare(message: Message) -> tuple[wire.Task, Worker, dict[str, Tensor]]:
     task = wire.task_of(message)
     worker = resident(task.config)
     torch.set_num_threads(worker.config.train.threads)
-    state = wire.tensors_of(message)
+    state = {name: value.to(worker.device) for name, value in wire.tensors_of(message).items()}
     worker.model.load_state_dict(state)
     return task, worker, state
 

@@ -138,7 +138,8 @@ def _capture_layers(sums: dict[str, Tensor], model: nn.Module) -> Iterator[None]
             continue
         add_squares = _ADD_SQUARES.get(type(layer))
         if add_squares is None or (isinstance(layer, nn.Conv2d) and not _is_plain(layer)):
-            raise TypeError(f"no per-example Fisher for {name} ({layer}): use estimator='batch'")
+            kind = str(layer).splitlines()[0]
+            raise TypeError(f"no per-example Fisher for {name or 'the model'} ({kind}): use estimator='batch'")
         hooks.append(layer.register_forward_hook(forward_hook(name, layer, add_squares)))
     try:
         yield

@@ -138,8 +138,9 @@ def measure_all(study: Study, app: Path, home: Path) -> int:
             log(f"run {i + 1} of {len(missing)}: {runs[name]}{left}")
             failed += not measure(runs[name], name, study, app, home, environment)
             write(rows_of(runs, study, home), folder)
-    write(rows_of(runs, study, home), folder)
-    print_table(rows_of(runs, study, home), study)
+    rows = rows_of(runs, study, home)
+    write(rows, folder)
+    print_table(rows, study)
     return int(failed > 0)
 
 
@@ -206,7 +207,6 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
     """`results.csv` and `scaling.svg`."""
     if not rows:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
