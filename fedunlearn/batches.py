@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedunlearn.datasets import Split
 from fedunlearn.model import Batch
@@ -29,29 +30,39 @@ def batches(
     """
     if generator is not None:
         indices = indices[torch.randperm(len(indices), generator=generator).numpy()]
-    for chosen in np.split(indices, _cuts(len(indices), batch_size)):
-        images = data.images[chosen]
+    for chosen in np.split(indices, cuts(len(indices), batch_size)):
+        images = torch.from_numpy(data.images[chosen]).to(device)
         if generator is not None:
-            images = _augment(images, generator, crop_padding, flip)
+            images = augmented(images, draws(len(images), generator, crop_padding, flip).to(device), crop_padding)
         labels = torch.from_numpy(data.labels[chosen]).to(device)
-        yield scale(images, device), labels, torch.full_like(labels, client)
+        yield scale(images), labels, torch.full_like(labels, client)
 
 
-def scale(images: np.ndarray, device: torch.device) -> Tensor:
+def scale(images: Tensor) -> Tensor:
     """Uint8 [N, H, W, channels] -> fp32 [N, channels, H, W] in -1..1: no statistic of anybody's data is involved."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _cuts(count: int, batch_size: int) -> list[int]:
-    cuts = list(range(batch_size, count, batch_size))
-    return cuts[:-1] if cuts and count - cuts[-1] == 1 else cuts
+def cuts(count: int, batch_size: int) -> list[int]:
+    """Where `count` examples are cut into batches, so that none has a single one (unless `count` is 1)."""
+    places = list(range(batch_size, count, batch_size))
+    return places[:-1] if places and count - places[-1] == 1 else places
 
 
-def _augment(images: np.ndarray, generator: torch.Generator, padding: int, flip: bool) -> np.ndarray:
+def draws(count: int, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
+    """Top, left and whether mirrored, [3, count], for `augmented`."""
+    corners = torch.randint(2 * padding + 1, (2, count), generator=generator)
+    mirrored = torch.randint(2, (1, count), generator=generator) * flip
+    return torch.cat([corners, mirrored])
+
+
+def augmented(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
+    """Uint8 [N, H, W, channels], padded with zeros, cropped to H x W at (top, left) and mirrored as drawn."""
     count, height, width, _ = images.shape
-    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator).numpy()
-    mirrored = torch.randint(2, (count,), generator=generator).bool().numpy() & flip
-    rows = top[:, None] + np.arange(height)
-    columns = left[:, None] + np.where(mirrored[:, None], np.arange(width)[::-1], np.arange(width))
-    padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    top, left, mirrored = drawn[:, :, None]
+    across = torch.arange(width, device=images.device)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.where(mirrored.bool(), across.flip(0), across)
+    example = torch.arange(count, device=images.device)[:, None, None]
+    padded = pad(images, (0, 0, padding, padding, padding, padding))
+    return padded[example, rows[:, :, None], columns[:, None, :]]

@@ -5,12 +5,14 @@ import os
 import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor, nn
 
 from fedunlearn.errors import UserError
+
+CURE = "restore the file, or start a new run"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -33,38 +35,52 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def save(path: Path, state: dict[str, Tensor]) -> str:
-    """Write `state` to `path` atomically; returns the file's SHA-256."""
-    data = serialise_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+def save(path: Path, state: dict[str, Tensor], about: dict[str, str] | None = None) -> str:
+    """Write `state`, and words about it, to `path` atomically; returns the file's SHA-256."""
+    data = serialise_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, about)
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
-def read(path: Path, *, sha256: str | None = None) -> bytes:
+def read(path: Path, *, sha256: str | None = None, cure: str = CURE) -> bytes:
     """The bytes of `path`.
 
     Raises:
-        UserError: the file is missing, or not the one of that SHA-256.
+        UserError: the file is missing, or not the one of that SHA-256; it ends with `cure`.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): restore the file, or start a new run") from error
+        raise UserError(f"{path} cannot be read ({error}): {cure}") from error
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} was cut short or changed since it was written: restore the file, or start a new run")
+        raise UserError(f"{path} was cut short or changed since it was written: {cure}")
     return data
 
 
-def load(path: Path, model: nn.Module, *, sha256: str | None = None) -> None:
+def read_tensors(
+    path: Path, *, sha256: str | None = None, cure: str = CURE
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of `path`, and the words about them.
+
+    Raises:
+        UserError: the file is missing, cut short or changed since it was written.
+    """
+    data = read(path, sha256=sha256, cure=cure)
+    try:
+        state = parse_tensors(data)
+        with safe_open(path, "pt") as file:
+            return state, file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} was cut short ({error}): {cure}") from error
+
+
+def load(path: Path, model: nn.Module, *, sha256: str | None = None, cure: str = CURE) -> None:
     """Load `path` into `model`.
 
     Raises:
         UserError: the file is missing, cut short, changed since it was written, or of another model.
     """
-    try:
-        state = parse_tensors(read(path, sha256=sha256))
-    except SafetensorError as error:
-        raise UserError(f"{path} was cut short ({error}): restore the file, or start a new run") from error
+    state, _ = read_tensors(path, sha256=sha256, cure=cure)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:

@@ -192,13 +192,7 @@ def check(config: Config) -> Config:
     Raises:
         UserError: naming the first that is not, and its range.
     """
-    for name, declared, value in settings(config):
-        low, high = declared.metadata.get("range", (-INF, INF))
-        if isinstance(value, float | int) and not low <= value <= high:
-            raise UserError(f"{name}={value} is not in {low}..{high}")
-        options = declared.metadata.get("options")
-        if options and value not in options:
-            raise UserError(f"{name}={value} is not one of {', '.join(options)}")
+    check_ranges(config)
     if config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
         raise UserError(f"run={config.run!r} is no name: a letter or digit, then also '.', '_' and '-'")
     if config.unlearn.head == "client" and not config.model.client_head:
@@ -208,6 +202,17 @@ def check(config: Config) -> Config:
             raise UserError(f"forget.schedule: round {round_} is not in 1..{config.rounds}")
         check_clients(clients, config.clients)
     return config
+
+
+def check_ranges(config: Any) -> None:
+    """Raise UserError for the first setting that is out of its range or none of its options, and name them."""
+    for name, declared, value in settings(config):
+        low, high = declared.metadata.get("range", (-INF, INF))
+        if isinstance(value, float | int) and not low <= value <= high:
+            raise UserError(f"{name}={value} is not in {low}..{high}")
+        options = declared.metadata.get("options")
+        if options and value not in options:
+            raise UserError(f"{name}={value} is not one of {', '.join(options)}")
 
 
 def check_clients(clients: list[int], num_clients: int) -> None:

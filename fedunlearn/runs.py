@@ -152,15 +152,15 @@ def all_runs(home: Path) -> list[Path]:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which dies with the process.
+def hold(folder: Path, *, patience: float = 0.5) -> Iterator[None]:
+    """Hold the folder's lock, which dies with the process; `patience` is in seconds.
 
     Raises:
         HeldError: another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as file:
-        if not _lock(file, fcntl.LOCK_EX):
+        if not _lock(file, fcntl.LOCK_EX, patience=patience):
             raise HeldError(f"run {folder.name} is held by process {holder(folder)}: wait for it, or end it")
         file.truncate(0)
         file.write(str(os.getpid()))

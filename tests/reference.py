@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -49,3 +50,40 @@ def dampen(params, fisher_full, fisher_forget, *, alpha, lambda_, exponent=1.0):
         new = [t * min((lambda_ * d / f) ** exponent, 1) if f > alpha * d else t for t, d, f in rows]
         result[name] = torch.tensor(new, dtype=theta.dtype).reshape(theta.shape)
     return result
+
+
+def train(model, images, labels, clients, order, drawn, *, batch_size, lr, momentum, weight_decay, padding):
+    """The paper's pipeline, plainly: crop and flip each image, CE + CE + 0.1 DL, SGD with momentum."""
+    optimiser = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=False, foreach=False
+    )
+    model.train()
+    for start in range(0, len(order), batch_size):
+        batch = []
+        for place in range(start, min(start + batch_size, len(order))):
+            top, left, mirrored = (int(value[place]) for value in drawn)
+            image = images[order[place]]
+            height, width, _ = image.shape
+            padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+            image = padded[top : top + height, left : left + width]
+            batch.append(image[:, ::-1] if mirrored else image)
+        x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        y, s = labels[order[start : start + batch_size]], clients[order[start : start + batch_size]]
+        class_logits, client_logits, z = model(x)
+        loss = cross_entropy(class_logits, y) + cross_entropy(client_logits, s) + 0.1 * disentanglement_loss(z, s)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+def logistic_mia(retain, forget, *, folds=5, seed=42):
+    """scikit-learn fold by fold: train on four, predict the fifth, count."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+
+    x, y = np.concatenate([retain, forget]), np.array([0] * len(retain) + [1] * len(forget))
+    right = 0
+    for train_rows, test_rows in StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, y):
+        attacker = LogisticRegression(class_weight="balanced", max_iter=1000).fit(x[train_rows], y[train_rows])
+        right += (attacker.predict(x[test_rows]) == y[test_rows]).sum()
+    return 100 * right / len(y)

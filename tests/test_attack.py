@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+import reference
 from fedunlearn.attack import logistic_mia
 
 
@@ -30,3 +31,9 @@ def test_depends_on_the_seed_alone():
 def test_too_few_examples_are_refused():
     with pytest.raises(ValueError, match="60 retained and 4 forgotten examples for 5 folds"):
         logistic_mia(probabilities(60, 0, 0), probabilities(4, 0, 0))
+
+
+@pytest.mark.parametrize("shift", [0, 0.5, 2])
+def test_equals_scikit_learn_called_fold_by_fold(shift):
+    retain, forget = probabilities(300, 0, 0), probabilities(70, shift, 1)
+    assert logistic_mia(retain, forget, seed=3) == pytest.approx(reference.logistic_mia(retain, forget, seed=3))

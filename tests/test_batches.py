@@ -22,12 +22,12 @@ def test_without_a_generator_examples_come_in_order_and_as_they_are():
     (images, labels, clients), *_ = all_batches([5, 3, 8, 1, 0, 2])
     assert labels.tolist() == [5, 3, 8, 1]
     assert clients.tolist() == [4] * 4
-    assert torch.equal(images, scale(data().images[[5, 3, 8, 1]], CPU))
+    assert torch.equal(images, scale(torch.from_numpy(data().images[[5, 3, 8, 1]])))
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_scaling():
-    assert scale(np.array([[[[0]], [[255]]]], np.uint8), CPU).flatten().tolist() == [-1.0, 1.0]
+    assert scale(torch.tensor([[[[0]], [[255]]]], dtype=torch.uint8)).flatten().tolist() == [-1.0, 1.0]
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (5, [5]), (1, [1]), (3, [3])])
@@ -50,7 +50,7 @@ def test_augmented_images_are_shifted_and_mirrored_originals():
         for image, label in zip(images, labels, strict=True):
             original = np.pad(data().images[int(label)], ((2, 2), (2, 2), (0, 0)))
             candidates = {
-                (top, left, mirrored): scale(original[top : top + 6, left : left + 6][None], CPU)[0]
+                (top, left, mirrored): scale(torch.from_numpy(original[top : top + 6, left : left + 6][None]))[0]
                 for top in range(5)
                 for left in range(5)
                 for mirrored in (False, True)

@@ -1,0 +1,96 @@
+"""Pooled training as the study does it, beside a bare loop: `python -m benchmarks.pooled --width 64`.
+
+On a GPU the study replays CUDA graphs of whole steps; `--compile` adds a row of the compiled model.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from benchmarks.timing import be_a_worker, in_turns, ratio, spread, table
+from fedunlearn.batches import scale
+from fedunlearn.datasets import Dataset, Split
+from fedunlearn.losses import multi_task_loss
+from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.partition import iid_partition
+from fedunlearn.precision import autocast
+from fedunlearn.study.pool import Pool
+from fedunlearn.study.roofline import matrix_rate, training_operations
+from fedunlearn.study.training import Recipe, Training
+
+
+def main() -> None:
+    """Measure and print."""
+    p = argparse.ArgumentParser("python -m benchmarks.pooled", description=__doc__)
+    p.add_argument("--width", type=int, default=64)
+    p.add_argument("--batch", type=int, default=128)
+    p.add_argument("--images", type=int, default=1280)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--compile", action="store_true")
+    options = p.parse_args()
+    be_a_worker()
+    torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = True
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pool = random_pool(options.images, device)
+    work = {
+        "a bare loop: no augmentation, no counts, same loss": bare_epoch(pool, options.width, options.batch),
+        "the study's epoch": study_epoch(pool, options.width, options.batch, compiled=False),
+    }
+    if options.compile:
+        work["the study's epoch, compiled"] = study_epoch(pool, options.width, options.batch, compiled=True)
+    seconds = in_turns(work, options.repeats)
+    model = TwoHeadResNet18(10, 10, width=options.width).to(device)
+    operations = training_operations(model, scale(pool.train.images[:1])[0]) * options.images
+    first, rows = next(iter(seconds.values())), []
+    for name, own in seconds.items():
+        speed = [options.images / s for s in own]
+        share = operations / min(own) / matrix_rate(device)
+        rows.append([name, *spread(speed, digits=0), ratio(own, first), f"{share:.1%}"])
+    title = f"training, width {options.width}, batch {options.batch}, bf16, {matrix_rate(device) / 1e12:.2f} TFLOP/s"
+    table(title, ["", "images/s", "min", "max", "time / bare", "of the matrix rate"], rows)
+
+
+def random_pool(count: int, device: torch.device) -> Pool:
+    """Noise, shared among ten clients."""
+    random = np.random.default_rng(0)
+    split = Split(random.integers(0, 256, (count, 32, 32, 3), np.uint8), np.arange(count) % 10)
+    names = [str(k) for k in range(10)]
+    return Pool.of(Dataset(split, split, names, ""), iid_partition(split.labels, 10), device)
+
+
+def study_epoch(pool: Pool, width: int, batch: int, *, compiled: bool) -> Callable[[], None]:
+    """One epoch of `study.training`."""
+    weights = {"class_weight": 1.0, "client_weight": 1.0, "disentangle_weight": 0.1}
+    recipe = Recipe(10**6, batch, 0.01, "constant", 0.9, 5e-4, 4, True, "bf16", 0.0, weights)
+    model = new_model(pool, width)
+    return Training(model, pool.train, pool.train.all(), recipe, 0, compiled=compiled).run_epoch
+
+
+def bare_epoch(pool: Pool, width: int, batch: int) -> Callable[[], None]:
+    """The least that trains the same model on the same images."""
+    model, device = new_model(pool, width).train(), pool.train.images.device
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+
+    def epoch() -> None:
+        for images, labels, clients in pool.train.batches(pool.train.all(), batch):
+            with autocast(device, "bf16"):
+                outputs = model(images)
+            optimiser.zero_grad(set_to_none=True)
+            multi_task_loss(*outputs, labels, clients).backward()
+            optimiser.step()
+
+    return epoch
+
+
+def new_model(pool: Pool, width: int) -> TwoHeadResNet18:
+    """With random weights, in the memory order that convolutions like."""
+    model = TwoHeadResNet18(10, 10, width=width)
+    return model.to(pool.train.images.device, memory_format=torch.channels_last)
+
+
+if __name__ == "__main__":
+    main()

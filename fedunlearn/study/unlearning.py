@@ -1,0 +1,141 @@
+"""Steps of the unlearning phase: SSD with its search, fine-tuning, and what Table 2 shows."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fedunlearn import unlearn
+from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.pruning import prune_clients
+from fedunlearn.study.finetuning import adversarial_weight
+from fedunlearn.study.laboratory import Laboratory
+from fedunlearn.study.learning import FISHER
+from fedunlearn.study.scores import Answers, Scores, accuracies, column_weights, deviation, score
+from fedunlearn.study.search import best, search
+from fedunlearn.study.settings import Search
+from fedunlearn.study.steps import Desk, Step
+from fedunlearn.train import generator_of
+
+UNPRUNED = "unpruned.safetensors"
+TRIALS = "trials.jsonl"
+
+
+def ssd(
+    lab: Laboratory, desk: Desk, *, pipeline: str, head: str, forgotten: Sequence[int], seed: int,
+    settings: Search, previous: Step, gold: Step, fisher: Step | None,
+) -> dict:  # fmt: skip
+    """SSD on the previous stage's model with the best alpha and lambda found, then pruning (Algorithm 1, lines 4-5).
+
+    Without a `fisher`, F_D is of the previous stage's model, over the clients that were there until now.
+    """
+    client, model = forgotten[-1], lab.load(desk, previous, pipeline)
+    before = model_state(model)
+    fisher_forget = lab.fisher(model, head, lab.pool.of_clients([client]))
+    if fisher:
+        fisher_full = desk.tensors(fisher, FISHER, lab.device)
+    else:
+        fisher_full = lab.fisher(model, head, lab.pool.without(forgotten[:-1]))
+    gold_scores = trial_scores(lab, settings, lab.load(desk, gold, pipeline), forgotten, seed)
+
+    def dampen(alpha: float, lambda_: float, pruned: Sequence[int]) -> None:
+        model.load_state_dict(before)
+        unlearn.step(model, fisher_full, fisher_forget, pruned, **reading(settings, alpha, lambda_))
+        if settings.recalibrate:
+            images = (batch[0] for batch in lab.pool.train.batches(shuffled(lab.pool.without(forgotten), seed)))
+            unlearn.recalibrate(model, unlearn.batch_moments(model, images, precision=lab.precision))
+
+    def objective(alpha: float, lambda_: float) -> tuple[float, dict]:
+        dampen(alpha, lambda_, [client])
+        scores = trial_scores(lab, settings, model, forgotten, seed)
+        return deviation(scores, gold_scores, column_weights(settings, forgotten)), {"scores": scores}
+
+    file = desk.folder / TRIALS
+    trials = search(
+        settings, objective, file=file, seed=seed, tick=lambda done: desk.tick(done, settings.trials, "trial")
+    )
+    chosen = best(trials)
+    dampen(chosen["alpha"], chosen["lambda_"], [])
+    files = lab.save(desk, model, UNPRUNED)
+    prune_clients(model, [client])
+    return {"files": files | lab.save(desk, model), "best": chosen, "scores": [lab.score(model, forgotten, seed)]}
+
+
+def reading(settings: Search, alpha: float, lambda_: float) -> dict[str, float]:
+    """What the searched alpha is: the selection threshold (Eq. 8), or the exponent of the factor (Eq. 9)."""
+    if settings.reading == "threshold":
+        return {"alpha": alpha, "lambda_": lambda_}
+    return {"alpha": settings.threshold, "lambda_": lambda_, "exponent": alpha}
+
+
+def trial_scores(
+    lab: Laboratory, settings: Search, model: TwoHeadResNet18, forgotten: Sequence[int], seed: int
+) -> Scores:
+    """The columns that the objective needs, on all examples that left and on `settings.sample` of the others."""
+    most = settings.sample or None
+    indices = torch.cat([lab.pool.of_clients(forgotten), shuffled(lab.pool.without(forgotten), seed)[:most]])
+    train = lab.pool.predict(model, indices, lab.precision)
+    if settings.objective == "forgotten":
+        return accuracies(train, forgotten)
+    test = lab.pool.count_test(model, lab.precision, shuffled(lab.pool.test.all(), seed)[:most])
+    return score(Answers(train, test), forgotten, seed=seed)
+
+
+def finetune(
+    lab: Laboratory, desk: Desk, *, pipeline: str, forgotten: Sequence[int], seed: int, unlearned: Step, gold: Step
+) -> dict:
+    """The grid's checkpoint nearest to gold (Algorithm 1, line 6); the unlearned model itself is a candidate.
+
+    Nearest is the smallest sum of deviations over all accuracies of the paper's tables. a_f is taken before each epoch.
+    """
+    settings, client = lab.settings.finetuning, forgotten[-1]
+    model = lab.load(desk, unlearned, pipeline)
+    before = model_state(model)
+    gold_scores = desk.result(gold)["scores"][0]
+    grid = [(a, s) for a in settings.class_weights for s in (settings.subset_weights if model.client_head else [0.0])]
+
+    def candidate(**about: float) -> dict:
+        scores = lab.accuracies(model, forgotten)
+        everything = dict.fromkeys(scores, 1.0)
+        return {**about, "scores": scores, "deviation": deviation(scores, gold_scores, everything)}
+
+    state, rows = desk.partial() or ({}, [candidate(epochs=0)])
+    nearest = {name[8:]: value for name, value in state.items() if name.startswith("nearest.")} or before
+    for place in range((len(rows) - 1) // settings.epochs, len(grid)):
+        class_weight, subset_weight = grid[place]
+        model.load_state_dict(before)
+        tuning = lab.fine_tuning(model, forgotten, subset_weight, seed)
+        if (len(rows) - 1) % settings.epochs:
+            tuning.load_state({name[7:]: value for name, value in state.items() if name.startswith("tuning.")})
+        while tuning.epoch < settings.epochs:
+            accuracy = lab.forget_accuracy(model, client)
+            tuning.run_epoch(adversarial_weight(accuracy, gold_scores[f"client_{client}"], class_weight))
+            row = candidate(epochs=tuning.epoch, class_weight=class_weight, subset_weight=subset_weight)
+            if row["deviation"] < min(r["deviation"] for r in rows):
+                nearest = model_state(model)
+            rows.append(row)
+            desk.save_partial({"nearest": nearest, "tuning": tuning.state()}, rows)
+            desk.tick(len(rows) - 1, len(grid) * settings.epochs, "epoch of the grid")
+    model.load_state_dict(nearest)
+    chosen = min(rows, key=lambda row: row["deviation"])
+    scores = [lab.score(model, forgotten, seed)]
+    return {"files": lab.save(desk, model), "chosen": chosen, "candidates": rows, "scores": scores}
+
+
+def rebound(
+    lab: Laboratory, desk: Desk, *, pipeline: str, forgotten: Sequence[int], seed: int, unlearned: Step
+) -> dict:
+    """Without pruning, after SSD and again after one epoch of fine-tuning on the retain set (Table 2)."""
+    model = lab.load(desk, unlearned, pipeline, UNPRUNED)
+    after_ssd = lab.accuracies(model, forgotten)
+    lab.fine_tuning(model, forgotten, 1.0, seed).run_epoch()
+    return {"after_ssd": after_ssd, "after_epoch": lab.accuracies(model, forgotten)}
+
+
+def model_state(model: TwoHeadResNet18) -> dict[str, torch.Tensor]:
+    """A copy."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def shuffled(indices: torch.Tensor, seed: int) -> torch.Tensor:
+    """In a random order."""
+    return indices[torch.randperm(len(indices), generator=generator_of(seed))]

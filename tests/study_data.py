@@ -1,0 +1,34 @@
+"""A pool of a few noisy patterns, for the study's tests."""
+
+import numpy as np
+import torch
+
+from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.study.pool import Examples, Pool
+from fedunlearn.study.training import Recipe
+
+LOSS = {"class_weight": 1.0, "client_weight": 1.0, "disentangle_weight": 0.1}
+
+
+def pool(count=60, clients=4, classes=3, size=8):
+    random = np.random.default_rng(0)
+    labels, owners = np.arange(count) % classes, np.arange(count) // classes % clients
+    patterns = random.integers(256, size=(classes, size, size, 3))
+    noisy = np.clip(patterns[labels] + random.normal(0, 40, (count, size, size, 3)), 0, 255).astype(np.uint8)
+    train = Examples(torch.from_numpy(noisy), torch.from_numpy(labels), torch.from_numpy(owners))
+    test = Examples(train.images[:12], train.labels[:12], torch.full((12,), -1))
+    return Pool(train, test, [str(k) for k in range(classes)], clients)
+
+
+def model(clients=4, classes=3, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TwoHeadResNet18(classes, clients, width=8)
+
+
+def recipe(**changes):
+    values = {
+        "epochs": 4, "batch_size": 16, "lr": 0.02, "schedule": "steps", "momentum": 0.9, "weight_decay": 5e-4,
+        "crop_padding": 2, "flip": True, "precision": "fp32", "warmup": 0.25, "loss": LOSS,
+    }  # fmt: skip
+    return Recipe(**values | changes)

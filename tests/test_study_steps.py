@@ -1,0 +1,127 @@
+import json
+import time
+
+import pytest
+import torch
+
+from fedunlearn.errors import UserError
+from fedunlearn.runs import hold
+from fedunlearn.study import steps
+from fedunlearn.study.steps import PARTIAL, Step, duration, time_left, work_on
+
+
+def step(name, work, needs=(), settings=None):
+    return Step(name, settings or {}, tuple(needs), work, 1.0)
+
+
+def run(plan, root, seconds=60.0):
+    return work_on(plan, root, deadline=time.monotonic() + seconds, rate=1.0, workers=1)
+
+
+def sum_of(*needs):
+    return lambda desk: {"value": 1 + sum(desk.result(need)["value"] for need in needs)}
+
+
+def counting(desk):
+    """Counts to five, a save and a tick each."""
+    state, rows = desk.partial() or ({"done": torch.zeros(())}, [])
+    for number in range(len(rows), 5):
+        state["done"] += 1
+        rows.append(number)
+        desk.save_partial(state, rows)
+        desk.tick(number + 1, 5, "number")
+    return {"value": int(state["done"]), "rows": rows}
+
+
+def test_what_is_needed_comes_first_and_nothing_is_done_twice(tmp_path):
+    first = step("first", sum_of())
+    second = step("second", sum_of(first), [first])
+    third = step("third", sum_of(first, second), [first, second])
+    assert run([third, second, first], tmp_path)
+    assert [s.result(tmp_path)["value"] for s in (first, second, third)] == [1, 2, 4]
+    again = [step(s.name, lambda desk: pytest.fail("done twice"), s.needs) for s in (first, second, third)]
+    assert run(again, tmp_path)
+
+
+def test_the_key_depends_on_settings_and_on_what_is_needed():
+    keys = {
+        step("a", None).key,
+        step("a", None, settings={"lr": 1}).key,
+        step("a", None, [step("b", None)]).key,
+        step("a", None, [step("b", None, settings={"lr": 1})]).key,
+    }
+    assert len(keys) == 4
+    assert step("a", None, settings={"x": 1, "y": 2}).key == step("a", None, settings={"y": 2, "x": 1}).key
+
+
+def test_out_of_time_it_stops_after_a_unit_and_continues_there(tmp_path):
+    work = step("count", counting)
+    ends = [run([work], tmp_path, seconds=-1) for _ in range(5)]
+    assert ends == [False, False, False, False, True]
+    result = work.result(tmp_path)
+    assert (result["value"], result["rows"]) == (5, [0, 1, 2, 3, 4])
+    assert result["seconds"] > 0
+    assert not (work.folder(tmp_path) / PARTIAL).exists()
+
+
+def test_a_failure_leaves_the_rest_as_it_is(tmp_path):
+    good = step("good", sum_of())
+    bad = step("bad", lambda desk: 1 / 0, [good])
+    with pytest.raises(ZeroDivisionError):
+        run([good, bad], tmp_path)
+    assert good.is_done(tmp_path)
+    assert not bad.is_done(tmp_path)
+    assert run([step("bad", sum_of(good), [good])], tmp_path)
+
+
+def test_what_another_process_holds_is_left_to_it(tmp_path):
+    free, held = step("free", sum_of()), step("held", lambda desk: pytest.fail("taken from its holder"))
+    with hold(held.folder(tmp_path)):
+        assert not run([held, free], tmp_path, seconds=0.5)
+    assert free.is_done(tmp_path)
+
+
+def test_a_need_that_nobody_was_asked_for_is_named(tmp_path):
+    first = step("train/first", sum_of())
+    with pytest.raises(UserError, match=r"second needs train/first, which was not asked for and is not there yet"):
+        run([step("second", sum_of(first), [first])], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["result.json", PARTIAL])
+def test_a_file_that_was_cut_short_is_named_and_nothing_else_lost(tmp_path, name):
+    work = step("count", counting)
+    run([work], tmp_path, seconds=100 if name == "result.json" else -1)
+    file = work.folder(tmp_path) / name
+    file.write_bytes(file.read_bytes()[:-9])
+    look = work.result if name == "result.json" else lambda root: run([work], root)
+    with pytest.raises(UserError, match=f"{name} was cut short .*delete it, and the same command") as caught:
+        look(tmp_path)
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    assert run([work], tmp_path)
+    assert work.result(tmp_path)["value"] == 5
+
+
+def test_nested_tensors_and_rows_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "SAVE_EVERY", 0.0)
+    seen = []
+
+    def work(desk):
+        desk.save_partial({"a": {"b": torch.arange(3)}}, [{"x": 0.5}])
+        seen.append(desk.partial())
+        return {}
+
+    run([step("nested", work)], tmp_path)
+    (state, rows), *_ = seen
+    assert state["a.b"].tolist() == [0, 1, 2]
+    assert rows == [{"x": 0.5}]
+
+
+def test_the_time_left_is_measured_on_what_was_done(tmp_path):
+    plan = [step(name, sum_of()) for name in "abc"]
+    assert time_left(plan, tmp_path, 100.0, 2) == "0 of 3 steps done, about 2 min 30 s left in all"
+    run(plan[:1], tmp_path)
+    file = plan[0].folder(tmp_path) / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 3600}))
+    assert time_left(plan, tmp_path, 100.0, 1) == "1 of 3 steps done, about 2 h 0 min left in all"
+    assert duration(75.4) == "1 min 15 s"

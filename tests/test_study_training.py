@@ -1,0 +1,72 @@
+import torch
+from torch.testing import assert_close
+
+import reference
+import study_data
+from fedunlearn.batches import draws
+from fedunlearn.study.training import Training
+from fedunlearn.train import generator_of
+
+
+def test_two_steps_are_those_of_the_naive_pipeline():
+    pool, naive, ours = study_data.pool(32), study_data.model(), study_data.model()
+    training = Training(ours, pool.train, pool.train.all(), study_data.recipe(epochs=1, warmup=0.0), seed=5)
+    training.run_epoch()
+    generator = generator_of(5, 0)
+    order = torch.randperm(32, generator=generator)
+    reference.train(
+        naive, pool.train.images.numpy(), pool.train.labels, pool.train.clients, order, draws(32, generator, 2, True),
+        batch_size=16, lr=0.02, momentum=0.9, weight_decay=5e-4, padding=2,
+    )  # fmt: skip
+    assert_close(dict(ours.named_parameters()), dict(naive.named_parameters()), rtol=0, atol=1e-5)
+    assert_close(dict(ours.named_buffers()), dict(naive.named_buffers()), rtol=0, atol=1e-5)
+    moved = (dict(ours.named_parameters())["client_head.out.weight"] - study_data.model().client_head.out.weight).abs()
+    assert moved.max() > 1e-4
+
+
+def test_the_class_loss_alone_at_first():
+    pool, model = study_data.pool(), study_data.model()
+    before = model.client_head.out.weight.clone()
+    training = Training(model, pool.train, pool.train.all(), study_data.recipe(), seed=0)
+    training.run_epoch()
+    assert torch.equal(model.client_head.out.weight, before)
+    training.run_epoch()
+    assert not torch.equal(model.client_head.out.weight, before)
+
+
+def test_learns_and_tells_how_well():
+    pool, model = study_data.pool(), study_data.model()
+    training = Training(model, pool.train, pool.train.all(), study_data.recipe(epochs=8, crop_padding=0), seed=0)
+    while training.epoch < 8:
+        training.run_epoch()
+    loss, class_accuracy, client_accuracy, seconds = zip(*training.history, strict=True)
+    assert loss[7] < loss[2]  # the first two epochs have the class loss alone
+    assert class_accuracy[-1] > 0.9 > class_accuracy[0]
+    assert 0 <= min(client_accuracy) <= max(client_accuracy) <= 1
+    assert min(seconds) > 0
+
+
+def test_taken_up_again_it_gives_the_same_bits():
+    pool, models = study_data.pool(), []
+    for stop in (4, 2):
+        model = study_data.model()
+        training = Training(model, pool.train, pool.train.all(), study_data.recipe(), seed=1)
+        for _ in range(stop):
+            training.run_epoch()
+        state = {name: value.clone() for name, value in training.state().items()}
+        again = Training(study_data.model(seed=9), pool.train, pool.train.all(), study_data.recipe(), seed=1)
+        again.load_state(state, training.history)
+        while again.epoch < 4:
+            again.run_epoch()
+        models.append(again.model.state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_those_who_left_are_not_looked_at():
+    pool, models = study_data.pool(), []
+    for _ in range(2):
+        model = study_data.model()
+        Training(model, pool.train, pool.without([1]), study_data.recipe(), seed=0).run_epoch()
+        models.append(model.state_dict())
+        pool.train.images[pool.of_clients([1])] = 0
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
