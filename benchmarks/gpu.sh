@@ -10,12 +10,12 @@ export PYTHONUNBUFFERED=1
 case "${1:-}" in
   math) python3 -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --noconftest tests/test_fisher_triton.py \
           tests/test_fisher.py tests/test_losses.py tests/test_dampening.py tests/test_unlearn.py tests/test_pruning.py \
-          tests/test_model.py tests/test_evaluate.py ;;
+          tests/test_model.py tests/test_evaluate.py tests/test_study_training.py tests/test_study_finetuning.py ;;
   fisher) for width in 64 16; do python3 -m benchmarks.fisher --width "$width" --batch 128 --repeats 7; done ;;
   layers) python3 -m benchmarks.fisher_layers ;;
   sweep) python3 -m benchmarks.fisher_layers --sweep ;;
   epoch) python3 -m benchmarks.epoch --images 12800 --repeats 7 ;;
-  pooled) for width in 64 16; do python3 -m benchmarks.pooled --width "$width" --images 12800 --repeats 7 --compile; done ;;
+  pooled) for width in 64 16; do python3 -m benchmarks.pooled --width "$width" --images 12880 --repeats 7 --compile; done ;;
   study) python3 -m fedunlearn.study dataset=cifar10 scale=full study.minutes=9 'study.seeds=[0]' \
            ${IMAGES:+data.name=folder "data.root=$IMAGES"} "${@:2}" ;;
   federation) python3 -m benchmarks.federation --images 20000 --rounds 4 --gpus 0.5 ;;

@@ -10,13 +10,13 @@ from fedunlearn.study.training import Recipe
 LOSS = {"class_weight": 1.0, "client_weight": 1.0, "disentangle_weight": 0.1}
 
 
-def pool(count=60, clients=4, classes=3, size=8):
+def pool(count=60, clients=4, classes=3, size=8, device="cpu"):
     random = np.random.default_rng(0)
     labels, owners = np.arange(count) % classes, np.arange(count) // classes % clients
     patterns = random.integers(256, size=(classes, size, size, 3))
     noisy = np.clip(patterns[labels] + random.normal(0, 40, (count, size, size, 3)), 0, 255).astype(np.uint8)
-    train = Examples(torch.from_numpy(noisy), torch.from_numpy(labels), torch.from_numpy(owners))
-    test = Examples(train.images[:12], train.labels[:12], torch.full((12,), -1))
+    train = Examples(*(torch.from_numpy(array).to(device) for array in (noisy, labels, owners)))
+    test = Examples(train.images[:12], train.labels[:12], torch.full((12,), -1, device=device))
     return Pool(train, test, [str(k) for k in range(classes)], clients)
 
 

@@ -13,7 +13,9 @@ from hashlib import md5
 
 import numpy as np
 import pytest
+import torch
 import torchvision
+from safetensors import safe_open
 
 from fedunlearn.study.command import UNFINISHED, main
 
@@ -76,11 +78,53 @@ def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
     for name, result in steps.items():
         if name.startswith(("ssd/ce", "finetune/ce")):
             assert all(value == 0 for key, value in result["scores"][0].items() if key.startswith("id_client_"))
+    check_cells(report, steps)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("result.json")}
     again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "done in" not in again.stdout
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("result.json")}
+
+
+def check_cells(report, steps):
+    """Every measured cell of the stage tables, the learning phase, Table 2 and Table 18 against the results' files."""
+
+    def cells(number):
+        with open(report / "tables" / f"table-{number:02d}.csv") as file:
+            return {(row["row"], row["column"]): row for row in csv.DictReader(file) if row["ours"]}
+
+    labels = {"no_mtl": "Without MTL (SSD)", "ce": "MTL with CE", "ce_dl": "MTL with CE + DL"}
+    for number, made, gold in (
+        (5, "finetune/{p}/stage1/seed{s}", "gold/{p}/0/seed{s}"),
+        (7, "finetune/{p}/stage3/seed{s}", "gold/{p}/0-1-2/seed{s}"),
+        (9, "ssd/{p}/plain/class-forgotten-threshold/stage2/seed{s}", "gold/{p}/0-1/seed{s}"),
+    ):
+        found, expected = cells(number), 0
+        for pipeline, label in labels.items():
+            ours, golds = (
+                [steps[name.format(p=pipeline, s=seed)]["scores"][0] for seed in (0, 1)] for name in (made, gold)
+            )
+            for column in ours[0]:
+                values = np.array([[scores[column] for scores in side] for side in (ours, golds)])
+                row, expected = found[label, column], expected + 1
+                assert float(row["ours"]) == pytest.approx(values[0].mean(), rel=1e-5)
+                assert float(row["sd"]) == pytest.approx(values[0].std(ddof=1), rel=1e-4, abs=1e-9)
+                assert float(row["gold"]) == pytest.approx(values[1].mean(), rel=1e-5)
+                assert float(row["deviation"]) == pytest.approx(
+                    np.abs(values[0] - values[1]).mean(), rel=1e-4, abs=1e-9
+                )
+        assert expected == len(found)
+    learned = [steps[f"train/ce/seed{seed}"]["learning"] for seed in (0, 1)]
+    for column, name in (("train", "others"), ("id_train", "id_others"), ("test", "test")):
+        assert float(cells(3)["MTL with CE", column]["ours"]) == pytest.approx(
+            np.mean([one[name] for one in learned]), rel=1e-5
+        )
+    rebound = [steps[f"rebound/ce_dl/seed{seed}"] for seed in (0, 1)]
+    for column, when in (("id_client_0", "after_ssd"), ("id_client_0_after_epoch", "after_epoch")):
+        mean = np.mean([one[when]["id_client_0"] for one in rebound])
+        assert float(cells(2)["MTL with CE + DL", column]["ours"]) == pytest.approx(mean, rel=1e-5, abs=1e-9)
+    pruned = [steps[f"prune/DeepClean/0.2-0/backbone/seed{seed}"]["curve"][1]["test"] for seed in (0, 1)]
+    assert float(cells(18)["DeepClean, 0.2, heads fixed", "test"]["ours"]) == pytest.approx(np.mean(pruned), rel=1e-5)
 
 
 def test_pieces_give_the_same_as_one_go(tmp_path, monkeypatch, capsys):
@@ -113,10 +157,14 @@ def test_killed_in_the_midst_of_training_it_continues(tmp_path, blocked):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not results(tmp_path / "home")
+    (partial,) = steps.glob("*/partial.safetensors")
+    with safe_open(partial, "pt") as file:
+        kept = json.loads(file.metadata()["rows"])
     again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
     (result,) = results(tmp_path / "home").values()
     assert len(result["history"]) == 150
+    assert result["history"][: len(kept)] == kept  # with the seconds that those epochs took the first time
 
 
 @pytest.fixture
@@ -129,7 +177,7 @@ def home(tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["study.stages=[table5]"], "study.stages: table5 is not one of train, gold"),
-        (["study.only=table-5", "study.stages=[train]"], "study.only=table-5 matches no step of train"),
+        (["study.only=table-5"], "study.only=table-5 matches no step of train"),
         (["data.limit=40"], r"client \d has \d images, too few for the attack's 5 folds"),
         (["data.limit=60", "partition.dirichlet_alpha=0.02"], r"client \d has (no image|\d images)"),
         (
@@ -209,3 +257,68 @@ def test_cifar100(home, monkeypatch):
         with open(tables / f"table-{number:02d}.csv") as file:
             rows = [row for row in csv.DictReader(file) if row["row"].startswith("Without") and row["paper"]]
         assert all(bool(row["ours"]) == filled for row in rows), number
+
+
+class TinyClip(torch.nn.Module):
+    """Like CLIP's TorchScript archives: images of 224 pixels a side in, embeddings out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 6, 32, 32)
+
+    @torch.jit.export
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images).mean((2, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.encode_image(images)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_every_other_reading_in_another_order(home):
+    """The settings that the other tests leave alone, all at once."""
+    torch.jit.script(TinyClip()).save(str(home / "clip.pt"))
+    words = [
+        "dataset=digits",
+        "scale=laptop",
+        "study.workers=1",
+        "study.seeds=[4]",
+        "study.order=[7,2]",
+        "learning.epochs=1",
+    ]
+    words += ["study.pipelines=[ce]", "fisher.head=client", "fisher.full=base", "fisher.estimator=batch"]
+    words += ["search.reading=exponent", "search.recalibrate=true", "search.objective=weighted", "search.trials=2"]
+    words += ["study.stages=[train,gold,unlearn,report]", f"study.clip={home / 'clip.pt'}", "finetuning.epochs=1"]
+    assert main(words) == 0
+    steps = results(home)
+    chosen = steps["ssd/ce/plain/client-weighted-exponent/stage2/seed4"]
+    assert set(chosen["best"]) >= {"exponent", "lambda_"}
+    assert "alpha" not in chosen["best"]
+    assert set(chosen["scores"][0]) >= {"client_7", "client_2", "id_client_7", "others", "mia"}
+    assert "mia" in chosen["best"]["scores"]
+    assert "alpha" in steps["ssd/ce/plain/client-weighted-threshold/stage1/seed4"]["best"]
+    assert "mia" not in steps["ssd/ce/plain/client-forgotten-exponent/stage1/seed4"]["best"]["scores"]
+    assert len(steps["tsne/clip/seed4"]["views"]) == 1
+    report = home / "studies" / "digits-laptop" / "report"
+    with open(report / "tables" / "table-09.csv") as file:
+        assert {row["column"] for row in csv.DictReader(file)} >= {"client_7", "client_2", "id_client_2"}
+    assert "embeddings" in (report / "REPORT.md").read_text()
+
+
+def test_a_report_of_what_is_there_and_no_clip_model(home, capsys):
+    words = [
+        *SHORT,
+        "study.pipelines=[ce_dl]",
+        "learning.epochs=1",
+        "ablation.shares=[0.2]",
+        "ablation.retain_shares=[0.2]",
+    ]
+    assert main([*words, "study.stages=[train,ablation,report]"]) == 0
+    text = (home / "studies" / "digits-laptop" / "report" / "REPORT.md").read_text()
+    assert "Not measured yet" in text
+    (home / "no.pt").write_bytes(b"nothing")
+    assert (
+        main([*words, "study.stages=[train,gold,unlearn]", f"study.clip={home / 'no.pt'}", "study.only=tsne/clip/*"])
+        == 2
+    )
+    assert re.search(r"error: study.clip=.* is no TorchScript CLIP model for cpu \(.*\)\n", capsys.readouterr().err)

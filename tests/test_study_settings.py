@@ -81,6 +81,10 @@ def test_auto_is_laptop_without_a_gpu(monkeypatch):
         ("clients=3", "leaves no client: 3 in all"),
         ("ablation.shares=[0.5]", "different lengths"),
         ("ablation.shares=[0.1,0.2,1.5]", "are not in"),
+        ("search.alpha_low=200", "search.alpha_low=200.0 is not below search.alpha_high=100.0"),
+        ("study.seeds=[0,0]", "are not different numbers"),
+        ("study.seeds=[-1]", "are not different numbers in 0.."),
+        ("study.clip=/no/such/file", "study.clip=/no/such/file is no file"),
         ("model.client_head=false", "study.pipelines says which heads"),
     ],
 )
@@ -88,6 +92,24 @@ def test_bad_settings_get_one_line(words, message):
     with pytest.raises(UserError, match=message) as caught:
         load(words.split())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "part", "same"),
+    [
+        ("search.threshold=3", "search", True),
+        ("search.threshold=3 search.reading=exponent", "search", False),
+        ("search.mia_weight=3", "search", True),
+        ("search.mia_weight=3 search.objective=weighted", "search", False),
+        ("search.trials=3", "search", False),
+        ("fisher.batch_size=3", "fisher", True),
+        ("fisher.batch_size=3 fisher.estimator=batch", "fisher", False),
+        ("fisher.precision=bf16", "fisher", False),
+    ],
+)
+def test_results_depend_on_what_changes_them(words, part, same):
+    _, *others = words.split()
+    assert (load(words.split()).depends_on(part) == load(others).depends_on(part)) == same
 
 
 def test_the_readmes_list_every_setting():

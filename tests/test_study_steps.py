@@ -7,7 +7,7 @@ import torch
 from fedunlearn.errors import UserError
 from fedunlearn.runs import hold
 from fedunlearn.study import steps
-from fedunlearn.study.steps import PARTIAL, Step, duration, time_left, work_on
+from fedunlearn.study.steps import PARTIAL, Step, check_needs, duration, time_left, work_on
 
 
 def step(name, work, needs=(), settings=None):
@@ -15,7 +15,8 @@ def step(name, work, needs=(), settings=None):
 
 
 def run(plan, root, seconds=60.0):
-    return work_on(plan, root, deadline=time.monotonic() + seconds, rate=1.0, workers=1)
+    deadline = time.monotonic() + seconds
+    return work_on(plan, root, over=lambda: time.monotonic() > deadline, rate=1.0, workers=1)
 
 
 def sum_of(*needs):
@@ -56,7 +57,7 @@ def test_the_key_depends_on_settings_and_on_what_is_needed():
 
 def test_out_of_time_it_stops_after_a_unit_and_continues_there(tmp_path):
     work = step("count", counting)
-    ends = [run([work], tmp_path, seconds=-1) for _ in range(5)]
+    ends = [run([work], tmp_path, seconds=-1) for _ in range(5)]  # saves and stops after each number
     assert ends == [False, False, False, False, True]
     result = work.result(tmp_path)
     assert (result["value"], result["rows"]) == (5, [0, 1, 2, 3, 4])
@@ -84,7 +85,10 @@ def test_what_another_process_holds_is_left_to_it(tmp_path):
 def test_a_need_that_nobody_was_asked_for_is_named(tmp_path):
     first = step("train/first", sum_of())
     with pytest.raises(UserError, match=r"second needs train/first, which was not asked for and is not there yet"):
-        run([step("second", sum_of(first), [first])], tmp_path)
+        check_needs([step("second", sum_of(first), [first])], tmp_path)
+    check_needs([step("second", sum_of(first), [first]), first], tmp_path)
+    run([first], tmp_path)
+    check_needs([step("second", sum_of(first), [first])], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["result.json", PARTIAL])

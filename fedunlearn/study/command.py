@@ -21,14 +21,14 @@ from fedunlearn.study import report
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.plan import Plan
 from fedunlearn.study.settings import Settings, load
-from fedunlearn.study.steps import Step, duration, log, seconds_a_cost, work_on
+from fedunlearn.study.steps import Step, check_needs, duration, log, seconds_a_cost, work_on
 from fedunlearn.study.training import Training
 
 UNFINISHED = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 if all was done, 1 if a worker failed, 2 for bad input, 3 if time ran out."""
+    """Run the command line; returns 0 if all was done, 2 after an error, 3 if time ran out, 130 if interrupted."""
     p = argparse.ArgumentParser("python -m fedunlearn.study", description="Make the paper's study, or what is missing.")
     p.add_argument(
         "settings", nargs="*", help="as dataset=cifar10 scale=laptop 'study.stages=[train]' search.trials=20"
@@ -37,30 +37,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = p.parse_args(arguments)
     try:
         return run(load(options.settings), only_plan=options.plan)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return 130
 
 
 def run(settings: Settings, *, only_plan: bool = False) -> int:
     """Do what is missing of the study, and write its report."""
-    started = time.monotonic()
+    deadline = time.time() + 60 * settings.study.minutes
     torch.set_num_threads(settings.learning.threads)
     lab = Laboratory(settings)
     lab.check()
     root, workers = study_folder(settings), number_of_workers(settings)
     hold_to(root, settings, lab)
     steps = Plan(settings, lab).steps()
-    if not steps and "report" not in settings.study.stages:
+    if not steps and (settings.study.only != "*" or "report" not in settings.study.stages):
         raise UserError(f"study.only={settings.study.only} matches no step of {', '.join(settings.study.stages)}")
+    check_needs(steps, root)
     rate = seconds_an_image(lab) if any(not step.is_done(root) for step in steps) else 0.0
     print_plan(steps, root, rate, workers)
     if only_plan:
         return 0
-    deadline = started + 60 * settings.study.minutes
     finished = all(step.is_done(root) for step in steps)
     if not finished and workers == 1:
-        finished = work_on(steps, root, deadline=deadline, rate=rate, workers=1)
+        finished = work_on(steps, root, over=lambda: time.time() > deadline, rate=rate, workers=1)
     elif not finished:
         finished = work_together(settings, root, deadline, rate, workers)
     if "report" in settings.study.stages:
@@ -142,7 +145,7 @@ def work_together(settings: Settings, root: Path, deadline: float, rate: float, 
     """
     os.environ.update(memory.ENVIRONMENT)  # glibc reads it when a process starts
     context = multiprocessing.get_context("spawn")
-    arguments = (settings, root, deadline - time.monotonic(), rate, workers)
+    arguments = (settings, root, deadline, rate, workers, os.getpid())
     processes = [context.Process(target=_worker, args=arguments) for _ in range(workers)]
     for process in processes:
         process.start()
@@ -160,14 +163,17 @@ def work_together(settings: Settings, root: Path, deadline: float, rate: float, 
     return all(process.exitcode == 0 for process in processes)
 
 
-def _worker(settings: Settings, root: Path, seconds: float, rate: float, workers: int) -> None:
+def _worker(settings: Settings, root: Path, deadline: float, rate: float, workers: int, parent: int) -> None:
+    def over() -> bool:
+        return time.time() > deadline or os.getppid() != parent
+
     torch.set_num_threads(settings.learning.threads)
-    lab = Laboratory(settings)
     try:
-        finished = work_on(
-            Plan(settings, lab).steps(), root, deadline=time.monotonic() + seconds, rate=rate, workers=workers
-        )
-    except UserError as error:
+        steps = Plan(settings, Laboratory(settings)).steps()
+        finished = work_on(steps, root, over=over, rate=rate, workers=workers)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(0 if finished else UNFINISHED)

@@ -1,5 +1,6 @@
 """The step behind Figure 2: t-SNE of embeddings, of the model's own at every stage and of CLIP's."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,19 +51,21 @@ def clip_embeddings(path: Path, examples: Examples, indices: Tensor) -> np.ndarr
     Raises:
         UserError: no TorchScript file is there, or not one of CLIP.
     """
-    try:
-        clip = torch.jit.load(str(path), map_location=indices.device).eval()
-        encode = clip.encode_image
-    except (RuntimeError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"study.clip={path} is no TorchScript CLIP model ({reason})") from None
-    dtype = next(clip.parameters()).dtype
     mean, std = (torch.tensor(v, device=indices.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     found = []
-    for images, _, _ in examples.batches(indices, 50):
-        large = interpolate(images / 2 + 0.5, size=224, mode="bicubic").clamp(0, 1)
-        large = large.expand(-1, 3, -1, -1)
-        found.append(encode(((large - mean) / std).to(dtype)).float().cpu())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", ".*torch.jit.load", FutureWarning
+            )  # the format that CLIP was published in
+            clip = torch.jit.load(str(path), map_location=indices.device).eval()
+        dtype = next(clip.parameters()).dtype
+        for images, _, _ in examples.batches(indices, 50):
+            large = interpolate(images / 2 + 0.5, size=224, mode="bicubic").clamp(0, 1).expand(-1, 3, -1, -1)
+            found.append(clip.encode_image(((large - mean) / std).to(dtype)).float().cpu())
+    except (RuntimeError, ValueError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"study.clip={path} is no TorchScript CLIP model for {indices.device} ({reason})") from None
     return torch.cat(found).numpy()
 
 

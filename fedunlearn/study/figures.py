@@ -101,24 +101,25 @@ def stages(plan: Plan, root: Path) -> "Figure | None":
 
 
 def landscape(plan: Plan, root: Path) -> "Figure | None":
-    """The objective over alpha and lambda."""
+    """The objective, and what it costs the others, over alpha and lambda."""
     seed = plan.settings.study.seeds[0]
     steps = {pipeline: plan.ssd(pipeline, 1, seed) for pipeline in plan.settings.study.pipelines}
     steps = {pipeline: step for pipeline, step in steps.items() if step.is_done(root)}
     if not steps:
         return None
-    figure = _figure(4 * len(steps), 3.4)
-    for axes, (pipeline, step) in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps.items(), strict=True):
+    figure = _figure(4 * len(steps), 6.4)
+    name = "alpha" if plan.settings.search.reading == "threshold" else "exponent"
+    for column, (pipeline, step) in zip(figure.subplots(2, len(steps), squeeze=False).T, steps.items(), strict=True):
         trials, best = read_trials(step.folder(root) / TRIALS), step.result(root)["best"]
-        drawn = axes.scatter(
-            [t["alpha"] for t in trials],
-            [t["lambda_"] for t in trials],
-            c=[t["value"] for t in trials],
-            cmap="viridis_r",
-        )
-        axes.scatter(best["alpha"], best["lambda_"], s=140, facecolors="none", edgecolors="#c8553d", linewidths=2)
-        axes.set(xscale="log", yscale="log", xlabel="α", ylabel="λ", title=PIPELINES[pipeline])
-        figure.colorbar(drawn, ax=axes, label="deviation from gold")
+        x, y = ([trial[key] for trial in trials] for key in (name, "lambda_"))
+        for axes, colours, label in (
+            (column[0], [trial["value"] for trial in trials], "deviation from gold"),
+            (column[1], [1 - trial["scores"]["others"] for trial in trials], "others' class error"),
+        ):
+            drawn = axes.scatter(x, y, c=colours, cmap="viridis_r")
+            axes.scatter(best[name], best["lambda_"], s=140, facecolors="none", edgecolors="#c8553d", linewidths=2)
+            axes.set(xscale="log", yscale="log", xlabel=name, ylabel="lambda", title=PIPELINES[pipeline])
+            figure.colorbar(drawn, ax=axes, label=label)
     return figure
 
 
@@ -148,15 +149,17 @@ def curves(plan: Plan, root: Path) -> "Figure | None":
 def embeddings(plan: Plan, root: Path) -> "Figure | None":
     """Every view, by class above and by client below."""
     steps = [step for step in plan.pictures() if step.is_done(root)]
-    views = [(view, step.result(root)) for step in steps for view in step.result(root)["views"]]
+    titles = ["before", *(f"stage {stage}" for stage in range(1, len(plan.order) + 1))]
+    views = []
+    for result in (step.result(root) for step in steps):
+        own = titles if len(result["views"]) > 1 else [result["views"][0]["name"]]
+        views += [(title, view, result) for title, view in zip(own, result["views"], strict=True)]
     if not views:
         return None
     figure = _figure(3 * len(views), 6.4)
     grid = figure.subplots(2, len(views), squeeze=False)
-    titles = ["before", *(f"stage {stage}" for stage in range(1, len(plan.order) + 1))]
-    for column, (view, result) in enumerate(views):
+    for column, (title, view, result) in enumerate(views):
         points = np.array(view["points"])
-        title = "CLIP" if view["name"] == "CLIP" else titles[column]
         for axes, key in zip(grid[:, column], ("classes", "clients"), strict=True):
             axes.scatter(*points.T, c=result[key], cmap="tab10", s=3)
             axes.set_title(f"{title}, by {key}", fontsize=9)

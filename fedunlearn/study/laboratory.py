@@ -57,6 +57,9 @@ class Laboratory:
                     f"client {client} has {len(self.slices[client])} images, too few for the attack's {FOLDS} folds: "
                     "take more images (data.limit) or another partition"
                 )
+        staying = sum(len(s) for client, s in enumerate(self.slices) if client not in self.settings.study.order)
+        if staying < FOLDS:
+            raise UserError(f"{staying} images stay, too few for the attack's {FOLDS} folds: take more (data.limit)")
         for client, owned in enumerate(self.slices):
             if not len(owned):
                 raise UserError(f"client {client} has no image: take more images (data.limit) or another partition")

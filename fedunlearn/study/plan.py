@@ -1,16 +1,18 @@
 """The steps of a study, from its settings: which models, from which, scored against which."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 from fedunlearn.study.embeddings import clip_tsne, tsne
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.learning import fisher, train
 from fedunlearn.study.pruning import prune
-from fedunlearn.study.settings import OBJECTIVES, PIPELINES, STAGES, Settings
+from fedunlearn.study.settings import OBJECTIVES, PIPELINES, READINGS, STAGES, Settings
 from fedunlearn.study.sparsity import METHODS
 from fedunlearn.study.steps import Step
 from fedunlearn.study.unlearning import finetune, rebound, ssd
@@ -52,20 +54,22 @@ class Plan:
         """Stages with and without fine-tuning (Tables 5-16), other objectives and heads (Section 4.4), Table 2."""
         steps = []
         for pipeline, seed in self._each():
-            steps += self._fishers(pipeline, "class", seed)
+            steps.append(self.fisher(pipeline, "class", "all", seed))
             for stage in self._stages():
                 steps += [self.ssd(pipeline, stage, seed, history) for history in HISTORIES]
                 steps.append(self.finetune(pipeline, stage, seed))
-            steps += [self.ssd(pipeline, 1, seed, objective=objective) for objective in OBJECTIVES]
+            steps += [self.ssd(pipeline, 1, seed, **search) for search in self.searches()]
             if pipeline != "no_mtl":
                 other = "client" if self.settings.fisher.head == "class" else "class"
-                steps += [*self._fishers(pipeline, other, seed), self.ssd(pipeline, 1, seed, head=other)]
+                steps += [self.fisher(pipeline, "client", "all", seed), self.ssd(pipeline, 1, seed, head=other)]
                 steps.append(self.rebound(pipeline, seed))
         return steps + self.pictures()
 
     def ablation(self) -> list[Step]:
         """Pruning instead of dampening (Table 18)."""
         settings, pipeline = self.settings.ablation, self.settings.ablation.pipeline
+        if pipeline not in self.settings.study.pipelines:
+            return []
         steps = []
         for seed in self.settings.study.seeds:
             steps += [self.fisher(pipeline, "class", who, seed) for who in ("leaving", "staying")]
@@ -83,10 +87,17 @@ class Plan:
         work = partial(tsne, pipeline=pipeline, seed=seed, models=models)
         steps = [self._step(f"tsne/{pipeline}/seed{seed}", {}, models, work, PICTURE * len(models))]
         if study.clip:
-            settings = {"clip": study.clip, "data": self.lab.dataset.fingerprint}
+            digest = hashlib.sha256(Path(study.clip).read_bytes()).hexdigest()
+            settings = {"clip": digest, "data": self.lab.dataset.fingerprint}
             work = partial(clip_tsne, path=study.clip, seed=seed)
             steps.insert(0, self._step(f"tsne/clip/seed{seed}", settings, [], work, 4 * PICTURE))
         return steps
+
+    def searches(self) -> list[dict[str, str]]:
+        """The settings' own search, and those with the other objective and with the other reading of alpha."""
+        own = {"objective": self.settings.search.objective, "reading": self.settings.search.reading}
+        others = [{**own, "objective": o} for o in OBJECTIVES] + [{**own, "reading": r} for r in READINGS]
+        return [own, *(search for search in others if search != own)]
 
     def base(self, pipeline: str, seed: int) -> Step:
         """The model that all clients have trained."""
@@ -103,35 +114,39 @@ class Plan:
         clients = {"all": list(everybody), "leaving": first, "staying": [c for c in everybody if c not in first]}[who]
         base = self.base(pipeline, seed)
         work = partial(fisher, pipeline=pipeline, head=head, clients=clients, base=base)
-        settings = {"fisher": self._fisher_settings(), "head": head, "clients": clients}
+        settings = {"fisher": self.settings.depends_on("fisher"), "head": head, "clients": clients}
         return self._step(f"fisher/{pipeline}/{head}/{who}/seed{seed}", settings, [base], work, FISHER * self.images)
 
     def ssd(
-        self, pipeline: str, stage: int, seed: int, history: str = "plain", *, head: str = "", objective: str = ""
+        self, pipeline: str, stage: int, seed: int, history: str = "plain", *, head: str = "", **search: str
     ) -> Step:
-        """The unlearned model of a stage; its `history` is of models as unlearned (plain) or as fine-tuned (tuned)."""
-        head = head or self.settings.fisher.head
+        """The unlearned model of a stage; its `history` is of models as unlearned (plain) or as fine-tuned (tuned).
+
+        `head`, and settings of the `search`, replace those of the study.
+        """
+        head = "class" if pipeline == "no_mtl" else head or self.settings.fisher.head
         forgotten, gold = self.order[:stage], self.gold(pipeline, stage, seed)
         if stage == 1:
             history, previous = "plain", self.base(pipeline, seed)
         elif history == "tuned":
             previous = self.finetune(pipeline, stage - 1, seed)
         else:
-            previous = self.ssd(pipeline, stage - 1, seed, history, head=head, objective=objective)
-        search, full = replace(self.settings.search, objective=objective or self.settings.search.objective), None
-        if self.settings.fisher.full == "base":
-            full = self.fisher(pipeline, "class" if pipeline == "no_mtl" else head, "all", seed)
+            previous = self.ssd(pipeline, stage - 1, seed, history, head=head, **search)
+        changed, full = replace(self.settings, search=replace(self.settings.search, **search)), None
+        if stage == 1 or self.settings.fisher.full == "base":
+            full = self.fisher(pipeline, head, "all", seed)
         work = partial(
-            ssd, pipeline=pipeline, head=head, forgotten=forgotten, seed=seed, settings=search,
+            ssd, pipeline=pipeline, head=head, forgotten=forgotten, seed=seed, settings=changed.search,
             previous=previous, gold=gold, fisher=full,
         )  # fmt: skip
-        settings = {"fisher": self._fisher_settings(), "search": asdict(search), "head": head, "forgotten": forgotten}
-        looked_at = 2 * (search.sample or self.images) + self.owned(forgotten)
-        cost = search.trials * (DAMPENING + EVALUATION * looked_at) + FISHER * self.owned(forgotten[-1:])
+        settings = {"fisher": changed.depends_on("fisher"), "search": changed.depends_on("search")}
+        settings |= {"head": head, "forgotten": forgotten}
+        looked_at = 2 * (changed.search.sample or self.images) + self.owned(forgotten)
+        cost = changed.search.trials * (DAMPENING + EVALUATION * looked_at) + FISHER * self.owned(forgotten[-1:])
         cost += 0 if full else FISHER * self.images
         needs = [previous, gold, *([full] if full else [])]
-        name = f"ssd/{pipeline}/{history}/{head}-{search.objective}/stage{stage}/seed{seed}"
-        return self._step(name, settings, needs, work, cost)
+        kind = f"{head}-{changed.search.objective}-{changed.search.reading}"
+        return self._step(f"ssd/{pipeline}/{history}/{kind}/stage{stage}/seed{seed}", settings, needs, work, cost)
 
     def finetune(self, pipeline: str, stage: int, seed: int) -> Step:
         """The nearest to gold of a stage's unlearned model and its fine-tuned versions."""
@@ -188,9 +203,6 @@ class Plan:
         chosen = [pipeline for pipeline in PIPELINES if pipeline in self.settings.study.pipelines]
         return [(pipeline, seed) for seed in self.settings.study.seeds for pipeline in chosen]
 
-    def _fishers(self, pipeline: str, head: str, seed: int) -> list[Step]:
-        return [self.fisher(pipeline, head, "all", seed)] if self.settings.fisher.full == "base" else []
-
     def _stages(self) -> range:
         return range(1, len(self.order) + 1)
 
@@ -203,6 +215,3 @@ class Plan:
 
     def _recipe(self, pipeline: str) -> dict:
         return asdict(self.settings.recipe(pipeline))
-
-    def _fisher_settings(self) -> dict:
-        return {name: value for name, value in asdict(self.settings.fisher).items() if name != "head"}

@@ -21,6 +21,8 @@ CSV_COLUMNS = (
     "row", "column", "ours", "sd", "seeds", "gold", "deviation", "paper", "difference", "paper_deviation", "note"
 )  # fmt: skip
 
+NOTES = {"stage": "fine-tuning better? (epochs)", "ablation": "later"}
+
 
 def write(plan: Plan, root: Path) -> Path:
     """Write the study's `report/` from what has been measured so far; returns the path of `index.html`."""
@@ -35,6 +37,7 @@ def write(plan: Plan, root: Path) -> Path:
     words = {
         "title": f"{plan.settings.dataset}, {plan.settings.scale} scale",
         "about": about(plan, root),
+        "paper_data": "CIFAR-100" if plan.settings.dataset == "cifar100" else "CIFAR-10",
         "tables": [view(table) for table in tables],
         "settings": [(name, value, field.metadata["text"]) for name, field, value in settings(plan.settings)],
     }
@@ -78,7 +81,7 @@ def view(table: Table) -> dict[str, Any]:
         "measured": measured,
         "columns": [heading(column) for column in table.columns],
         "rows": [_lines(table, row) for row in table.rows],
-        "notes": any(row.note or row.paper_note for row in table.rows),
+        "notes": NOTES.get(table.kind, "") if any(row.note or row.paper_note for row in table.rows) else "",
     }
 
 
@@ -130,7 +133,7 @@ def _lines(table: Table, row: Row) -> dict[str, Any]:
         ("ours − paper", [_signed(cell.mean - cell.paper, column) for column, cell in cells], ""),
         ("our gold", [number(cell.gold_mean, column) for column, cell in cells], ""),
         ("|ours − gold|", [number(cell.deviation, column) for column, cell in cells], ""),
-        ("|paper − gold|", [_paper_deviation(cell, column) for column, cell in cells], ""),
+        ("|paper − gold|", [number(cell.paper_deviation, column) for column, cell in cells], ""),
     ]
     shown = [line for i, line in enumerate(lines) if i == 0 or any(value != "–" for value in line[1])]
     return {"name": row.name, "lines": shown}
@@ -141,12 +144,8 @@ def _with_sd(cell: Cell, column: str) -> str:
 
 
 def _signed(value: float, column: str) -> str:
-    return "–" if isnan(value) else f"{value:+,.{2 if column == 'mia' else 4}f}".removesuffix(".0000")
-
-
-def _paper_deviation(cell: Cell, column: str) -> str:
-    """The paper gives the attack's as a share."""
-    return number(100 * cell.paper_deviation if column == "mia" else cell.paper_deviation, column)
+    sign = "+" if value >= 0 else "−"
+    return "–" if isnan(value) else f"{sign}{number(abs(value), column)}"
 
 
 def _speed(plan: Plan, root: Path) -> str:

@@ -13,7 +13,8 @@ def matrix_rate(device: torch.device) -> float:
     """Floating-point operations a second of square bf16 matrix products, the best of a few."""
     on_gpu = device.type == "cuda"
     size, repeats = (8192, 20) if on_gpu else (1024, 3)
-    a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, device=device, generator=generator).bfloat16()
     seconds = []
     for _ in range(3):
         _wait(device)

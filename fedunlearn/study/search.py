@@ -1,53 +1,54 @@
-"""Optuna's search for alpha and lambda of one unlearning stage (paper, Section 5.1)."""
+"""Optuna's search for the strength of one unlearning stage (paper, Section 5.1)."""
 
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.study.settings import Search
+from fedunlearn.checkpoint import write_atomically
 
 Trial = dict[str, Any]
-"""`alpha`, `lambda_`, `value` (the objective), and what else the objective told."""
+"""The parameters by name, `value` (the objective), and what else the objective told."""
 
 
 def search(
-    settings: Search, objective: Callable[[float, float], tuple[float, dict]], *, file: Path, seed: int, tick: Callable
+    ranges: Mapping[str, tuple[float, float]],
+    objective: Callable[..., tuple[float, dict]],
+    *,
+    trials: int,
+    file: Path,
+    seed: int,
+    tick: Callable[[int], None],
 ) -> list[Trial]:
-    """Minimise `objective(alpha, lambda_) -> (value, details)` over log-uniform ranges by TPE.
+    """Minimise `objective(**parameters) -> (value, details)` over log-uniform ranges by TPE.
 
     Trials are kept in `file`, one JSON line each. What is proposed depends on the seed and the trials before, so that
     an interrupted search continues to the same result.
 
     Args:
+        ranges: lowest and highest value by parameter.
         tick: called with the number of finished trials after each.
     """
     import optuna
 
-    logging.getLogger("optuna").setLevel(logging.WARNING)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    ranges = {
-        "alpha": optuna.distributions.FloatDistribution(settings.alpha_low, settings.alpha_high, log=True),
-        "lambda_": optuna.distributions.FloatDistribution(settings.lambda_low, settings.lambda_high, log=True),
-    }
-    study = optuna.create_study(direction="minimize")
-    trials = read_trials(file)[: settings.trials]
-    for trial in trials:
-        params = {name: trial[name] for name in ranges}
-        study.add_trial(optuna.create_trial(params=params, distributions=ranges, value=trial["value"]))
-    file.write_text("".join(json.dumps(trial) + "\n" for trial in trials))
+    space = {name: optuna.distributions.FloatDistribution(*ends, log=True) for name, ends in ranges.items()}
+    study, found = optuna.create_study(direction="minimize"), read_trials(file)
+    for trial in found:
+        params = {name: trial[name] for name in space}
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=trial["value"]))
+    write_atomically(file, "".join(json.dumps(trial) + "\n" for trial in found).encode())  # without a line cut short
     with open(file, "a") as lines:
-        for number in range(len(trials), settings.trials):
+        for number in range(len(found), trials):
             study.sampler = optuna.samplers.TPESampler(seed=1000 * seed + number)
-            asked = study.ask(ranges)
+            asked = study.ask(space)
             value, details = objective(**asked.params)
             study.tell(asked, value)
-            trials.append({**asked.params, "value": value, **details})
-            lines.write(json.dumps(trials[-1]) + "\n")
+            found.append({**asked.params, "value": value, **details})
+            lines.write(json.dumps(found[-1]) + "\n")
             lines.flush()
             tick(number + 1)
-    return trials
+    return found
 
 
 def read_trials(file: Path) -> list[Trial]:
@@ -62,5 +63,9 @@ def read_trials(file: Path) -> list[Trial]:
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """The lowest value; the gentlest (largest alpha, then lambda) where several have it."""
-    return min(trials, key=lambda trial: (trial["value"], -trial["alpha"], -trial["lambda_"]))
+    """The lowest value; of several the gentlest: largest threshold (or smallest exponent), then largest lambda."""
+
+    def order(trial: Trial) -> tuple[float, ...]:
+        return trial["value"], -trial.get("alpha", 0.0), trial.get("exponent", 0.0), -trial["lambda_"]
+
+    return min(trials, key=order)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fedunlearn import fisher
@@ -30,6 +31,7 @@ STAGES = ("train", "gold", "unlearn", "ablation", "report")
 PIPELINES = {"no_mtl": "Without MTL (SSD)", "ce": "MTL with CE", "ce_dl": "MTL with CE + DL"}
 READINGS = ("threshold", "exponent")
 OBJECTIVES = ("forgotten", "weighted")
+WEIGHTS = ("others_weight", "test_weight", "id_weight", "mia_weight")
 FISHERS_OF_ALL = ("base", "each_stage")
 
 
@@ -145,6 +147,17 @@ class Settings:
     ablation: Ablation = field(default_factory=Ablation)
     study: Scope = field(default_factory=Scope)
 
+    def depends_on(self, part: str) -> dict[str, Any]:
+        """The settings of `search` or `fisher` that change its results."""
+        values = asdict(getattr(self, part))
+        if part == "search":
+            values |= {"threshold": None} if self.search.reading == "threshold" else {}
+            values |= dict.fromkeys(WEIGHTS) if self.search.objective == "forgotten" else {}
+        else:
+            values |= {"batch_size": None} if self.fisher.estimator == "per_example" else {}
+            values |= {"head": None, "full": None}  # said by those steps that depend on them
+        return values
+
     def recipe(self, pipeline: str) -> Recipe:
         """How models of a pipeline are trained."""
         learning, loss = asdict(self.learning), asdict(self.loss)
@@ -208,6 +221,14 @@ def check(chosen: Settings) -> Settings:
             raise UserError(f"{name}=[] leaves nothing to do")
     if not chosen.model.client_head:
         raise UserError("model.client_head=false: study.pipelines says which heads models have (no_mtl has one)")
+    for name in ("alpha", "lambda"):
+        low, high = (getattr(chosen.search, f"{name}_{end}") for end in ("low", "high"))
+        if low >= high:
+            raise UserError(f"search.{name}_low={low} is not below search.{name}_high={high}")
+    if len(set(chosen.study.seeds)) != len(chosen.study.seeds) or not all(0 <= s <= 10**6 for s in chosen.study.seeds):
+        raise UserError(f"study.seeds={chosen.study.seeds} are not different numbers in 0..1,000,000")
+    if chosen.study.clip and not Path(chosen.study.clip).is_file():
+        raise UserError(f"study.clip={chosen.study.clip} is no file")
     check_clients(chosen.study.order, chosen.clients)
     if len(set(chosen.study.order)) != len(chosen.study.order):
         raise UserError(f"study.order={chosen.study.order} names a client twice")

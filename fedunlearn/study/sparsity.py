@@ -23,6 +23,7 @@ def most_sensitive(of: dict[str, Tensor], against: dict[str, Tensor], share: flo
     return {name: masks.get(name, torch.zeros_like(values)) for name, values in of.items()}
 
 
+@torch.no_grad()
 def prune_weights(
     method: str,
     params: dict[str, Tensor],

@@ -18,6 +18,7 @@ from fedunlearn import checkpoint
 from fedunlearn.errors import UserError
 from fedunlearn.runs import HeldError, hold
 
+FORMAT = 1  # of results: another number makes them all anew
 PRINT_EVERY = 10.0  # seconds
 SAVE_EVERY = 5.0  # seconds
 PARTIAL = "partial.safetensors"
@@ -48,7 +49,7 @@ class Step:
     @cached_property
     def key(self) -> str:
         """Hash of everything that the result depends on."""
-        content = json.dumps([self.name, self.settings, [need.key for need in self.needs]], sort_keys=True)
+        content = json.dumps([FORMAT, self.name, self.settings, [need.key for need in self.needs]], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:10]
 
     def folder(self, root: Path) -> Path:
@@ -78,11 +79,12 @@ class Desk:
 
     root: Path
     step: Step
-    deadline: float
+    over: Callable[[], bool]
     left: Callable[[], str]
     started: float = field(default_factory=time.monotonic)
-    printed: float = 0.0
+    printed: float = field(default_factory=time.monotonic)
     saved: float = 0.0
+    earlier: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -98,25 +100,25 @@ class Desk:
         return need.result(self.root)
 
     def tick(self, done: int, total: int, unit: str, rate: str = "") -> None:
-        """Say how far the work is.
+        """Say how far the work is; called after each unit of it.
 
         Raises:
             OutOfTimeError: the time is over. Whatever was done must be saved before the call.
         """
         now = time.monotonic()
-        if done and now - max(self.printed, self.started) > PRINT_EVERY:
+        self.earlier = done - 1 if self.earlier is None else self.earlier
+        if now - self.printed > PRINT_EVERY:
             self.printed = now
-            remaining = (now - self.started) / done * (total - done)
+            remaining = (now - self.started) / (done - self.earlier) * (total - done)
             log(f"{self.step.name}: {unit} {done} of {total}{rate}, {duration(remaining)} left; {self.left()}")
-        if done < total and now > self.deadline:
+        if done < total and self.over():
             raise OutOfTimeError
 
     def save_partial(self, state: dict[str, Any], rows: list) -> None:
         """Keep `state` (tensors, or dicts of them) and `rows` for a later start; not more often than is worth it."""
-        now = time.monotonic()
-        if now - self.saved > SAVE_EVERY or now > self.deadline:
+        if time.monotonic() - self.saved > SAVE_EVERY or self.over():
             checkpoint.save(self.folder / PARTIAL, _flat(state), about={"rows": json.dumps(rows)})
-            self.saved = now
+            self.saved = time.monotonic()
 
     def partial(self) -> tuple[dict[str, Tensor], list] | None:
         """What `save_partial` kept, names of dicts in dicts joined by points; None where nothing is.
@@ -143,21 +145,28 @@ class Desk:
         return {key: value.to(device) for key, value in state.items()}
 
 
-def work_on(steps: Sequence[Step], root: Path, *, deadline: float, rate: float, workers: int) -> bool:
+def check_needs(steps: Sequence[Step], root: Path) -> None:
+    """Raise UserError for the first step that needs what is neither there nor among `steps`."""
+    made = {step.key for step in steps}
+    for step in steps:
+        for need in step.needs:
+            if not step.is_done(root) and need.key not in made and not need.is_done(root):
+                raise UserError(f"{step.name} needs {need.name}, which was not asked for and is not there yet")
+
+
+def work_on(steps: Sequence[Step], root: Path, *, over: Callable[[], bool], rate: float, workers: int) -> bool:
     """Do what is missing of `steps`, beside other processes that do the same; whether all was done in time.
 
     Args:
-        deadline: of `time.monotonic`.
+        over: whether to stop, at the next unit of work that is saved.
         rate: seconds a unit of cost, for as long as no step has been finished.
         workers: processes at work, for the estimate of the time left.
     """
     try:
         while missing := [step for step in steps if not step.is_done(root)]:
             ready = [step for step in missing if all(need.is_done(root) for need in step.needs)]
-            if not ready:
-                _refuse_what_nobody_makes(missing, root)
-            did_one = any(_do(step, root, deadline, lambda: time_left(steps, root, rate, workers)) for step in ready)
-            if time.monotonic() > deadline:
+            did_one = any(_do(step, root, over, lambda: time_left(steps, root, rate, workers)) for step in ready)
+            if over():
                 break
             if not did_one:
                 time.sleep(random.uniform(0.2, 1))  # others are at work on them
@@ -166,14 +175,14 @@ def work_on(steps: Sequence[Step], root: Path, *, deadline: float, rate: float, 
     return all(step.is_done(root) for step in steps)
 
 
-def _do(step: Step, root: Path, deadline: float, left: Callable[[], str]) -> bool:
+def _do(step: Step, root: Path, over: Callable[[], bool], left: Callable[[], str]) -> bool:
     """Whether the step was this process's to do."""
     folder = step.folder(root)
     try:
         with hold(folder, patience=0):
             if step.is_done(root):
                 return True
-            desk = Desk(root, step, deadline, left)
+            desk = Desk(root, step, over, left)
             spent = folder / "seconds"
             before = float(spent.read_text()) if spent.exists() else 0.0
             try:
@@ -234,11 +243,3 @@ def _flat(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     for name, value in state.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def _refuse_what_nobody_makes(missing: Sequence[Step], root: Path) -> None:
-    made = {step.key for step in missing}
-    for step in missing:
-        for need in step.needs:
-            if need.key not in made and not need.is_done(root):
-                raise UserError(f"{step.name} needs {need.name}, which was not asked for and is not there yet")

@@ -2,7 +2,7 @@
 
 import statistics
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from math import isnan, nan
@@ -11,7 +11,7 @@ from typing import Any
 
 from fedunlearn.study.plan import Plan
 from fedunlearn.study.scores import Scores
-from fedunlearn.study.settings import OBJECTIVES, PIPELINES
+from fedunlearn.study.settings import PIPELINES
 from fedunlearn.study.steps import Step
 
 
@@ -80,7 +80,7 @@ def paper() -> list[dict[str, Any]]:
 def all_tables(plan: Plan, root: Path) -> list[Table]:
     """Tables 1-18 with what this study has measured so far, then comparisons of our own."""
     tables = Tables(plan, root)
-    return [*(tables.build(entry) for entry in paper()), tables.heads(), tables.objectives()]
+    return [*(tables.build(entry) for entry in paper()), tables.heads(), tables.searches()]
 
 
 class Tables:
@@ -96,8 +96,10 @@ class Tables:
         columns, rows = getattr(self, f"_{entry['kind']}")(entry)
         here = entry.get("dataset", self.dataset) == self.dataset
         if not here:
-            for cell in (cell for row in rows for cell in row.cells):
-                cell.ours, cell.gold = [], []
+            for row in rows:
+                row.note = ""
+                for cell in row.cells:
+                    cell.ours, cell.gold = [], []
         return Table(entry["number"], entry["kind"], entry["caption"], columns, rows, here)
 
     def heads(self) -> Table:
@@ -110,17 +112,16 @@ class Tables:
         caption = "Section 4.4: stage 1 without fine-tuning, by the head whose loss the Fisher is of"
         return Table(None, "heads", caption, columns, rows)
 
-    def objectives(self) -> Table:
-        """Stage 1 by the search's objective."""
+    def searches(self) -> Table:
+        """Stage 1 by what the search minimises, and by what it takes alpha for."""
         columns, rows = self._stage_columns(1), []
         for pipeline in self.settings.study.pipelines:
-            for objective in OBJECTIVES:
-                pairs = self._pairs(
-                    lambda seed, p=pipeline, o=objective: self.plan.ssd(p, 1, seed, objective=o), pipeline, 1
-                )
-                rows.append(Row(f"{PIPELINES[pipeline]}, {objective}", self._cells(columns, pairs)))
-        caption = "Stage 1 without fine-tuning, by what the search takes for deviation from gold"
-        return Table(None, "objectives", caption, columns, rows)
+            for search in self.plan.searches():
+                pairs = self._pairs(lambda seed, p=pipeline, s=search: self.plan.ssd(p, 1, seed, **s), pipeline, 1)
+                label = f"{PIPELINES[pipeline]}, objective {search['objective']}, alpha is {search['reading']}"
+                rows.append(Row(label, self._cells(columns, pairs)))
+        caption = "Stage 1 without fine-tuning, by what the search minimises and by what the paper's alpha is taken for"
+        return Table(None, "searches", caption, columns, rows)
 
     def _counts(self, entry: dict[str, Any]) -> tuple[list[str], list[Row]]:
         counted = entry["rows"][self.dataset]
@@ -175,6 +176,7 @@ class Tables:
             cells = self._cells(self._stage_columns(stage), pairs)
             for cell, value, delta in zip(cells, theirs["values"], theirs["deltas"], strict=True):
                 cell.paper, cell.paper_deviation = value, delta
+            cells[-1].paper_deviation *= 100  # the attack's is given as a share of its percent
             note = ""
             if history == "tuned":
                 epochs = [step.result(self.root)["chosen"]["epochs"] for step, _ in pairs]
@@ -201,22 +203,20 @@ class Tables:
             retain_share = next((r for s, r in shares if s == share), 0.0)
             label = f"{method}, {share:g}{f' / {retain_share:g}' if method != 'DeepClean' else ''}"
             label += ", heads tuned" if heads else ", heads fixed"
-            cells = [Cell(paper=value) for value in theirs["values"]]
-            done = self._done(
-                lambda seed, m=method, s=share, r=retain_share, h=heads: self.plan.pruned(m, s, r, h, seed)
-            )
-            curves = [step.result(self.root)["curve"] for step in done]
+            cells = [Cell(paper=value if pipeline == "ce_dl" else nan) for value in theirs["values"]]
+            about = (method, share, retain_share, heads)
+            pairs = self._pairs(lambda seed, about=about: self.plan.pruned(*about, seed), pipeline, 1)
+            curves = [step.result(self.root)["curve"] for step, _ in pairs]
             epoch = min(usual, self.settings.ablation.epochs)
             for cell, column in zip(cells, columns, strict=True):
                 cell.ours = [curve[epoch][column] for curve in curves]
-                golds = [self.plan.gold(pipeline, 1, seed) for seed in self._seeds(done)]
-                cell.gold = [gold.result(self.root)["scores"][0][column] for gold in golds]
+                cell.gold = [gold.result(self.root)["scores"][0][column] for _, gold in pairs]
             last = [curve[-1]["id_others"] for curve in curves]
             note = f"client-ID {statistics.fmean(last):.3f} after {len(curves[0]) - 1} epochs" if last else ""
             rows.append(Row(label, cells, note))
         return columns, rows
 
-    def _pairs(self, made: Any, pipeline: str, stage: int) -> list[tuple[Step, Step]]:
+    def _pairs(self, made: Callable[[int], Step], pipeline: str, stage: int) -> list[tuple[Step, Step]]:
         seeds = self.settings.study.seeds
         pairs = [(made(seed), self.plan.gold(pipeline, stage, seed)) for seed in seeds]
         return [pair for pair in pairs if all(step.is_done(self.root) for step in pair)]
@@ -232,12 +232,9 @@ class Tables:
                     cell.gold += [target[column]] if target else []
         return cells
 
-    def _done(self, made: Any) -> list[Step]:
+    def _done(self, made: Callable[[int], Step]) -> list[Step]:
         steps = [made(seed) for seed in self.settings.study.seeds]
         return [step for step in steps if step.is_done(self.root)]
-
-    def _seeds(self, steps: Sequence[Step]) -> Iterator[int]:
-        return (int(step.name.rsplit("seed", 1)[1]) for step in steps)
 
     def _mtl(self) -> list[str]:
         return [pipeline for pipeline in PIPELINES if pipeline != "no_mtl"]
@@ -252,12 +249,12 @@ class Tables:
 
 
 def number(value: float, column: str = "") -> str:
-    """For people: four digits, MIA in percent; a dash for nan."""
+    """For people: four digits, MIA in percent with two, counts without; a dash for nan."""
     if isnan(value):
         return "–"
-    if value > 100:
-        return f"{value:,.0f}"
-    return f"{value:.2f}" if column == "mia" else f"{value:.4f}"
+    if column == "mia":
+        return f"{value:.2f}"
+    return f"{value:,.0f}" if value > 1 else f"{value:.4f}"
 
 
 def heading(column: str) -> str:

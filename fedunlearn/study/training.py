@@ -1,9 +1,11 @@
 """The paper's training on pooled data, an epoch at a time (Section 5, implementation details)."""
 
+import gc
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -75,20 +77,30 @@ class Epochs:
 
 
 def captured(work: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
-    """`work` as a CUDA graph to replay. It runs a few times before the capture; `state` is put back after that."""
-    kept = [tensor.clone() for tensor in state]
-    stream = torch.cuda.Stream()
+    """`work` as a CUDA graph to replay. It runs a few times before the capture, each time on the same `state`."""
+    kept, stream, graph = [tensor.clone() for tensor in state], _side_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam, uncaptured yet
         for _ in range(3):
             work()
+            for tensor, before in zip(state, kept, strict=True):
+                tensor.copy_(before)
     torch.cuda.current_stream().wait_stream(stream)
-    for tensor, before in zip(state, kept, strict=True):
-        tensor.copy_(before)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
+    gc.collect()  # graphs that nobody needs any more: one that is freed during a capture spoils it
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            work()
+    finally:
+        gc.enable()
     return graph.replay
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all captures: gradients must not be accumulated on another than they were captured on."""
+    return torch.cuda.Stream()
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ class Recipe:
 
 
 class Training:
-    """SGD on Eq. 4 over pooled clients; can be saved after any epoch and taken up again, to the same result."""
+    """SGD on Eq. 4 over pooled clients; can be saved after any epoch and taken up again, on a CPU to the same bits."""
 
     HISTORY = ("loss", "class_accuracy", "client_accuracy", "seconds")
 
@@ -191,7 +203,8 @@ class Training:
     def _step(self, weights: dict[str, float], batch: Batch) -> None:
         images, class_labels, client_ids = batch
         with autocast(images.device, self.recipe.precision):
-            outputs = self.forward(images)
+            # the last batch is smaller: to compile that one too would take longer than it saves
+            outputs = (self.forward if len(images) == self.recipe.batch_size else self.model)(images)
         loss = multi_task_loss(*outputs, class_labels, client_ids, **weights)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()

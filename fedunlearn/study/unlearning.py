@@ -37,34 +37,39 @@ def ssd(
         fisher_full = lab.fisher(model, head, lab.pool.without(forgotten[:-1]))
     gold_scores = trial_scores(lab, settings, lab.load(desk, gold, pipeline), forgotten, seed)
 
-    def dampen(alpha: float, lambda_: float, pruned: Sequence[int]) -> None:
+    def dampen(pruned: Sequence[int], **parameters: float) -> None:
         model.load_state_dict(before)
-        unlearn.step(model, fisher_full, fisher_forget, pruned, **reading(settings, alpha, lambda_))
+        unlearn.step(model, fisher_full, fisher_forget, pruned, **({"alpha": settings.threshold} | parameters))
         if settings.recalibrate:
             images = (batch[0] for batch in lab.pool.train.batches(shuffled(lab.pool.without(forgotten), seed)))
             unlearn.recalibrate(model, unlearn.batch_moments(model, images, precision=lab.precision))
 
-    def objective(alpha: float, lambda_: float) -> tuple[float, dict]:
-        dampen(alpha, lambda_, [client])
+    def objective(**parameters: float) -> tuple[float, dict]:
+        dampen([client], **parameters)
         scores = trial_scores(lab, settings, model, forgotten, seed)
         return deviation(scores, gold_scores, column_weights(settings, forgotten)), {"scores": scores}
 
-    file = desk.folder / TRIALS
+    ranges = ranges_of(settings)
     trials = search(
-        settings, objective, file=file, seed=seed, tick=lambda done: desk.tick(done, settings.trials, "trial")
+        ranges,
+        objective,
+        trials=settings.trials,
+        file=desk.folder / TRIALS,
+        seed=seed,
+        tick=lambda done: desk.tick(done, settings.trials, "trial"),
     )
     chosen = best(trials)
-    dampen(chosen["alpha"], chosen["lambda_"], [])
+    dampen([], **{name: chosen[name] for name in ranges})
     files = lab.save(desk, model, UNPRUNED)
     prune_clients(model, [client])
     return {"files": files | lab.save(desk, model), "best": chosen, "scores": [lab.score(model, forgotten, seed)]}
 
 
-def reading(settings: Search, alpha: float, lambda_: float) -> dict[str, float]:
-    """What the searched alpha is: the selection threshold (Eq. 8), or the exponent of the factor (Eq. 9)."""
-    if settings.reading == "threshold":
-        return {"alpha": alpha, "lambda_": lambda_}
-    return {"alpha": settings.threshold, "lambda_": lambda_, "exponent": alpha}
+def ranges_of(settings: Search) -> dict[str, tuple[float, float]]:
+    """What is searched: the paper's alpha is the selection threshold (Eq. 8) or the exponent of the factor (Eq. 9)."""
+    name = "alpha" if settings.reading == "threshold" else "exponent"
+    alpha, lambda_ = (settings.alpha_low, settings.alpha_high), (settings.lambda_low, settings.lambda_high)
+    return {name: alpha, "lambda_": lambda_}
 
 
 def trial_scores(
