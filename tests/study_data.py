@@ -1,4 +1,6 @@
-"""A pool of a few noisy patterns, for the study's tests."""
+"""A pool of a few noisy patterns, and short studies of digits."""
+
+import json
 
 import numpy as np
 import torch
@@ -32,3 +34,12 @@ def recipe(**changes):
         "crop_padding": 2, "flip": True, "precision": "fp32", "warmup": 0.25, "loss": LOSS,
     }  # fmt: skip
     return Recipe(**values | changes)
+
+
+SHORT = ["dataset=digits", "scale=laptop", "study.workers=1", "study.seeds=[0]", "study.order=[0]"]
+TRAIN = [*SHORT, "study.stages=[train]", "study.pipelines=[ce_dl]", "learning.epochs=3"]
+
+
+def results(home, study="digits-laptop"):
+    found = [json.loads(file.read_text()) for file in (home / "studies" / study / "steps").glob("*/result.json")]
+    return {result["step"]: result for result in found}
