@@ -121,7 +121,7 @@ class Scope:
     only: str = plain("*", "pattern of step names, such as gold/ce_dl/*/seed0: do no others")
     pipelines: list[str] = several(list(PIPELINES), "which", PIPELINES)
     order: list[int] = several([0, 1, 2], "clients in the order of their requests, one a stage")
-    seeds: list[int] = several([0, 1, 2], "repetitions: of weights, shuffling, augmentation and search")
+    seeds: list[int] = several([0], "repetitions: of weights, shuffling, augmentation and search")
     workers: int = number(0, 0, 1024, "processes at work; 0: one on a GPU, else one for every `learning.threads` cores")
     minutes: float = number(
         INF, 0, INF, "after which to stop, at the end of an epoch or trial; continue by running again"
