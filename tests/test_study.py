@@ -4,10 +4,10 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -134,23 +134,39 @@ def test_pieces_give_the_same_as_one_go(tmp_path, monkeypatch, capsys):
     assert found["whole"] == found["pieces"]
 
 
-def test_killed_in_the_midst_of_training_it_continues(tmp_path, blocked):
-    words = [*TRAIN, "learning.epochs=150"]
-    process = subprocess.Popen(command(*words), env=blocked, stdout=subprocess.DEVNULL, start_new_session=True)
-    steps = tmp_path / "home" / "studies" / "digits-laptop" / "steps"
+def processes_of(session):
+    """Ids of all processes that were started in a session."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(ProcessLookupError):
+            found += [int(pid)] if os.getsid(int(pid)) == session else []
+    return found
+
+
+def wait_until(condition, process=None):
     deadline = time.monotonic() + 120
-    while not list(steps.glob("*/partial.safetensors")):
-        assert process.poll() is None
+    while not condition():
+        assert process is None or process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_in_the_midst_of_training_it_continues(tmp_path, blocked, workers):
+    """One worker is the command itself; of two, the command alone is killed, and they must not outlive it."""
+    words = [*TRAIN, "learning.epochs=20", "study.seeds=[0,1]", f"study.workers={workers}"]
+    process = subprocess.Popen(command(*words), env=blocked, stdout=subprocess.DEVNULL, start_new_session=True)
+    steps = tmp_path / "home" / "studies" / "digits-laptop" / "steps"
+    wait_until(lambda: len(list(steps.glob("*/partial.safetensors"))) == workers, process)
+    process.kill()
     process.wait()
+    wait_until(lambda: not processes_of(process.pid))
     assert not results(tmp_path / "home")
-    (partial,) = steps.glob("*/partial.safetensors")
-    with safe_open(partial, "pt") as file:
+    partials = list(steps.glob("*/partial.safetensors"))
+    with safe_open(partials[0], "pt") as file:
         kept = json.loads(file.metadata()["rows"])
     again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
-    (result,) = results(tmp_path / "home").values()
-    assert len(result["history"]) == 150
+    result = json.loads((partials[0].parent / "result.json").read_text())
+    assert len(result["history"]) == 20
     assert result["history"][: len(kept)] == kept  # with the seconds that those epochs took the first time

@@ -149,12 +149,14 @@ def work_together(settings: Settings, root: Path, deadline: float, rate: float, 
     processes = [context.Process(target=_worker, args=arguments) for _ in range(workers)]
     for process in processes:
         process.start()
+
+    def failed() -> bool:
+        return any(process.exitcode not in (None, 0, UNFINISHED) for process in processes)
+
     try:
-        while any(process.is_alive() for process in processes):
-            if any(process.exitcode for process in processes if process.exitcode not in (None, UNFINISHED)):
-                raise UserError("a worker failed (see above); what is done is kept, and the same command continues")
+        while any(process.is_alive() for process in processes) and not failed():
             time.sleep(0.2)
-        if any(process.exitcode not in (0, UNFINISHED) for process in processes):
+        if failed():
             raise UserError("a worker failed (see above); what is done is kept, and the same command continues")
     finally:
         for process in processes:

@@ -87,7 +87,6 @@ class Laboratory:
     def fisher(self, model: TwoHeadResNet18, head: str, indices: Tensor) -> dict[str, Tensor]:
         """Diagonal Fisher of the training examples at `indices`, as the settings want it."""
         wanted = self.settings.fisher
-        head = head if model.client_head is not None else "class"
         batches = self.pool.train.batches(indices, wanted.batch_size)
         return diagonal_fisher(model, batches, head=head, estimator=wanted.estimator, precision=wanted.precision)
 
