@@ -10,6 +10,7 @@ from fedunlearn.report import COLOURS, split_figure
 from fedunlearn.study.plan import Plan
 from fedunlearn.study.search import read_trials
 from fedunlearn.study.settings import PIPELINES
+from fedunlearn.study.sparsity import METHODS
 from fedunlearn.study.steps import Step
 from fedunlearn.study.unlearning import TRIALS
 
@@ -126,23 +127,24 @@ def landscape(plan: Plan, root: Path) -> "Figure | None":
 def curves(plan: Plan, root: Path) -> "Figure | None":
     """Client-ID accuracy by epoch after pruning."""
     settings, seeds = plan.settings.ablation, plan.settings.study.seeds
-    rows = [step for seed in seeds[:1] for step in plan.ablation() if step.name.startswith("prune/")]
-    rows = [step for step in rows if step.name.endswith(f"/seed{seeds[0]}") and step.is_done(root)]
+    steps = [step for step in plan.ablation() if step.name.startswith("prune/") and step.is_done(root)]
+    rows = [step for step in steps if step.name.endswith(f"/seed{seeds[0]}")]
     if not rows:
         return None
-    figure = _figure(8, 4)
-    axes = figure.subplots()
-    for step, colour in zip(rows, cycle(COLOURS)):
-        about, curve = step.settings, step.result(root)["curve"]
-        label = f"{about['method']} {about['share']:g}, heads {'tuned' if about['heads'] else 'fixed'}"
-        style = "-" if about["heads"] else "--"
-        axes.plot([scores["id_others"] for scores in curve], style, label=label, color=colour, marker=".", markersize=4)
-    base = plan.base(settings.pipeline, seeds[0])
-    if base.is_done(root):
-        axes.axhline(base.result(root)["learning"]["id_others"], color="0.5", linewidth=1, label="before pruning")
-    axes.set(xlabel="epoch of fine-tuning", ylabel="client-ID accuracy of the others", ylim=(0, 1.02))
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.grid(alpha=0.25)
+    figure, base = _figure(11, 3.4), plan.base(settings.pipeline, seeds[0])
+    colours = dict(zip(settings.shares, cycle(COLOURS), strict=False))
+    for axes, method in zip(figure.subplots(1, len(METHODS), sharey=True), METHODS, strict=True):
+        for step in rows:
+            about, curve = step.settings, step.result(root)["curve"]
+            if about["method"] == method:
+                label = f"{about['share']:g}, heads {'tuned' if about['heads'] else 'fixed'}"
+                style, colour = "-" if about["heads"] else "--", colours[about["share"]]
+                axes.plot([scores["id_others"] for scores in curve], style, label=label, color=colour, marker=".")
+        before = base.result(root)["learning"]["id_others"]
+        axes.axhline(before, color="0.5", linewidth=1, label="before pruning")
+        axes.set(xlabel="epoch of fine-tuning", ylim=(0, 1.02), title=method)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7)
     return figure
 
 
@@ -161,7 +163,7 @@ def embeddings(plan: Plan, root: Path) -> "Figure | None":
     for column, (title, view, result) in enumerate(views):
         points = np.array(view["points"])
         for axes, key in zip(grid[:, column], ("classes", "clients"), strict=True):
-            axes.scatter(*points.T, c=result[key], cmap="tab10", s=3)
+            axes.scatter(*points.T, c=result[key], cmap="tab10", s=3, rasterized=True)
             axes.set_title(f"{title}, by {key}", fontsize=9)
             axes.set_xticks([])
             axes.set_yticks([])

@@ -39,7 +39,9 @@ def write(plan: Plan, root: Path) -> Path:
         "about": about(plan, root),
         "paper_data": "CIFAR-100" if plan.settings.dataset == "cifar100" else "CIFAR-10",
         "tables": [view(table) for table in tables],
-        "settings": [(name, value, field.metadata["text"]) for name, field, value in settings(plan.settings)],
+        "settings": [
+            (name, _shown(name, value), field.metadata["text"]) for name, field, value in settings(plan.settings)
+        ],
     }
     pages = {
         "index.html": {name: (caption, _embedded(drawn[name])) for name, (caption, _) in figures.items()},
@@ -157,6 +159,11 @@ def _speed(plan: Plan, root: Path) -> str:
             images = len(history) * (plan.images - plan.owned(step.settings["left"]))
             speeds.append(images / sum(row[-1] for row in history))
     return f"{min(speeds):,.0f} to {max(speeds):,.0f}" if speeds else "an unknown number of"
+
+
+def _shown(name: str, value: Any) -> Any:
+    """Where files lie on a machine is nobody else's business."""
+    return Path(value).name if name in ("data.root", "study.home", "study.clip") else value
 
 
 def _svg(figure: Any) -> bytes:
