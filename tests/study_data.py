@@ -19,7 +19,7 @@ def pool(count=60, clients=4, classes=3, size=8, device="cpu"):
     noisy = np.clip(patterns[labels] + random.normal(0, 40, (count, size, size, 3)), 0, 255).astype(np.uint8)
     train = Examples(*(torch.from_numpy(array).to(device) for array in (noisy, labels, owners)))
     test = Examples(train.images[:12], train.labels[:12], torch.full((12,), -1, device=device))
-    return Pool(train, test, [str(k) for k in range(classes)], clients)
+    return Pool(train, test, clients)
 
 
 def model(clients=4, classes=3, seed=0):

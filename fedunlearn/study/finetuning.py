@@ -50,10 +50,8 @@ class FineTuning:
         for parameter in model.parameters():  # there from the start, to be saved and captured
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimiser.state[parameter] = {"step": torch.zeros((), device=device), **moments}
-        self.adversary, self.position = (
-            torch.zeros((), device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
-        )
+        self.adversary = torch.zeros((), device=device)
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.forget, self.offsets = forget.clone(), torch.arange(min(recipe.batch_size, len(forget)), device=device)
         self.epochs_of: dict[bool, Epochs] = {}
 

@@ -46,7 +46,6 @@ class Pool:
 
     train: Examples
     test: Examples
-    class_names: list[str]
     num_clients: int
 
     @classmethod
@@ -57,7 +56,7 @@ class Pool:
             owner[owned] = client
         nobody = np.full(len(dataset.test.labels), NOBODY)
         train, test = Examples.of(dataset.train, owner, device), Examples.of(dataset.test, nobody, device)
-        return cls(train, test, dataset.class_names, len(slices))
+        return cls(train, test, len(slices))
 
     def of_clients(self, clients: Sequence[int]) -> Tensor:
         """Indices of the clients' training examples: D_f of those that leave."""

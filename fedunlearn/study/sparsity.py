@@ -55,6 +55,6 @@ def prune_weights(
         tuned = {name: mask * (1 - forget_sensitive[name]) for name, mask in retain_sensitive.items()}
     if method == "lottery ticket":
         pruned = {name: torch.where(tuned[name] > 0, initial[name], theta) for name, theta in pruned.items()}
-    everything_else = {name: not name.startswith(BACKBONE) for name in params}
-    masks = {name: torch.ones_like(mask) if heads and everything_else[name] else mask for name, mask in tuned.items()}
-    return pruned, masks
+    if heads:
+        tuned = {name: mask if name.startswith(BACKBONE) else torch.ones_like(mask) for name, mask in tuned.items()}
+    return pruned, tuned

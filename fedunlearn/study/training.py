@@ -105,7 +105,7 @@ def _side_stream() -> torch.cuda.Stream:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; the paper's values are `config`'s defaults for the full scale."""
+    """How a model is trained; the paper's values are the defaults of `settings.Learning`."""
 
     epochs: int
     batch_size: int
@@ -122,8 +122,6 @@ class Recipe:
 
 class Training:
     """SGD on Eq. 4 over pooled clients; can be saved after any epoch and taken up again, on a CPU to the same bits."""
-
-    HISTORY = ("loss", "class_accuracy", "client_accuracy", "seconds")
 
     def __init__(
         self,
@@ -158,7 +156,10 @@ class Training:
         return len(self.history)
 
     def run_epoch(self) -> None:
-        """One more epoch; adds a row of `HISTORY` (means over the epoch's examples as they were trained on)."""
+        """One more epoch; adds a row to the history: loss, class and client-ID accuracy, seconds.
+
+        The first three are means over the epoch's examples as they were trained on.
+        """
         started, recipe = time.perf_counter(), self.recipe
         progress = self.epoch / recipe.epochs
         self.optimiser.param_groups[0]["lr"].fill_(learning_rate(progress, lr=recipe.lr, schedule=recipe.schedule))
