@@ -74,13 +74,16 @@ def read_tensors(
         raise UserError(f"{path} was cut short ({error}): {cure}") from error
 
 
-def load(path: Path, model: nn.Module, *, sha256: str | None = None, cure: str = CURE) -> None:
-    """Load `path` into `model`.
+def load(
+    path: Path, model: nn.Module, *, sha256: str | None = None, cure: str = CURE, beside: str = ""
+) -> dict[str, Tensor]:
+    """Load `path` into `model`; returns what lies there beside it, under names that begin with `beside`.
 
     Raises:
         UserError: the file is missing, cut short, changed since it was written, or of another model.
     """
     state, _ = read_tensors(path, sha256=sha256, cure=cure)
+    rest = {name: state.pop(name) for name in list(state) if beside and name.startswith(beside)}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
@@ -90,3 +93,4 @@ def load(path: Path, model: nn.Module, *, sha256: str | None = None, cure: str =
             f"{expected.get(name, 'absent')} in this run's model"
         )
     model.load_state_dict(state)
+    return rest

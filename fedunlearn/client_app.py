@@ -20,7 +20,6 @@ from fedunlearn import config as configuration
 from fedunlearn.evaluate import Counts
 from fedunlearn.fisher import diagonal_fisher
 from fedunlearn.partition import hosted
-from fedunlearn.train import fit, generator_of, learning_rate, loss_weights
 from fedunlearn.unlearn import batch_moments
 from fedunlearn.worker import Worker
 from strategies import wire
@@ -62,29 +61,25 @@ def prepare(message: Message) -> tuple[wire.Task, Worker, dict[str, Tensor]]:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train every client from the broadcast model; reply with the sum of n_c times how its weights moved."""
+    task, worker, _ = prepare(message)
+    return moved_by(message, lambda client: worker.fit(client, task.round, share=task.share, lr=task.lr))
+
+
+@app.train("ascend")
+def ascend(message: Message, context: Context) -> Message:
+    """As `train`, but every client climbs its class loss (`train.ascend`)."""
+    task, worker, _ = prepare(message)
+    return moved_by(message, lambda client: worker.ascend(client, task.round, until=task.until, radius=task.radius))
+
+
+def moved_by(message: Message, work: Callable[[int], Counts]) -> Message:
+    """Let `work` change the broadcast model for each client; reply with the sum of n_c times how its weights moved."""
     task, worker, state = prepare(message)
-    settings, loss = worker.config.train, worker.config.loss
-    progress = min(task.round - 1, worker.config.rounds - 1) / worker.config.rounds
-    weights = {
-        name: value for name, _, value in configuration.settings(loss) if name != "warmup"
-    }  # the rest are arguments of the loss
     sums: dict[str, Tensor] = {}
     counts: dict[int, Counts] = {}
     for client in task.clients:
         worker.model.load_state_dict(state)
-        epochs = (
-            worker.batches(client, generator_of(worker.config.seed, task.round, client, epoch))
-            for epoch in range(settings.epochs)
-        )
-        counts[client] = fit(
-            worker.model,
-            epochs,
-            lr=learning_rate(progress, lr=settings.lr, schedule=settings.schedule),
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            precision=settings.precision,
-            loss=loss_weights(progress, weights, warmup=loss.warmup),
-        )
+        counts[client] = work(client)
         moved = {name: value - state[name] for name, value in wire.averaged(worker.model.state_dict()).items()}
         wire.add_to(sums, moved, worker.examples(client))
     return wire.reply(message, wire.packed(sums, worker.config.wire), counts)

@@ -30,6 +30,7 @@ def plain(default: Any, text: str) -> Any:
 
 INF = math.inf
 SCALES = ("auto", "full", "laptop")
+STRATEGIES = ("subset", "ssd", "leave", "ascent", "pga", "federaser", "negate", "retrain")
 
 
 @dataclass
@@ -72,7 +73,9 @@ class Train:
     batch_size: int = number(128, 2, 10**6, "examples a step")
     lr: float = number(0.05, 0, 100, "SGD learning rate at the start")
     schedule: str = choice("steps", train.SCHEDULES, "of the learning rate over the rounds")
+    lr_end: float = number(0.0, 0, 1, "share of lr that schedule=cosine ends with, and goes on with in further rounds")
     momentum: float = number(0.9, 0, 1, "of SGD, within one client and round")
+    server_momentum: float = number(0.0, 0, 0.99, "of the server, over rounds")
     weight_decay: float = number(5e-4, 0, 10, "of SGD")
     crop_padding: int = number(4, 0, 64, "random crops after zero-padding by so many pixels")
     flip: bool = plain(True, "random horizontal flips")
@@ -111,6 +114,14 @@ class Unlearn:
     recovery_rounds: int = number(
         0, 0, 10**6, "rounds of training on the retained clients until a request counts as done"
     )
+    rounds: int = number(2, 0, 10**6, "rounds of the retained clients before the model is served again")
+    lr: float = number(0.05, 0, 100, "learning rate in the first of them")
+    lr_end: float = number(0.04, 0, 1, "share of it that the last of them comes near")
+    ascent_epochs: int = number(2, 1, 1000, "at most, of the leaving clients (ascent, pga)")
+    ascent_lr: float = number(0.01, 0, 100, "of their steps")
+    clip: float = number(1.0, 0, INF, "norm that their gradients are clipped to")
+    every: int = number(2, 1, 10**6, "rounds between stored updates (federaser)")
+    calibration: float = number(0.5, 1e-6, 1, "share of each client's images that calibrates them (federaser)")
     attempts: int = number(3, 1, 100, "times a request is tried before it is set aside")
 
 
@@ -129,6 +140,7 @@ class Config:
 
     run: str = plain("", "name of the run; the same name again resumes it; empty takes a new one")
     home: str = plain("", "state folder; empty takes $FEDUNLEARN_HOME or ~/.fedunlearn")
+    strategy: str = choice("subset", STRATEGIES, "how a client is forgotten")
     seed: int = number(0, 0, 2**32 - 1, "of weights, shuffling, augmentation and client sampling")
     scale: str = choice(
         "full", SCALES, "size of the study, where the app has several; auto is laptop without a GPU, else full"

@@ -74,6 +74,23 @@ class Predictions(NamedTuple):
         rows = zip(clients.tolist(), losses, *hits, strict=True)
         return {client: Counts(examples, loss, *correct) for client, loss, examples, *correct in rows}
 
+    @property
+    def total(self) -> Counts:
+        """Over all clients."""
+        return sum(self.counts().values(), Counts())
+
+    def expected_accuracy(self, class_mix: Tensor) -> float:
+        """Sum of m_k a_k / sum of m_k, a_k the class accuracy on class k: what unseen data of mix m gets, where these
+        examples are unseen ones. A client's own accuracy less this is its *memory gap*, which needs no gold model.
+
+        Args:
+            class_mix: m, examples a class, [K]. A class without an example here has the mean accuracy of all.
+        """
+        hits = (self.class_probs.argmax(1) == self.class_labels).double()
+        seen = torch.bincount(self.class_labels, minlength=len(class_mix))
+        of_class = torch.bincount(self.class_labels, hits, minlength=len(class_mix)) / seen
+        return float((class_mix * of_class.nan_to_num(nan=float(hits.mean()))).sum() / class_mix.sum())
+
     def features(self) -> Tensor:
         """What `attack.logistic_mia` looks at, [N, K + C]: class probabilities, then client probabilities if any."""
         return self.class_probs if self.client_probs is None else torch.cat([self.class_probs, self.client_probs], 1)

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedunlearn import checkpoint
 from fedunlearn.config import Config, from_json, settings, state_home, to_json
@@ -20,6 +20,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.ledger import Ledger, Request
 
 OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
+MOMENTUM = "momentum."  # before the names of the server's momentum in a checkpoint
 PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
 
 
@@ -45,24 +46,35 @@ class Run:
         """The folder's name."""
         return self.folder.name
 
-    def commit(self, model: nn.Module, round_: int, request: Request | None = None, **detail: Any) -> Request | None:
-        """Write the model and make it the current one, in one transaction with the request's step to APPLIED.
+    def commit(
+        self,
+        model: nn.Module,
+        round_: int,
+        request: Request | None = None,
+        *,
+        momentum: dict[str, Tensor] | None = None,
+        **detail: Any,
+    ) -> Request | None:
+        """Write model and server momentum and make them current, in one transaction with the request's step to APPLIED.
 
         Checkpoints that this one replaces are deleted: after a request no model that knew its clients is kept.
         """
         name = f"round-{round_:05d}{f'-{request.id}' if request else ''}.safetensors"
-        sha256 = checkpoint.save(self.folder / "checkpoints" / name, model.state_dict())
+        state = model.state_dict() | {MOMENTUM + key: value for key, value in (momentum or {}).items()}
+        sha256 = checkpoint.save(self.folder / "checkpoints" / name, state)
         request = self.ledger.commit(round_, name, sha256, request=request, **detail)
         self.delete_all_but(name)
         return request
 
-    def restore(self, model: nn.Module) -> int:
-        """Load the current checkpoint into `model`, if there is one; returns the rounds that it has seen."""
+    def restore(self, model: nn.Module) -> tuple[int, dict[str, Tensor]]:
+        """Load the current checkpoint, if there is one, into `model`; returns the rounds it has seen, and momentum."""
         head = self.ledger.head()
         if head is None:
-            return 0
-        checkpoint.load(self.folder / "checkpoints" / head.checkpoint, model, sha256=head.sha256)
-        return head.round
+            return 0, {}
+        file = self.folder / "checkpoints" / head.checkpoint
+        rest = checkpoint.load(file, model, sha256=head.sha256, beside=MOMENTUM)
+        device = next(model.parameters()).device
+        return head.round, {name.removeprefix(MOMENTUM): value.to(device) for name, value in rest.items()}
 
     def delete_all_but(self, name: str) -> None:
         """Delete every file beside the checkpoint `name`: older models, and what a crash left half-written."""

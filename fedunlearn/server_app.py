@@ -14,7 +14,7 @@ from fedunlearn.config import Config, compose, settings, split_overrides, state_
 from fedunlearn.errors import UserError
 from fedunlearn.runs import Run, open_run, runs_folder, stored_config
 from fedunlearn.worker import Worker, open_dataset
-from strategies.subset_unlearning import SubsetUnlearning
+from strategies.catalogue import STRATEGIES
 
 
 def log(line: str) -> None:
@@ -74,7 +74,7 @@ def train(grid: Grid, run: Run) -> None:
 
 def carry_out(grid: Grid, run: Run, *, rounds: int) -> None:
     """Train `rounds` rounds, or more where a request has still to recover; serve all requests, write the report."""
-    strategy = SubsetUnlearning(run, Worker(run.config), log=log)
+    strategy = STRATEGIES[run.config.strategy](run, Worker(run.config), log=log)
     strategy.start(grid, max(rounds, strategy.recovery_left()))
     page = report.write(run, strategy.worker)
     log(report.summary(run))

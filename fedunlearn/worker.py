@@ -1,7 +1,7 @@
 """The data, the clients and the model of one configuration, in one process."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -9,9 +9,9 @@ import torch
 from fedunlearn import config as configuration
 from fedunlearn import datasets, partition
 from fedunlearn.batches import batches
-from fedunlearn.evaluate import Counts, evaluate
+from fedunlearn.evaluate import Counts, Predictions, evaluate, predict
 from fedunlearn.model import Batch, TwoHeadResNet18
-from fedunlearn.train import generator_of
+from fedunlearn.train import ascend, fit, generator_of, learning_rate, loss_weights
 
 NOBODY = -1
 
@@ -54,9 +54,47 @@ class Worker:
 
     def sample(self, client: int, share: float, round_: int) -> Iterator[Batch]:
         """A random share of the client's examples (at least one), in order and as they are."""
+        return self.batches(client, indices=self._share(client, share, round_))
+
+    def _share(self, client: int, share: float, round_: int) -> np.ndarray:
         own = self.slices[client]
         order = torch.randperm(len(own), generator=generator_of(self.config.seed, round_, client)).numpy()
-        return self.batches(client, indices=own[np.sort(order[: math.ceil(share * len(own))])])
+        return own[np.sort(order[: math.ceil(share * len(own))])]
+
+    def fit(self, client: int, round_: int, *, share: float = 1.0, lr: float = -1.0) -> Counts:
+        """The client's local training of a round, in place; a rate of `lr` below 0 is the schedule's."""
+        settings, loss, rounds = self.config.train, self.config.loss, self.config.rounds
+        progress = min(round_ - 1, rounds - 1) / rounds
+        weights = {name: value for name, _, value in configuration.settings(loss) if name != "warmup"}
+        if lr < 0:
+            lr = learning_rate(progress, lr=settings.lr, schedule=settings.schedule, end=settings.lr_end)
+        return fit(
+            self.model,
+            self._epochs(client, round_, settings.epochs, share),
+            lr=lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            precision=settings.precision,
+            loss=loss_weights(progress, weights, warmup=loss.warmup),
+        )
+
+    def ascend(self, client: int, round_: int, *, until: float, radius: float) -> Counts:
+        """The client's ascent of its class loss, in place (`train.ascend`)."""
+        settings = self.config.unlearn
+        return ascend(
+            self.model,
+            self._epochs(client, round_, settings.ascent_epochs),
+            lr=settings.ascent_lr,
+            clip=settings.clip,
+            radius=radius,
+            precision=self.config.train.precision,
+            finished=lambda: self.evaluate(client).class_accuracy <= until,
+        )
+
+    def _epochs(self, client: int, round_: int, epochs: int, share: float = 1.0) -> Iterator[Iterator[Batch]]:
+        own = self._share(client, share, round_)
+        for epoch in range(epochs):
+            yield self.batches(client, generator_of(self.config.seed, round_, client, epoch), indices=own)
 
     def examples(self, client: int) -> int:
         """How many examples the client has."""
@@ -66,13 +104,18 @@ class Worker:
         """What the model gets right on the client's images, as they are."""
         return evaluate(self.model, self.batches(client), precision=self.config.train.precision)
 
-    def evaluate_test(self) -> Counts:
-        """What the model gets right on the test images, which are no client's."""
+    def predict_test(self) -> Predictions:
+        """What the model says of the test images, which are no client's."""
         test = self.dataset.test
         everything = batches(
             test, np.arange(len(test.labels)), NOBODY, batch_size=self.config.train.batch_size, device=self.device
         )
-        return evaluate(self.model, everything, precision=self.config.train.precision)
+        return predict(self.model, everything, precision=self.config.train.precision)
+
+    def class_mix(self, clients: Iterable[int]) -> torch.Tensor:
+        """How many examples of each class these clients have together, [K]."""
+        labels = np.concatenate([self.dataset.train.labels[self.slices[client]] for client in clients])
+        return torch.from_numpy(np.bincount(labels, minlength=len(self.dataset.class_names)))
 
 
 def open_dataset(config: configuration.Config, **options) -> datasets.Dataset:
@@ -98,11 +141,11 @@ def slices_of(config: configuration.Config, dataset: datasets.Dataset) -> list[n
     )
 
 
-def model_of(config: configuration.Config, dataset: datasets.Dataset) -> TwoHeadResNet18:
-    """A new model, its weights drawn with the run's seed."""
+def model_of(config: configuration.Config, dataset: datasets.Dataset, *place: int) -> TwoHeadResNet18:
+    """A new model, its weights drawn with the run's seed (and with `place`, for another one than the run's)."""
     model = config.model
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_of(config.seed).initial_seed())
+        torch.manual_seed(generator_of(config.seed, *place).initial_seed())
         return TwoHeadResNet18(
             len(dataset.class_names),
             config.clients if model.client_head else 0,

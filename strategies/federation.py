@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Message
@@ -44,9 +45,10 @@ class Answer:
 
     @property
     def cost(self) -> dict[str, float]:
-        """Wall-clock seconds, those of the busiest worker, workers, bytes, peak memory of the largest worker."""
+        """Seconds (wall-clock, of all workers, of the busiest), workers, bytes, peak memory of the largest worker."""
         return {
             "seconds": self.seconds,
+            "work": sum(self.worker_seconds.values()),
             "busiest": max(self.worker_seconds.values(), default=0.0),
             "workers": len(self.worker_seconds),
             "bytes": self.bytes,
@@ -109,36 +111,50 @@ class Federation:
             self.gpu |= bool(metrics["gpu"])
 
     def messages(
-        self, kind: str, round_: int, clients: Iterable[int], state: ArrayRecord, *, share: float = 1.0
+        self,
+        kind: str,
+        round_: int,
+        clients: Iterable[int],
+        state: ArrayRecord,
+        *,
+        apart: bool = False,
+        teacher: ArrayRecord | None = None,
+        **task: float,
     ) -> list[Message]:
         """One message of type `kind` to every node that hosts some of `clients`: those with most examples first.
 
         So workers that take one message after another end at about the same time, and the order depends on the data
-        alone.
+        alone. With `apart` every client has a message of its own. `task` are further fields of `wire.Task`.
         """
         wanted = set(clients)
-        hosted = {node: [c for c in self.clients_of[node] if c in wanted] for node in self.nodes}
-        examples = {node: sum(self.examples[c] for c in mine) for node, mine in hosted.items() if mine}
-        tasks = {
-            node: wire.Task(self._config, round_, hosted[node], share)
-            for node in sorted(examples, key=examples.get, reverse=True)
-        }
+        hosted = [(node, [c for c in self.clients_of[node] if c in wanted]) for node in self.nodes]
+        groups = [(node, [c]) for node, mine in hosted for c in mine] if apart else [pair for pair in hosted if pair[1]]
+        groups.sort(key=lambda pair: -sum(self.examples[c] for c in pair[1]))
         self._sent = [
-            Message(wire.request(task, state), node, kind, group_id=str(round_)) for node, task in tasks.items()
+            Message(
+                wire.request(wire.Task(self._config, round_, mine, **task), state, teacher),
+                node,
+                kind,
+                group_id=str(round_),
+            )
+            for node, mine in groups
         ]
         return self._sent
 
-    def add_up(self, replies: Iterable[Message], like: dict[str, Tensor]) -> Answer:
+    def add_up(
+        self, replies: Iterable[Message], like: dict[str, Tensor], each: Callable[[Answer], None] = lambda answer: None
+    ) -> Answer:
         """Sum the replies to the last `messages`, as they come, in their order.
 
         Args:
             replies: one a message, in their order (`OrderedGrid`).
             like: names and shapes that every reply must have. A reply that has others, is not finite, lacks a client
                 or is an error is named in the log and left out.
+            each: shown every reply alone.
         """
         answer, started = Answer(), time.monotonic()
         for message, reply in zip(self._sent, replies, strict=True):
-            self._add(answer, message, reply, like)
+            self._add(answer, message, reply, like, each)
         answer.seconds = time.monotonic() - started
         return answer
 
@@ -151,13 +167,16 @@ class Federation:
         state: ArrayRecord,
         like: dict[str, Tensor],
         *,
-        share: float = 1.0,
+        each: Callable[[Answer], None] = lambda answer: None,
+        **content: Any,
     ) -> Answer:
-        """Send `messages` and `add_up` what comes back."""
-        messages = self.messages(kind, round_, clients, state, share=share)
-        return self.add_up(grid.send_and_receive(messages, timeout=self.timeout), like)
+        """Send `messages` and `add_up` what comes back; `content` is further content of the messages."""
+        messages = self.messages(kind, round_, clients, state, **content)
+        return self.add_up(grid.send_and_receive(messages, timeout=self.timeout), like, each)
 
-    def _add(self, answer: Answer, message: Message, reply: Message, like: dict[str, Tensor]) -> None:
+    def _add(
+        self, answer: Answer, message: Message, reply: Message, like: dict[str, Tensor], each: Callable[[Answer], None]
+    ) -> None:
         task = wire.task_of(message)
         try:
             sums, counts = _checked(reply, task.clients, like)
@@ -165,6 +184,7 @@ class Federation:
             node = self.nodes.index(message.metadata.dst_node_id)
             self._log(f"round {task.round}: node {node} (clients {_listed(task.clients)}) is left out: {error}")
             return
+        each(Answer(sums, counts))
         wire.add_to(answer.sums, sums)
         answer.counts |= counts
         work = reply.content["work"]

@@ -1,5 +1,6 @@
 """What a message carries: tensors, a task, counts."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
@@ -14,13 +15,17 @@ from fedunlearn.evaluate import Counts
 class Task:
     """What a node is to do: for which of its clients, in which round, under which settings (JSON of the config).
 
-    `share` is of each client's examples, as far as the query can do with fewer.
+    `share` is of each client's examples, as far as the work can do with fewer; `lr` replaces the schedule's learning
+    rate; `until` (accuracy) and `radius` (distance from the broadcast model) bound an ascent.
     """
 
     config: str
     round: int
     clients: list[int]
     share: float = 1.0
+    lr: float = -1.0
+    until: float = 0.0
+    radius: float = math.inf
 
 
 def packed(tensors: Mapping[str, Tensor], precision: str) -> ArrayRecord:
@@ -33,11 +38,13 @@ def packed(tensors: Mapping[str, Tensor], precision: str) -> ArrayRecord:
     return ArrayRecord(dict(tensors))
 
 
-def request(task: Task, state: ArrayRecord | None = None) -> RecordDict:
-    """The content of a message to a node; the same `state` may be shared by many."""
+def request(task: Task, state: ArrayRecord | None = None, teacher: ArrayRecord | None = None) -> RecordDict:
+    """The content of a message to a node; the same `state`, and that of a `teacher`, may be shared by many."""
     content = RecordDict({"task": ConfigRecord(asdict(task))})
     if state is not None:
         content["arrays"] = state
+    if teacher is not None:
+        content["teacher"] = teacher
     return content
 
 
@@ -46,9 +53,9 @@ def task_of(message: Message) -> Task:
     return Task(**message.content["task"])
 
 
-def tensors_of(message: Message) -> dict[str, Tensor]:
+def tensors_of(message: Message, name: str = "arrays") -> dict[str, Tensor]:
     """The tensors of a message, writable and in the sender's order; bf16 bits as fp32 again."""
-    sent = message.content.get("arrays", {})
+    sent = message.content.get(name, {})
     arrays = {name: torch.from_numpy(array.numpy().copy()) for name, array in sent.items()}
     return {name: _from_bits(value) if value.dtype == torch.int16 else value for name, value in arrays.items()}
 
@@ -87,7 +94,7 @@ def averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def bytes_of(message: Message) -> int:
     """Of the tensors in a message."""
-    return message.content["arrays"].count_bytes() if "arrays" in message.content else 0
+    return sum(record.count_bytes() for record in message.content.array_records.values())
 
 
 def _bits(values: Tensor) -> Tensor:

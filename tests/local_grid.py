@@ -1,40 +1,26 @@
-"""A Flower grid whose nodes run the real ClientApp in this process, one message after another."""
+"""A local grid whose deliveries a test can watch, change and delay."""
 
 from collections.abc import Callable, Iterable
 from uuid import uuid4
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Message
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedunlearn.client_app import app
-from strategies import wire
+from strategies import local_grid, wire
 
 
-class LocalGrid(Grid):
+class LocalGrid(local_grid.LocalGrid):
     """`num_nodes` nodes; `deliver` may replace how a message is answered (None: never)."""
 
     def __init__(self, num_nodes: int, client_app: ClientApp = app) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        super().__init__(num_nodes, client_app)
         self.nodes = {1000 + 7 * i: i for i in range(num_nodes)}
         self.deliver: Callable[[Message], Message | None] = self.call
         self.sent: list[Message] = []
         self.most_in_flight = 0
         self.newest_first = False
-        self._client_app = client_app
-        self._replies: dict[str, Message | None] = {}
-
-    def call(self, message: Message) -> Message:
-        node = self.nodes[message.metadata.dst_node_id]
-        config = {"partition-id": node, "num-partitions": len(self.nodes)}
-        context = Context(1, message.metadata.dst_node_id, config, RecordDict(), {})
-        try:
-            return self._client_app(message, context)
-        except Exception as error:
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
@@ -54,19 +40,6 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         return list(reversed(self.nodes))
-
-    def send_and_receive(self, messages, *, timeout=None):
-        return self.pull_messages(self.push_messages(messages))
-
-    def create_message(self, *args, **kwargs):
-        raise NotImplementedError
-
-    def set_run(self, run):
-        raise NotImplementedError
-
-    @property
-    def run(self):
-        raise NotImplementedError
 
 
 def equal(a, b):

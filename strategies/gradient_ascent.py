@@ -1,0 +1,32 @@
+"""Gradient ascent on the leaving clients' loss (Wu et al., 2022, "Federated Unlearning: Guarantee the Right ...")."""
+
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from strategies.federation import NoAnswerError
+from strategies.forgetting import Forgetting
+
+
+class GradientAscent(Forgetting):
+    """theta <- theta + eta grad L_f(theta), by each leaving client on its own images, averaged over them.
+
+    Every leaving client ascends (`train.ascend`: clipped steps of `unlearn.ascent_lr`) until its accuracy is what
+    unseen images of its class mix get (`expected_accuracy`), for `unlearn.ascent_epochs` epochs at most; then the
+    retained clients train `unlearn.rounds` rounds.
+    """
+
+    def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
+        """Ascend, then recover."""
+        until = self.expected_accuracy(leaving)
+        self.ascend(leaving, grid, costs, until=until)
+        self.recover(grid, costs)
+        return {"until": until}
+
+    def ascend(self, leaving: list[int], grid: Grid, costs: dict[str, Any], **bounds: float) -> None:
+        """Move the model by the mean of the leaving clients' ascents."""
+        answer = self.ask_to_train("train.ascend", grid, self.round, leaving, **bounds)
+        if missing := sorted(set(leaving) - answer.counts.keys()):
+            raise NoAnswerError(f"client {missing[0]} did not answer the request to ascend")
+        costs["ascent"] = answer.cost
+        self.move(self.mean_movement(answer))
