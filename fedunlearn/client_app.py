@@ -9,7 +9,7 @@ import socket
 import time
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from flwr.app import Context, Message, MetricRecord
@@ -60,24 +60,39 @@ def prepare(message: Message) -> tuple[wire.Task, Worker, dict[str, Tensor]]:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train every client from the broadcast model; reply with the sum of n_c times how its weights moved."""
-    task, worker, _ = prepare(message)
-    return moved_by(message, lambda client: worker.fit(client, task.round, share=task.share, lr=task.lr))
+    """Train every client from the broadcast model; reply with the sum of n_c times how its weights moved.
+
+    Where the server trains the client head, every client's embedding moments at the broadcast model come along.
+    """
+    task, worker, state = prepare(message)
+    moments = {str(c): worker.embedding_moments(c, task.round) for c in task.clients if worker.server_trains_head}
+    reply = moved_by(message, worker, state, partial(worker.fit, round_=task.round, share=task.share, lr=task.lr))
+    reply.content["moments"] = wire.packed(moments, "fp32")
+    return reply
+
+
+@app.train("unlearn")
+def unlearn(message: Message, context: Context) -> Message:
+    """As `train`, but every client teaches the model to answer as to unseen images (`worker.unlearn`)."""
+    task, worker, state = prepare(message)
+    teacher = wire.tensors_of(message, "teacher")
+    work = partial(worker.unlearn, round_=task.round, state=state, teacher=teacher, lr=task.lr)
+    return moved_by(message, worker, state, work)
 
 
 @app.train("ascend")
 def ascend(message: Message, context: Context) -> Message:
     """As `train`, but every client climbs its class loss (`train.ascend`)."""
-    task, worker, _ = prepare(message)
-    return moved_by(message, lambda client: worker.ascend(client, task.round, until=task.until, radius=task.radius))
-
-
-def moved_by(message: Message, work: Callable[[int], Counts]) -> Message:
-    """Let `work` change the broadcast model for each client; reply with the sum of n_c times how its weights moved."""
     task, worker, state = prepare(message)
+    work = partial(worker.ascend, round_=task.round, until=task.until, radius=task.radius)
+    return moved_by(message, worker, state, work)
+
+
+def moved_by(message: Message, worker: Worker, state: dict[str, Tensor], work: Callable[[int], Counts]) -> Message:
+    """Let `work` change the broadcast model for each client; reply with the sum of n_c times how its weights moved."""
     sums: dict[str, Tensor] = {}
     counts: dict[int, Counts] = {}
-    for client in task.clients:
+    for client in wire.task_of(message).clients:
         worker.model.load_state_dict(state)
         counts[client] = work(client)
         moved = {name: value - state[name] for name, value in wire.averaged(worker.model.state_dict()).items()}

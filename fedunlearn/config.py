@@ -79,6 +79,11 @@ class Train:
     weight_decay: float = number(5e-4, 0, 10, "of SGD")
     crop_padding: int = number(4, 0, 64, "random crops after zero-padding by so many pixels")
     flip: bool = plain(True, "random horizontal flips")
+    client_head: str = choice(
+        "server", ("server", "local"), "who trains it; server: from moments of clients' embeddings"
+    )
+    head_share: float = number(0.5, 1e-6, 1, "of a client's images, at random, that the moments are of")
+    head_steps: int = number(300, 1, 10**6, "of the server on the client head, after every round")
     precision: str = choice("bf16", precision.PRECISIONS, "of forward and backward passes (weights stay fp32)")
     threads: int = number(1, 1, 1024, "CPU threads a worker; more change the last bits of the results")
 
@@ -114,11 +119,14 @@ class Unlearn:
     recovery_rounds: int = number(
         0, 0, 10**6, "rounds of training on the retained clients until a request counts as done"
     )
-    rounds: int = number(2, 0, 10**6, "rounds of the retained clients before the model is served again")
-    lr: float = number(0.05, 0, 100, "learning rate in the first of them")
-    lr_end: float = number(0.04, 0, 1, "share of it that the last of them comes near")
-    ascent_epochs: int = number(2, 1, 1000, "at most, of the leaving clients (ascent, pga)")
-    ascent_lr: float = number(0.01, 0, 100, "of their steps")
+    rounds: int = number(3, 0, 10**6, "of training until the model is served again (subset, ascent, pga, negate)")
+    lr: float = number(0.01, 0, 100, "learning rate in them")
+    weight: float = number(0.3, 0, 1, "of the leaving clients in them (subset)")
+    forget_epochs: int = number(4, 1, 1000, "of the leaving clients in each of them (subset)")
+    views: int = number(8, 1, 1000, "shifted versions of their images to match unseen answers by (subset)")
+    flip: bool = plain(True, "half of these mirrored")
+    ascent_epochs: int = number(5, 1, 1000, "at most, of the leaving clients (ascent, pga)")
+    ascent_lr: float = number(0.05, 0, 100, "of their steps")
     clip: float = number(1.0, 0, INF, "norm that their gradients are clipped to")
     every: int = number(2, 1, 10**6, "rounds between stored updates (federaser)")
     calibration: float = number(0.5, 1e-6, 1, "share of each client's images that calibrates them (federaser)")

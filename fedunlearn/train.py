@@ -51,15 +51,49 @@ def fit(
     weight_decay: float,
     precision: str,
     loss: dict[str, float],
+    frozen: Iterable[nn.Parameter] = (),
 ) -> Counts:
     """SGD on `losses.multi_task_loss` over `epochs` of batches, in place, with a fresh optimiser.
+
+    Args:
+        frozen: parameters that stay as they are.
 
     Returns:
         Loss and hits of every example at the moment it was trained on, summed over all epochs.
     """
-    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    kept = {id(parameter) for parameter in frozen}
+    moving = [parameter for parameter in model.parameters() if id(parameter) not in kept]
+    optimiser = torch.optim.SGD(moving, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     model.train()
-    return sum((_step(model, optimiser, batch, precision, loss) for epoch in epochs for batch in epoch), Counts())
+    total = Counts()
+    for batch in (batch for epoch in epochs for batch in epoch):
+        with autocast(batch[0].device, precision):
+            outputs = model(batch[0])
+        objective = multi_task_loss(*outputs, *batch[1:], **loss)
+        model.zero_grad()
+        objective.backward()
+        optimiser.step()
+        total += count(outputs, batch, float(objective.detach()) * len(batch[0]))
+    return total
+
+
+def teach(
+    model: nn.Module,
+    epochs: Iterable[Iterable[tuple[Tensor, Tensor]]],
+    *,
+    lr: float,
+    momentum: float,
+    precision: str,
+) -> None:
+    """SGD on -sum_k t_k log p_k over batches of images [N, ...] and wanted class probabilities t [N, K], in place."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    model.train()
+    for images, wanted in (batch for epoch in epochs for batch in epoch):
+        with autocast(images.device, precision):
+            outputs = model(images)
+        optimiser.zero_grad()
+        cross_entropy(at_least_fp32(outputs.class_logits), wanted).backward()
+        optimiser.step()
 
 
 def ascend(
@@ -112,14 +146,3 @@ def _project(params: list[Tensor], centre: list[Tensor], radius: float) -> None:
     if away > radius:
         for p, c in zip(params, centre, strict=True):
             p.copy_(c + (p - c) * (radius / away))
-
-
-def _step(model: nn.Module, optimiser: torch.optim.SGD, batch: Batch, precision: str, loss: dict[str, float]) -> Counts:
-    images, class_labels, client_ids = batch
-    with autocast(images.device, precision):
-        outputs = model(images)
-    objective = multi_task_loss(*outputs, class_labels, client_ids, **loss)
-    optimiser.zero_grad()
-    objective.backward()
-    optimiser.step()
-    return count(outputs, batch, float(objective.detach()) * len(images))

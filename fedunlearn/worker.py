@@ -8,10 +8,14 @@ import torch
 
 from fedunlearn import config as configuration
 from fedunlearn import datasets, partition
-from fedunlearn.batches import batches
+from fedunlearn.batches import augmented, batches, draws
+from fedunlearn.client_head import embedding_moments
+from fedunlearn.datasets import Split
 from fedunlearn.evaluate import Counts, Predictions, evaluate, predict
 from fedunlearn.model import Batch, TwoHeadResNet18
-from fedunlearn.train import ascend, fit, generator_of, learning_rate, loss_weights
+from fedunlearn.precision import autocast
+from fedunlearn.train import ascend, fit, generator_of, learning_rate, loss_weights, teach
+from fedunlearn.unseen import match_answers
 
 NOBODY = -1
 
@@ -33,11 +37,14 @@ class Worker:
         *,
         augment: bool = True,
         indices: np.ndarray | None = None,
+        data: Split | None = None,
     ) -> Iterator[Batch]:
-        """The client's examples, or those at `indices`: shuffled and augmented with a generator, else as stored."""
+        """The client's examples, those at `indices` or `data`: shuffled and augmented by a generator, or in order."""
         train = self.config.train
+        if data is not None:
+            indices = np.arange(len(data.labels))
         return batches(
-            self.dataset.train,
+            data or self.dataset.train,
             self.slices[client] if indices is None else indices,
             client,
             batch_size=train.batch_size,
@@ -76,7 +83,74 @@ class Worker:
             weight_decay=settings.weight_decay,
             precision=settings.precision,
             loss=loss_weights(progress, weights, warmup=loss.warmup),
+            frozen=self.model.client_head.parameters() if self.server_trains_head else (),
         )
+
+    @torch.no_grad()
+    def embedding_moments(self, client: int, round_: int) -> torch.Tensor:
+        """`client_head.embedding_moments` of the model for the share `train.head_share` of the client's examples."""
+        self.model.eval()
+        total = torch.zeros(self.moments_shape, device=self.device)
+        for images, class_labels, _ in self.sample(client, self.config.train.head_share, round_):
+            with autocast(images.device, self.config.train.precision):
+                outputs = self.model(images)
+            total += embedding_moments(outputs.embedding, class_labels, len(total))
+        return total
+
+    @property
+    def moments_shape(self) -> tuple[int, ...]:
+        """Of `embedding_moments` of this model; () where nobody wants them."""
+        if not self.server_trains_head:
+            return ()
+        return len(self.dataset.class_names), 1 + 2 * self.model.client_head.hidden.in_features
+
+    @property
+    def server_trains_head(self) -> bool:
+        """Whether the client head is the server's to train."""
+        return self.model.client_head is not None and self.config.train.client_head == "server"
+
+    def unlearn(
+        self, client: int, round_: int, *, state: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], lr: float
+    ) -> Counts:
+        """Teach the model of `state` to say of the client's images what is said of unseen ones, in place.
+
+        Args:
+            teacher: the model before it forgets, and `answers` [T, K] and `answer_labels` [T] of unseen images.
+        """
+        settings, own = self.config.unlearn, self.slices[client]
+        before = {name: teacher[name].to(self.device) for name in state}
+        self.model.load_state_dict(before)
+        labels = torch.from_numpy(np.asarray(self.dataset.train.labels[own]))
+        generator = generator_of(self.config.seed, client)
+        answers = teacher["answers"], teacher["answer_labels"]
+        wanted = match_answers(self.views(client, generator), labels, *answers, generator=generator).to(self.device)
+        self.model.load_state_dict(state)
+        images = Split(self.dataset.train.images[own], np.arange(len(own)))
+
+        def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            order = generator_of(self.config.seed, round_, client, number)
+            for batch, positions, _ in self.batches(client, order, augment=False, data=images):
+                yield batch, wanted[positions]
+
+        precision, momentum = self.config.train.precision, self.config.train.momentum
+        epochs = map(epoch, range(settings.forget_epochs))
+        teach(self.model, epochs, lr=lr, momentum=momentum, precision=precision)
+        return self.evaluate(client)
+
+    def views(self, client: int, generator: torch.Generator) -> torch.Tensor:
+        """Mean class probabilities over `unlearn.views` shifted (and mirrored) versions of the client's images, [N, K].
+
+        Shifts are up to an eighth of the image's size.
+        """
+        data, own = self.dataset.train, self.slices[client]
+        padding, count = data.images.shape[1] // 8, self.config.unlearn.views
+        total = torch.zeros(len(own), len(self.dataset.class_names))
+        for _ in range(count):
+            drawn = draws(len(own), generator, padding, self.config.unlearn.flip)
+            images = augmented(torch.from_numpy(data.images[own]), drawn, padding).numpy()
+            batches = self.batches(client, data=Split(images, data.labels[own]))
+            total += predict(self.model, batches, precision=self.config.train.precision).class_probs / count
+        return total
 
     def ascend(self, client: int, round_: int, *, until: float, radius: float) -> Counts:
         """The client's ascent of its class loss, in place (`train.ascend`)."""

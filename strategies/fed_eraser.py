@@ -25,8 +25,9 @@ class FedEraser(Forgetting):
 
     Every `unlearn.every` rounds each client's own update U_c is stored. A request replays these rounds from the initial
     model: every retained client trains on the share `unlearn.calibration` of its images from the replayed model, V_c is
-    how it moved, U'_c replaces U_c in the store, and the replayed model moves by the mean of U'_c over examples.
-    BatchNorm statistics are those of the calibration. Stored updates of clients that left are deleted with the request.
+    how it moved, U'_c replaces U_c in the store, and the replayed model moves by the mean of U'_c over examples (with
+    the server's momentum). BatchNorm statistics are those of the calibration. Stored updates of clients that left are
+    deleted with the request.
     """
 
     def configure_train(
@@ -62,7 +63,7 @@ class FedEraser(Forgetting):
             if not answer.counts:
                 raise NoAnswerError(f"no retained client answered the calibration of round {round_}")
             add_cost(costs, "replay", answer.cost)
-            self.move(self._calibrated(round_, calibrating))
+            self.advance(self._calibrated(round_, calibrating))
         for round_, client in updates(self.run):
             if client in leaving:
                 stored(self.run, round_, client).unlink()

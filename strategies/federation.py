@@ -28,11 +28,13 @@ class NoAnswerError(Exception):
 class Answer:
     """What a sweep over nodes brought: one sum a name, the counts of every client that is in it, and what it cost.
 
-    `worker_seconds` and `worker_mebibytes` (peak memory) are by worker process, `bytes` those of all tensors sent.
+    `moments` are embedding moments by client, where a client sent them. `worker_seconds` and `worker_mebibytes` (peak
+    memory) are by worker process, `bytes` those of all tensors sent.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[int, Counts] = field(default_factory=dict)
+    moments: dict[int, Tensor] = field(default_factory=dict)
     worker_seconds: Counter[int] = field(default_factory=Counter)
     worker_mebibytes: dict[int, float] = field(default_factory=dict)
     bytes: int = 0
@@ -74,6 +76,7 @@ class Federation:
         self.clients_of: dict[int, list[int]] = {}  # Flower's node id -> clients, in order
         self.examples: dict[int, int] = {}  # client -> how many it has
         self.gpu = False
+        self.moments_shape: tuple[int, ...] = ()  # of each client's embedding moments, where they are wanted
 
     def identify(self, grid: Grid) -> None:
         """Learn which node hosts which clients, waiting until all nodes of the federation are there.
@@ -179,12 +182,13 @@ class Federation:
     ) -> None:
         task = wire.task_of(message)
         try:
-            sums, counts = _checked(reply, task.clients, like)
+            sums, counts, moments = _checked(reply, task.clients, like, self.moments_shape)
         except ValueError as error:
             node = self.nodes.index(message.metadata.dst_node_id)
             self._log(f"round {task.round}: node {node} (clients {_listed(task.clients)}) is left out: {error}")
             return
         each(Answer(sums, counts))
+        answer.moments |= moments
         wire.add_to(answer.sums, sums)
         answer.counts |= counts
         work = reply.content["work"]
@@ -193,8 +197,10 @@ class Federation:
         answer.bytes += wire.bytes_of(message) + wire.bytes_of(reply)
 
 
-def _checked(reply: Message, clients: list[int], like: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-    """Sums and counts of a reply that is what was asked for; ValueError with the reason otherwise."""
+def _checked(
+    reply: Message, clients: list[int], like: dict[str, Tensor], moments_shape: tuple[int, ...]
+) -> tuple[dict[str, Tensor], dict[int, Counts], dict[int, Tensor]]:
+    """Sums, counts and embedding moments of a reply that is as asked for; ValueError with the reason otherwise."""
     if reply.has_error():
         raise ValueError(_reason(reply))
     try:
@@ -205,12 +211,16 @@ def _checked(reply: Message, clients: list[int], like: dict[str, Tensor]) -> tup
         raise ValueError(f"it answered for clients {_listed(counts)}")
     if sums.keys() != like.keys():
         raise ValueError(f"it sent wrong names: {_listed(sorted(sums.keys() ^ like.keys())[:3])}")
+    moments = {int(client): value for client, value in wire.tensors_of(reply, "moments").items()}
+    for client, value in moments.items():
+        if client not in clients or value.shape != moments_shape or not torch.isfinite(value).all():
+            raise ValueError(f"it sent embedding moments of client {client} that are of wrong shape, NaN or infinite")
     for name, value in sums.items():
         if value.shape != like[name].shape:
             raise ValueError(f"it sent {name} of shape {list(value.shape)}, not {list(like[name].shape)}")
         if not torch.isfinite(value).all():
             raise ValueError(f"it sent NaN or infinite values in {name}")
-    return sums, counts
+    return sums, counts, moments
 
 
 def _reason(reply: Message) -> str:

@@ -13,19 +13,21 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
+from fedunlearn.client_head import train_client_head
 from fedunlearn.config import to_json
 from fedunlearn.errors import UserError
 from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
-from fedunlearn.train import learning_rate
+from fedunlearn.train import generator_of
 from fedunlearn.worker import Worker, model_of
 from strategies import lines, wire
 from strategies.federation import MOST_LISTED, Answer, Federation, NoAnswerError
 from strategies.ordered_grid import OrderedGrid
 
 Scores = dict[str, Any]
+HEAD = 2**32 - 1  # where the client head's draws are used: no client has this number
 
 
 class Forgetting(FedAvg):
@@ -55,6 +57,7 @@ class Forgetting(FedAvg):
         self.run, self.worker, self.config, self.log, self.watch = run, worker, run.config, log, watch
         self.model = worker.model
         self.federation = Federation(to_json(run.config), timeout=run.config.timeout, log=log)
+        self.federation.moments_shape = worker.moments_shape
         self.round, self.momentum = run.restore(self.model)
         self.started_at = self.round
         self.apart = False  # whether every client answers a round's training alone
@@ -100,7 +103,7 @@ class Forgetting(FedAvg):
                 f"round {self.round}: no client answered; continue from round {self.round - 1} with "
                 f'overrides="run={self.run.name}"'
             )
-        self.step(answer)
+        self.step(answer, self.round)
         total = answer.total
         self._row = {
             "round": self.round,
@@ -137,18 +140,29 @@ class Forgetting(FedAvg):
     def seen(self, answer: Answer) -> None:
         """Told of every reply of a round's training; a strategy may keep something of it."""
 
-    def step(self, answer: Answer) -> None:
-        """theta += m, m = beta m + sum of n_c (theta_c - theta) / sum of n_c over the clients that answered.
+    def step(self, answer: Answer, round_: int) -> None:
+        """`advance` by how the clients moved, then train the client head from the moments of their embeddings.
+
+        Where clients sent such moments; they are not kept.
+        """
+        self.advance(self.mean_movement(answer))
+        if answer.moments:
+            moments = {client: value.to(self.worker.device) for client, value in answer.moments.items()}
+            generator = generator_of(self.config.seed, round_, HEAD)
+            steps = self.config.train.head_steps
+            train_client_head(self.model.client_head, moments, steps=steps, generator=generator)
+
+    def advance(self, movement: dict[str, Tensor]) -> None:
+        """theta += m, m = beta m + movement, the mean of (theta_c - theta) over the clients' examples.
 
         beta is `train.server_momentum` (Hsu et al., 2019, "Measuring the Effects of Non-Identical Data Distribution for
         Federated Visual Classification"); statistics of BatchNorm have no momentum.
         """
-        moved, beta = self.mean_movement(answer), self.config.train.server_momentum
+        beta = self.config.train.server_momentum
         for name, _ in self.model.named_parameters() if beta else ():
-            if name in self.momentum:
-                moved[name] += beta * self.momentum[name]
-            self.momentum[name] = moved[name]
-        self.move(moved)
+            movement[name] = movement[name] + beta * self.momentum.get(name, 0)
+            self.momentum[name] = movement[name]
+        self.move(movement)
 
     def mean_movement(self, answer: Answer) -> dict[str, Tensor]:
         """Sum of n_c (theta_c - theta) / sum of n_c over the clients of a sweep of training."""
@@ -227,7 +241,7 @@ class Forgetting(FedAvg):
         try:
             said = self.forget(request.clients, grid, costs)
         except (NoAnswerError, ValueError) as error:
-            self.run.restore(self.model)
+            _, self.momentum = self.run.restore(self.model)
             return self._failed(request, str(error))
         prune_clients(self.model, request.clients)
         self.momentum.clear()  # a sum of past movements, the leaving clients' among them
@@ -251,18 +265,17 @@ class Forgetting(FedAvg):
         return self.federation.ask(grid, kind, round_, clients, self.broadcast(), like, **task)
 
     def recover(self, grid: Grid, costs: dict[str, Any]) -> None:
-        """`unlearn.rounds` rounds of the retained clients, at a rate that falls from `unlearn.lr` to what goes on."""
-        settings = self.config.unlearn
-        for done in range(settings.rounds):
-            lr = learning_rate(done / settings.rounds, lr=settings.lr, schedule="cosine", end=settings.lr_end)
-            answer = self.ask_to_train("train", grid, self.round + done + 1, self.active, lr=lr)
+        """`unlearn.rounds` rounds of the retained clients at the rate `unlearn.lr`."""
+        for round_ in range(self.round + 1, self.round + 1 + self.config.unlearn.rounds):
+            answer = self.ask_to_train("train", grid, round_, self.active, lr=self.config.unlearn.lr)
             if not answer.counts:
                 raise NoAnswerError("no retained client answered")
             add_cost(costs, "recovery", answer.cost)
             self.move(self.mean_movement(answer))
 
     def begin_anew(self) -> None:
-        """The run's initial weights, and nobody's neuron that was pruned."""
+        """Back to the run's initial weights, without momentum; neurons that were pruned stay so."""
+        self.momentum.clear()
         pruned = self.model.pruned.nonzero()[:, 0].tolist()
         initial = model_of(self.config, self.worker.dataset).state_dict()
         self.model.load_state_dict(initial)

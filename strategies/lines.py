@@ -17,14 +17,20 @@ def forgotten(request: Request) -> str:
     """A completed request: who was forgotten, and what everybody's accuracy was before and is after."""
     before, after = request.detail["before"], request.detail["after"]
     clients = [
-        f"client {c}: class {before['forgotten'][c]['class']:.3f} → {after['forgotten'][c]['class']:.3f}, client-ID "
-        f"{before['forgotten'][c]['client_id']:.3f} → {after['forgotten'][c]['client_id']:.3f}"
-        for c in map(str, request.clients)
+        f"client {c}: class {old['class']:.3f} → {new['class']:.3f} (memory gap {gap(old):+.3f} → {gap(new):+.3f}), "
+        f"client-ID {old['client_id']:.3f} → {new['client_id']:.3f}"
+        for c, old, new in ((c, before["forgotten"][c], after["forgotten"][c]) for c in map(str, request.clients))
     ]
     rest = [f"{who} {before[who]['class']:.3f} → {after[who]['class']:.3f}" for who in ("others", "test")]
     where = f"forgotten after round {request.detail['round']} in {request.detail['seconds']:.1f} s"
-    where += f", {request.detail['selected']:.2%} of the weights dampened"
+    if "selected" in request.detail:
+        where += f", {request.detail['selected']:.2%} of the weights dampened"
     return f"── request {request.id}, {where}  │  " + "  │  ".join([*clients, *rest])
+
+
+def gap(scores: dict[str, float]) -> float:
+    """The memory gap: a client's class accuracy less what unseen images of its class mix get from the same model."""
+    return scores["class"] - scores["unseen"]
 
 
 def duration(seconds: float) -> str:

@@ -33,6 +33,7 @@ class ProjectedAscent(GradientAscent):
         self.recover(grid, costs)
         return {"until": until, "radius": radius}
 
+    @torch.no_grad()
     def radius(self) -> float:
         """A third of the mean distance of the model from ten random ones."""
         distances = []

@@ -15,9 +15,9 @@ class WeightNegation(Forgetting):
     the retained clients still need is learned again in `unlearn.rounds` rounds at `unlearn.lr`.
     """
 
-    @torch.no_grad()
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Negate, then fine-tune."""
-        self.model.stem[0].weight.neg_()
+        with torch.no_grad():
+            self.model.stem[0].weight.neg_()
         self.recover(grid, costs)
         return {"rounds": self.config.unlearn.rounds}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--plan", action="store_true", help="only show what would be done")
     options = p.parse_args(arguments)
     try:
-        return run(load(options.settings), only_plan=options.plan)
+        return run(load_either(options.settings), only_plan=options.plan)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,7 +46,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run(settings: Settings, *, only_plan: bool = False) -> int:
+def load_either(words: Sequence[str]) -> Any:
+    """The settings of a pooled study, or of a federated one where `federated=true` is among the words."""
+    if "federated=true" not in words:
+        return load(words)
+    from fedunlearn.study.federated import settings
+
+    return settings.load(words)
+
+
+def plan_of(settings: Any, lab: Laboratory) -> Any:
+    """The plan of either; only that of a federated study needs Flower."""
+    if isinstance(settings, Settings):
+        return Plan(settings, lab)
+    from fedunlearn.study.federated.plan import Plan as FederatedPlan
+
+    return FederatedPlan(settings, lab)
+
+
+def write_report(plan: Any, root: Path) -> Path:
+    """The report of either."""
+    if isinstance(plan, Plan):
+        return report.write(plan, root)
+    from fedunlearn.study.federated import report as federated_report
+
+    return federated_report.write(plan, root)
+
+
+def run(settings: Any, *, only_plan: bool = False) -> int:
     """Do what is missing of the study, and write its report."""
     deadline = time.time() + 60 * settings.study.minutes
     torch.set_num_threads(settings.learning.threads)
@@ -53,7 +81,7 @@ def run(settings: Settings, *, only_plan: bool = False) -> int:
     lab.check()
     root, workers = study_folder(settings), number_of_workers(settings)
     hold_to(root, settings, lab)
-    steps = Plan(settings, lab).steps()
+    steps = plan_of(settings, lab).steps()
     if not steps and (settings.study.only != "*" or "report" not in settings.study.stages):
         raise UserError(f"study.only={settings.study.only} matches no step of {', '.join(settings.study.stages)}")
     check_needs(steps, root)
@@ -67,26 +95,27 @@ def run(settings: Settings, *, only_plan: bool = False) -> int:
     elif not finished:
         finished = work_together(settings, root, deadline, rate, workers)
     if "report" in settings.study.stages:
-        log(f"report: {report.write(Plan(settings, lab), root)}")
+        log(f"report: {write_report(plan_of(settings, lab), root)}")
     if not finished:
         log("time is up: the same command continues")
     return 0 if finished else UNFINISHED
 
 
-def study_folder(settings: Settings) -> Path:
+def study_folder(settings: Any) -> Path:
     """Where the study's files are."""
-    name = settings.study.name or f"{settings.dataset}-{settings.scale}"
+    kind = "" if isinstance(settings, Settings) else "-federated"
+    name = settings.study.name or f"{settings.dataset}-{settings.scale}{kind}"
     return state_home(settings.study.home) / "studies" / name
 
 
-def number_of_workers(settings: Settings) -> int:
+def number_of_workers(settings: Any) -> int:
     """As asked, else one on a GPU, else as many as the cores hold."""
     if settings.study.workers:
         return settings.study.workers
     return 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // settings.learning.threads)
 
 
-def hold_to(root: Path, settings: Settings, lab: Laboratory) -> None:
+def hold_to(root: Path, settings: Any, lab: Laboratory) -> None:
     """Write what the study is of, once; later runs must be of the same.
 
     Raises:
@@ -137,7 +166,7 @@ def print_plan(steps: Sequence[Step], root: Path, rate: float, workers: int) -> 
     log(f"about {duration(total)} with {workers} process{'es' if workers > 1 else ''} at work")
 
 
-def work_together(settings: Settings, root: Path, deadline: float, rate: float, workers: int) -> bool:
+def work_together(settings: Any, root: Path, deadline: float, rate: float, workers: int) -> bool:
     """Let several processes do what is missing; whether all was done in time.
 
     Raises:
@@ -165,13 +194,13 @@ def work_together(settings: Settings, root: Path, deadline: float, rate: float, 
     return all(process.exitcode == 0 for process in processes)
 
 
-def _worker(settings: Settings, root: Path, deadline: float, rate: float, workers: int, parent: int) -> None:
+def _worker(settings: Any, root: Path, deadline: float, rate: float, workers: int, parent: int) -> None:
     def over() -> bool:
         return time.time() > deadline or os.getppid() != parent
 
     torch.set_num_threads(settings.learning.threads)
     try:
-        steps = Plan(settings, Laboratory(settings)).steps()
+        steps = plan_of(settings, Laboratory(settings)).steps()
         finished = work_on(steps, root, over=over, rate=rate, workers=workers)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

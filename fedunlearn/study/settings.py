@@ -175,30 +175,39 @@ def load(words: Iterable[str]) -> Settings:
     Raises:
         UserError: an unknown name, a value of the wrong type or out of range.
     """
+    return check(composed(Settings, "presets.yaml", words))
+
+
+def composed(schema: type, presets: str, words: Iterable[str]) -> Any:
+    """A `schema` with the preset of its `dataset` and `scale`, and `words` on top.
+
+    Raises:
+        UserError: an unknown name or a value of the wrong type.
+    """
     import torch
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    presets = OmegaConf.create(files("fedunlearn.study").joinpath("presets.yaml").read_text())
+    content = OmegaConf.create(files("fedunlearn.study").joinpath(presets).read_text())
     try:
-        given = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(list(words)))
+        given = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(words)))
         for name in ("dataset", "scale"):
             options = DATASETS if name == "dataset" else SCALES
             if given[name] not in options:
                 raise UserError(f"{name}={given[name]} is not one of {', '.join(options)}")
         if given.scale == "auto":
             given.scale = "full" if torch.cuda.is_available() else "laptop"
-        preset = presets[given.dataset]
+        preset = content[given.dataset]
         merged = OmegaConf.merge(
-            OmegaConf.structured(Settings),
+            OmegaConf.structured(schema),
             {"data": {"name": given.dataset}},
             preset.get("full") or {},
             (preset.get("laptop") or {}) if given.scale == "laptop" else {},
             OmegaConf.from_dotlist(list(words)),
             {"scale": given.scale},
         )
-        return check(OmegaConf.to_object(merged))
+        return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         name = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         reason = str(error).replace("\n", " ") if isinstance(error, YAMLError) else str(error).splitlines()[0]
@@ -212,21 +221,13 @@ def check(chosen: Settings) -> Settings:
         UserError: naming the first that is not.
     """
     check_ranges(chosen)
-    for name, declared, value in settings(chosen):
-        options = declared.metadata.get("each")
-        for word in value if options else ():
-            if word not in options:
-                raise UserError(f"{name}: {word} is not one of {', '.join(options)}")
-        if isinstance(value, list) and not value:
-            raise UserError(f"{name}=[] leaves nothing to do")
+    check_lists(chosen)
     if not chosen.model.client_head:
         raise UserError("model.client_head=false: study.pipelines says which heads models have (no_mtl has one)")
     for name in ("alpha", "lambda"):
         low, high = (getattr(chosen.search, f"{name}_{end}") for end in ("low", "high"))
         if low >= high:
             raise UserError(f"search.{name}_low={low} is not below search.{name}_high={high}")
-    if len(set(chosen.study.seeds)) != len(chosen.study.seeds) or not all(0 <= s <= 10**6 for s in chosen.study.seeds):
-        raise UserError(f"study.seeds={chosen.study.seeds} are not different numbers in 0..1,000,000")
     if chosen.study.clip and not Path(chosen.study.clip).is_file():
         raise UserError(f"study.clip={chosen.study.clip} is no file")
     check_clients(chosen.study.order, chosen.clients)
@@ -239,3 +240,17 @@ def check(chosen: Settings) -> Settings:
     if not all(0 < share < 1 for share in chosen.ablation.shares + chosen.ablation.retain_shares):
         raise UserError("ablation.shares and ablation.retain_shares are not in 0..1")
     return chosen
+
+
+def check_lists(chosen: Any) -> None:
+    """Raise UserError for a list that is empty or has what is none of its options, and for a seed given twice."""
+    for name, declared, value in settings(chosen):
+        options = declared.metadata.get("each")
+        for word in value if options else ():
+            if word not in options:
+                raise UserError(f"{name}: {word} is not one of {', '.join(options)}")
+        if isinstance(value, list) and not value:
+            raise UserError(f"{name}=[] leaves nothing to do")
+    seeds = chosen.study.seeds
+    if len(set(seeds)) != len(seeds) or not all(0 <= seed <= 10**6 for seed in seeds):
+        raise UserError(f"study.seeds={seeds} are not different numbers in 0..1,000,000")
