@@ -265,8 +265,8 @@ class Forgetting(FedAvg):
         return self.federation.ask(grid, kind, round_, clients, self.broadcast(), like, **task)
 
     def recover(self, grid: Grid, costs: dict[str, Any]) -> None:
-        """`unlearn.rounds` rounds of the retained clients at the rate `unlearn.lr`."""
-        for round_ in range(self.round + 1, self.round + 1 + self.config.unlearn.rounds):
+        """`unlearn.recover` rounds of the retained clients at the rate `unlearn.lr`."""
+        for round_ in range(self.round + 1, self.round + 1 + self.config.unlearn.recover):
             answer = self.ask_to_train("train", grid, round_, self.active, lr=self.config.unlearn.lr)
             if not answer.counts:
                 raise NoAnswerError("no retained client answered")
@@ -281,9 +281,20 @@ class Forgetting(FedAvg):
         self.model.load_state_dict(initial)
         prune_clients(self.model, pruned)
 
+    def accuracy_of(self, leaving: list[int], grid: Grid) -> float:
+        """The leaving clients' class accuracy under the current model, which they count."""
+        answer = self.federation.ask(grid, "evaluate", self.round, leaving, self.broadcast(), {})
+        if missing := sorted(set(leaving) - answer.counts.keys()):
+            raise NoAnswerError(f"client {missing[0]} did not evaluate the model")
+        return answer.total.class_accuracy
+
     def expected_accuracy(self, clients: Iterable[int]) -> float:
         """What unseen images of these clients' class mix get from the current model."""
         return self.worker.predict_test().expected_accuracy(self.worker.class_mix(clients))
+
+    def test_accuracy(self) -> float:
+        """Of the current model."""
+        return self.worker.predict_test().total.class_accuracy
 
     def _failed(self, request: Request, reason: str) -> Request:
         attempts = request.detail.get("attempts", 0) + 1
@@ -356,7 +367,7 @@ def _accuracies(counts: Counts) -> dict[str, float]:
 
 
 def add_cost(costs: dict[str, Any], name: str, cost: dict[str, float]) -> None:
-    """Add a sweep's cost to those of that name: sums, but for what is a number of workers or their memory."""
-    largest = ("workers", "worker_mebibytes")
+    """Add a sweep's cost to those of that name, and count them: sums, but for numbers of workers and their memory."""
+    largest, cost = ("workers", "worker_mebibytes"), cost | {"sweeps": 1}
     before = costs.get(name, dict.fromkeys(cost, 0))
     costs[name] = {key: max(before[key], v) if key in largest else before[key] + v for key, v in cost.items()}

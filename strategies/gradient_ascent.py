@@ -13,7 +13,7 @@ class GradientAscent(Forgetting):
 
     Every leaving client ascends (`train.ascend`: clipped steps of `unlearn.ascent_lr`) until its accuracy is what
     unseen images of its class mix get (`expected_accuracy`), for `unlearn.ascent_epochs` epochs at most; then the
-    retained clients train `unlearn.rounds` rounds.
+    retained clients train `unlearn.recover` rounds.
     """
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Selective Synaptic Dampening, as the paper uses it (its Section 4.2 and Algorithm 1, lines 4 and 5)."""
 
+import math
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -9,6 +10,11 @@ from fedunlearn import unlearn
 from fedunlearn.dampening import largest_alpha, selected_share
 from strategies.federation import NoAnswerError
 from strategies.forgetting import Forgetting
+
+Tensors = dict[str, Tensor]
+LAMBDAS = (1.0, 0.1)
+EVALUATIONS = 8  # by the leaving clients, of candidates
+CLOSE = 0.02  # candidates as near to the target as this are told apart by the test accuracy
 
 
 class SelectiveDampening(Forgetting):
@@ -20,17 +26,47 @@ class SelectiveDampening(Forgetting):
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Dampen, prune, recalibrate."""
-        settings = self.config.unlearn
+        settings, said = self.config.unlearn, {}
         full, forget = self.fishers(leaving, grid, costs)
         strength = {"alpha": settings.alpha, "lambda_": settings.lambda_, "exponent": settings.exponent}
+        if settings.tune == "auto":
+            predicted = self.expected_accuracy(leaving)
+            trials = self.search(leaving, full, forget, predicted, grid)
+            chosen = nearest(trials, predicted)
+            strength |= {"alpha": chosen["alpha"], "lambda_": chosen["lambda_"]}
+            said = {"predicted": predicted, "trials": trials}
         unlearn.step(self.model, full, forget, leaving, **strength)
         if settings.recalibrate:
             self.recalibrate(grid, costs)
-        return {**strength, "selected": selected_share(full, forget, alpha=settings.alpha)}
+        return {**strength, **said, "selected": selected_share(full, forget, alpha=strength["alpha"])}
 
-    def fishers(
-        self, leaving: list[int], grid: Grid, costs: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def search(
+        self, leaving: list[int], full: Tensors, forget: Tensors, target: float, grid: Grid
+    ) -> list[dict[str, float]]:
+        """Dampen with each lambda of `LAMBDAS` and bisect alpha (its logarithm) for a forgotten accuracy of `target`.
+
+        The leaving clients count their accuracy `EVALUATIONS` times in all, and that is all that they are asked.
+        BatchNorm statistics are meanwhile those of the server's unseen images, whose accuracy is noted too. The model
+        is as before in the end.
+        """
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        n_forget = sum(self.federation.examples[c] for c in leaving)
+        n = n_forget + sum(self.federation.examples[c] for c in self.active)
+        trials = []
+        for lambda_ in LAMBDAS:
+            low, high = 0.0, math.log(largest_alpha(n, n_forget))
+            for _ in range(EVALUATIONS // len(LAMBDAS)):
+                alpha = math.exp((low + high) / 2)
+                self.model.load_state_dict(before)
+                unlearn.step(self.model, full, forget, [], alpha=alpha, lambda_=lambda_)
+                self.worker.recalibrate_on_test()
+                accuracy, test = self.accuracy_of(leaving, grid), self.test_accuracy()
+                trials.append({"alpha": alpha, "lambda_": lambda_, "forgotten": accuracy, "test": test})
+                low, high = ((low + high) / 2, high) if accuracy < target else (low, (low + high) / 2)
+        self.model.load_state_dict(before)
+        return trials
+
+    def fishers(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> tuple[Tensors, Tensors]:
         """F_D over the retained and the leaving clients, F_f over the leaving ones; means over examples.
 
         With `unlearn.share` < 1 the retained clients' part of F_D is estimated from that share of their examples.
@@ -46,7 +82,7 @@ class SelectiveDampening(Forgetting):
         costs |= {"fisher_forget": forget.cost, "fisher_retain": retain.cost}
         n_forget, n_retain, device = forget.total.examples, retain.total.examples, self.worker.device
         limit = largest_alpha(n_retain + n_forget, n_forget)
-        if self.config.unlearn.alpha >= limit:
+        if self.config.unlearn.tune == "fixed" and self.config.unlearn.alpha >= limit:
             self.log(
                 f"── unlearn.alpha={self.config.unlearn.alpha:g} selects nothing: for this forget set, of "
                 f"{n_forget} of {n_retain + n_forget} examples, take less than {limit:.2f}"
@@ -63,3 +99,9 @@ class SelectiveDampening(Forgetting):
                 raise NoAnswerError("no retained client answered the query for BatchNorm moments")
             costs["moments"] = answer.cost
             unlearn.recalibrate(self.model, answer.sums)
+
+
+def nearest(trials: list[dict[str, float]], target: float) -> dict[str, float]:
+    """The trial of a forgotten accuracy nearest to `target`; of those within `CLOSE`, the best on the test images."""
+    close = [trial for trial in trials if abs(trial["forgotten"] - target) <= CLOSE]
+    return max(close, key=lambda t: t["test"]) if close else min(trials, key=lambda t: abs(t["forgotten"] - target))

@@ -4,15 +4,18 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from strategies import wire
 from strategies.federation import NoAnswerError
 from strategies.forgetting import add_cost
 from strategies.ssd import SelectiveDampening
 
+CLOSE, LOST = 0.02, 0.01  # accuracies: how near the forgotten must come, how much the test images may lose
+
 
 class SubsetUnlearning(SelectiveDampening):
-    """theta <- theta + (1 - w) mean of n_r (theta_r - theta) + w mean of n_f (theta_f - theta), `unlearn.rounds` times.
+    """theta <- theta + (1 - w) mean of (theta_r - theta) + w mean of (theta_f - theta), up to `unlearn.rounds` times.
 
     The server shows the leaving clients f what the model says of its own, unseen images. Each of them matches these
     answers to its images (`unseen.match_answers`) and trains the model to give them, while the retained clients r
@@ -23,25 +26,41 @@ class SubsetUnlearning(SelectiveDampening):
     """
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of leaving and staying clients together, then BatchNorm again."""
+        """Rounds of leaving and staying clients together, then BatchNorm again.
+
+        With `unlearn.tune=auto` they end when the leaving clients' accuracy is what unseen images of their class mix
+        got from the model before, and the test accuracy what it was.
+        """
         settings, teacher = self.config.unlearn, self.teacher()
-        params = [name for name, _ in self.model.named_parameters()]
-        for round_ in range(self.round + 1, self.round + 1 + settings.rounds):
-            stay = self.ask_to_train("train", grid, round_, self.active, lr=settings.lr)
-            leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=settings.lr, teacher=teacher)
-            if not stay.counts:
-                raise NoAnswerError("no retained client answered")
-            if missing := sorted(set(leaving) - leave.counts.keys()):
-                raise NoAnswerError(f"client {missing[0]} did not answer the request to unlearn")
-            add_cost(costs, "retained", stay.cost)
-            add_cost(costs, "leaving", leave.cost)
-            movement, away = self.mean_movement(stay), self.mean_movement(leave)
-            for name in params:
-                movement[name] = (1 - settings.weight) * movement[name] + settings.weight * away[name]
-            self.move(movement)
+        predicted, test = self.expected_accuracy(leaving), self.test_accuracy()
+        trace = [self.accuracy_of(leaving, grid)]
+
+        def finished() -> bool:
+            near = abs(trace[-1] - predicted) <= CLOSE and self.test_accuracy() >= test - LOST
+            return len(trace) > settings.rounds or (settings.tune == "auto" and near)
+
+        while not finished():
+            self.move(self.away_from(leaving, self.round + len(trace), grid, costs, teacher))
+            trace.append(self.accuracy_of(leaving, grid))
         if settings.recalibrate:
             self.recalibrate(grid, costs)
-        return {"rounds": settings.rounds, "weight": settings.weight}
+        return {"predicted": predicted, "trace": trace}
+
+    def away_from(
+        self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord
+    ) -> dict[str, Tensor]:
+        """How one round moves the model; statistics of BatchNorm are those of the retained clients."""
+        settings = self.config.unlearn
+        stay = self.ask_to_train("train", grid, round_, self.active, lr=settings.lr, share=settings.round_share)
+        leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=settings.lr, teacher=teacher)
+        if not stay.counts:
+            raise NoAnswerError("no retained client answered")
+        if missing := sorted(set(leaving) - leave.counts.keys()):
+            raise NoAnswerError(f"client {missing[0]} did not answer the request to unlearn")
+        add_cost(costs, "retained", stay.cost)
+        add_cost(costs, "leaving", leave.cost)
+        movement, away, w = self.mean_movement(stay), self.mean_movement(leave), settings.weight
+        return movement | {n: (1 - w) * movement[n] + w * away[n] for n, _ in self.model.named_parameters()}
 
     def teacher(self) -> ArrayRecord:
         """The model as it is, and what it says of the server's unseen images."""

@@ -12,7 +12,7 @@ class WeightNegation(Forgetting):
     """theta_l <- -theta_l for the first layer l, then training by the retained clients goes on (NoT, Eq. 4).
 
     Negating the first layer takes the model far from where the leaving clients brought it, without anybody's data; what
-    the retained clients still need is learned again in `unlearn.rounds` rounds at `unlearn.lr`.
+    the retained clients still need is learned again in `unlearn.recover` rounds at `unlearn.lr`.
     """
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
@@ -20,4 +20,4 @@ class WeightNegation(Forgetting):
         with torch.no_grad():
             self.model.stem[0].weight.neg_()
         self.recover(grid, costs)
-        return {"rounds": self.config.unlearn.rounds}
+        return {"recovered": self.config.unlearn.recover}

@@ -31,7 +31,7 @@ def write(plan: Plan, root: Path) -> Path:
     for table in tables:
         write_atomically(folder / "tables" / f"{table.name}.csv", as_csv(table).encode())
         write_atomically(folder / "tables" / f"{table.name}.tex", as_latex(table).encode())
-    drawn = {name: _svg(figure) for name, (_, figure) in figures.items()}
+    drawn = {name: svg(figure) for name, (_, figure) in figures.items()}
     for name, content in drawn.items():
         write_atomically(folder / "figures" / f"{name}.svg", content)
     words = {
@@ -166,7 +166,8 @@ def _shown(name: str, value: Any) -> Any:
     return Path(value).name if name in ("data.root", "study.home", "study.clip") else value
 
 
-def _svg(figure: Any) -> bytes:
+def svg(figure: Any) -> bytes:
+    """The picture, without the date of its making."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

@@ -1,0 +1,79 @@
+"""Pictures of a federated study: the story over rounds, and distance to gold against cost."""
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from fedunlearn.study.federated.plan import Case
+from fedunlearn.study.federated.tables import NAMES, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STORY = ("subset", "ssd", "leave")
+COLOURS = {
+    "subset": "#2a6f97", "ssd": "#c8553d", "leave": "#6a994e", "ascent": "#e09f3e", "pga": "#7b2cbf",
+    "federaser": "#bc4b8a", "negate": "#5c4033", "gold": "0.45",
+}  # fmt: skip
+
+
+def story(results: Results, case: Case, pipeline: str) -> "Figure":
+    """Forgotten, others and test over rounds for ours, SSD and leaving; gold as dashed lines, the request marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left = case.left(0)
+    columns = {"forgotten": f"client_{left[0]}", "others": "others", "test": "test"}
+    for axes, (name, column) in zip(figure.subplots(1, 3, sharey=True), columns.items(), strict=True):
+        axes.axvline(case.round, color="0.6", linewidth=1)
+        axes.annotate("request ", (case.round, 0.02), ha="right", fontsize=8, color="0.35")
+        for strategy in (s for s in STORY if s in results.plan.settings.study.strategies):
+            points = curve(results, case, pipeline, strategy, column)
+            if points:
+                axes.plot(*zip(*points, strict=True), color=COLOURS[strategy], marker="o", ms=3, label=NAMES[strategy])
+        gold = curve(results, case, pipeline, "gold", column)
+        if gold:
+            axes.plot(*zip(*gold, strict=True), color=COLOURS["gold"], linestyle="--", label=NAMES["gold"])
+        axes.set(title=name, xlabel="round", ylim=(0, 1.03))
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("class accuracy")
+    figure.axes[-1].legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def curve(results: Results, case: Case, pipeline: str, strategy: str, column: str) -> list[tuple[float, float]]:
+    """(round, mean over seeds) of a column; a strategy's begins with its base, before the request."""
+    values: dict[tuple[int, bool], list[float]] = {}
+    for seed in results.plan.settings.study.seeds:
+        gold = strategy == "gold"
+        step = (
+            results.plan.gold(pipeline, case.left(0), seed)
+            if gold
+            else results.plan.forget(strategy, pipeline, case, seed)
+        )
+        for row in (results.of(step) or {"scores": []})["scores"]:
+            if column in row and (not gold or row["round"] >= min(results.plan.moments())):
+                values.setdefault((row["round"], bool(row["forgotten"])), []).append(row[column])
+    return [(round_, statistics.fmean(found)) for (round_, _), found in sorted(values.items())]
+
+
+def frontier(results: Results, case: Case, pipeline: str) -> "Figure":
+    """|forgotten − gold| and test − gold, served and thirty rounds later, against what unlearning costs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    after = results.plan.settings.study.after
+    moments = (min(after), max(after))
+    for axes, moment in zip(figure.subplots(1, 2, sharey=True), moments, strict=True):
+        for row in (row for row in results.rows(case, pipeline) if row.after == moment and row.strategy != "gold"):
+            cost = statistics.fmean(results.costs(case, pipeline, row.strategy)["work"])
+            axes.plot(cost, row.distance("forgotten"), "o", color=COLOURS[row.strategy])
+            note: dict[str, Any] = {"fontsize": 8, "xytext": (4, 4), "textcoords": "offset points"}
+            axes.annotate(
+                f"{NAMES[row.strategy]} (test {row.mean('test'):.2f})", (cost, row.distance("forgotten")), **note
+            )
+        axes.set(title=f"{moment} rounds after", xlabel="work until served, % of retraining")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=-0.2)
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("|forgotten − gold|")
+    return figure

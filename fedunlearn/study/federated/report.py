@@ -1,0 +1,106 @@
+"""What a federated study leaves for people: REPORT.md, results.csv and pictures."""
+
+import csv
+import io
+import statistics
+from importlib.resources import files
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from fedunlearn.checkpoint import write_atomically
+from fedunlearn.config import settings
+from fedunlearn.study.federated.figures import frontier, story
+from fedunlearn.study.federated.plan import Case, Plan
+from fedunlearn.study.federated.tables import COSTS, MEASURES, NAMES, Results, Row, number, title
+from fedunlearn.study.report import svg
+from fedunlearn.study.steps import duration, log
+
+CSV = ("case", "pipeline", "strategy", "forgotten", "after", "measure", "mean", "sd", "seeds", "gold", "distance")
+
+
+def write(plan: Plan, root: Path) -> Path:
+    """Write the study's `report/` from what has been measured so far; returns the path of `REPORT.md`."""
+    log("writing the report")
+    folder, results = root / "report", Results(plan, root)
+    pipelines = list(dict.fromkeys(pipeline for pipeline, _ in plan.each()))
+    tables = [(case, p, results.rows(case, p)) for case in plan.cases() for p in pipelines]
+    tables = [(case, pipeline, rows) for case, pipeline, rows in tables if any(r.strategy != "gold" for r in rows)]
+    write_atomically(folder / "results.csv", as_csv([row for _, _, rows in tables for row in rows]).encode())
+    pictures = {}
+    for case, pipeline, _ in tables[:1]:
+        pictures = {
+            "story": ("Before and after a request, mean over seeds", story(results, case, pipeline)),
+            "frontier": ("Distance to gold against cost", frontier(results, case, pipeline)),
+        }
+    for name, (_, figure) in pictures.items():
+        write_atomically(folder / f"{name}.svg", svg(figure))
+    done = [step for step in plan.everything() if step.is_done(root)]
+    found = [step.result(root) for step in done]
+    words: dict[str, Any] = {
+        "settings": plan.settings,
+        "images": plan.images,
+        "done": len(done),
+        "steps": len(plan.everything()),
+        "hours": duration(sum(result["seconds"] for result in found)),
+        "machines": sorted({result["machine"] for result in found}),
+        "tables": [table(results, *parts) for parts in tables],
+        "pictures": {name: caption for name, (caption, _) in pictures.items()},
+        "values": [(n, v, f.metadata["text"]) for n, f, v in settings(plan.settings) if "text" in f.metadata],
+    }
+    template = files("fedunlearn.study.federated").joinpath("REPORT.md.jinja").read_text()
+    page = Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render(**words)
+    write_atomically(folder / "REPORT.md", page.encode())
+    return folder / "REPORT.md"
+
+
+def table(results: Results, case: Case, pipeline: str, rows: list[Row]) -> dict[str, Any]:
+    """A table as words: a line for every strategy and moment, and one for what each strategy cost."""
+    lines = []
+    for row in rows:
+        cells = [cell(row, measure) for measure in MEASURES]
+        lines.append([", ".join(map(str, row.forgotten)), str(row.after), NAMES[row.strategy], *cells])
+    costs = []
+    for strategy in results.plan.settings.study.strategies:
+        found = results.costs(case, pipeline, strategy)
+        if found:
+            costs.append([NAMES[strategy], *(spread(found[name], name) for name in COSTS)])
+    return {
+        "title": title(case, pipeline),
+        "columns": ["left", "rounds after", "strategy", *MEASURES.values()],
+        "lines": lines,
+        "cost_columns": ["strategy", *COSTS.values()],
+        "costs": costs,
+    }
+
+
+def cell(row: Row, measure: str) -> str:
+    """Mean ± standard deviation over seeds, and the mean distance to gold in parentheses."""
+    text = spread(row.values.get(measure, []), measure)
+    distance = row.distance(measure)
+    return text if row.strategy == "gold" or isnan(distance) else f"{text} ({number(distance, measure)})"
+
+
+def spread(values: list[float], measure: str) -> str:
+    """Mean ± standard deviation."""
+    if not values:
+        return "–"
+    text = number(statistics.fmean(values), measure)
+    return f"{text} ± {number(statistics.stdev(values), measure)}" if len(values) > 1 else text
+
+
+def as_csv(rows: list[Row]) -> str:
+    """One line a number."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(CSV)
+    for row in rows:
+        who = "+".join(map(str, row.forgotten))
+        for measure, values in row.values.items():
+            gold = statistics.fmean(row.gold[measure]) if row.gold.get(measure) else float("nan")
+            numbers = [row.mean(measure), row.sd(measure), len(values), gold, row.distance(measure)]
+            words = ["" if isnan(value) else f"{value:.6g}" for value in numbers]
+            writer.writerow([row.case.name, row.pipeline, row.strategy, who, row.after, measure, *words])
+    return buffer.getvalue()
