@@ -75,15 +75,15 @@ def read_tensors(
 
 
 def load(
-    path: Path, model: nn.Module, *, sha256: str | None = None, cure: str = CURE, beside: str = ""
+    path: Path, model: nn.Module, *, sha256: str | None = None, cure: str = CURE, beside: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
-    """Load `path` into `model`; returns what lies there beside it, under names that begin with `beside`.
+    """Load `path` into `model`; returns what lies there beside it, under names that begin with one of `beside`.
 
     Raises:
         UserError: the file is missing, cut short, changed since it was written, or of another model.
     """
     state, _ = read_tensors(path, sha256=sha256, cure=cure)
-    rest = {name: state.pop(name) for name in list(state) if beside and name.startswith(beside)}
+    rest = {name: state.pop(name) for name in list(state) if name.startswith(beside)}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:

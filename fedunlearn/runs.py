@@ -20,7 +20,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.ledger import Ledger, Request
 
 OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
-MOMENTUM = "momentum."  # before the names of the server's momentum in a checkpoint
+BESIDE = ("momentum.", "held.")  # how names of what is no part of the model begin in a checkpoint
 PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
 
 
@@ -52,29 +52,29 @@ class Run:
         round_: int,
         request: Request | None = None,
         *,
-        momentum: dict[str, Tensor] | None = None,
+        beside: dict[str, Tensor] | None = None,
         **detail: Any,
     ) -> Request | None:
-        """Write model and server momentum and make them current, in one transaction with the request's step to APPLIED.
+        """Write the model and what is `beside` it, in one transaction with the request's step to APPLIED.
 
         Checkpoints that this one replaces are deleted: after a request no model that knew its clients is kept.
         """
         name = f"round-{round_:05d}{f'-{request.id}' if request else ''}.safetensors"
-        state = model.state_dict() | {MOMENTUM + key: value for key, value in (momentum or {}).items()}
+        state = model.state_dict() | (beside or {})
         sha256 = checkpoint.save(self.folder / "checkpoints" / name, state)
         request = self.ledger.commit(round_, name, sha256, request=request, **detail)
         self.delete_all_but(name)
         return request
 
     def restore(self, model: nn.Module) -> tuple[int, dict[str, Tensor]]:
-        """Load the current checkpoint, if there is one, into `model`; returns the rounds it has seen, and momentum."""
+        """Load the current checkpoint, if there is one, into `model`; returns its rounds, and what is beside it."""
         head = self.ledger.head()
         if head is None:
             return 0, {}
         file = self.folder / "checkpoints" / head.checkpoint
-        rest = checkpoint.load(file, model, sha256=head.sha256, beside=MOMENTUM)
+        rest = checkpoint.load(file, model, sha256=head.sha256, beside=BESIDE)
         device = next(model.parameters()).device
-        return head.round, {name.removeprefix(MOMENTUM): value.to(device) for name, value in rest.items()}
+        return head.round, {name: value.to(device) for name, value in rest.items()}
 
     def delete_all_but(self, name: str) -> None:
         """Delete every file beside the checkpoint `name`: older models, and what a crash left half-written."""

@@ -49,7 +49,7 @@ class FedEraser(Forgetting):
         """Replay."""
         kept = storage(self.run)
         rounds = sorted({round_ for round_, _ in updates(self.run)})
-        self.begin_anew()
+        self.begin_anew(leaving)
         for round_ in rounds:
             active = [c for r, c in updates(self.run) if r == round_ and c in self.active]
             calibrating: dict[int, dict[str, Tensor]] = {}

@@ -58,7 +58,9 @@ class Forgetting(FedAvg):
         self.model = worker.model
         self.federation = Federation(to_json(run.config), timeout=run.config.timeout, log=log)
         self.federation.moments_shape = worker.moments_shape
-        self.round, self.momentum = run.restore(self.model)
+        self.momentum: dict[str, Tensor] = {}
+        self.held: dict[str, Tensor] = {}
+        self.round = self.restore()
         self.started_at = self.round
         self.apart = False  # whether every client answers a round's training alone
         self._row: dict[str, Any] = {}
@@ -131,7 +133,7 @@ class Forgetting(FedAvg):
         self._row["server_mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self._row["seconds"] = time.monotonic() - self._round_clock
         self.run.record("round", **self._row)
-        self.run.commit(self.model, self.round, momentum=self.momentum)
+        self.run.commit(self.model, self.round, beside=self.beside())
         done = self.round - self.started_at
         left = (time.monotonic() - self._clock) / done * max(0, self.config.rounds - self.round)
         self.log(lines.progress(self._row, rounds=self.config.rounds, seconds_left=left))
@@ -153,16 +155,31 @@ class Forgetting(FedAvg):
             train_client_head(self.model.client_head, moments, steps=steps, generator=generator)
 
     def advance(self, movement: dict[str, Tensor]) -> None:
-        """theta += m, m = beta m + movement, the mean of (theta_c - theta) over the clients' examples.
+        """theta += m, m = beta m + movement, the mean of (theta_c - theta) over the clients' examples; 0 where held.
 
         beta is `train.server_momentum` (Hsu et al., 2019, "Measuring the Effects of Non-Identical Data Distribution for
         Federated Visual Classification"); statistics of BatchNorm have no momentum.
         """
         beta = self.config.train.server_momentum
+        for name, held in self.held.items():
+            movement[name] = movement[name].masked_fill(held, 0)
         for name, _ in self.model.named_parameters() if beta else ():
             movement[name] = movement[name] + beta * self.momentum.get(name, 0)
             self.momentum[name] = movement[name]
         self.move(movement)
+
+    def beside(self) -> dict[str, Tensor]:
+        """What the server keeps beside the model."""
+        kept = {"momentum": self.momentum, "held": self.held}
+        return {f"{kind}.{name}": value for kind, tensors in kept.items() for name, value in tensors.items()}
+
+    def restore(self) -> int:
+        """Take model and what is beside it from the run's checkpoint, if there is one; returns its round."""
+        round_, kept = self.run.restore(self.model)
+        for kind, tensors in (("momentum", self.momentum), ("held", self.held)):
+            tensors.clear()
+            tensors |= {n.removeprefix(f"{kind}."): value for n, value in kept.items() if n.startswith(f"{kind}.")}
+        return round_
 
     def mean_movement(self, answer: Answer) -> dict[str, Tensor]:
         """Sum of n_c (theta_c - theta) / sum of n_c over the clients of a sweep of training."""
@@ -241,7 +258,7 @@ class Forgetting(FedAvg):
         try:
             said = self.forget(request.clients, grid, costs)
         except (NoAnswerError, ValueError) as error:
-            _, self.momentum = self.run.restore(self.model)
+            self.restore()
             return self._failed(request, str(error))
         prune_clients(self.model, request.clients)
         self.momentum.clear()  # a sum of past movements, the leaving clients' among them
@@ -249,6 +266,7 @@ class Forgetting(FedAvg):
             self.model,
             self.round,
             request,
+            beside=self.beside(),
             round=self.round,
             strategy=self.config.strategy,
             seconds=time.monotonic() - started,
@@ -273,13 +291,14 @@ class Forgetting(FedAvg):
             add_cost(costs, "recovery", answer.cost)
             self.move(self.mean_movement(answer))
 
-    def begin_anew(self) -> None:
-        """Back to the run's initial weights, without momentum; neurons that were pruned stay so."""
+    def begin_anew(self, leaving: list[int]) -> None:
+        """Back to the run's initial weights, without momentum; pruned are the neurons of all who left or leave."""
         self.momentum.clear()
+        self.held.clear()
         pruned = self.model.pruned.nonzero()[:, 0].tolist()
         initial = model_of(self.config, self.worker.dataset).state_dict()
         self.model.load_state_dict(initial)
-        prune_clients(self.model, pruned)
+        prune_clients(self.model, [*pruned, *leaving])
 
     def accuracy_of(self, leaving: list[int], grid: Grid) -> float:
         """The leaving clients' class accuracy under the current model, which they count."""

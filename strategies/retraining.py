@@ -13,7 +13,7 @@ class Retraining(Forgetting):
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Begin anew; the model is that of a run in which the leaving clients never took part."""
-        self.begin_anew()
+        self.begin_anew(leaving)
         for round_ in range(1, self.round + 1):
             answer = self.ask_to_train("train", grid, round_, self.sample(round_))
             if not answer.counts:

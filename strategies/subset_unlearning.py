@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -21,8 +22,11 @@ class SubsetUnlearning(SelectiveDampening):
     answers to its images (`unseen.match_answers`) and trains the model to give them, while the retained clients r
     train on as ever; w is `unlearn.weight`. So D_f gets the answers that unseen data gets, and the loss on D_r stays
     near zero: no gradient is left that would bring the old answers back when training goes on. BatchNorm statistics
-    are those of the retained clients, estimated again at the end; the leaving clients' neurons are pruned. Nothing is
-    kept.
+    are those of the retained clients, estimated again at the end; the leaving clients' neurons are pruned.
+
+    When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
+    moved most are held where they are (`hold`). One bit a weight says which they are, and nothing else is kept:
+    neither where they were before nor what the leaving clients sent.
     """
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
@@ -33,6 +37,7 @@ class SubsetUnlearning(SelectiveDampening):
         """
         settings, teacher = self.config.unlearn, self.teacher()
         predicted, test = self.expected_accuracy(leaving), self.test_accuracy()
+        before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         trace = [self.accuracy_of(leaving, grid)]
 
         def finished() -> bool:
@@ -44,7 +49,22 @@ class SubsetUnlearning(SelectiveDampening):
             trace.append(self.accuracy_of(leaving, grid))
         if settings.recalibrate:
             self.recalibrate(grid, costs)
+        self.hold(before)
         return {"predicted": predicted, "trace": trace}
+
+    @torch.no_grad()
+    def hold(self, before: dict[str, Tensor]) -> None:
+        """From now on, hold the share `unlearn.hold` of the weights that moved most since `before`, by their layer's
+        measure: |move| / root mean square of the layer's moves."""
+        moves = {name: (value - before[name]).abs() for name, value in self.model.named_parameters()}
+        relative = {name: move / move.square().mean().sqrt().clamp(min=1e-12) for name, move in moves.items()}
+        everything = torch.cat([value.flatten() for value in relative.values()])
+        count = round((1 - self.config.unlearn.hold) * len(everything))
+        if not 0 < count < len(everything):
+            return
+        least = everything.kthvalue(count).values
+        for name, value in relative.items():
+            self.held[name] = (value > least) | self.held.get(name, False)
 
     def away_from(
         self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord

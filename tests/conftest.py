@@ -12,7 +12,10 @@ from fedunlearn.worker import Worker
 from local_grid import LocalGrid
 
 DIGITS = Path(__file__).parent.parent / "simulations" / "digits" / "conf"
-SMALL = "clients=4 rounds=3 data.limit=120 data.test_limit=40 train.lr=0.02 unlearn.alpha=2 unlearn.lambda_=0.5"
+SMALL = (
+    "clients=4 rounds=3 data.limit=120 data.test_limit=40 train.lr=0.02 strategy=ssd unlearn.tune=fixed "
+    "unlearn.alpha=2 unlearn.lambda_=0.5"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,7 @@ from fedunlearn import checkpoint, client_app
 from fedunlearn.errors import UserError
 from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import FORGOTTEN, Ledger
-from fedunlearn.model import TwoHeadResNet18
-from fedunlearn.runs import MOMENTUM, Run
+from fedunlearn.runs import BESIDE, Run
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.scores import Answers, Scores, score
 from fedunlearn.study.steps import Desk, Step
@@ -67,7 +66,7 @@ def federate(
         def watch(round_: int) -> None:
             gone = run.ledger.clients_in(FORGOTTEN)
             if round_ in measured or round_ % TRACE == 0 or round_ in requests:
-                found = answers(lab, work.model)
+                found = lab.answers(work.model)
                 columns = curve(lab, found, gone or asked, worker)
                 if round_ in measured:
                     columns |= score(found, gone or asked, seed=seed)
@@ -79,8 +78,8 @@ def federate(
         work.watch = watch
         if work.round < rounds or run.ledger.head() is None or not run.ledger.head().finished:
             if start and work.round == start.round and not run.ledger.clients_in(FORGOTTEN):
-                watch_before = curve(lab, answers(lab, work.model), asked, worker)
-                run.record("score", round=work.round, request="before", forgotten=[], **watch_before)
+                columns = curve(lab, lab.answers(work.model), asked, worker)
+                run.record("score", round=work.round, request="before", forgotten=[], **columns)
             logging.getLogger("flwr").setLevel(logging.ERROR)  # it says the number of every round
             work.start(LocalGrid(lab.settings.clients, client_app.app), rounds - work.round)
         if unserved := [r for r in run.ledger.requests() if r.state not in FORGOTTEN]:
@@ -128,13 +127,8 @@ def copy_of(lab: Laboratory, desk: Desk, pipeline: str, run: Run, start: Start) 
     model = lab.new_model(pipeline, run.config.seed)
     file, name = desk.file(start.base, file_of(start.round)), file_of(start.round)
     sha256 = desk.result(start.base)["files"][name]
-    momentum = checkpoint.load(file, model, sha256=sha256, beside=MOMENTUM)
-    run.commit(model, start.round, momentum={key.removeprefix(MOMENTUM): value for key, value in momentum.items()})
-
-
-def answers(lab: Laboratory, model: TwoHeadResNet18) -> Answers:
-    """What the model says of everything."""
-    return lab.answers(model)
+    beside = checkpoint.load(file, model, sha256=sha256, beside=BESIDE)
+    run.commit(model, start.round, beside=beside)
 
 
 def curve(lab: Laboratory, found: Answers, clients: Sequence[int], worker: Worker) -> Scores:
@@ -158,8 +152,8 @@ def curve(lab: Laboratory, found: Answers, clients: Sequence[int], worker: Worke
 
 
 def state_of(work: Forgetting) -> dict[str, Any]:
-    """The model and the server's momentum."""
-    return work.model.state_dict() | {MOMENTUM + name: value for name, value in work.momentum.items()}
+    """The model and what the server keeps beside it."""
+    return work.model.state_dict() | work.beside()
 
 
 def file_of(round_: int) -> str:

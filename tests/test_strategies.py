@@ -1,0 +1,291 @@
+"""Every strategy beside a naive version of it, on a federation of four clients of handwritten digits."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from fedunlearn import checkpoint
+from fedunlearn.config import STRATEGIES as NAMES
+from fedunlearn.ledger import Ledger, State
+from fedunlearn.pruning import prune_clients
+from fedunlearn.runs import Run
+from fedunlearn.train import generator_of
+from fedunlearn.unseen import match_answers
+from fedunlearn.worker import model_of
+from local_grid import LocalGrid, equal, kinds
+from strategies import fed_eraser
+from strategies.catalogue import STRATEGIES
+from strategies.ssd import EVALUATIONS, nearest
+
+SETTINGS = "rounds=2 train.server_momentum=0.5 unlearn.recover=1 unlearn.recalibrate=false"
+LEAVES = "forget.schedule={2:[3]}"
+
+
+def before(federate, more=""):
+    """A worker that holds the model as it was when the request came."""
+    federate(f"{SETTINGS} {more} run=before")
+    worker = federate.worker(f"{SETTINGS} {more}")
+    worker.model.load_state_dict(federate.state("before"))
+    return worker
+
+
+def forgotten(federate, strategy, more="", leaves=LEAVES):
+    federate(f"{SETTINGS} {more} strategy={strategy} {leaves} run={strategy}")
+    (request,) = federate.requests(strategy)
+    assert request.state == State.COMPLETED
+    return federate.state(strategy), request.detail
+
+
+def trained(worker, client, state, round_, **task):
+    """The client's model after its training of a round."""
+    worker.model.load_state_dict(state)
+    worker.fit(client, round_, **task)
+    return {name: value.clone() for name, value in worker.model.state_dict().items()}
+
+
+def average(worker, states):
+    """Of the states of clients, by examples."""
+    total = sum(worker.examples(c) for c in states)
+    first = next(iter(states.values()))
+    floating = {name for name, value in first.items() if value.is_floating_point()}
+    return {
+        name: sum(worker.examples(c) / total * state[name] for c, state in states.items())
+        if name in floating
+        else value
+        for name, value in first.items()
+    }
+
+
+def pruned(worker, state, client=3):
+    worker.model.load_state_dict(state)
+    prune_clients(worker.model, [client])
+    return worker.model.state_dict()
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if value.is_floating_point():
+            assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_every_name_has_its_strategy():
+    assert tuple(STRATEGIES) == NAMES
+
+
+def test_leaving_changes_nothing_but_the_neuron(federate):
+    worker = before(federate)
+    found, _ = forgotten(federate, "leave")
+    assert equal(found, dict(pruned(worker, worker.model.state_dict())))
+
+
+def test_retraining_is_the_run_in_which_the_client_never_took_part(federate):
+    found, detail = forgotten(federate, "retrain")
+    ledger = Ledger(federate.folder("gold") / "ledger.sqlite")
+    ledger.file([3])
+    ledger.close()
+    federate(f"{SETTINGS} strategy=leave run=gold")
+    assert equal(found, federate.state("gold"))
+    assert detail["retrained"] == 2
+
+
+def test_negation_turns_the_first_layer_and_trains_on(federate):
+    worker = before(federate)
+    found, _ = forgotten(federate, "negate")
+    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
+    state["stem.0.weight"] = -state["stem.0.weight"]
+    lr = worker.config.unlearn.lr
+    state = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(3)})
+    assert_same(found, pruned(worker, state))
+
+
+def naive_ascent(worker, client, state, *, radius=torch.inf):
+    """Clipped steps up the class loss, each projected; without an early end."""
+    worker.model.load_state_dict(state)
+    model, settings = worker.model, worker.config.unlearn
+    start = [p.detach().clone() for p in model.parameters()]
+    for epoch in range(settings.ascent_epochs):
+        for images, labels, _ in worker.batches(client, generator_of(worker.config.seed, 2, client, epoch)):
+            model.train()
+            model.zero_grad()
+            cross_entropy(model(images).class_logits, labels).backward()
+            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            with torch.no_grad():
+                for p, g in zip(model.parameters(), gradients, strict=True):
+                    p += settings.ascent_lr * g * min(1, settings.clip / norm)
+                away = torch.cat([(p - s).flatten() for p, s in zip(model.parameters(), start, strict=True)]).norm()
+                for p, s in zip(model.parameters(), start, strict=True):
+                    p.copy_(s + (p - s) * min(1, radius / away))
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+ASCENT = "unlearn.recover=0 unlearn.ascent_epochs=1 unlearn.ascent_lr=0.05"
+
+
+def test_ascent_climbs_the_leaving_clients_loss(federate, monkeypatch):
+    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_accuracy", lambda self, clients: -1.0)
+    worker = before(federate, ASCENT)
+    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
+    losses = [worker.evaluate(3).mean_loss]
+    found, _ = forgotten(federate, "ascent", ASCENT)
+    climbed = naive_ascent(worker, 3, state)
+    losses.append(worker.evaluate(3).mean_loss)
+    assert_same(found, pruned(worker, climbed))
+    assert losses[1] > losses[0]
+
+
+def test_an_ascent_ends_when_the_accuracy_is_that_of_unseen_images(federate):
+    found, detail = forgotten(federate, "ascent", "unlearn.recover=0 unlearn.ascent_epochs=1000 unlearn.ascent_lr=0.01")
+    assert found is not None
+    assert detail["before"]["forgotten"]["3"]["unseen"] == pytest.approx(detail["until"])
+    assert detail["after"]["forgotten"]["3"]["class"] < 1
+
+
+def test_projected_ascent_stays_in_its_ball_around_the_others_mean(federate, monkeypatch):
+    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_accuracy", lambda self, clients: -1.0)
+    monkeypatch.setattr("strategies.projected_ascent.ProjectedAscent.radius", lambda self: 0.02)
+    worker = before(federate, ASCENT)
+    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
+    found, _ = forgotten(federate, "pga", ASCENT)
+    own = trained(worker, 3, state, 2)
+    n, rest = worker.examples(3), sum(worker.examples(c) for c in range(3))
+    reference = {
+        name: ((n + rest) * value - n * own[name]) / rest if value.is_floating_point() else value
+        for name, value in state.items()
+    }
+    expected = naive_ascent(worker, 3, reference, radius=0.02)
+    assert_same(found, pruned(worker, expected))
+
+
+def test_the_ball_is_a_third_of_the_way_to_random_models(federate):
+    worker = before(federate)
+    run = Run.opened(federate.folder("before"))
+    strategy = STRATEGIES["pga"](run, federate.worker(SETTINGS))
+    own = torch.cat([p.detach().flatten() for p in worker.model.parameters()])
+    distances = [
+        torch.cat([p.detach().flatten() for p in model_of(worker.config, worker.dataset, 1, i).parameters()])
+        .sub(own)
+        .norm()
+        for i in range(10)
+    ]
+    assert strategy.radius() == pytest.approx(float(torch.stack(distances).mean()) / 3, rel=1e-4)
+
+
+def test_fed_eraser_replays_calibrated_updates(federate):
+    settings = "unlearn.every=1 unlearn.calibration=0.5 train.server_momentum=0"
+    found, detail = forgotten(federate, "federaser", settings)
+    worker = federate.worker(f"{SETTINGS} {settings}")
+    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
+    plain = dict(state)
+    floating = [name for name, value in state.items() if value.is_floating_point()]
+    updates = {}
+    for round_ in (1, 2):  # what was stored
+        ends = {c: trained(worker, c, plain, round_) for c in range(4)}
+        updates[round_] = {c: {n: end[n] - plain[n] for n in floating} for c, end in ends.items()}
+        plain = average(worker, ends)
+        if worker.server_trains_head:  # the head that the server trained between the two rounds
+            federate(f"{SETTINGS} {settings} rounds=1 run=one")
+            plain = plain | {n: v for n, v in federate.state("one").items() if n.startswith("client_head")}
+    params = [name for name, _ in worker.model.named_parameters()]
+    state = {name: value.clone() for name, value in pruned(worker, state).items()}
+    for round_ in (1, 2):
+        moved = {}
+        for c in range(3):
+            end = trained(worker, c, state, round_, share=0.5)
+            v = {n: end[n] - state[n] for n in floating}
+            u = updates[round_][c]
+            length = {n: u[n].norm() / v[n].norm() if n in params and v[n].norm() else 1 for n in v}
+            moved[c] = state | {n: state[n] + length[n] * v[n] for n in floating}
+        state = average(worker, moved)
+    assert_same(found, pruned(worker, state))
+    assert detail["replayed"] == 2
+    assert sorted({client for _, client in fed_eraser.updates(federate.run("federaser"))}) == [0, 1, 2]
+    bytes_of_model = sum(value.numel() * value.element_size() for value in state.values() if value.is_floating_point())
+    assert detail["stored_bytes"] == pytest.approx(8 * bytes_of_model, rel=0.05)
+
+
+def test_one_round_of_unseen_answers(federate):
+    settings = "unlearn.tune=fixed unlearn.rounds=1 unlearn.forget_epochs=1 unlearn.weight=0.4 unlearn.round_share=1"
+    worker = before(federate, settings)
+    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
+    said = worker.predict_test()
+    generator, labels = generator_of(0, 3), torch.from_numpy(worker.dataset.train.labels[worker.slices[3]])
+    views = worker.views(3, generator)
+    wanted = match_answers(views, labels, said.class_probs, said.class_labels, generator=generator)
+    found, detail = forgotten(federate, "subset", settings)
+    lr = worker.config.unlearn.lr
+    stay = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(3)})
+
+    worker.model.load_state_dict(state)
+    optimiser = torch.optim.SGD(worker.model.parameters(), lr=lr, momentum=worker.config.train.momentum)
+    worker.model.train()
+    order = torch.randperm(len(labels), generator=generator_of(0, 3, 3, 0))
+    images = torch.cat([images for images, _, _ in worker.batches(3)])
+    size = worker.config.train.batch_size
+    for chosen in order.split(size):
+        loss = -(wanted[chosen] * worker.model(images[chosen]).class_logits.log_softmax(1)).sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    leave = worker.model.state_dict()
+    params = {name for name, _ in worker.model.named_parameters()}
+    mixed = {name: 0.6 * stay[name] + 0.4 * leave[name] if name in params else stay[name] for name in stay}
+    assert_same(found, pruned(worker, mixed))
+    assert detail["predicted"] == pytest.approx(said.expected_accuracy(worker.class_mix([3])))
+
+
+def test_unseen_answers_end_when_nothing_is_left_to_forget(federate, monkeypatch):
+    accuracies = iter([0.9, 0.7, 0.51])
+    monkeypatch.setattr("strategies.forgetting.Forgetting.accuracy_of", lambda *_: next(accuracies))
+    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_accuracy", lambda *_: 0.5)
+    monkeypatch.setattr("strategies.forgetting.Forgetting.test_accuracy", lambda *_: 0.6)
+    _, detail = forgotten(federate, "subset", "unlearn.tune=auto unlearn.rounds=5")
+    assert detail["trace"] == [0.9, 0.7, 0.51]
+
+
+def test_the_leaving_client_gets_no_message_after_it_has_taught(federate):
+    grid = federate(
+        f"{SETTINGS} rounds=3 strategy=subset unlearn.tune=fixed unlearn.rounds=2 {LEAVES}", grid=LocalGrid(4)
+    )
+    mine = [round_ for kind, round_ in kinds(grid, client=3) if kind == "train"]
+    assert mine == [1, 2]
+    last = max(i for i, message in enumerate(grid.sent) if message.metadata.message_type == "train.unlearn")
+    assert all(kind != "train.unlearn" for kind, _ in kinds(grid)[last + 1 :])
+
+
+def test_the_strength_of_dampening_is_chosen_without_gold(federate):
+    grid = federate(f"{SETTINGS} strategy=ssd unlearn.tune=auto {LEAVES}", grid=LocalGrid(4))
+    (request,) = federate.requests()
+    trials, predicted = request.detail["trials"], request.detail["predicted"]
+    assert len(trials) == EVALUATIONS
+    chosen = nearest(trials, predicted)
+    assert (request.detail["alpha"], request.detail["lambda_"]) == (chosen["alpha"], chosen["lambda_"])
+    asked = [kind for kind, _ in kinds(grid, client=3)[kinds(grid, client=3).index(("query.fisher", 2)) :]]
+    assert asked == ["query.fisher", *["evaluate"] * EVALUATIONS]
+
+
+def test_of_trials_near_the_target_the_best_on_unseen_images_is_chosen():
+    trials = [{"forgotten": f, "test": t} for f, t in ((0.50, 0.1), (0.515, 0.3), (0.49, 0.2), (0.6, 0.9))]
+    assert nearest(trials, 0.5)["test"] == 0.3
+    assert nearest(trials, 0.7)["test"] == 0.9
+
+
+def test_the_weights_that_unlearning_moved_most_are_held_also_after_a_restart(federate):
+    settings = f"{SETTINGS} strategy=subset unlearn.tune=fixed unlearn.rounds=1 unlearn.hold=0.5 {LEAVES}"
+    settings += " train.schedule=constant loss.warmup=0"
+    federate(f"{settings} rounds=2 run=before")
+    served = federate.state("before")
+    federate(f"{settings} rounds=3 run=goes_on")
+    head = federate.run("goes_on").ledger.head()
+    state, _ = checkpoint.read_tensors(federate.folder("goes_on") / "checkpoints" / head.checkpoint)
+    held = {name.removeprefix("held."): value for name, value in state.items() if name.startswith("held.")}
+    count = sum(value.numel() for value in held.values())
+    share = sum(int(value.sum()) for value in held.values()) / count
+    assert 0.49 < share <= 0.5  # of those that tie with the last one, none
+    moved = False
+    for name, mask in held.items():
+        assert torch.equal(state[name][mask], served[name][mask]), name
+        moved |= bool((state[name] != served[name]).any())
+    assert moved
