@@ -64,6 +64,7 @@ class FedEraser(Forgetting):
                 raise NoAnswerError(f"no retained client answered the calibration of round {round_}")
             add_cost(costs, "replay", answer.cost)
             self.advance(self._calibrated(round_, calibrating))
+            self.train_head(answer, round_)
         for round_, client in updates(self.run):
             if client in leaving:
                 stored(self.run, round_, client).unlink()

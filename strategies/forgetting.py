@@ -143,11 +143,12 @@ class Forgetting(FedAvg):
         """Told of every reply of a round's training; a strategy may keep something of it."""
 
     def step(self, answer: Answer, round_: int) -> None:
-        """`advance` by how the clients moved, then train the client head from the moments of their embeddings.
-
-        Where clients sent such moments; they are not kept.
-        """
+        """`advance` by how the clients moved, then `train_head`."""
         self.advance(self.mean_movement(answer))
+        self.train_head(answer, round_)
+
+    def train_head(self, answer: Answer, round_: int) -> None:
+        """Train the client head from the moments of clients' embeddings, where they sent any; they are not kept."""
         if answer.moments:
             moments = {client: value.to(self.worker.device) for client, value in answer.moments.items()}
             generator = generator_of(self.config.seed, round_, HEAD)
@@ -290,6 +291,7 @@ class Forgetting(FedAvg):
                 raise NoAnswerError("no retained client answered")
             add_cost(costs, "recovery", answer.cost)
             self.move(self.mean_movement(answer))
+            self.train_head(answer, round_)
 
     def begin_anew(self, leaving: list[int]) -> None:
         """Back to the run's initial weights, without momentum; pruned are the neurons of all who left or leave."""

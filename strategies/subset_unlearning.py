@@ -45,7 +45,7 @@ class SubsetUnlearning(SelectiveDampening):
             return len(trace) > settings.rounds or (settings.tune == "auto" and near)
 
         while not finished():
-            self.move(self.away_from(leaving, self.round + len(trace), grid, costs, teacher))
+            self.move_away(leaving, self.round + len(trace), grid, costs, teacher)
             trace.append(self.accuracy_of(leaving, grid))
         if settings.recalibrate:
             self.recalibrate(grid, costs)
@@ -66,10 +66,10 @@ class SubsetUnlearning(SelectiveDampening):
         for name, value in relative.items():
             self.held[name] = (value > least) | self.held.get(name, False)
 
-    def away_from(
+    def move_away(
         self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord
-    ) -> dict[str, Tensor]:
-        """How one round moves the model; statistics of BatchNorm are those of the retained clients."""
+    ) -> None:
+        """One round; statistics of BatchNorm are those of the retained clients."""
         settings = self.config.unlearn
         stay = self.ask_to_train("train", grid, round_, self.active, lr=settings.lr, share=settings.round_share)
         leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=settings.lr, teacher=teacher)
@@ -80,7 +80,9 @@ class SubsetUnlearning(SelectiveDampening):
         add_cost(costs, "retained", stay.cost)
         add_cost(costs, "leaving", leave.cost)
         movement, away, w = self.mean_movement(stay), self.mean_movement(leave), settings.weight
-        return movement | {n: (1 - w) * movement[n] + w * away[n] for n, _ in self.model.named_parameters()}
+        mixed = {n: (1 - w) * movement[n] + w * away[n] for n, _ in self.model.named_parameters()}
+        self.move(movement | mixed)
+        self.train_head(stay, round_)
 
     def teacher(self) -> ArrayRecord:
         """The model as it is, and what it says of the server's unseen images."""
