@@ -48,7 +48,7 @@ def main() -> None:
 def results_of(setting: str, seed: int, home: str, environment: dict[str, str], nowhere) -> list[float]:
     """One run's measures."""
     name = f"{setting or 'defaults'}-{seed}".replace("=", "-")
-    words = f"run={name} seed={seed} forget.schedule={{20:[3]}} {setting}"
+    words = f"run={name} seed={seed} strategy=ssd unlearn.tune=fixed forget.schedule={{20:[3]}} {setting}"
     simulate.run(APP, words, "num-supernodes=2 client-resources-num-cpus=1", environment=environment, output=nowhere)
     metrics = Run.opened(runs_folder(Path(home)) / name).metrics()
     (request,) = (row for row in metrics if row["kind"] == "forget")

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in pieces of at most ten minutes: `benchmarks/gpu.sh pooled|study|math|fisher|...`.
 # They need torch with Triton, scikit-learn, safetensors, matplotlib and rich; `math` needs pytest, `fisher` has one more
-# row with backpack-for-pytorch, `study` also needs omegaconf, optuna and jinja2. The federation (`federation`, `scaling`)
-# needs all that fedunlearn depends on. `study` is to be called again until it answers 0 (3: time was up); IMAGES is the
-# path of CIFAR-10's images as files or as an archive of files; without it CIFAR-10 itself is downloaded.
+# row with backpack-for-pytorch, `study` also needs omegaconf, optuna and jinja2. The federations (`federated`, which
+# needs no Ray, `federation`, `scaling`) need all that fedunlearn depends on. `study` and `federated` are to be called
+# again until they answer 0 (3: time was up); IMAGES is the path of CIFAR-10's images as files or as an archive of files;
+# without it CIFAR-10 itself is downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
@@ -18,8 +19,10 @@ case "${1:-}" in
   pooled) for width in 64 16; do python3 -m benchmarks.pooled --width "$width" --images 12880 --repeats 7 --compile; done ;;
   study) python3 -m fedunlearn.study dataset=cifar10 scale=full study.minutes=9 'study.seeds=[0]' \
            ${IMAGES:+data.name=folder "data.root=$IMAGES"} "${@:2}" ;;
+  federated) python3 -m fedunlearn.study federated=true dataset=cifar10 scale=full study.minutes=9 "study.seeds=[0]" \
+               ${IMAGES:+data.name=folder "data.root=$IMAGES"} "${@:2}" ;;
   federation) python3 -m benchmarks.federation --images 20000 --rounds 4 --gpus 0.5 ;;
   scaling) python3 -m fedunlearn.scale name=gpu 'clients=[10,100]' 'actors=[1,2,4]' 'gpus=[0.25]' \
              'overrides="data.limit=20000 model.width=64"' ;;
-  *) echo "usage: $0 pooled|study|math|fisher|layers|sweep|epoch|federation|scaling" >&2; exit 2 ;;
+  *) echo "usage: $0 pooled|study|federated|math|fisher|layers|sweep|epoch|federation|scaling" >&2; exit 2 ;;
 esac

@@ -17,6 +17,7 @@ from fedunlearn import checkpoint
 from fedunlearn.config import check_clients, state_home
 from fedunlearn.errors import UserError
 from fedunlearn.ledger import OPEN, Ledger, Request, State
+from fedunlearn.report import gap
 from fedunlearn.runs import HeldError, all_runs, is_live, runs_folder, stored_config
 
 POLL_SECONDS = 0.5
@@ -219,8 +220,13 @@ def receipt(detail: dict[str, Any]) -> str:
         return detail.get("reason", "")
     before, after = detail["before"], detail["after"]
     return f"after round {detail['round']}; class accuracy " + ", ".join(
-        f"{who} {old['class']:.3f} → {new['class']:.3f}" for who, old, new in groups(before, after)
+        f"{who} {old['class']:.3f} → {new['class']:.3f}{gaps(old, new)}" for who, old, new in groups(before, after)
     )
+
+
+def gaps(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """A forgotten client's memory gap before and after, in parentheses; nothing for others."""
+    return f" (memory gap {gap(old)} → {gap(new)})" if gap(old) else ""
 
 
 def groups(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, dict, dict]]:

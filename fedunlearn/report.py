@@ -26,11 +26,12 @@ COLOURS = ("#2a6f97", "#6a994e", "#c8553d", "#e09f3e", "#7b2cbf", "#bc4b8a", "#5
 def summary(run: Run) -> str:
     """One table: every group's class and client-ID accuracy before and after each request, and at the end."""
     table = Table(title=f"run {run.name}", title_justify="left")
-    columns = ("when", "who", "images", "class accuracy", "client-ID accuracy")
+    columns = ("when", "who", "images", "class accuracy", "memory gap", "client-ID accuracy")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:2] else "right")
     for when, who, scores in score_rows(run):
-        table.add_row(when, who, str(scores["examples"]), f"{scores['class']:.3f}", _client_id(who, scores))
+        accuracies = f"{scores['class']:.3f}", gap(scores), _client_id(who, scores)
+        table.add_row(when, who, str(scores["examples"]), *accuracies)
     console = Console(file=io.StringIO(), width=100)
     console.print(table)
     return console.file.getvalue().rstrip()
@@ -63,7 +64,7 @@ def write(run: Run, worker: Worker) -> Path:
         config=run.config,
         about=run.about(),
         settings=[(name, value, field.metadata["text"]) for name, field, value in settings(run.config)],
-        rows=[(when, who, scores, _client_id(who, scores)) for when, who, scores in score_rows(run)],
+        rows=[(when, who, scores, gap(scores), _client_id(who, scores)) for when, who, scores in score_rows(run)],
         requests=run.ledger.requests(),
         chain_holds=run.ledger.verify(),
         split=_embedded(split_figure(class_counts(worker), worker.dataset.class_names)),
@@ -137,6 +138,11 @@ def _moments(row: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     if row["kind"] == "forget":
         return [(row["round"], row["before"]), (row["completed_round"], row["after"])]
     return [(row["round"], row)] if "test" in row else []
+
+
+def gap(scores: dict[str, Any]) -> str:
+    """A forgotten client's class accuracy less what unseen images of its class mix get from the same model."""
+    return f"{scores['class'] - scores['unseen']:+.3f}" if "unseen" in scores else ""
 
 
 def _client_id(who: str, scores: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fedunlearn.ledger import Request
+from fedunlearn.report import gap
 
 
 def progress(row: dict[str, Any], *, rounds: int, seconds_left: float) -> str:
@@ -17,7 +18,7 @@ def forgotten(request: Request) -> str:
     """A completed request: who was forgotten, and what everybody's accuracy was before and is after."""
     before, after = request.detail["before"], request.detail["after"]
     clients = [
-        f"client {c}: class {old['class']:.3f} → {new['class']:.3f} (memory gap {gap(old):+.3f} → {gap(new):+.3f}), "
+        f"client {c}: class {old['class']:.3f} → {new['class']:.3f} (memory gap {gap(old)} → {gap(new)}), "
         f"client-ID {old['client_id']:.3f} → {new['client_id']:.3f}"
         for c, old, new in ((c, before["forgotten"][c], after["forgotten"][c]) for c in map(str, request.clients))
     ]
@@ -26,11 +27,6 @@ def forgotten(request: Request) -> str:
     if "selected" in request.detail:
         where += f", {request.detail['selected']:.2%} of the weights dampened"
     return f"── request {request.id}, {where}  │  " + "  │  ".join([*clients, *rest])
-
-
-def gap(scores: dict[str, float]) -> float:
-    """The memory gap: a client's class accuracy less what unseen images of its class mix get from the same model."""
-    return scores["class"] - scores["unseen"]
 
 
 def duration(seconds: float) -> str:

@@ -60,3 +60,12 @@ def test_predictions_of_a_single_head_have_the_class_probabilities_alone():
     found = predict(model, [(torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.long), torch.arange(5))])
     assert found.features().shape == (5, 3)
     assert [counts.client_correct for counts in found.counts().values()] == [0] * 5
+
+
+def test_the_expected_accuracy_weighs_classes_by_the_mix():
+    logits = torch.tensor([[9.0, 0, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0], [0, 9, 0, 0, 0, 0], [0, 0, 0, 9, 0, 0]])
+    said = predict(Fixed(), [(logits, torch.tensor([0, 1, 1, 2]), torch.full((4,), -1))])
+    # classes 0, 1 and 2 have accuracies 1, 0.5 and 0; class 3 is not among them: the mean of all, 0.5
+    assert said.expected_accuracy(torch.tensor([1, 1, 1, 1])) == pytest.approx(0.5)
+    assert said.expected_accuracy(torch.tensor([3, 1, 0, 0])) == pytest.approx(3.5 / 4)
+    assert said.expected_accuracy(torch.tensor([0, 0, 2, 2])) == pytest.approx(0.25)

@@ -14,7 +14,7 @@ from strategies import wire
 
 ONE_STEP = (
     "rounds=1 model.norm=group train.batch_size=1000 train.crop_padding=0 loss.client_weight=0 "
-    "loss.disentangle_weight=0 loss.warmup=0 train.schedule=constant"
+    "loss.disentangle_weight=0 loss.warmup=0 train.schedule=constant train.client_head=local train.server_momentum=0"
 )
 
 

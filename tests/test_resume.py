@@ -8,7 +8,7 @@ from fedunlearn.ledger import State
 from local_grid import LocalGrid, equal, kinds
 from strategies import wire
 
-SCHEDULE = "rounds=3 forget.schedule={2:[3]}"
+SCHEDULE = "rounds=3 train.server_momentum=0.5 forget.schedule={2:[3]}"
 
 
 def crash_at(grid, number):
@@ -21,13 +21,16 @@ def crash_at(grid, number):
     return grid
 
 
-def test_a_run_that_is_stopped_at_any_message_goes_on_to_the_same_weights(federate):
-    undisturbed = federate(f"{SCHEDULE} run=whole")
+@pytest.mark.parametrize(
+    ("strategy", "every"), [("strategy=ssd", 2), ("strategy=subset unlearn.tune=fixed unlearn.rounds=1", 5)]
+)
+def test_a_run_that_is_stopped_at_any_message_goes_on_to_the_same_weights(federate, strategy, every):
+    undisturbed = federate(f"{SCHEDULE} {strategy} run=whole")
     expected = federate.state("whole")
-    for number in range(3, len(undisturbed.sent) + 1, 2):
+    for number in range(3, len(undisturbed.sent) + 1, every):
         name = f"stopped-{number}"
         with pytest.raises(KeyboardInterrupt):
-            federate(f"{SCHEDULE} run={name}", grid=crash_at(LocalGrid(2), number))
+            federate(f"{SCHEDULE} {strategy} run={name}", grid=crash_at(LocalGrid(2), number))
         federate(f"run={name}")
         assert equal(federate.state(name), expected), f"stopped at message {number}"
 

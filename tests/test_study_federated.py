@@ -1,0 +1,124 @@
+"""The federated study on a few digits: its command, its steps, its report."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from fedunlearn import checkpoint
+from fedunlearn.study.command import main
+from fedunlearn.study.federated.settings import load
+from fedunlearn.worker import Worker
+from strategies import fed_eraser
+
+SMALL = [
+    "federated=true", "dataset=digits", "scale=laptop", "clients=4", "data.limit=160", "data.test_limit=60", "rounds=4",
+    "train.head_steps=10", "unlearn.rounds=1", "unlearn.tune=fixed", "unlearn.recover=1", "study.after=[0,1]",
+    "study.apart=1", "study.order=[0,1]", "study.seeds=[0]", "study.workers=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDUNLEARN_HOME", str(tmp_path))
+    return tmp_path
+
+
+def results(home):
+    found = [json.loads(file.read_text()) for file in home.glob("studies/*/steps/*/result.json")]
+    return {result["step"]: result for result in found}
+
+
+def test_every_strategy_from_one_base_beside_gold(home, capsys):
+    assert main(SMALL) == 0
+    found = results(home)
+    strategies = ("subset", "ssd", "leave", "ascent", "pga", "federaser", "negate")
+    names = ["base/ce_dl/seed0", "gold/ce_dl/0/seed0", *(f"forget/{name}/ce_dl/at4/0/seed0" for name in strategies)]
+    assert sorted(found) == sorted(names)
+    for name in strategies:
+        result = found[f"forget/{name}/ce_dl/at4/0/seed0"]
+        assert [row["round"] for row in result["scores"] if "mia" in row] == [4, 5]
+        assert result["forgets"][0]["clients"] == [0]
+    before = [
+        next(row for row in found[f"forget/{name}/ce_dl/at4/0/seed0"]["scores"] if row["request"] == "before")
+        for name in strategies
+    ]
+    assert all(row == before[0] for row in before)
+    left = [row for row in found["gold/ce_dl/0/seed0"]["scores"] if row["round"] in (4, 5)]
+    assert all(row["forgotten"] == [0] and row["id_client_0"] == 0 for row in left)
+
+    report = next(home.glob("studies/*/report/REPORT.md")).read_text()
+    assert "| 0 | 1 | gold (retraining) |" in report
+    with open(next(home.glob("studies/*/report/results.csv"))) as file:
+        rows = {(row["strategy"], row["after"], row["measure"]): row for row in csv.DictReader(file)}
+    scored = {row["round"]: row for row in found["forget/subset/ce_dl/at4/0/seed0"]["scores"] if "mia" in row}
+    gold = {row["round"]: row for row in left}
+    for after in (0, 1):
+        cell = rows["subset", str(after), "forgotten"]
+        assert float(cell["mean"]) == pytest.approx(scored[4 + after]["client_0"], abs=1e-5)
+        distance = abs(scored[4 + after]["client_0"] - gold[4 + after]["client_0"])
+        assert float(cell["distance"]) == pytest.approx(distance, abs=1e-5)
+        gap = scored[4 + after]["client_0"] - scored[4 + after]["unseen_0"]
+        assert float(rows["subset", str(after), "gap"]["mean"]) == pytest.approx(gap, abs=1e-5)
+    assert next(home.glob("studies/*/report/story.svg")).stat().st_size > 1000
+
+
+def test_the_base_is_the_run_of_the_app_and_stores_every_second_update(home):
+    assert main([*SMALL, "study.stages=[train]"]) == 0
+    (folder,) = home.glob("studies/*/steps/base*")
+    config = load(SMALL).config("ce_dl", "leave", 0)
+    stored = sorted((folder / "run" / fed_eraser.FOLDER).iterdir())
+    assert len(stored) == 2 * 4
+    model, again = Worker(config).model, Worker(config).model
+    for round_ in (1, 2, 3, 4):
+        checkpoint.load(folder / f"round-0000{round_}.safetensors", model, beside=("momentum.", "held."))
+    assert any((a != b).any() for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
+    words = [*SMALL, "study.strategies=[leave,subset]", "study.scenarios=[sequential,together,moments]"]
+    pieces = 0
+    while (status := main([*words, "study.minutes=0.02"])) == 3:
+        pieces += 1
+        assert pieces < 100
+    assert status == 0
+    assert pieces > 1
+    inch = results(home)
+    rows = inch["forget/subset/ce_dl/at4/0,1/seed0"]["scores"]
+    assert {tuple(row["forgotten"]) for row in rows if "mia" in row} == {(0,), (0, 1)}
+    assert [request["clients"] for request in inch["forget/leave/ce_dl/at4/0+1/seed0"]["forgets"]] == [[0, 1]]
+    assert "forget/leave/ce_dl/at1/0/seed0" in inch
+    assert main([*words, "study.name=whole"]) == 0
+    whole = {file.parent.name: json.loads(file.read_text()) for file in home.glob("studies/whole/steps/*/result.json")}
+    for folder in (file.parent for file in home.glob("studies/digits*/steps/*/result.json")):
+        in_pieces, at_once = json.loads((folder / "result.json").read_text()), whole[folder.name]
+        assert in_pieces["scores"] == at_once["scores"], folder.name
+        assert in_pieces["files"] == at_once["files"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("study.strategies=[sdd]", "study.strategies: sdd is not one of subset, ssd"),
+        ("study.after=[1]", "study.after=[1] are not rounds after a request, 0 among them"),
+        ("study.order=[0,0]", "names a client twice"),
+        ("study.moments=[2]", "study.moments=[2.0] are not shares in 0..1"),
+        ("rounds=0", "rounds=0 is not in 1"),
+        ("search.trials=3", "search"),
+    ],
+)
+def test_bad_input_gets_one_line(home, capsys, word, message):
+    assert main([*SMALL, word]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_a_client_head_no_client_id_is_measured(home):
+    assert main([*SMALL, "study.pipelines=[no_mtl]", "study.strategies=[subset]"]) == 0
+    with open(next(home.glob("studies/*/report/results.csv"))) as file:
+        measures = {row["measure"] for row in csv.DictReader(file)}
+    assert "forgotten" in measures
+    assert "id" not in measures
+    assert math.isfinite(results(home)["forget/subset/no_mtl/at4/0/seed0"]["scores"][-1]["mia"])
