@@ -31,7 +31,7 @@ def test_a_run_that_is_stopped_at_any_message_goes_on_to_the_same_weights(federa
         name = f"stopped-{number}"
         with pytest.raises(KeyboardInterrupt):
             federate(f"{SCHEDULE} {strategy} run={name}", grid=crash_at(LocalGrid(2), number))
-        federate(f"run={name}")
+        federate(f"{strategy} run={name}")
         assert equal(federate.state(name), expected), f"stopped at message {number}"
 
 
