@@ -74,7 +74,7 @@ def targets(config: Config) -> list[dict[str, float]]:
 
 def outcome(strategy: SelectiveDampening, grid, client: int, full, forget, target: float, name: str) -> dict:
     """The model dampened as chosen for `target`."""
-    chosen = nearest(strategy.search([client], full, forget, target, grid), target)
+    chosen = nearest(strategy.search([client], full, forget, target, grid, {}), target)
     unlearn.step(strategy.model, full, forget, [client], alpha=chosen["alpha"], lambda_=chosen["lambda_"])
     strategy.recalibrate(grid, {})
     forgotten = strategy.worker.evaluate(client).class_accuracy

@@ -49,7 +49,7 @@ class FedEraser(Forgetting):
         """Replay."""
         kept = storage(self.run)
         rounds = sorted({round_ for round_, _ in updates(self.run)})
-        self.begin_anew(leaving)
+        self.server.begin_anew(leaving)
         for round_ in rounds:
             active = [c for r, c in updates(self.run) if r == round_ and c in self.active]
             calibrating: dict[int, dict[str, Tensor]] = {}
@@ -63,8 +63,8 @@ class FedEraser(Forgetting):
             if not answer.counts:
                 raise NoAnswerError(f"no retained client answered the calibration of round {round_}")
             add_cost(costs, "replay", answer.cost)
-            self.advance(self._calibrated(round_, calibrating))
-            self.train_head(answer, round_)
+            self.server.advance(self._calibrated(round_, calibrating))
+            self.server.train_head(answer.moments, round_)
         for round_, client in updates(self.run):
             if client in leaving:
                 stored(self.run, round_, client).unlink()
@@ -81,7 +81,7 @@ class FedEraser(Forgetting):
             calibrated = direction | {name: along(update[name], direction[name]) for name in params}
             checkpoint.save(path, calibrated)
             wire.add_to(sums, calibrated, self.federation.examples[client] / total)
-        return {name: value.to(self.worker.device) for name, value in sums.items()}
+        return sums
 
 
 def along(update: Tensor, direction: Tensor) -> Tensor:

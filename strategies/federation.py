@@ -177,6 +177,11 @@ class Federation:
         messages = self.messages(kind, round_, clients, state, **content)
         return self.add_up(grid.send_and_receive(messages, timeout=self.timeout), like, each)
 
+    def mean(self, answer: Answer) -> dict[str, Tensor]:
+        """Sum of n_c (theta_c - theta) / sum of n_c over the clients of a sweep of training."""
+        examples = sum(self.examples[c] for c in answer.counts)
+        return {name: total / examples for name, total in answer.sums.items()}
+
     def _add(
         self, answer: Answer, message: Message, reply: Message, like: dict[str, Tensor], each: Callable[[Answer], None]
     ) -> None:

@@ -11,23 +11,18 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
-from torch import Tensor
 
-from fedunlearn.client_head import train_client_head
 from fedunlearn.config import to_json
 from fedunlearn.errors import UserError
-from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
-from fedunlearn.train import generator_of
-from fedunlearn.worker import Worker, model_of
+from fedunlearn.worker import Worker
 from strategies import lines, wire
 from strategies.federation import MOST_LISTED, Answer, Federation, NoAnswerError
 from strategies.ordered_grid import OrderedGrid
-
-Scores = dict[str, Any]
-HEAD = 2**32 - 1  # where the client head's draws are used: no client has this number
+from strategies.scores import Scores, scores
+from strategies.server_model import ServerModel
 
 
 class Forgetting(FedAvg):
@@ -58,9 +53,8 @@ class Forgetting(FedAvg):
         self.model = worker.model
         self.federation = Federation(to_json(run.config), timeout=run.config.timeout, log=log)
         self.federation.moments_shape = worker.moments_shape
-        self.momentum: dict[str, Tensor] = {}
-        self.held: dict[str, Tensor] = {}
-        self.round = self.restore()
+        self.server = ServerModel(run, worker)
+        self.round = self.server.restore()
         self.started_at = self.round
         self.apart = False  # whether every client answers a round's training alone
         self._row: dict[str, Any] = {}
@@ -77,7 +71,7 @@ class Forgetting(FedAvg):
         self.federation.identify(grid)
         self._announce()
         if self.round == 0 and self.run.ledger.head() is None:
-            self.run.commit(self.model, 0)
+            self.server.commit(0)
         self._clock = time.monotonic()
         result = super().start(grid, self.broadcast(), num_rounds, timeout=self.config.timeout)
         self.serve_requests(grid)
@@ -98,14 +92,14 @@ class Forgetting(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Add up how the clients moved, and `step`."""
+        """Add up how the clients moved, and let the server's model follow (`ServerModel.step`)."""
         answer = self.federation.add_up(replies, wire.averaged(self.model.state_dict()), self.seen)
         if not answer.counts:
             raise UserError(
                 f"round {self.round}: no client answered; continue from round {self.round - 1} with "
                 f'overrides="run={self.run.name}"'
             )
-        self.step(answer, self.round)
+        self.server.step(self.federation.mean(answer), answer.moments, self.round)
         total = answer.total
         self._row = {
             "round": self.round,
@@ -133,7 +127,7 @@ class Forgetting(FedAvg):
         self._row["server_mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self._row["seconds"] = time.monotonic() - self._round_clock
         self.run.record("round", **self._row)
-        self.run.commit(self.model, self.round, beside=self.beside())
+        self.server.commit(self.round)
         done = self.round - self.started_at
         left = (time.monotonic() - self._clock) / done * max(0, self.config.rounds - self.round)
         self.log(lines.progress(self._row, rounds=self.config.rounds, seconds_left=left))
@@ -141,56 +135,6 @@ class Forgetting(FedAvg):
 
     def seen(self, answer: Answer) -> None:
         """Told of every reply of a round's training; a strategy may keep something of it."""
-
-    def step(self, answer: Answer, round_: int) -> None:
-        """`advance` by how the clients moved, then `train_head`."""
-        self.advance(self.mean_movement(answer))
-        self.train_head(answer, round_)
-
-    def train_head(self, answer: Answer, round_: int) -> None:
-        """Train the client head from the moments of clients' embeddings, where they sent any; they are not kept."""
-        if answer.moments:
-            moments = {client: value.to(self.worker.device) for client, value in answer.moments.items()}
-            generator = generator_of(self.config.seed, round_, HEAD)
-            steps = self.config.train.head_steps
-            train_client_head(self.model.client_head, moments, steps=steps, generator=generator)
-
-    def advance(self, movement: dict[str, Tensor]) -> None:
-        """theta += m, m = beta m + movement, the mean of (theta_c - theta) over the clients' examples; 0 where held.
-
-        beta is `train.server_momentum` (Hsu et al., 2019, "Measuring the Effects of Non-Identical Data Distribution for
-        Federated Visual Classification"); statistics of BatchNorm have no momentum.
-        """
-        beta = self.config.train.server_momentum
-        for name, held in self.held.items():
-            movement[name] = movement[name].masked_fill(held, 0)
-        for name, _ in self.model.named_parameters() if beta else ():
-            movement[name] = movement[name] + beta * self.momentum.get(name, 0)
-            self.momentum[name] = movement[name]
-        self.move(movement)
-
-    def beside(self) -> dict[str, Tensor]:
-        """What the server keeps beside the model."""
-        kept = {"momentum": self.momentum, "held": self.held}
-        return {f"{kind}.{name}": value for kind, tensors in kept.items() for name, value in tensors.items()}
-
-    def restore(self) -> int:
-        """Take model and what is beside it from the run's checkpoint, if there is one; returns its round."""
-        round_, kept = self.run.restore(self.model)
-        for kind, tensors in (("momentum", self.momentum), ("held", self.held)):
-            tensors.clear()
-            tensors |= {n.removeprefix(f"{kind}."): value for n, value in kept.items() if n.startswith(f"{kind}.")}
-        return round_
-
-    def mean_movement(self, answer: Answer) -> dict[str, Tensor]:
-        """Sum of n_c (theta_c - theta) / sum of n_c over the clients of a sweep of training."""
-        examples = sum(self.federation.examples[c] for c in answer.counts)
-        return {name: total.to(self.worker.device) / examples for name, total in answer.sums.items()}
-
-    def move(self, movement: dict[str, Tensor]) -> None:
-        """theta += movement."""
-        theta = self.model.state_dict()
-        self.model.load_state_dict({name: theta[name] + by for name, by in movement.items()}, strict=False)
 
     # --- Forgetting ---------------------------------------------------------------------------------------------
 
@@ -259,15 +203,13 @@ class Forgetting(FedAvg):
         try:
             said = self.forget(request.clients, grid, costs)
         except (NoAnswerError, ValueError) as error:
-            self.restore()
+            self.server.restore()
             return self._failed(request, str(error))
         prune_clients(self.model, request.clients)
-        self.momentum.clear()  # a sum of past movements, the leaving clients' among them
-        return self.run.commit(
-            self.model,
+        self.server.momentum.clear()  # a sum of past movements, the leaving clients' among them
+        return self.server.commit(
             self.round,
             request,
-            beside=self.beside(),
             round=self.round,
             strategy=self.config.strategy,
             seconds=time.monotonic() - started,
@@ -290,23 +232,15 @@ class Forgetting(FedAvg):
             if not answer.counts:
                 raise NoAnswerError("no retained client answered")
             add_cost(costs, "recovery", answer.cost)
-            self.move(self.mean_movement(answer))
-            self.train_head(answer, round_)
+            self.server.move(self.federation.mean(answer))
+            self.server.train_head(answer.moments, round_)
 
-    def begin_anew(self, leaving: list[int]) -> None:
-        """Back to the run's initial weights, without momentum; pruned are the neurons of all who left or leave."""
-        self.momentum.clear()
-        self.held.clear()
-        pruned = self.model.pruned.nonzero()[:, 0].tolist()
-        initial = model_of(self.config, self.worker.dataset).state_dict()
-        self.model.load_state_dict(initial)
-        prune_clients(self.model, [*pruned, *leaving])
-
-    def accuracy_of(self, leaving: list[int], grid: Grid) -> float:
+    def accuracy_of(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> float:
         """The leaving clients' class accuracy under the current model, which they count."""
         answer = self.federation.ask(grid, "evaluate", self.round, leaving, self.broadcast(), {})
         if missing := sorted(set(leaving) - answer.counts.keys()):
             raise NoAnswerError(f"client {missing[0]} did not evaluate the model")
+        add_cost(costs, "evaluations", answer.cost)
         return answer.total.class_accuracy
 
     def expected_accuracy(self, clients: Iterable[int]) -> float:
@@ -346,18 +280,7 @@ class Forgetting(FedAvg):
 
     def _scores(self, others: Answer, leaving: Iterable[int] = ()) -> Scores:
         torch.set_num_threads(self.config.train.threads)
-        forgotten = sorted({*leaving, *self.run.ledger.clients_in(FORGOTTEN)})
-        each = others.counts if len(others.counts) <= MOST_LISTED else {}
-        test, left = self.worker.predict_test(), {}
-        for client in forgotten:
-            unseen = test.expected_accuracy(self.worker.class_mix([client]))
-            left[str(client)] = _accuracies(self.worker.evaluate(client)) | {"unseen": unseen}
-        return {
-            "staying": {str(client): _accuracies(counts) for client, counts in each.items()},
-            "forgotten": left,
-            "others": _accuracies(others.total),
-            "test": _accuracies(test.total),
-        }
+        return scores(self.worker, others, sorted({*leaving, *self.run.ledger.clients_in(FORGOTTEN)}))
 
     def sample(self, round_: int) -> list[int]:
         """A share of the active clients that depends on the seed and the round alone."""
@@ -381,10 +304,6 @@ class Forgetting(FedAvg):
         for client, examples in sorted(self.federation.examples.items()):
             if examples < 2:
                 self.log(f"client {client} has {examples} examples: it takes no part")
-
-
-def _accuracies(counts: Counts) -> dict[str, float]:
-    return {"class": counts.class_accuracy, "client_id": counts.client_accuracy, "examples": counts.examples}
 
 
 def add_cost(costs: dict[str, Any], name: str, cost: dict[str, float]) -> None:

@@ -29,4 +29,4 @@ class GradientAscent(Forgetting):
         if missing := sorted(set(leaving) - answer.counts.keys()):
             raise NoAnswerError(f"client {missing[0]} did not answer the request to ascend")
         costs["ascent"] = answer.cost
-        self.move(self.mean_movement(answer))
+        self.server.move(self.federation.mean(answer))

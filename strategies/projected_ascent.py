@@ -28,7 +28,7 @@ class ProjectedAscent(GradientAscent):
         until, radius = self.expected_accuracy(leaving), self.radius()
         n_own = sum(self.federation.examples[c] for c in own.counts)
         share = n_own / sum(self.federation.examples[c] for c in self.active)
-        self.move({name: -share * by for name, by in self.mean_movement(own).items()})
+        self.server.move({name: -share * by for name, by in self.federation.mean(own).items()})
         self.ascend(leaving, grid, costs, until=until, radius=radius)
         self.recover(grid, costs)
         return {"until": until, "radius": radius}

@@ -13,11 +13,11 @@ class Retraining(Forgetting):
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Begin anew; the model is that of a run in which the leaving clients never took part."""
-        self.begin_anew(leaving)
+        self.server.begin_anew(leaving)
         for round_ in range(1, self.round + 1):
             answer = self.ask_to_train("train", grid, round_, self.sample(round_))
             if not answer.counts:
                 raise NoAnswerError(f"no retained client answered in round {round_}")
             add_cost(costs, "retraining", answer.cost)
-            self.step(answer, round_)
+            self.server.step(self.federation.mean(answer), answer.moments, round_)
         return {"retrained": self.round}

@@ -31,7 +31,7 @@ class SelectiveDampening(Forgetting):
         strength = {"alpha": settings.alpha, "lambda_": settings.lambda_, "exponent": settings.exponent}
         if settings.tune == "auto":
             predicted = self.expected_accuracy(leaving)
-            trials = self.search(leaving, full, forget, predicted, grid)
+            trials = self.search(leaving, full, forget, predicted, grid, costs)
             chosen = nearest(trials, predicted)
             strength |= {"alpha": chosen["alpha"], "lambda_": chosen["lambda_"]}
             said = {"predicted": predicted, "trials": trials}
@@ -41,7 +41,13 @@ class SelectiveDampening(Forgetting):
         return {**strength, **said, "selected": selected_share(full, forget, alpha=strength["alpha"])}
 
     def search(
-        self, leaving: list[int], full: Tensors, forget: Tensors, target: float, grid: Grid
+        self,
+        leaving: list[int],
+        full: Tensors,
+        forget: Tensors,
+        target: float,
+        grid: Grid,
+        costs: dict[str, Any],
     ) -> list[dict[str, float]]:
         """Dampen with each lambda of `LAMBDAS` and bisect alpha (its logarithm) for a forgotten accuracy of `target`.
 
@@ -60,7 +66,7 @@ class SelectiveDampening(Forgetting):
                 self.model.load_state_dict(before)
                 unlearn.step(self.model, full, forget, [], alpha=alpha, lambda_=lambda_)
                 self.worker.recalibrate_on_test()
-                accuracy, test = self.accuracy_of(leaving, grid), self.test_accuracy()
+                accuracy, test = self.accuracy_of(leaving, grid, costs), self.test_accuracy()
                 trials.append({"alpha": alpha, "lambda_": lambda_, "forgotten": accuracy, "test": test})
                 low, high = ((low + high) / 2, high) if accuracy < target else (low, (low + high) / 2)
         self.model.load_state_dict(before)

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from strategies import wire
 from strategies.federation import NoAnswerError
@@ -25,8 +23,8 @@ class SubsetUnlearning(SelectiveDampening):
     are those of the retained clients, estimated again at the end; the leaving clients' neurons are pruned.
 
     When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
-    moved most are held where they are (`hold`). One bit a weight says which they are, and nothing else is kept:
-    neither where they were before nor what the leaving clients sent.
+    moved most are held where they are (`ServerModel.hold`). One bit a weight says which they are, and nothing else is
+    kept: neither where they were before nor what the leaving clients sent.
     """
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +36,7 @@ class SubsetUnlearning(SelectiveDampening):
         settings, teacher = self.config.unlearn, self.teacher()
         predicted, test = self.expected_accuracy(leaving), self.test_accuracy()
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-        trace = [self.accuracy_of(leaving, grid)]
+        trace = [self.accuracy_of(leaving, grid, costs)]
 
         def finished() -> bool:
             near = abs(trace[-1] - predicted) <= CLOSE and self.test_accuracy() >= test - LOST
@@ -46,25 +44,11 @@ class SubsetUnlearning(SelectiveDampening):
 
         while not finished():
             self.move_away(leaving, self.round + len(trace), grid, costs, teacher)
-            trace.append(self.accuracy_of(leaving, grid))
+            trace.append(self.accuracy_of(leaving, grid, costs))
         if settings.recalibrate:
             self.recalibrate(grid, costs)
-        self.hold(before)
+        self.server.hold(before, settings.hold)
         return {"predicted": predicted, "trace": trace}
-
-    @torch.no_grad()
-    def hold(self, before: dict[str, Tensor]) -> None:
-        """From now on, hold the share `unlearn.hold` of the weights that moved most since `before`, by their layer's
-        measure: |move| / root mean square of the layer's moves."""
-        moves = {name: (value - before[name]).abs() for name, value in self.model.named_parameters()}
-        relative = {name: move / move.square().mean().sqrt().clamp(min=1e-12) for name, move in moves.items()}
-        everything = torch.cat([value.flatten() for value in relative.values()])
-        count = round((1 - self.config.unlearn.hold) * len(everything))
-        if not 0 < count < len(everything):
-            return
-        least = everything.kthvalue(count).values
-        for name, value in relative.items():
-            self.held[name] = (value > least) | self.held.get(name, False)
 
     def move_away(
         self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord
@@ -79,10 +63,10 @@ class SubsetUnlearning(SelectiveDampening):
             raise NoAnswerError(f"client {missing[0]} did not answer the request to unlearn")
         add_cost(costs, "retained", stay.cost)
         add_cost(costs, "leaving", leave.cost)
-        movement, away, w = self.mean_movement(stay), self.mean_movement(leave), settings.weight
+        movement, away, w = self.federation.mean(stay), self.federation.mean(leave), settings.weight
         mixed = {n: (1 - w) * movement[n] + w * away[n] for n, _ in self.model.named_parameters()}
-        self.move(movement | mixed)
-        self.train_head(stay, round_)
+        self.server.move(movement | mixed)
+        self.server.train_head(stay.moments, round_)
 
     def teacher(self) -> ArrayRecord:
         """The model as it is, and what it says of the server's unseen images."""

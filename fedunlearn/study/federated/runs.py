@@ -153,7 +153,7 @@ def curve(lab: Laboratory, found: Answers, clients: Sequence[int], worker: Worke
 
 def state_of(work: Forgetting) -> dict[str, Any]:
     """The model and what the server keeps beside it."""
-    return work.model.state_dict() | work.beside()
+    return work.model.state_dict() | work.server.beside()
 
 
 def file_of(round_: int) -> str:

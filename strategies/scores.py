@@ -1,0 +1,35 @@
+"""What the current model gets right: of those who stay, of those who left, and on the test images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedunlearn.evaluate import Counts
+from fedunlearn.worker import Worker
+from strategies.federation import MOST_LISTED, Answer
+
+Scores = dict[str, Any]
+
+
+def scores(worker: Worker, others: Answer, forgotten: Sequence[int]) -> Scores:
+    """Accuracies of everybody; `unseen` of a forgotten client is what unseen images of its class mix get.
+
+    Args:
+        worker: holds the model, the test images, and the forgotten clients' images.
+        others: what the clients who stay have counted.
+    """
+    each = others.counts if len(others.counts) <= MOST_LISTED else {}
+    test, left = worker.predict_test(), {}
+    for client in forgotten:
+        unseen = test.expected_accuracy(worker.class_mix([client]))
+        left[str(client)] = accuracies(worker.evaluate(client)) | {"unseen": unseen}
+    return {
+        "staying": {str(client): accuracies(counts) for client, counts in each.items()},
+        "forgotten": left,
+        "others": accuracies(others.total),
+        "test": accuracies(test.total),
+    }
+
+
+def accuracies(counts: Counts) -> dict[str, float]:
+    """Class and client-ID accuracy, and of how many examples."""
+    return {"class": counts.class_accuracy, "client_id": counts.client_accuracy, "examples": counts.examples}

@@ -1,0 +1,104 @@
+"""The model on the server, and what the server keeps beside it between rounds."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedunlearn.client_head import train_client_head
+from fedunlearn.ledger import Request
+from fedunlearn.pruning import prune_clients
+from fedunlearn.runs import Run
+from fedunlearn.train import generator_of
+from fedunlearn.worker import Worker, model_of
+
+HEAD = 2**32 - 1  # where the client head's draws are used: no client has this number
+
+
+class ServerModel:
+    """theta, moved by what clients answer; its momentum; and which weights are held where they are.
+
+    Attributes:
+        model: the worker's.
+        momentum: by parameter, while `train.server_momentum` is above 0.
+        held: by parameter, true for weights that rounds of training do not move.
+    """
+
+    def __init__(self, run: Run, worker: Worker) -> None:
+        self.run, self.worker, self.config = run, worker, run.config
+        self.model = worker.model
+        self.momentum: dict[str, Tensor] = {}
+        self.held: dict[str, Tensor] = {}
+
+    def step(self, movement: dict[str, Tensor], moments: dict[int, Tensor], round_: int) -> None:
+        """`advance` by the clients' mean movement, then `train_head` from their embeddings' moments."""
+        self.advance(movement)
+        self.train_head(moments, round_)
+
+    def advance(self, movement: dict[str, Tensor]) -> None:
+        """theta += m, m = beta m + movement, the mean of (theta_c - theta) over the clients' examples; 0 where held.
+
+        beta is `train.server_momentum` (Hsu et al., 2019, "Measuring the Effects of Non-Identical Data Distribution for
+        Federated Visual Classification"); statistics of BatchNorm have no momentum.
+        """
+        moved, beta = (
+            {name: by.to(self.worker.device) for name, by in movement.items()},
+            self.config.train.server_momentum,
+        )
+        for name, held in self.held.items():
+            moved[name] = moved[name].masked_fill(held, 0)
+        for name, _ in self.model.named_parameters() if beta else ():
+            moved[name] = moved[name] + beta * self.momentum.get(name, 0)
+            self.momentum[name] = moved[name]
+        self.move(moved)
+
+    def move(self, movement: dict[str, Tensor]) -> None:
+        """theta += movement, held or not."""
+        theta = self.model.state_dict()
+        moved = {name: theta[name] + by.to(self.worker.device) for name, by in movement.items()}
+        self.model.load_state_dict(moved, strict=False)
+
+    def train_head(self, moments: dict[int, Tensor], round_: int) -> None:
+        """Train the client head from the moments of clients' embeddings, where they sent any; they are not kept."""
+        if moments:
+            there = {client: value.to(self.worker.device) for client, value in moments.items()}
+            generator = generator_of(self.config.seed, round_, HEAD)
+            steps = self.config.train.head_steps
+            train_client_head(self.model.client_head, there, steps=steps, generator=generator)
+
+    @torch.no_grad()
+    def hold(self, before: dict[str, Tensor], share: float) -> None:
+        """From now on, hold that share of the weights that moved most since `before`, by their layer's measure:
+        |move| / root mean square of the layer's moves. None of those that tie with the last one."""
+        moves = {name: (value - before[name]).abs() for name, value in self.model.named_parameters()}
+        relative = {name: move / move.square().mean().sqrt().clamp(min=1e-12) for name, move in moves.items()}
+        everything = torch.cat([value.flatten() for value in relative.values()])
+        count = round((1 - share) * len(everything))
+        least = everything.kthvalue(count).values if count else -1.0
+        for name, value in relative.items():
+            self.held[name] = (value > least) | self.held.get(name, False)
+
+    def begin_anew(self, leaving: list[int]) -> None:
+        """Back to the run's initial weights, nothing beside; pruned are the neurons of all who left or leave."""
+        self.momentum.clear()
+        self.held.clear()
+        pruned = self.model.pruned.nonzero()[:, 0].tolist()
+        self.model.load_state_dict(model_of(self.config, self.worker.dataset).state_dict())
+        prune_clients(self.model, [*pruned, *leaving])
+
+    def beside(self) -> dict[str, Tensor]:
+        """What is kept beside the model, by names as in a checkpoint."""
+        kept = {"momentum": self.momentum, "held": self.held}
+        return {f"{kind}.{name}": value for kind, tensors in kept.items() for name, value in tensors.items()}
+
+    def commit(self, round_: int, request: Request | None = None, **detail: Any) -> Request | None:
+        """`Run.commit` of all of it."""
+        return self.run.commit(self.model, round_, request, beside=self.beside(), **detail)
+
+    def restore(self) -> int:
+        """Take all of it from the run's checkpoint, if there is one; returns its round."""
+        round_, kept = self.run.restore(self.model)
+        for kind, tensors in (("momentum", self.momentum), ("held", self.held)):
+            tensors.clear()
+            tensors |= {n.removeprefix(f"{kind}."): value for n, value in kept.items() if n.startswith(f"{kind}.")}
+        return round_
