@@ -127,7 +127,7 @@ class Unlearn:
     forget_epochs: int = number(2, 1, 1000, "of the leaving clients in it (subset)")
     views: int = number(4, 1, 1000, "shifted versions of their images to match unseen answers by (subset)")
     flip: bool = plain(True, "mirror half of these (subset)")
-    hold: float = number(0.75, 0, 1, "share of the weights, those it moved most, that stay as they are then (subset)")
+    hold: float = number(0.85, 0, 1, "share of the weights, those it moved most, that stay as they are then (subset)")
     recover: int = number(3, 0, 10**6, "rounds of the retained clients until it is served (ascent, pga, negate)")
     lr: float = number(0.01, 0, 100, "learning rate in all of these rounds")
     ascent_epochs: int = number(5, 1, 1000, "at most, of the leaving clients (ascent, pga)")
