@@ -30,6 +30,8 @@ class FedEraser(Forgetting):
     deleted with the request.
     """
 
+    reads = ("every", "calibration")
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:

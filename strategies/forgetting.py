@@ -4,7 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,7 +38,12 @@ class Forgetting(FedAvg):
             that only a simulation can have) the forgotten clients' images.
         log: told one line a round, and of everything out of the ordinary.
         watch: called with the round after each commit of a round, and when a request has been served.
+
+    Attributes:
+        reads: the settings below `unlearn` that `forget` depends on.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ class GradientAscent(Forgetting):
     retained clients train `unlearn.recover` rounds.
     """
 
+    reads = ("ascent_epochs", "ascent_lr", "clip", "recover", "lr")
+
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Ascend, then recover."""
         until = self.expected_accuracy(leaving)

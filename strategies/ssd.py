@@ -24,6 +24,10 @@ class SelectiveDampening(Forgetting):
     `unlearn.step`, and (`unlearn.recalibrate`) BatchNorm statistics again from the retained clients.
     """
 
+    reads = (
+        "tune", "alpha", "lambda_", "exponent", "head", "estimator", "precision", "share", "recalibrate"
+    )  # fmt: skip
+
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Dampen, prune, recalibrate."""
         settings, said = self.config.unlearn, {}

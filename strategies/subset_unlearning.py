@@ -27,6 +27,10 @@ class SubsetUnlearning(SelectiveDampening):
     kept: neither where they were before nor what the leaving clients sent.
     """
 
+    reads = (
+        "tune", "rounds", "round_share", "weight", "forget_epochs", "views", "flip", "hold", "lr", "recalibrate"
+    )  # fmt: skip
+
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Rounds of leaving and staying clients together, then BatchNorm again.
 

@@ -15,6 +15,8 @@ class WeightNegation(Forgetting):
     the retained clients still need is learned again in `unlearn.recover` rounds at `unlearn.lr`.
     """
 
+    reads = ("recover", "lr")
+
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Negate, then fine-tune."""
         with torch.no_grad():

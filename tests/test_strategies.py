@@ -1,5 +1,7 @@
 """Every strategy beside a naive version of it, on a federation of four clients of handwritten digits."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -7,6 +9,7 @@ from torch.testing import assert_close
 
 from fedunlearn import checkpoint
 from fedunlearn.config import STRATEGIES as NAMES
+from fedunlearn.config import Unlearn
 from fedunlearn.ledger import Ledger, State
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
@@ -286,3 +289,23 @@ def test_the_weights_that_unlearning_moved_most_are_held_also_after_a_restart(fe
         assert torch.equal(state[name][mask], served[name][mask]), name
         moved |= bool((state[name] != served[name]).any())
     assert moved
+
+
+OTHERS = {
+    "alpha": 3.0, "lambda_": 0.2, "exponent": 2.0, "head": "client", "estimator": "batch", "precision": "bf16",
+    "share": 0.5, "tune": "fixed", "rounds": 1, "round_share": 0.7, "weight": 0.2, "forget_epochs": 1, "views": 1,
+    "flip": "true", "hold": 0.1, "recover": 2, "lr": 0.03, "ascent_epochs": 2, "ascent_lr": 0.01, "clip": 0.1,
+    "every": 1, "calibration": 0.9, "recalibrate": "true",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", NAMES)
+def test_a_strategy_depends_on_no_setting_that_it_does_not_name(federate, strategy):
+    assert {*OTHERS, "attempts", "recovery_rounds"} == {field.name for field in fields(Unlearn)}
+    assert set(STRATEGIES[strategy].reads) <= set(OTHERS)
+    tune = "unlearn.tune=fixed unlearn.rounds=2"
+    usual, _ = forgotten(federate, strategy, tune)
+    unread = {name: value for name, value in OTHERS.items() if name not in STRATEGIES[strategy].reads}
+    words = " ".join(f"unlearn.{name}={value}" for name, value in unread.items())
+    federate(f"{SETTINGS} {tune} {words} strategy={strategy} {LEAVES} run=changed")
+    assert equal(usual, federate.state("changed"))

@@ -1,7 +1,7 @@
 """The steps of a federated study."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -10,6 +10,7 @@ from fedunlearn.study.federated.settings import Settings, what
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.settings import PIPELINES
 from fedunlearn.study.steps import Step
+from strategies.catalogue import STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Plan:
             federate, pipeline=pipeline, strategy=strategy, seed=seed, rounds=rounds, requests=case.schedule(),
             measured=measured, start=Start(base, case.round),
         )  # fmt: skip
-        settings = {"unlearn": asdict(self.settings.unlearn), "requests": case.requests, "measured": measured}
+        read = {name: getattr(self.settings.unlearn, name) for name in sorted(STRATEGIES[strategy].reads)}
+        settings = {"unlearn": read, "requests": case.requests, "measured": measured}
         name = f"forget/{strategy}/{pipeline}/{case.name}/seed{seed}"
         return self._step(name, settings, [base], work, rounds - case.round)
 
