@@ -4,7 +4,7 @@ import csv
 import io
 import statistics
 from importlib.resources import files
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def write(plan: Plan, root: Path) -> Path:
     pipelines = list(dict.fromkeys(pipeline for pipeline, _ in plan.each()))
     tables = [(case, p, results.rows(case, p)) for case in plan.cases() for p in pipelines]
     tables = [(case, pipeline, rows) for case, pipeline, rows in tables if any(r.strategy != "gold" for r in rows)]
-    write_atomically(folder / "results.csv", as_csv([row for _, _, rows in tables for row in rows]).encode())
+    write_atomically(folder / "results.csv", as_csv(results, tables).encode())
     pictures = {}
     for case, pipeline, _ in tables[:1]:
         pictures = {
@@ -91,16 +91,27 @@ def spread(values: list[float], measure: str) -> str:
     return f"{text} ± {number(statistics.stdev(values), measure)}" if len(values) > 1 else text
 
 
-def as_csv(rows: list[Row]) -> str:
-    """One line a number."""
+def as_csv(results: Results, tables: list[tuple[Case, str, list[Row]]]) -> str:
+    """One line a number; a cost's is after 0 rounds, and has no gold."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV)
-    for row in rows:
-        who = "+".join(map(str, row.forgotten))
-        for measure, values in row.values.items():
-            gold = statistics.fmean(row.gold[measure]) if row.gold.get(measure) else float("nan")
-            numbers = [row.mean(measure), row.sd(measure), len(values), gold, row.distance(measure)]
-            words = ["" if isnan(value) else f"{value:.6g}" for value in numbers]
-            writer.writerow([row.case.name, row.pipeline, row.strategy, who, row.after, measure, *words])
+    for case, pipeline, rows in tables:
+        for row in rows:
+            who = "+".join(map(str, row.forgotten))
+            for measure, values in row.values.items():
+                gold = statistics.fmean(row.gold[measure]) if row.gold.get(measure) else nan
+                numbers = [row.mean(measure), row.sd(measure), len(values), gold, row.distance(measure)]
+                writer.writerow([case.name, pipeline, row.strategy, who, row.after, measure, *map(plain, numbers)])
+        for strategy in results.plan.settings.study.strategies:
+            for name, values in results.costs(case, pipeline, strategy).items():
+                sd = statistics.stdev(values) if len(values) > 1 else nan
+                numbers = [statistics.fmean(values), sd, len(values), nan, nan]
+                who = "+".join(map(str, case.left(0)))
+                writer.writerow([case.name, pipeline, strategy, who, 0, name, *map(plain, numbers)])
     return buffer.getvalue()
+
+
+def plain(value: float) -> str:
+    """Six digits; nothing for nan."""
+    return "" if isnan(value) else f"{value:.6g}"
