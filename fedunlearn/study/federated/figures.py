@@ -1,7 +1,7 @@
 """Pictures of a federated study: the story over rounds, and distance to gold against cost."""
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedunlearn.study.federated.plan import Case
 from fedunlearn.study.federated.tables import NAMES, Results
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STORY = ("subset", "ssd", "leave")
+BEFORE = 15  # rounds that are shown before the request
 COLOURS = {
     "subset": "#2a6f97", "ssd": "#c8553d", "leave": "#6a994e", "ascent": "#e09f3e", "pga": "#7b2cbf",
     "federaser": "#bc4b8a", "negate": "#5c4033", "gold": "0.45",
@@ -20,12 +21,12 @@ def story(results: Results, case: Case, pipeline: str) -> "Figure":
     """Forgotten, others and test over rounds for ours, SSD and leaving; gold as dashed lines, the request marked."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     left = case.left(0)
     columns = {"forgotten": f"client_{left[0]}", "others": "others", "test": "test"}
     for axes, (name, column) in zip(figure.subplots(1, 3, sharey=True), columns.items(), strict=True):
         axes.axvline(case.round, color="0.6", linewidth=1)
-        axes.annotate("request ", (case.round, 0.02), ha="right", fontsize=8, color="0.35")
+        axes.annotate(" request", (case.round, 0.02), ha="left", fontsize=8, color="0.35")
         for strategy in (s for s in STORY if s in results.plan.settings.study.strategies):
             points = curve(results, case, pipeline, strategy, column)
             if points:
@@ -33,10 +34,10 @@ def story(results: Results, case: Case, pipeline: str) -> "Figure":
         gold = curve(results, case, pipeline, "gold", column)
         if gold:
             axes.plot(*zip(*gold, strict=True), color=COLOURS["gold"], linestyle="--", label=NAMES["gold"])
-        axes.set(title=name, xlabel="round", ylim=(0, 1.03))
+        axes.set(title=name, xlabel="round", ylim=(0, 1.03), xlim=(case.round - BEFORE, None))
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("class accuracy")
-    figure.axes[-1].legend(fontsize=8, loc="lower left")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -66,14 +67,13 @@ def frontier(results: Results, case: Case, pipeline: str) -> "Figure":
     for axes, moment in zip(figure.subplots(1, 2, sharey=True), moments, strict=True):
         for row in (row for row in results.rows(case, pipeline) if row.after == moment and row.strategy != "gold"):
             cost = statistics.fmean(results.costs(case, pipeline, row.strategy)["work"])
-            axes.plot(cost, row.distance("forgotten"), "o", color=COLOURS[row.strategy])
-            note: dict[str, Any] = {"fontsize": 8, "xytext": (4, 4), "textcoords": "offset points"}
-            axes.annotate(
-                f"{NAMES[row.strategy]} (test {row.mean('test'):.2f})", (cost, row.distance("forgotten")), **note
-            )
-        axes.set(title=f"{moment} rounds after", xlabel="work until served, % of retraining")
+            distance, label = row.distance("forgotten"), f"{NAMES[row.strategy]}, test {row.mean('test'):.3f}"
+            axes.plot(cost, distance, "o", color=COLOURS[row.strategy], label=label)
+        axes.set(title=f"{moment} rounds after", xlabel="work until served, % of retraining", ylim=(0, None))
         axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(left=-0.2)
+        axes.set_xlim(-0.2, 100)
+        axes.set_xticks([0, 1, 5, 20, 100], ["0", "1", "5", "20", "100"])
+        axes.legend(fontsize=7)
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("|forgotten − gold|")
     return figure
