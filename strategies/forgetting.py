@@ -54,6 +54,7 @@ class Forgetting(FedAvg):
         watch: Callable[[int], None] = lambda round_: None,
     ) -> None:
         super().__init__()
+        torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         self.run, self.worker, self.config, self.log, self.watch = run, worker, run.config, log, watch
         self.model = worker.model
         self.federation = Federation(to_json(run.config), timeout=run.config.timeout, log=log)
@@ -284,7 +285,6 @@ class Forgetting(FedAvg):
         return self._scores(others, forgotten)
 
     def _scores(self, others: Answer, leaving: Iterable[int] = ()) -> Scores:
-        torch.set_num_threads(self.config.train.threads)
         return scores(self.worker, others, sorted({*leaving, *self.run.ledger.clients_in(FORGOTTEN)}))
 
     def sample(self, round_: int) -> list[int]:
