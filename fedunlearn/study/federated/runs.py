@@ -56,7 +56,8 @@ def federate(
         kept: rounds whose checkpoints the step leaves.
 
     Returns:
-        `scores` (rows with `round`, `forgotten` and every column), `forgets` (receipts), `cost` (by round), `files`.
+        `scores` (rows with `round`, `forgotten` and every column), `forgets` (receipts), `rounds` (their costs),
+        `files` and `stored` (bytes).
     """
     asked = [client for clients in requests.values() for client in clients]
     with run_of(lab, desk, pipeline, strategy, seed, requests, start) as run:
@@ -67,7 +68,7 @@ def federate(
             gone = run.ledger.clients_in(FORGOTTEN)
             if round_ in measured or round_ % TRACE == 0 or round_ in requests:
                 found = lab.answers(work.model)
-                columns = curve(lab, found, gone or asked, worker)
+                columns = curve(found, gone or asked, worker)
                 if round_ in measured:
                     columns |= score(found, gone or asked, seed=seed)
                 run.record("score", round=round_, request=str(gone), forgotten=gone, **columns)
@@ -78,7 +79,7 @@ def federate(
         work.watch = watch
         if work.round < rounds or run.ledger.head() is None or not run.ledger.head().finished:
             if start and work.round == start.round and not run.ledger.clients_in(FORGOTTEN):
-                columns = curve(lab, lab.answers(work.model), asked, worker)
+                columns = curve(lab.answers(work.model), asked, worker)
                 run.record("score", round=work.round, request="before", forgotten=[], **columns)
             logging.getLogger("flwr").setLevel(logging.ERROR)  # it says the number of every round
             work.start(LocalGrid(lab.settings.clients, client_app.app), rounds - work.round)
@@ -131,7 +132,7 @@ def copy_of(lab: Laboratory, desk: Desk, pipeline: str, run: Run, start: Start) 
     run.commit(model, start.round, beside=beside)
 
 
-def curve(lab: Laboratory, found: Answers, clients: Sequence[int], worker: Worker) -> Scores:
+def curve(found: Answers, clients: Sequence[int], worker: Worker) -> Scores:
     """Accuracies of everybody, what unseen images of the forgotten clients' mix get, and the losses of both."""
     counts = found.train.counts()
     others = sum((c for client, c in counts.items() if client not in clients), Counts())
@@ -164,13 +165,11 @@ def file_of(round_: int) -> str:
 def outcome(desk: Desk, run: Run, kept: Sequence[int]) -> dict[str, Any]:
     """What the run has measured."""
     rows = run.metrics()
-    trained = [row["train"] for row in rows if row["kind"] == "round"]
     return {
         "files": {file_of(round_): sha256(desk.folder / file_of(round_)) for round_ in kept},
         "scores": [row for row in rows if row["kind"] == "score"],
         "forgets": [row for row in rows if row["kind"] == "forget"],
         "rounds": {str(row["round"]): row["train"] for row in rows if row["kind"] == "round"},
-        "work": sum(cost["work"] for cost in trained),
         "stored": fed_eraser.storage(run),
     }
 
