@@ -26,6 +26,8 @@ VARIANTS = {  # who trains the head, and lambda_2
     "head trained by clients, λ2 = 0.1": ("local", 0.1),
     "head trained by clients, λ2 = 0.3": ("local", 0.3),
     "head trained by the server, λ2 = 0": ("server", 0.0),
+    "head trained by the server, λ2 = 0.03": ("server", 0.03),
+    "head trained by the server, λ2 = 0.1": ("server", 0.1),
     "head trained by the server, λ2 = 0.3": ("server", 0.3),
 }
 EVERY = 2  # epochs of pooled training between measurements
