@@ -65,7 +65,7 @@ class FedEraser(Forgetting):
             if not answer.counts:
                 raise NoAnswerError(f"no retained client answered the calibration of round {round_}")
             add_cost(costs, "replay", answer.cost)
-            self.server.advance(self._calibrated(round_, calibrating))
+            self.server.advance(self._calibrated(round_, calibrating), round_)
             self.server.train_head(answer.moments, round_)
         for round_, client in updates(self.run):
             if client in leaving:

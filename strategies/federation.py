@@ -29,7 +29,7 @@ class Answer:
     """What a sweep over nodes brought: one sum a name, the counts of every client that is in it, and what it cost.
 
     `moments` are embedding moments by client, where a client sent them. `worker_seconds` and `worker_mebibytes` (peak
-    memory) are by worker process, `bytes` those of all tensors sent.
+    memory) are by worker process, `work` is processor time of all of them, `bytes` those of all tensors sent.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -37,6 +37,7 @@ class Answer:
     moments: dict[int, Tensor] = field(default_factory=dict)
     worker_seconds: Counter[int] = field(default_factory=Counter)
     worker_mebibytes: dict[int, float] = field(default_factory=dict)
+    work: float = 0.0
     bytes: int = 0
     seconds: float = 0.0
 
@@ -47,10 +48,10 @@ class Answer:
 
     @property
     def cost(self) -> dict[str, float]:
-        """Seconds (wall-clock, of all workers, of the busiest), workers, bytes, peak memory of the largest worker."""
+        """Seconds (wall-clock, work of all workers, wall-clock of the busiest), workers, bytes, peak memory of one."""
         return {
             "seconds": self.seconds,
-            "work": sum(self.worker_seconds.values()),
+            "work": self.work,
             "busiest": max(self.worker_seconds.values(), default=0.0),
             "workers": len(self.worker_seconds),
             "bytes": self.bytes,
@@ -198,6 +199,7 @@ class Federation:
         answer.counts |= counts
         work = reply.content["work"]
         answer.worker_seconds[work["worker"]] += work["seconds"]
+        answer.work += work["work"]
         answer.worker_mebibytes[work["worker"]] = work["mebibytes"]
         answer.bytes += wire.bytes_of(message) + wire.bytes_of(reply)
 

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
+from fedunlearn import unlearn
 from fedunlearn.config import to_json
 from fedunlearn.errors import UserError
 from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
@@ -232,14 +233,24 @@ class Forgetting(FedAvg):
         return self.federation.ask(grid, kind, round_, clients, self.broadcast(), like, **task)
 
     def recover(self, grid: Grid, costs: dict[str, Any]) -> None:
-        """`unlearn.recover` rounds of the retained clients at the rate `unlearn.lr`."""
+        """`unlearn.recover` rounds of the retained clients at the rate `unlearn.recover_lr`."""
         for round_ in range(self.round + 1, self.round + 1 + self.config.unlearn.recover):
-            answer = self.ask_to_train("train", grid, round_, self.active, lr=self.config.unlearn.lr)
+            answer = self.ask_to_train("train", grid, round_, self.active, lr=self.config.unlearn.recover_lr)
             if not answer.counts:
                 raise NoAnswerError("no retained client answered")
             add_cost(costs, "recovery", answer.cost)
             self.server.move(self.federation.mean(answer))
             self.server.train_head(answer.moments, round_)
+
+    def recalibrate(self, grid: Grid, costs: dict[str, Any]) -> None:
+        """Estimate BatchNorm statistics on the retained clients' images."""
+        like = unlearn.no_moments(self.model)
+        if like:
+            answer = self.federation.ask(grid, "query.moments", self.round, self.active, self.broadcast(), like)
+            if not answer.counts:
+                raise NoAnswerError("no retained client answered the query for BatchNorm moments")
+            costs["moments"] = answer.cost
+            unlearn.recalibrate(self.model, answer.sums)
 
     def accuracy_of(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> float:
         """The leaving clients' class accuracy under the current model, which they count."""

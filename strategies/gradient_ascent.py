@@ -16,7 +16,7 @@ class GradientAscent(Forgetting):
     retained clients train `unlearn.recover` rounds.
     """
 
-    reads = ("ascent_epochs", "ascent_lr", "clip", "recover", "lr")
+    reads = ("ascent_epochs", "ascent_lr", "clip", "recover", "recover_lr")
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Ascend, then recover."""

@@ -9,7 +9,7 @@ from fedunlearn.client_head import train_client_head
 from fedunlearn.ledger import Request
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
-from fedunlearn.train import generator_of
+from fedunlearn.train import generator_of, learning_rate
 from fedunlearn.worker import Worker, model_of
 
 HEAD = 2**32 - 1  # where the client head's draws are used: no client has this number
@@ -21,7 +21,7 @@ class ServerModel:
     Attributes:
         model: the worker's.
         momentum: by parameter, while `train.server_momentum` is above 0.
-        held: by parameter, true for weights that rounds of training do not move.
+        held: by parameter, true for weights that rounds of training move less (`freedom`), in the end not at all.
     """
 
     def __init__(self, run: Run, worker: Worker) -> None:
@@ -32,11 +32,13 @@ class ServerModel:
 
     def step(self, movement: dict[str, Tensor], moments: dict[int, Tensor], round_: int) -> None:
         """`advance` by the clients' mean movement, then `train_head` from their embeddings' moments."""
-        self.advance(movement)
+        self.advance(movement, round_)
         self.train_head(moments, round_)
 
-    def advance(self, movement: dict[str, Tensor]) -> None:
-        """theta += m, m = beta m + movement, the mean of (theta_c - theta) over the clients' examples; 0 where held.
+    def advance(self, movement: dict[str, Tensor], round_: int) -> None:
+        """theta += m, m = beta m + movement, the mean of (theta_c - theta) over the clients' examples.
+
+        Where weights are held, movement is times `freedom`.
 
         beta is `train.server_momentum` (Hsu et al., 2019, "Measuring the Effects of Non-Identical Data Distribution for
         Federated Visual Classification"); statistics of BatchNorm have no momentum.
@@ -46,11 +48,23 @@ class ServerModel:
             self.config.train.server_momentum,
         )
         for name, held in self.held.items():
-            moved[name] = moved[name].masked_fill(held, 0)
+            moved[name] = torch.where(held, self.freedom(round_) * moved[name], moved[name])
         for name, _ in self.model.named_parameters() if beta else ():
             moved[name] = moved[name] + beta * self.momentum.get(name, 0)
             self.momentum[name] = moved[name]
         self.move(moved)
+
+    def freedom(self, round_: int) -> float:
+        """Of held weights in a round: the share of what the learning rate's schedule falls by that is still to come.
+
+        While much is still to learn held weights move too, or learning would stop; at its end they do not move.
+        """
+        train, rounds = self.config.train, self.config.rounds
+        first, now, last = (
+            learning_rate(at / rounds, lr=1.0, schedule=train.schedule, end=train.lr_end)
+            for at in (0, min(round_, rounds) - 1, rounds - 1)
+        )
+        return (now - last) / (first - last) if first > last else 0.0
 
     def move(self, movement: dict[str, Tensor]) -> None:
         """theta += movement, held or not."""
@@ -68,7 +82,7 @@ class ServerModel:
 
     @torch.no_grad()
     def hold(self, before: dict[str, Tensor], share: float) -> None:
-        """From now on, hold that share of the weights that moved most since `before`, by their layer's measure:
+        """From now on hold that share of the weights that moved most since `before`, by their layer's measure:
         |move| / root mean square of the layer's moves. None of those that tie with the last one."""
         moves = {name: (value - before[name]).abs() for name, value in self.model.named_parameters()}
         relative = {name: move / move.square().mean().sqrt().clamp(min=1e-12) for name, move in moves.items()}

@@ -100,16 +100,6 @@ class SelectiveDampening(Forgetting):
         full = {n: ((retain.sums[n] + forget.sums[n]) / (n_retain + n_forget)).to(device) for n in like}
         return full, {n: (total / n_forget).to(device) for n, total in forget.sums.items()}
 
-    def recalibrate(self, grid: Grid, costs: dict[str, Any]) -> None:
-        """Estimate BatchNorm statistics on the retained clients' images."""
-        like = unlearn.no_moments(self.model)
-        if like:
-            answer = self.federation.ask(grid, "query.moments", self.round, self.active, self.broadcast(), like)
-            if not answer.counts:
-                raise NoAnswerError("no retained client answered the query for BatchNorm moments")
-            costs["moments"] = answer.cost
-            unlearn.recalibrate(self.model, answer.sums)
-
 
 def nearest(trials: list[dict[str, float]], target: float) -> dict[str, float]:
     """The trial of a forgotten accuracy nearest to `target`; of those within `CLOSE`, the best on the test images."""

@@ -2,65 +2,54 @@
 
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from strategies import wire
 from strategies.federation import NoAnswerError
-from strategies.forgetting import add_cost
-from strategies.ssd import SelectiveDampening
+from strategies.forgetting import Forgetting, add_cost
 
-CLOSE, LOST = 0.02, 0.01  # accuracies: how near the forgotten must come, how much the test images may lose
+LAST = 0.4  # of the rate of the first round of unlearning, that of the last
 
 
-class SubsetUnlearning(SelectiveDampening):
-    """theta <- theta + (1 - w) mean of (theta_r - theta) + w mean of (theta_f - theta), up to `unlearn.rounds` times.
+class SubsetUnlearning(Forgetting):
+    """theta <- theta + (1 - w) mean of (theta_r - theta) + w mean of (theta_f - theta), `unlearn.rounds` times.
 
     The server shows the leaving clients f what the model says of its own, unseen images. Each of them matches these
     answers to its images (`unseen.match_answers`) and trains the model to give them, while the retained clients r
-    train on as ever; w is `unlearn.weight`. So D_f gets the answers that unseen data gets, and the loss on D_r stays
-    near zero: no gradient is left that would bring the old answers back when training goes on. BatchNorm statistics
-    are those of the retained clients, estimated again at the end; the leaving clients' neurons are pruned.
+    train on as ever; w is `unlearn.weight`. So D_f gets the answers that unseen data gets, no fewer right and no
+    surer, and the loss on D_r stays near zero: no gradient is left that would bring the old answers back when training
+    goes on. BatchNorm statistics are those of the retained clients, estimated again at the end; the leaving clients'
+    neurons are pruned.
 
     When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
-    moved most are held where they are (`ServerModel.hold`). One bit a weight says which they are, and nothing else is
-    kept: neither where they were before nor what the leaving clients sent.
+    moved most are held (`ServerModel.hold`). One bit a weight says which they are, and nothing else is kept: neither
+    where they were before nor what the leaving clients sent.
     """
 
     reads = (
-        "tune", "rounds", "round_share", "weight", "forget_epochs", "views", "flip", "hold", "lr", "recalibrate"
+        "rounds", "round_share", "weight", "forget_epochs", "views", "flip", "hold", "lr", "recalibrate"
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of leaving and staying clients together, then BatchNorm again.
-
-        With `unlearn.tune=auto` they end when the leaving clients' accuracy is no more than what unseen images of their
-        class mix got from the model before, and the test accuracy what it was.
-        """
-        settings, teacher = self.config.unlearn, self.teacher()
-        predicted, test = self.expected_accuracy(leaving), self.test_accuracy()
+        """Rounds of leaving and staying clients together at a rate that falls to `LAST` of it, then BatchNorm again."""
+        settings, teacher, predicted = self.config.unlearn, self.teacher(), self.expected_accuracy(leaving)
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-        trace = [self.accuracy_of(leaving, grid, costs)]
-
-        def finished() -> bool:
-            near = trace[-1] <= predicted + CLOSE and self.test_accuracy() >= test - LOST
-            return len(trace) > settings.rounds or (settings.tune == "auto" and near)
-
-        while not finished():
-            self.move_away(leaving, self.round + len(trace), grid, costs, teacher)
-            trace.append(self.accuracy_of(leaving, grid, costs))
+        for number, share in enumerate(torch.linspace(1, LAST, settings.rounds).tolist(), 1):
+            self.move_away(leaving, self.round + number, settings.lr * share, grid, costs, teacher)
         if settings.recalibrate:
             self.recalibrate(grid, costs)
         self.server.hold(before, settings.hold)
-        return {"predicted": predicted, "trace": trace}
+        return {"predicted": predicted}
 
     def move_away(
-        self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord
+        self, leaving: list[int], round_: int, lr: float, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord
     ) -> None:
         """One round; statistics of BatchNorm are those of the retained clients."""
         settings = self.config.unlearn
-        stay = self.ask_to_train("train", grid, round_, self.active, lr=settings.lr, share=settings.round_share)
-        leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=settings.lr, teacher=teacher)
+        stay = self.ask_to_train("train", grid, round_, self.active, lr=lr, share=settings.round_share)
+        leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=lr, teacher=teacher)
         if not stay.counts:
             raise NoAnswerError("no retained client answered")
         if missing := sorted(set(leaving) - leave.counts.keys()):

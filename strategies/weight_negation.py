@@ -12,10 +12,10 @@ class WeightNegation(Forgetting):
     """theta_l <- -theta_l for the first layer l, then training by the retained clients goes on (NoT, Eq. 4).
 
     Negating the first layer takes the model far from where the leaving clients brought it, without anybody's data; what
-    the retained clients still need is learned again in `unlearn.recover` rounds at `unlearn.lr`.
+    the retained clients still need is learned again in `unlearn.recover` rounds at `unlearn.recover_lr`.
     """
 
-    reads = ("recover", "lr")
+    reads = ("recover", "recover_lr")
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Negate, then fine-tune."""

@@ -21,9 +21,7 @@ def crash_at(grid, number):
     return grid
 
 
-@pytest.mark.parametrize(
-    ("strategy", "every"), [("strategy=ssd", 2), ("strategy=subset unlearn.tune=fixed unlearn.rounds=1", 5)]
-)
+@pytest.mark.parametrize(("strategy", "every"), [("strategy=ssd", 2), ("strategy=subset unlearn.rounds=1", 5)])
 def test_a_run_that_is_stopped_at_any_message_goes_on_to_the_same_weights(federate, strategy, every):
     undisturbed = federate(f"{SCHEDULE} {strategy} run=whole")
     expected = federate.state("whole")

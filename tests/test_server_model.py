@@ -1,0 +1,66 @@
+"""Weights that are held: which, how much they still move, and that a restart knows them."""
+
+import pytest
+import torch
+
+from fedunlearn import checkpoint
+from strategies.server_model import ServerModel
+
+SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.recalibrate=false"
+LEAVES = "forget.schedule={2:[3]}"
+
+
+@pytest.fixture
+def server(federate):
+    """Makes the server's model of a run without rounds."""
+
+    def make(settings):
+        federate(f"{settings} rounds=1 run=other")
+        return ServerModel(federate.run("other"), federate.worker(settings))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("train.schedule=constant", {1: 0.0, 5: 0.0, 9: 0.0}),
+        ("train.schedule=steps", {1: 1.0, 4: 1.0, 5: 0.09 / 0.99, 7: 0.0, 8: 0.0, 30: 0.0}),
+        ("train.schedule=cosine train.lr_end=0.1", {1: 1.0, 8: 0.0, 30: 0.0}),
+    ],
+)
+def test_held_weights_move_while_the_learning_rate_has_to_fall(server, schedule, wanted):
+    held = server(f"{SETTINGS} {schedule}")
+    held.config.rounds = 8
+    assert {round_: pytest.approx(held.freedom(round_)) for round_ in wanted} == wanted
+
+
+def test_held_weights_move_by_their_freedom(server, monkeypatch):
+    held = server(f"{SETTINGS} train.server_momentum=0")
+    monkeypatch.setattr(ServerModel, "freedom", lambda self, round_: 0.25)
+    before = {name: value.clone() for name, value in held.model.named_parameters()}
+    name = next(iter(before))
+    held.held[name] = torch.rand_like(before[name]) < 0.5
+    held.advance({name: torch.ones_like(value) for name, value in before.items()}, 1)
+    for other, value in held.model.named_parameters():
+        wanted = torch.where(held.held.get(other, torch.tensor(False)), 0.25, 1.0)
+        torch.testing.assert_close(value - before[other], wanted.expand_as(value))
+
+
+def test_the_weights_that_unlearning_moved_most_are_held_also_after_a_restart(federate):
+    settings = f"{SETTINGS} strategy=subset unlearn.rounds=1 unlearn.hold=0.5 {LEAVES}"
+    settings += " train.schedule=constant loss.warmup=0"
+    federate(f"{settings} rounds=2 run=before")
+    served = federate.state("before")
+    federate(f"{settings} rounds=3 run=goes_on")
+    head = federate.run("goes_on").ledger.head()
+    state, _ = checkpoint.read_tensors(federate.folder("goes_on") / "checkpoints" / head.checkpoint)
+    held = {name.removeprefix("held."): value for name, value in state.items() if name.startswith("held.")}
+    count = sum(value.numel() for value in held.values())
+    share = sum(int(value.sum()) for value in held.values()) / count
+    assert 0.49 < share <= 0.5  # of those that tie with the last one, none
+    moved = False
+    for name, mask in held.items():
+        assert torch.equal(state[name][mask], served[name][mask]), name
+        moved |= bool((state[name] != served[name]).any())
+    assert moved
