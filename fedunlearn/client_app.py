@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
-from flwr.app import Context, Message, MetricRecord
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
@@ -70,10 +70,17 @@ def train(message: Message, context: Context) -> Message:
     Where the server trains the client head, every client's embedding moments at the broadcast model come along.
     """
     task, worker, state = prepare(message)
-    moments = {str(c): worker.embedding_moments(c, task.round) for c in task.clients if worker.server_trains_head}
+    moments = moments_of(task, worker) if task.embeddings else None
     reply = moved_by(message, worker, state, partial(worker.fit, round_=task.round, share=task.share, lr=task.lr))
-    reply.content["moments"] = wire.packed(moments, "fp32")
+    if moments is not None:
+        reply.content["moments"] = moments
     return reply
+
+
+def moments_of(task: wire.Task, worker: Worker) -> ArrayRecord:
+    """Every client's embedding moments, by client; none where the server does not train the client head."""
+    clients = task.clients if worker.server_trains_head else []
+    return wire.packed({str(client): worker.embedding_moments(client, task.round) for client in clients}, "fp32")
 
 
 @app.train("unlearn")
@@ -141,6 +148,15 @@ def moments(message: Message, context: Context) -> Message:
         wire.add_to(sums, batch_moments(worker.model, images, precision=worker.config.train.precision))
     counts = {c: Counts(worker.examples(c)) for c in task.clients}
     return wire.reply(message, wire.packed(sums, worker.config.wire), counts)
+
+
+@app.query("embeddings")
+def embeddings(message: Message, context: Context) -> Message:
+    """Reply with every client's embedding moments."""
+    task, worker, _ = prepare(message)
+    reply = wire.reply(message, None, {c: Counts(worker.examples(c)) for c in task.clients})
+    reply.content["moments"] = moments_of(task, worker)
+    return reply
 
 
 @app.query("identify")

@@ -122,7 +122,7 @@ class Unlearn:
     )
     tune: str = choice("auto", TUNINGS, "auto: α and λ by what unseen data gets; fixed: as set (ssd)")
     rounds: int = number(5, 1, 10**6, "of unlearning (subset)")
-    round_share: float = number(0.33, 1e-6, 1, "of each retained client's images in such a round (subset)")
+    round_share: float = number(0.3, 1e-6, 1, "of each retained client's images in such a round (subset)")
     weight: float = number(0.6, 0, 1, "of the leaving clients in it (subset)")
     forget_epochs: int = number(2, 1, 1000, "of the leaving clients in it (subset)")
     views: int = number(4, 1, 1000, "shifted versions of their images to match unseen answers by (subset)")

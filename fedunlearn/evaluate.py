@@ -59,7 +59,6 @@ class Predictions(NamedTuple):
 
     def counts(self) -> dict[int, Counts]:
         """Of every client in it."""
-        right = self.class_probs.gather(1, self.class_labels[:, None]).squeeze(1)
         class_hits = self.class_probs.argmax(1) == self.class_labels
         client_hits = torch.zeros_like(class_hits)
         if self.client_probs is not None:
@@ -69,7 +68,7 @@ class Predictions(NamedTuple):
         def totals(values: Tensor) -> list[float]:
             return torch.zeros(len(clients), dtype=torch.float64).index_add_(0, place, values.double()).tolist()
 
-        losses = totals(-right.clamp(min=torch.finfo(right.dtype).tiny).log())
+        losses = totals(self._losses())
         hits = [map(int, totals(values)) for values in (torch.ones_like(class_hits), class_hits, client_hits)]
         rows = zip(clients.tolist(), losses, *hits, strict=True)
         return {client: Counts(examples, loss, *correct) for client, loss, examples, *correct in rows}
@@ -86,10 +85,20 @@ class Predictions(NamedTuple):
         Args:
             class_mix: m, examples a class, [K]. A class without an example here has the mean accuracy of all.
         """
-        hits = (self.class_probs.argmax(1) == self.class_labels).double()
+        return self._expected((self.class_probs.argmax(1) == self.class_labels).double(), class_mix)
+
+    def expected_loss(self, class_mix: Tensor) -> float:
+        """As `expected_accuracy`, of the class cross-entropy."""
+        return self._expected(self._losses(), class_mix)
+
+    def _losses(self) -> Tensor:
+        right = self.class_probs.gather(1, self.class_labels[:, None]).squeeze(1)
+        return -right.clamp(min=torch.finfo(right.dtype).tiny).log().double()
+
+    def _expected(self, values: Tensor, class_mix: Tensor) -> float:
         seen = torch.bincount(self.class_labels, minlength=len(class_mix))
-        of_class = torch.bincount(self.class_labels, hits, minlength=len(class_mix)) / seen
-        return float((class_mix * of_class.nan_to_num(nan=float(hits.mean()))).sum() / class_mix.sum())
+        of_class = torch.bincount(self.class_labels, values, minlength=len(class_mix)) / seen
+        return float((class_mix * of_class.nan_to_num(nan=float(values.mean()))).sum() / class_mix.sum())
 
     def features(self) -> Tensor:
         """What `attack.logistic_mia` looks at, [N, K + C]: class probabilities, then client probabilities if any."""

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from fedunlearn import unlearn
 from fedunlearn.config import to_json
 from fedunlearn.errors import UserError
+from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
@@ -252,17 +253,30 @@ class Forgetting(FedAvg):
             costs["moments"] = answer.cost
             unlearn.recalibrate(self.model, answer.sums)
 
-    def accuracy_of(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> float:
-        """The leaving clients' class accuracy under the current model, which they count."""
+    def renew_head(self, grid: Grid, costs: dict[str, Any]) -> None:
+        """Train the client head from the retained clients' embeddings as they now are, where the server trains it."""
+        if self.worker.server_trains_head:
+            answer = self.federation.ask(grid, "query.embeddings", self.round, self.active, self.broadcast(), {})
+            if not answer.counts:
+                raise NoAnswerError("no retained client answered the query for moments of embeddings")
+            costs["embeddings"] = answer.cost
+            self.server.train_head(answer.moments, self.round)
+
+    def counts_of(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> Counts:
+        """What the leaving clients get right under the current model, which they count."""
         answer = self.federation.ask(grid, "evaluate", self.round, leaving, self.broadcast(), {})
         if missing := sorted(set(leaving) - answer.counts.keys()):
             raise NoAnswerError(f"client {missing[0]} did not evaluate the model")
         add_cost(costs, "evaluations", answer.cost)
-        return answer.total.class_accuracy
+        return answer.total
 
     def expected_accuracy(self, clients: Iterable[int]) -> float:
         """What unseen images of these clients' class mix get from the current model."""
         return self.worker.predict_test().expected_accuracy(self.worker.class_mix(clients))
+
+    def expected_loss(self, clients: Iterable[int]) -> float:
+        """Mean class loss of unseen images of these clients' class mix under the current model."""
+        return self.worker.predict_test().expected_loss(self.worker.class_mix(clients))
 
     def test_accuracy(self) -> float:
         """Of the current model."""

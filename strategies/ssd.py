@@ -21,7 +21,8 @@ class SelectiveDampening(Forgetting):
     """theta_i *= min((lambda F_D,i / F_f,i)^e, 1) where F_f,i > alpha F_D,i (Eq. 8-9; Foster et al., 2024).
 
     Fishers of the retained clients and of the leaving ones at the current model, F_D = sum of n_c F_c / sum of n_c,
-    `unlearn.step`, and (`unlearn.recalibrate`) BatchNorm statistics again from the retained clients.
+    `unlearn.step`, and (`unlearn.recalibrate`) BatchNorm statistics again from the retained clients; then the server
+    trains the client head anew, where it does so.
     """
 
     reads = (
@@ -29,7 +30,7 @@ class SelectiveDampening(Forgetting):
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Dampen, prune, recalibrate."""
+        """Dampen, recalibrate, and train the client head."""
         settings, said = self.config.unlearn, {}
         full, forget = self.fishers(leaving, grid, costs)
         strength = {"alpha": settings.alpha, "lambda_": settings.lambda_, "exponent": settings.exponent}
@@ -42,6 +43,7 @@ class SelectiveDampening(Forgetting):
         unlearn.step(self.model, full, forget, leaving, **strength)
         if settings.recalibrate:
             self.recalibrate(grid, costs)
+        self.renew_head(grid, costs)
         return {**strength, **said, "selected": selected_share(full, forget, alpha=strength["alpha"])}
 
     def search(
@@ -70,9 +72,14 @@ class SelectiveDampening(Forgetting):
                 self.model.load_state_dict(before)
                 unlearn.step(self.model, full, forget, [], alpha=alpha, lambda_=lambda_)
                 self.worker.recalibrate_on_test()
-                accuracy, test = self.accuracy_of(leaving, grid, costs), self.test_accuracy()
-                trials.append({"alpha": alpha, "lambda_": lambda_, "forgotten": accuracy, "test": test})
-                low, high = ((low + high) / 2, high) if accuracy < target else (low, (low + high) / 2)
+                forgotten = self.counts_of(leaving, grid, costs)
+                found = {
+                    "forgotten": forgotten.class_accuracy,
+                    "loss": forgotten.mean_loss,
+                    "test": self.test_accuracy(),
+                }
+                trials.append({"alpha": alpha, "lambda_": lambda_, **found})
+                low, high = ((low + high) / 2, high) if forgotten.class_accuracy < target else (low, (low + high) / 2)
         self.model.load_state_dict(before)
         return trials
 

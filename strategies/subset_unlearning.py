@@ -20,8 +20,8 @@ class SubsetUnlearning(Forgetting):
     answers to its images (`unseen.match_answers`) and trains the model to give them, while the retained clients r
     train on as ever; w is `unlearn.weight`. So D_f gets the answers that unseen data gets, no fewer right and no
     surer, and the loss on D_r stays near zero: no gradient is left that would bring the old answers back when training
-    goes on. BatchNorm statistics are those of the retained clients, estimated again at the end; the leaving clients'
-    neurons are pruned.
+    goes on. BatchNorm statistics and the client head are those of the retained clients, made again at the end; the
+    leaving clients' neurons are pruned.
 
     When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
     moved most are held (`ServerModel.hold`). One bit a weight says which they are, and nothing else is kept: neither
@@ -33,13 +33,14 @@ class SubsetUnlearning(Forgetting):
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of leaving and staying clients together at a rate that falls to `LAST` of it, then BatchNorm again."""
+        """Rounds of leaving and staying clients together at a rate that falls to `LAST` of it."""
         settings, teacher, predicted = self.config.unlearn, self.teacher(), self.expected_accuracy(leaving)
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         for number, share in enumerate(torch.linspace(1, LAST, settings.rounds).tolist(), 1):
             self.move_away(leaving, self.round + number, settings.lr * share, grid, costs, teacher)
         if settings.recalibrate:
             self.recalibrate(grid, costs)
+        self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
         return {"predicted": predicted}
 
@@ -48,7 +49,8 @@ class SubsetUnlearning(Forgetting):
     ) -> None:
         """One round; statistics of BatchNorm are those of the retained clients."""
         settings = self.config.unlearn
-        stay = self.ask_to_train("train", grid, round_, self.active, lr=lr, share=settings.round_share)
+        share = settings.round_share
+        stay = self.ask_to_train("train", grid, round_, self.active, lr=lr, share=share, embeddings=False)
         leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=lr, teacher=teacher)
         if not stay.counts:
             raise NoAnswerError("no retained client answered")
@@ -59,7 +61,6 @@ class SubsetUnlearning(Forgetting):
         movement, away, w = self.federation.mean(stay), self.federation.mean(leave), settings.weight
         mixed = {n: (1 - w) * movement[n] + w * away[n] for n, _ in self.model.named_parameters()}
         self.server.move(movement | mixed)
-        self.server.train_head(stay.moments, round_)
 
     def teacher(self) -> ArrayRecord:
         """The model as it is, and what it says of the server's unseen images."""

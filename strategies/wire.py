@@ -16,7 +16,8 @@ class Task:
     """What a node is to do: for which of its clients, in which round, under which settings (JSON of the config).
 
     `share` is of each client's examples, as far as the work can do with fewer; `lr` replaces the schedule's learning
-    rate; `until` (accuracy) and `radius` (distance from the broadcast model) bound an ascent.
+    rate; `embeddings` asks for their moments beside the training; `until` (accuracy) and `radius` (distance from the
+    broadcast model) bound an ascent.
     """
 
     config: str
@@ -24,6 +25,7 @@ class Task:
     clients: list[int]
     share: float = 1.0
     lr: float = -1.0
+    embeddings: bool = True
     until: float = 0.0
     radius: float = math.inf
 

@@ -69,3 +69,13 @@ def test_the_expected_accuracy_weighs_classes_by_the_mix():
     assert said.expected_accuracy(torch.tensor([1, 1, 1, 1])) == pytest.approx(0.5)
     assert said.expected_accuracy(torch.tensor([3, 1, 0, 0])) == pytest.approx(3.5 / 4)
     assert said.expected_accuracy(torch.tensor([0, 0, 2, 2])) == pytest.approx(0.25)
+
+
+def test_the_expected_loss_weighs_classes_by_the_mix():
+    logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 1, 2, 2])
+    said = predict(Fixed(), [(logits, labels, torch.full((5,), -1))])
+    losses = torch.nn.functional.cross_entropy(logits[:, :4], labels, reduction="none")
+    of_class = torch.stack([losses[:1].mean(), losses[1:3].mean(), losses[3:].mean(), losses.mean()])
+    mix = torch.tensor([3, 1, 0, 2])
+    assert said.expected_loss(mix) == pytest.approx(float((mix * of_class).sum() / 6), rel=1e-5)

@@ -7,10 +7,14 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from fedunlearn import unlearn
+from fedunlearn.client_head import train_client_head
 from fedunlearn.fisher import diagonal_fisher
 from fedunlearn.ledger import State
+from fedunlearn.pruning import prune_clients
+from fedunlearn.train import generator_of
 from local_grid import LocalGrid, equal, kinds
 from strategies import wire
+from strategies.server_model import HEAD
 
 ONE_STEP = (
     "rounds=1 model.norm=group train.batch_size=1000 train.crop_padding=0 loss.client_weight=0 "
@@ -68,7 +72,7 @@ def test_a_forgotten_client_gets_no_more_messages_and_training_goes_on(federate,
 
 @pytest.mark.parametrize("head", ["class", "client"])
 def test_the_federated_step_is_the_pooled_one(federate, head):
-    settings = f"rounds=1 unlearn.head={head}"
+    settings = f"rounds=1 unlearn.head={head} train.client_head=local"
     federate(settings)
     before = federate.state()
     federate(f"{settings} run=forgets forget.schedule={{1:[0, 2]}}")
@@ -82,6 +86,21 @@ def test_the_federated_step_is_the_pooled_one(federate, head):
     unlearn.recalibrate(worker.model, moments)
     assert not equal(dict(worker.model.state_dict()), before)
     assert_close(federate.state("forgets"), dict(worker.model.state_dict()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_request_ends_with_a_client_head_of_the_new_embeddings(federate):
+    settings = "rounds=1 train.client_head=server strategy=ssd unlearn.alpha=1000 unlearn.recalibrate=false"
+    federate(settings)
+    worker = federate.worker(settings)
+    worker.model.load_state_dict(federate.state())
+    federate(f"{settings} run=forgets forget.schedule={{1:[0]}}")
+    moments = {c: worker.embedding_moments(c, 1) for c in (1, 2, 3)}
+    before = [p.detach().clone() for p in worker.model.client_head.parameters()]
+    steps = worker.config.train.head_steps
+    train_client_head(worker.model.client_head, moments, steps=steps, generator=generator_of(0, 1, HEAD))
+    assert not any(torch.equal(a, b) for a, b in zip(before, worker.model.client_head.parameters(), strict=True))
+    prune_clients(worker.model, [0])
+    assert equal(federate.state("forgets"), dict(worker.model.state_dict()))
 
 
 def test_batch_norm_sees_batches_of_mixed_classes(federate):
