@@ -121,14 +121,14 @@ class Unlearn:
         0, 0, 10**6, "rounds of training on the retained clients until a request counts as done"
     )
     tune: str = choice("auto", TUNINGS, "auto: α and λ by what unseen data gets; fixed: as set (ssd)")
-    rounds: int = number(5, 1, 10**6, "of unlearning (subset)")
+    rounds: int = number(4, 1, 10**6, "of unlearning (subset)")
     round_share: float = number(0.3, 1e-6, 1, "of each retained client's images in such a round (subset)")
-    weight: float = number(0.6, 0, 1, "of the leaving clients in it (subset)")
-    forget_epochs: int = number(2, 1, 1000, "of the leaving clients in it (subset)")
+    weight: float = number(0.5, 0, 1, "of the leaving clients in it (subset)")
+    forget_epochs: int = number(4, 1, 1000, "of the leaving clients in it (subset)")
     views: int = number(4, 1, 1000, "shifted versions of their images to match unseen answers by (subset)")
     flip: bool = plain(True, "mirror half of these (subset)")
     hold: float = number(
-        0.85, 0, 1, "share of the weights, those it moved most, that hardly move from then on (subset)"
+        0.75, 0, 1, "share of the weights, those it moved most, that hardly move from then on (subset)"
     )
     lr: float = number(
         0.005, 0, 100, "learning rate of the first of these rounds; the last one's is 0.4 of it (subset)"

@@ -53,6 +53,7 @@ class FedEraser(Forgetting):
         rounds = sorted({round_ for round_, _ in updates(self.run)})
         self.server.begin_anew(leaving)
         for round_ in rounds:
+            self.log(f"── replaying round {round_} of {rounds[-1]}")
             active = [c for r, c in updates(self.run) if r == round_ and c in self.active]
             calibrating: dict[int, dict[str, Tensor]] = {}
 

@@ -37,6 +37,7 @@ class SubsetUnlearning(Forgetting):
         settings, teacher, predicted = self.config.unlearn, self.teacher(), self.expected_accuracy(leaving)
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         for number, share in enumerate(torch.linspace(1, LAST, settings.rounds).tolist(), 1):
+            self.log(f"── round {number} of {settings.rounds} of unlearning")
             self.move_away(leaving, self.round + number, settings.lr * share, grid, costs, teacher)
         if settings.recalibrate:
             self.recalibrate(grid, costs)

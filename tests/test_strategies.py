@@ -176,7 +176,7 @@ def test_the_ball_is_a_third_of_the_way_to_random_models(federate):
 
 
 def test_fed_eraser_replays_calibrated_updates(federate):
-    settings = "unlearn.every=1 unlearn.calibration=0.5 train.server_momentum=0"
+    settings = "unlearn.every=1 unlearn.calibration=0.5 train.server_momentum=0 train.lr=0.005"
     found, detail = forgotten(federate, "federaser", settings)
     worker = federate.worker(f"{SETTINGS} {settings}")
     state = {name: value.clone() for name, value in worker.model.state_dict().items()}
