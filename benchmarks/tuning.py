@@ -61,37 +61,31 @@ def targets(config: Config) -> list[dict[str, float]]:
         before = {name: value.clone() for name, value in strategy.model.state_dict().items()}
         for client in (c for c in strategy.active if strategy.federation.examples[c] >= FEWEST):
             with federation(replace(config, strategy="leave"), without=[client]) as (gold, _):
-                answer = gold.worker.evaluate(client).class_accuracy
+                answer = gold.worker.evaluate(client)
             strategy.model.load_state_dict(before)
-            row = {"client": client, "gold": answer, "predicted": strategy.expected_accuracy([client])}
+            row = {"client": client, "gold": answer.class_accuracy, "gold_loss": answer.mean_loss}
+            row |= {
+                "predicted": strategy.expected_accuracy([client]),
+                "predicted_loss": strategy.expected_loss([client]),
+            }
             full, forget = strategy.fishers([client], grid, {})
-            losses = strategy.expected_loss([client]), gold.worker.evaluate(client).mean_loss
-            row |= {"predicted_loss": losses[0], "gold_loss": losses[1]}
-            for name, target, loss in (("auto", row["predicted"], losses[0]), ("with", answer, losses[1])):
+            for name, target in (("auto", row["predicted"]), ("with", row["gold"])):
                 strategy.model.load_state_dict(before)
-                trials = strategy.search([client], full, forget, target, grid, {})
-                for how, chosen in (("", nearest(trials, target)), ("_loss", by_loss(trials, target, loss))):
-                    strategy.model.load_state_dict(before)
-                    row |= outcome(strategy, grid, client, full, forget, chosen, name + how)
+                row |= outcome(strategy, grid, client, full, forget, target, name)
             found.append(row)
     return found
 
 
-def by_loss(trials: list[dict], target: float, loss: float) -> dict:
-    """As `nearest`, but of those near the target the one of the nearest loss."""
-    close = [t for t in trials if abs(t["forgotten"] - target) <= 0.02]
-    return min(close, key=lambda t: abs(t["loss"] - loss)) if close else nearest(trials, target)
-
-
-def outcome(strategy: SelectiveDampening, grid, client: int, full, forget, chosen: dict, name: str) -> dict:
-    """The model dampened as chosen."""
+def outcome(strategy: SelectiveDampening, grid, client: int, full, forget, target: float, name: str) -> dict:
+    """The model dampened as chosen for `target`."""
+    chosen = nearest(strategy.search([client], full, forget, target, grid, {}), target)
     unlearn.step(strategy.model, full, forget, [client], alpha=chosen["alpha"], lambda_=chosen["lambda_"])
     strategy.recalibrate(grid, {})
-    forgotten = strategy.worker.evaluate(client).class_accuracy
+    forgotten = strategy.worker.evaluate(client)
     return {
-        f"{name}_forgotten": forgotten,
+        f"{name}_forgotten": forgotten.class_accuracy,
+        f"{name}_loss": forgotten.mean_loss,
         f"{name}_test": strategy.test_accuracy(),
-        f"{name}_lossf": strategy.worker.evaluate(client).mean_loss,
     }
 
 
