@@ -33,17 +33,23 @@ class SubsetUnlearning(Forgetting):
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of leaving and staying clients together at a rate that falls to `LAST` of it."""
+        """Rounds of leaving and staying clients together at a rate that falls to `LAST` of it.
+
+        None where the model knows D_f no better than unseen images of its class mix: there is nothing to take back, and
+        teaching would only show it D_f once more.
+        """
         settings, teacher, predicted = self.config.unlearn, self.teacher(), self.expected_accuracy(leaving)
+        known = self.counts_of(leaving, grid, costs).mean_loss < self.expected_loss(leaving)
+        rounds = settings.rounds if known else 0
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-        for number, share in enumerate(torch.linspace(1, LAST, settings.rounds).tolist(), 1):
-            self.log(f"── round {number} of {settings.rounds} of unlearning")
+        for number, share in enumerate(torch.linspace(1, LAST, rounds).tolist(), 1):
+            self.log(f"── round {number} of {rounds} of unlearning")
             self.move_away(leaving, self.round + number, settings.lr * share, grid, costs, teacher)
         if settings.recalibrate:
             self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
-        return {"predicted": predicted}
+        return {"predicted": predicted, "rounds": rounds}
 
     def move_away(
         self, leaving: list[int], round_: int, lr: float, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord

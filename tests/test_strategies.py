@@ -24,6 +24,12 @@ SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.r
 LEAVES = "forget.schedule={2:[3]}"
 
 
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """After two rounds no client is known better than unseen images are; `subset` would have nothing to do."""
+    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_loss", lambda self, clients: float("inf"))
+
+
 def before(federate, more=""):
     """A worker that holds the model as it was when the request came."""
     federate(f"{SETTINGS} {more} run=before")
@@ -242,6 +248,16 @@ def test_unseen_answers_are_taught_at_a_falling_rate(federate):
     for kind in ("train", "train.unlearn"):
         rates = {round_: lr for (sent, round_), lr in tasks.items() if sent == kind and lr >= 0}
         assert rates == {3: pytest.approx(0.01), 4: pytest.approx(0.007), 5: pytest.approx(0.004)}
+
+
+def test_a_client_that_is_known_no_better_than_unseen_images_is_not_taught(federate, monkeypatch):
+    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_loss", lambda self, clients: 0.0)
+    grid = federate(f"{SETTINGS} strategy=subset {LEAVES}", grid=LocalGrid(4))
+    assert not [kind for kind, _ in kinds(grid) if kind == "train.unlearn"]
+    (request,) = federate.requests()
+    assert request.detail["rounds"] == 0
+    left, _ = forgotten(federate, "leave")
+    assert equal(federate.state(), left)
 
 
 def test_the_leaving_client_gets_no_message_after_it_has_taught(federate):
