@@ -257,7 +257,7 @@ def test_a_client_that_is_known_no_better_than_unseen_images_is_not_taught(feder
     (request,) = federate.requests()
     assert request.detail["rounds"] == 0
     left, _ = forgotten(federate, "leave")
-    assert equal(federate.state(), left)
+    assert_same(federate.state(), left)
 
 
 def test_the_leaving_client_gets_no_message_after_it_has_taught(federate):
