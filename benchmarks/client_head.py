@@ -7,7 +7,6 @@ much its loss counts; work and bytes beside those of plain federated averaging.
 import argparse
 import logging
 import statistics
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -63,7 +62,7 @@ def main() -> None:
             print(f"seed {seed}  {name}  ", *(f"{value:.3f}" for value in row), flush=True)
             found.setdefault(name, []).append(row)
     columns = ("class, train", "class, test", "client ID", "÷ pooled's, equal test", "equal train", "work", "bytes")
-    rows = [[name, *(spread(values) for values in zip(*own, strict=True))] for name, own in found.items()]
+    rows = [[name, *(timing.mean_spread(values) for values in zip(*own, strict=True))] for name, own in found.items()]
     timing.table(f"{options.rounds} rounds, {len(options.seeds)} seeds", ("", *columns), rows)
 
 
@@ -99,13 +98,6 @@ def pooled_id(path: list[list[float]], column: int, accuracy: float) -> float:
     """Pooled training's client-ID accuracy when its accuracy in `column` was first that; its last, if it never was."""
     best = np.maximum.accumulate([row[column] for row in path])
     return float(np.interp(accuracy, best, [row[2] for row in path]))
-
-
-def spread(values: Iterable[float]) -> str:
-    """Mean ± standard deviation."""
-    values = list(values)
-    text = f"{statistics.mean(values):.3f}"
-    return f"{text} ± {statistics.stdev(values):.3f}" if len(values) > 1 else text
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ test images when the model is served.
 
 import argparse
 import logging
-import statistics
 from collections.abc import Iterator
 
 import torch
@@ -48,7 +47,7 @@ def main() -> None:
                     print(f"seed {seed}  {name}  {strategy}  stage {stage} ", *(f"{x:.3f}" for x in row), flush=True)
                     found.setdefault((name, strategy, stage), []).append(row)
     columns = ("normalisation", "strategy", "stage", "forgotten", "others", "test")
-    table = [[*map(str, key), *map(spread, zip(*rows, strict=True))] for key, rows in found.items()]
+    table = [[*map(str, key), *map(timing.mean_spread, zip(*rows, strict=True))] for key, rows in found.items()]
     timing.table(f"{options.seeds} seeds, mean ± standard deviation", columns, table)
 
 
@@ -72,11 +71,6 @@ def measured(strategy: Forgetting, client: int) -> Row:
     """Of the current model."""
     others = sum((strategy.worker.evaluate(c) for c in strategy.active), Counts())
     return strategy.worker.evaluate(client).class_accuracy, others.class_accuracy, strategy.test_accuracy()
-
-
-def spread(values: tuple[float, ...]) -> str:
-    """Mean ± standard deviation."""
-    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
 
 
 if __name__ == "__main__":

@@ -76,6 +76,12 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def mean_spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, where there are two or more."""
+    text = f"{statistics.mean(values):.3f}"
+    return f"{text} ± {statistics.stdev(values):.3f}" if len(values) > 1 else text
+
+
 def _peak(function: Callable, arguments: tuple) -> float:
     work = function(*arguments)
     if torch.cuda.is_available():

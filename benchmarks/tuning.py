@@ -64,10 +64,8 @@ def targets(config: Config) -> list[dict[str, float]]:
                 answer = gold.worker.evaluate(client)
             strategy.model.load_state_dict(before)
             row = {"client": client, "gold": answer.class_accuracy, "gold_loss": answer.mean_loss}
-            row |= {
-                "predicted": strategy.expected_accuracy([client]),
-                "predicted_loss": strategy.expected_loss([client]),
-            }
+            unseen, mix = strategy.worker.predict_test(), strategy.worker.class_mix([client])
+            row |= {"predicted": unseen.expected_accuracy(mix), "predicted_loss": unseen.expected_loss(mix)}
             full, forget = strategy.fishers([client], grid, {})
             for name, target in (("auto", row["predicted"]), ("with", row["gold"])):
                 strategy.model.load_state_dict(before)

@@ -67,19 +67,19 @@ def prepare(message: Message) -> tuple[wire.Task, Worker, dict[str, Tensor]]:
 def train(message: Message, context: Context) -> Message:
     """Train every client from the broadcast model; reply with the sum of n_c times how its weights moved.
 
-    Where the server trains the client head, every client's embedding moments at the broadcast model come along.
+    Where the server trains the client head and asks for them, every client's embedding moments at the broadcast model
+    come along.
     """
     task, worker, state = prepare(message)
-    moments = moments_of(task, worker) if task.embeddings else None
+    moments = moments_of(task, worker)
     reply = moved_by(message, worker, state, partial(worker.fit, round_=task.round, share=task.share, lr=task.lr))
-    if moments is not None:
-        reply.content["moments"] = moments
+    reply.content["moments"] = moments
     return reply
 
 
 def moments_of(task: wire.Task, worker: Worker) -> ArrayRecord:
-    """Every client's embedding moments, by client; none where the server does not train the client head."""
-    clients = task.clients if worker.server_trains_head else []
+    """Every wanted client's embedding moments; none where the server does not train the client head."""
+    clients = task.clients if task.embeddings and worker.server_trains_head else []
     return wire.packed({str(client): worker.embedding_moments(client, task.round) for client in clients}, "fp32")
 
 

@@ -170,10 +170,6 @@ class Forgetting(Rounds):
         """What unseen images of these clients' class mix get from the current model."""
         return self.worker.predict_test().expected_accuracy(self.worker.class_mix(clients))
 
-    def expected_loss(self, clients: Iterable[int]) -> float:
-        """Mean class loss of unseen images of these clients' class mix under the current model."""
-        return self.worker.predict_test().expected_loss(self.worker.class_mix(clients))
-
     def test_accuracy(self) -> float:
         """Of the current model."""
         return self.worker.predict_test().total.class_accuracy

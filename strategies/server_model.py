@@ -43,12 +43,10 @@ class ServerModel:
         beta is `train.server_momentum` (Hsu et al., 2019, "Measuring the Effects of Non-Identical Data Distribution for
         Federated Visual Classification"); statistics of BatchNorm have no momentum.
         """
-        moved, beta = (
-            {name: by.to(self.worker.device) for name, by in movement.items()},
-            self.config.train.server_momentum,
-        )
+        moved = {name: by.to(self.worker.device) for name, by in movement.items()}
+        beta, freedom = self.config.train.server_momentum, self.freedom(round_)
         for name, held in self.held.items():
-            moved[name] = torch.where(held, self.freedom(round_) * moved[name], moved[name])
+            moved[name] = torch.where(held, freedom * moved[name], moved[name])
         for name, _ in self.model.named_parameters() if beta else ():
             moved[name] = moved[name] + beta * self.momentum.get(name, 0)
             self.momentum[name] = moved[name]

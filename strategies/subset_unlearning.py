@@ -6,6 +6,7 @@ import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
+from fedunlearn.evaluate import Predictions
 from strategies import wire
 from strategies.federation import NoAnswerError
 from strategies.forgetting import Forgetting, add_cost
@@ -38,9 +39,9 @@ class SubsetUnlearning(Forgetting):
         None where the model knows D_f no better than unseen images of its class mix: there is nothing to take back, and
         teaching would only show it D_f once more.
         """
-        settings, teacher, predicted = self.config.unlearn, self.teacher(), self.expected_accuracy(leaving)
-        known = self.counts_of(leaving, grid, costs).mean_loss < self.expected_loss(leaving)
-        rounds = settings.rounds if known else 0
+        settings, unseen, mix = self.config.unlearn, self.worker.predict_test(), self.worker.class_mix(leaving)
+        known = self.counts_of(leaving, grid, costs).mean_loss < unseen.expected_loss(mix)
+        rounds, teacher = settings.rounds if known else 0, self.teacher(unseen)
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         for number, share in enumerate(torch.linspace(1, LAST, rounds).tolist(), 1):
             self.log(f"── round {number} of {rounds} of unlearning")
@@ -49,15 +50,14 @@ class SubsetUnlearning(Forgetting):
             self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
-        return {"predicted": predicted, "rounds": rounds}
+        return {"predicted": unseen.expected_accuracy(mix), "rounds": rounds}
 
     def move_away(
         self, leaving: list[int], round_: int, lr: float, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord
     ) -> None:
         """One round; statistics of BatchNorm are those of the retained clients."""
-        settings = self.config.unlearn
-        share = settings.round_share
-        stay = self.ask_to_train("train", grid, round_, self.active, lr=lr, share=share, embeddings=False)
+        settings, clients = self.config.unlearn, self.active
+        stay = self.ask_to_train("train", grid, round_, clients, lr=lr, share=settings.round_share, embeddings=False)
         leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=lr, teacher=teacher)
         if not stay.counts:
             raise NoAnswerError("no retained client answered")
@@ -69,8 +69,7 @@ class SubsetUnlearning(Forgetting):
         mixed = {n: (1 - w) * movement[n] + w * away[n] for n, _ in self.model.named_parameters()}
         self.server.move(movement | mixed)
 
-    def teacher(self) -> ArrayRecord:
+    def teacher(self, unseen: Predictions) -> ArrayRecord:
         """The model as it is, and what it says of the server's unseen images."""
-        said = self.worker.predict_test()
-        answers = {"answers": said.class_probs, "answer_labels": said.class_labels}
+        answers = {"answers": unseen.class_probs, "answer_labels": unseen.class_labels}
         return wire.packed(self.model.state_dict() | answers, "fp32")

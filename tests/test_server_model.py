@@ -13,12 +13,12 @@ LEAVES = "forget.schedule={2:[3]}"
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     """After two rounds no client is known better than unseen images are; `subset` would have nothing to do."""
-    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_loss", lambda self, clients: float("inf"))
+    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: float("inf"))
 
 
 @pytest.fixture
 def server(federate):
-    """Makes the server's model of a run without rounds."""
+    """Makes the server's model of a run of one round."""
 
     def make(settings):
         federate(f"{settings} rounds=1 run=other")

@@ -27,7 +27,7 @@ LEAVES = "forget.schedule={2:[3]}"
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     """After two rounds no client is known better than unseen images are; `subset` would have nothing to do."""
-    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_loss", lambda self, clients: float("inf"))
+    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: float("inf"))
 
 
 def before(federate, more=""):
@@ -251,7 +251,7 @@ def test_unseen_answers_are_taught_at_a_falling_rate(federate):
 
 
 def test_a_client_that_is_known_no_better_than_unseen_images_is_not_taught(federate, monkeypatch):
-    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_loss", lambda self, clients: 0.0)
+    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: 0.0)
     grid = federate(f"{SETTINGS} strategy=subset {LEAVES}", grid=LocalGrid(4))
     assert not [kind for kind, _ in kinds(grid) if kind == "train.unlearn"]
     (request,) = federate.requests()
