@@ -131,8 +131,9 @@ class Unlearn:
         0.75, 0, 1, "share of the weights, those it moved most, that hardly move from then on (subset)"
     )
     lr: float = number(
-        0.005, 0, 100, "learning rate of the first of these rounds; the last one's is 0.4 of it (subset)"
-    )
+        0.005, 0, 100, "learning rate of the first of these rounds, or twice the schedule's where that is higher "
+        "(at most train.lr); the last one's is 0.4 of it (subset)",
+    )  # fmt: skip
     recover: int = number(3, 0, 10**6, "rounds of the retained clients until it is served (ascent, pga, negate)")
     recover_lr: float = number(0.01, 0, 100, "learning rate of these rounds")
     ascent_epochs: int = number(5, 1, 1000, "at most, of the leaving clients (ascent, pga)")

@@ -76,18 +76,22 @@ class Worker:
         settings, loss, rounds = self.config.train, self.config.loss, self.config.rounds
         progress = min(round_ - 1, rounds - 1) / rounds
         weights = {name: value for name, _, value in configuration.settings(loss) if name != "warmup"}
-        if lr < 0:
-            lr = learning_rate(progress, lr=settings.lr, schedule=settings.schedule, end=settings.lr_end)
         return fit(
             self.model,
             self._epochs(client, round_, settings.epochs, share),
-            lr=lr,
+            lr=self.learning_rate(round_) if lr < 0 else lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             precision=settings.precision,
             loss=loss_weights(progress, weights, warmup=loss.warmup),
             frozen=self.model.client_head.parameters() if self.server_trains_head else (),
         )
+
+    def learning_rate(self, round_: int) -> float:
+        """The schedule's in a round (from 1); after the last round, still that of the last."""
+        settings, rounds = self.config.train, self.config.rounds
+        progress = min(round_ - 1, rounds - 1) / rounds
+        return learning_rate(progress, lr=settings.lr, schedule=settings.schedule, end=settings.lr_end)
 
     @torch.no_grad()
     def embedding_moments(self, client: int, round_: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from fedunlearn.client_head import train_client_head
 from fedunlearn.ledger import Request
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
-from fedunlearn.train import generator_of, learning_rate
+from fedunlearn.train import generator_of
 from fedunlearn.worker import Worker, model_of
 
 HEAD = 2**32 - 1  # where the client head's draws are used: no client has this number
@@ -53,16 +53,12 @@ class ServerModel:
         self.move(moved)
 
     def freedom(self, round_: int) -> float:
-        """Of held weights in a round: the share of what the learning rate's schedule falls by that is still to come.
+        """Of held weights in a round: the share of the learning rate's fall that is still to come, squared.
 
         While much is still to learn held weights move too, or learning would stop; at its end they do not move.
         """
-        train, rounds = self.config.train, self.config.rounds
-        first, now, last = (
-            learning_rate(at / rounds, lr=1.0, schedule=train.schedule, end=train.lr_end)
-            for at in (0, min(round_, rounds) - 1, rounds - 1)
-        )
-        return (now - last) / (first - last) if first > last else 0.0
+        first, now, last = map(self.worker.learning_rate, (1, round_, self.config.rounds))
+        return ((now - last) / (first - last)) ** 2 if first > last else 0.0
 
     def move(self, movement: dict[str, Tensor]) -> None:
         """theta += movement, held or not."""

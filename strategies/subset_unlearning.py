@@ -34,7 +34,7 @@ class SubsetUnlearning(Forgetting):
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of leaving and staying clients together at a rate that falls to `LAST` of it.
+        """Rounds of leaving and staying clients together at a rate that falls from `first_rate` to `LAST` of it.
 
         None where the model knows D_f no better than unseen images of its class mix: there is nothing to take back, and
         teaching would only show it D_f once more.
@@ -45,12 +45,20 @@ class SubsetUnlearning(Forgetting):
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         for number, share in enumerate(torch.linspace(1, LAST, rounds).tolist(), 1):
             self.log(f"── round {number} of {rounds} of unlearning")
-            self.move_away(leaving, self.round + number, settings.lr * share, grid, costs, teacher)
+            self.move_away(leaving, self.round + number, self.first_rate() * share, grid, costs, teacher)
         if settings.recalibrate:
             self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
         return {"predicted": unseen.expected_accuracy(mix), "rounds": rounds}
+
+    def first_rate(self) -> float:
+        """`unlearn.lr`, or in the middle of training twice the schedule's present rate (never above its first one).
+
+        What is taught at a rate below that of the rounds to come is lost in them.
+        """
+        train, now = self.config.train, self.worker.learning_rate(self.round + 1)
+        return max(self.config.unlearn.lr, min(2 * now, train.lr))
 
     def move_away(
         self, leaving: list[int], round_: int, lr: float, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord

@@ -31,13 +31,13 @@ def server(federate):
     ("schedule", "wanted"),
     [
         ("train.schedule=constant", {1: 0.0, 5: 0.0, 9: 0.0}),
-        ("train.schedule=steps", {1: 1.0, 4: 1.0, 5: 0.09 / 0.99, 7: 0.0, 8: 0.0, 30: 0.0}),
+        ("train.schedule=steps", {1: 1.0, 4: 1.0, 5: (0.09 / 0.99) ** 2, 7: 0.0, 8: 0.0, 30: 0.0}),
         ("train.schedule=cosine train.lr_end=0.1", {1: 1.0, 8: 0.0, 30: 0.0}),
     ],
 )
 def test_held_weights_move_while_the_learning_rate_has_to_fall(server, schedule, wanted):
     held = server(f"{SETTINGS} {schedule}")
-    held.config.rounds = 8
+    held.config.rounds = held.worker.config.rounds = 8
     assert {round_: pytest.approx(held.freedom(round_)) for round_ in wanted} == wanted
 
 

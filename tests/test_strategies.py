@@ -220,7 +220,7 @@ def test_one_round_of_unseen_answers(federate):
     views = worker.views(3, generator)
     wanted = match_answers(views, labels, said.class_probs, said.class_labels, generator=generator)
     found, detail = forgotten(federate, "subset", settings)
-    lr = worker.config.unlearn.lr
+    lr = worker.config.train.lr  # after two rounds, twice the schedule's is more
     stay = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(3)})
 
     worker.model.load_state_dict(state)
@@ -242,12 +242,24 @@ def test_one_round_of_unseen_answers(federate):
 
 
 def test_unseen_answers_are_taught_at_a_falling_rate(federate):
-    settings = "unlearn.rounds=3 unlearn.lr=0.01 unlearn.hold=0"
+    settings = "unlearn.rounds=3 unlearn.lr=0.03 unlearn.hold=0"
     grid = federate(f"{SETTINGS} strategy=subset {settings} {LEAVES}", grid=LocalGrid(4))
     tasks = {(m.metadata.message_type, wire.task_of(m).round): wire.task_of(m).lr for m in grid.sent}
     for kind in ("train", "train.unlearn"):
         rates = {round_: lr for (sent, round_), lr in tasks.items() if sent == kind and lr >= 0}
-        assert rates == {3: pytest.approx(0.01), 4: pytest.approx(0.007), 5: pytest.approx(0.004)}
+        assert rates == {3: pytest.approx(0.03), 4: pytest.approx(0.021), 5: pytest.approx(0.012)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "round_", "wanted"),
+    [("constant", 3, 0.04), ("steps", 3, 0.04), ("steps", 4, 0.008), ("steps", 6, 0.005), ("steps", 30, 0.005)],
+)
+def test_the_rate_of_unlearning_follows_the_schedule(federate, schedule, round_, wanted):
+    federate(f"{SETTINGS} run=other")
+    settings = f"rounds=8 train.lr=0.04 train.schedule={schedule} unlearn.lr=0.005"
+    strategy = STRATEGIES["subset"](federate.run("other"), federate.worker(settings))
+    strategy.config, strategy.round = strategy.worker.config, round_
+    assert strategy.first_rate() == pytest.approx(wanted)
 
 
 def test_a_client_that_is_known_no_better_than_unseen_images_is_not_taught(federate, monkeypatch):
