@@ -2,7 +2,8 @@
 
 Every client in turn is forgotten from a base of all, for IID and Dirichlet splits and several seeds, on handwritten
 digits. What gold will answer on the forgotten images is foretold by unseen images of their class mix; SSD's strength is
-chosen to match that (`unlearn.tune=auto`), and once more to match gold itself.
+chosen to match that (`unlearn.tune=auto`), and once more to match gold itself. Beside them, what `subset` leaves, which
+has nothing to choose.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import csv
 import logging
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +22,10 @@ from benchmarks import timing
 from benchmarks.local import federation
 from fedunlearn import unlearn
 from fedunlearn.config import Config
+from fedunlearn.ledger import State
 from fedunlearn.study.federated.settings import load
+from strategies.forgetting import Forgetting
+from strategies.local_grid import LocalGrid
 from strategies.ssd import SelectiveDampening, nearest
 
 SPLITS = {"iid": ("iid", 0.6), "Dirichlet 0.6": ("dirichlet", 0.6), "Dirichlet 0.1": ("dirichlet", 0.1)}
@@ -49,7 +55,10 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    columns = ("targets", "gold", "|predicted − gold|", "|auto − gold|", "|with gold − gold|", "test auto", "test with")
+    columns = (
+        "targets", "gold", "|predicted − gold|", "|auto − gold|", "|with gold − gold|", "|subset − gold|",
+        "test auto", "test with", "test subset", "gold's test",
+    )  # fmt: skip
     table = [[split, *summary([row for row in rows if row["split"] == split])] for split in options.splits]
     timing.table(f"{options.seeds} seeds, mean ± standard deviation over targets", ("split", *columns), table)
 
@@ -57,28 +66,50 @@ def main() -> None:
 def targets(config: Config) -> list[dict[str, float]]:
     """A row for every client as the one to forget."""
     found = []
-    with federation(config) as (strategy, grid):
-        before = {name: value.clone() for name, value in strategy.model.state_dict().items()}
-        for client in (c for c in strategy.active if strategy.federation.examples[c] >= FEWEST):
+    ours = replace(config, strategy="subset")
+    with federation(config) as (dampening, grid), federation(ours) as (teaching, own_grid):
+        before = {name: value.clone() for name, value in dampening.model.state_dict().items()}
+        for client in (c for c in dampening.active if dampening.federation.examples[c] >= FEWEST):
             with federation(replace(config, strategy="leave"), without=[client]) as (gold, _):
                 answer = gold.worker.evaluate(client)
-            strategy.model.load_state_dict(before)
-            row = {"client": client, "gold": answer.class_accuracy, "gold_loss": answer.mean_loss}
-            unseen, mix = strategy.worker.predict_test(), strategy.worker.class_mix([client])
+                row = {"client": client, "gold": answer.class_accuracy, "gold_loss": answer.mean_loss}
+                row["gold_test"] = gold.test_accuracy()
+            dampening.model.load_state_dict(before)
+            unseen, mix = dampening.worker.predict_test(), dampening.worker.class_mix([client])
             row |= {"predicted": unseen.expected_accuracy(mix), "predicted_loss": unseen.expected_loss(mix)}
-            full, forget = strategy.fishers([client], grid, {})
-            for name, target in (("auto", row["predicted"]), ("with", row["gold"])):
-                strategy.model.load_state_dict(before)
-                row |= outcome(strategy, grid, client, full, forget, target, name)
-            found.append(row)
+            with leaving(dampening, client):
+                full, forget = dampening.fishers([client], grid, {})
+                for name, target in (("auto", row["predicted"]), ("with", row["gold"])):
+                    dampening.model.load_state_dict(before)
+                    dampen(dampening, grid, client, full, forget, target)
+                    row |= outcome(dampening, client, name)
+            teaching.model.load_state_dict(before)
+            with leaving(teaching, client):
+                teaching.forget([client], own_grid, {})
+            found.append(row | outcome(teaching, client, "subset"))
     return found
 
 
-def outcome(strategy: SelectiveDampening, grid, client: int, full, forget, target: float, name: str) -> dict:
-    """The model dampened as chosen for `target`."""
+@contextmanager
+def leaving(strategy: Forgetting, client: int) -> Iterator[None]:
+    """The client is no longer active; afterwards it is again."""
+    ledger = strategy.run.ledger
+    request = ledger.advance(ledger.file([client])[0], State.COLLECTING)
+    try:
+        yield
+    finally:
+        ledger.advance(request, State.REFUSED)
+
+
+def dampen(strategy: SelectiveDampening, grid: LocalGrid, client: int, full, forget, target: float) -> None:
+    """As chosen for `target`."""
     chosen = nearest(strategy.search([client], full, forget, target, grid, {}), target)
     unlearn.step(strategy.model, full, forget, [client], alpha=chosen["alpha"], lambda_=chosen["lambda_"])
     strategy.recalibrate(grid, {})
+
+
+def outcome(strategy: Forgetting, client: int, name: str) -> dict[str, float]:
+    """What the model says now."""
     forgotten = strategy.worker.evaluate(client)
     return {
         f"{name}_forgotten": forgotten.class_accuracy,
@@ -94,9 +125,10 @@ def summary(rows: list[dict]) -> list[str]:
         return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
 
     distances = [
-        [abs(row[name] - row["gold"]) for row in rows] for name in ("predicted", "auto_forgotten", "with_forgotten")
+        [abs(row[name] - row["gold"]) for row in rows]
+        for name in ("predicted", "auto_forgotten", "with_forgotten", "subset_forgotten")
     ]
-    means = [spread([row[name] for row in rows]) for name in ("auto_test", "with_test")]
+    means = [spread([row[name] for row in rows]) for name in ("auto_test", "with_test", "subset_test", "gold_test")]
     return [str(len(rows)), spread([row["gold"] for row in rows]), *map(spread, distances), *means]
 
 
