@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import statistics
 
 import pytest
 
@@ -97,6 +98,40 @@ def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
         assert in_pieces["files"] == at_once["files"]
 
 
+def test_every_client_in_turn_the_worst_is_named(home):
+    words = [*SMALL, "clients=3", "study.order=[0]", "study.scenarios=[everyone]", "study.strategies=[leave,subset]"]
+    assert main([*words, "study.seeds=[0,1]"]) == 0
+    found = results(home)
+
+    def scores(name, seed, round_):
+        return next(row for row in found[f"{name}/seed{seed}"]["scores"] if row["round"] == round_ and "mia" in row)
+
+    distances = {}
+    for client in range(3):
+        key, names = f"client_{client}", (f"forget/subset/ce_dl/at4/{client}", f"gold/ce_dl/{client}")
+        pairs = [[scores(name, seed, 5)[key] for name in names] for seed in (0, 1)]
+        distances[client] = statistics.mean(abs(ours - gold) for ours, gold in pairs)
+    worst = max(distances, key=distances.get)
+    mean, sd = statistics.mean(distances.values()), statistics.stdev(distances.values())
+    report = next(home.glob("studies/*/report/REPORT.md")).read_text()
+    cell = f"{mean:.3f} ± {sd:.3f}; client {worst}: {distances[worst]:.3f}"
+    assert f"| unseen answers (ours) | 1 | 3 | {cell} |" in report
+    before = [
+        next(row for row in found[f"forget/leave/ce_dl/at4/2/seed{seed}"]["scores"] if row["request"] == "before")
+        for seed in (0, 1)
+    ]
+    foretold = [row["unseen_2"] for row in before]
+    assert f"{statistics.mean(foretold):.3f} ± {statistics.stdev(foretold):.3f} |" in report
+
+
+def test_a_picture_is_drawn_in_the_same_bytes(home):
+    assert main([*SMALL, "study.strategies=[leave]"]) == 0
+    drawn = {file: file.read_bytes() for file in home.glob("studies/*/report/*.svg")}
+    assert main([*SMALL, "study.strategies=[leave]"]) == 0
+    assert drawn
+    assert drawn == {file: file.read_bytes() for file in drawn}
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -105,6 +140,7 @@ def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
         ("study.order=[0,0]", "names a client twice"),
         ("study.moments=[2]", "study.moments=[2.0] are not shares in 0..1"),
         ("rounds=0", "rounds=0 is not in 1"),
+        ("study.only=[bg]*", "study.only=[bg]*: a value cannot be read"),
         ("search.trials=3", "search"),
     ],
 )

@@ -167,9 +167,12 @@ def _shown(name: str, value: Any) -> Any:
 
 
 def svg(figure: Any) -> bytes:
-    """The picture, without the date of its making."""
+    """The picture; the same bytes for the same picture."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "fedunlearn"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 

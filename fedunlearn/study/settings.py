@@ -189,9 +189,10 @@ def composed(schema: type, presets: str, words: Iterable[str]) -> Any:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    words = list(words)
     content = OmegaConf.create(files("fedunlearn.study").joinpath(presets).read_text())
     try:
-        given = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(words)))
+        given = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(words))
         for name in ("dataset", "scale"):
             options = DATASETS if name == "dataset" else SCALES
             if given[name] not in options:
@@ -204,14 +205,18 @@ def composed(schema: type, presets: str, words: Iterable[str]) -> Any:
             {"data": {"name": given.dataset}},
             preset.get("full") or {},
             (preset.get("laptop") or {}) if given.scale == "laptop" else {},
-            OmegaConf.from_dotlist(list(words)),
+            OmegaConf.from_dotlist(words),
             {"scale": given.scale},
         )
         return OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except YAMLError:
+        raise UserError(
+            f"{' '.join(words)}: a value cannot be read; one that begins with [ or * and is no list needs quotes: "
+            "study.only='\"[bg]*\"'"
+        ) from None
+    except OmegaConfBaseException as error:
         name = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        reason = str(error).replace("\n", " ") if isinstance(error, YAMLError) else str(error).splitlines()[0]
-        raise UserError(f"{name}{reason} (settings and their ranges: README.md)") from None
+        raise UserError(f"{name}{str(error).splitlines()[0]} (settings and their ranges: README.md)") from None
 
 
 def check(chosen: Settings) -> Settings:

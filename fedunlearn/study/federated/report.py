@@ -4,6 +4,7 @@ import csv
 import io
 import statistics
 from importlib.resources import files
+from itertools import product
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fedunlearn.study.federated.figures import frontier, story
 from fedunlearn.study.federated.plan import Case, Plan
 from fedunlearn.study.federated.tables import COSTS, MEASURES, NAMES, Results, Row, number, title
 from fedunlearn.study.report import svg
+from fedunlearn.study.settings import PIPELINES
 from fedunlearn.study.steps import duration, log
 
 CSV = ("case", "pipeline", "strategy", "forgotten", "after", "measure", "mean", "sd", "seeds", "gold", "distance")
@@ -46,6 +48,7 @@ def write(plan: Plan, root: Path) -> Path:
         "steps": len(plan.everything()),
         "hours": duration(sum(result["seconds"] for result in found)),
         "machines": sorted({result["machine"] for result in found}),
+        "everyone": [found for pipeline in pipelines for found in everyone(results, pipeline)],
         "tables": [table(results, *parts) for parts in tables],
         "pictures": {name: caption for name, (caption, _) in pictures.items()},
         "values": [(n, v, f.metadata["text"]) for n, f, v in settings(plan.settings) if "text" in f.metadata],
@@ -74,6 +77,51 @@ def table(results: Results, case: Case, pipeline: str, rows: list[Row]) -> dict[
         "cost_columns": ["strategy", *COSTS.values()],
         "costs": costs,
     }
+
+
+def everyone(results: Results, pipeline: str) -> list[dict[str, Any]]:
+    """Where every client is the target in turn: distances to gold over clients, and each beside what was foretold."""
+    study = results.plan.settings.study
+    cases = [case for case in results.plan.cases() if case.scenario == "everyone"]
+    rows = {(row.strategy, row.after, row.forgotten[0]): row for case in cases for row in results.rows(case, pipeline)}
+    asked = sorted({client for _, _, client in rows})
+    distances = []
+    for strategy, after in product(study.strategies, study.after):
+        found = [rows[strategy, after, client] for client in asked if (strategy, after, client) in rows]
+        if found:
+            cells = [over_clients(found, measure) for measure in MEASURES]
+            distances.append([NAMES[strategy], str(after), str(len(found)), *cells])
+    strategies = [*(s for s in study.strategies if any((s, 0, c) in rows for c in asked)), "gold"]
+    served = []
+    for client in asked:
+        base = results.before(next(c for c in cases if c.left(0) == (client,)), pipeline)
+        known = [[row[f"{kind}_{client}"] for row in base] for kind in ("client", "unseen")]
+        values = [rows[s, 0, client].values["forgotten"] if (s, 0, client) in rows else [] for s in strategies]
+        cells = [spread(numbers, "forgotten") for numbers in (*known, *values)]
+        served.append([str(client), str(results.sizes[client]), *cells])
+    if not asked:
+        return []
+    return [
+        {
+            "title": f"{PIPELINES[pipeline]}: every client in turn, distance to gold",
+            "columns": ["strategy", "rounds after", "clients", *MEASURES.values()],
+            "lines": distances,
+        },
+        {
+            "title": f"{PIPELINES[pipeline]}: every client in turn, accuracy on its images when served",
+            "columns": ["client", "images", "before", "foretold", *(NAMES[strategy] for strategy in strategies)],
+            "lines": served,
+        },
+    ]
+
+
+def over_clients(rows: list[Row], measure: str) -> str:
+    """Mean distance to gold ± standard deviation over clients; the largest and whose it is."""
+    found = {row.forgotten[0]: row.distance(measure) for row in rows if not isnan(row.distance(measure))}
+    if not found:
+        return "–"
+    worst = max(found, key=found.__getitem__)
+    return f"{spread([*found.values()], measure)}; client {worst}: {number(found[worst], measure)}"
 
 
 def cell(row: Row, measure: str) -> str:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,15 @@ class Results:
                     if not isnan(value):
                         store.setdefault(measure, []).append(value)
         return row
+
+    def before(self, case: Case, pipeline: str) -> list[dict[str, float]]:
+        """What was measured of the base just before the request, by seed."""
+        study, found = self.plan.settings.study, {}
+        for seed, strategy in product(study.seeds, study.strategies):
+            result = self.of(self.plan.forget(strategy, pipeline, case, seed))
+            if result:
+                found[seed] = next(row for row in result["scores"] if row["request"] == "before")
+        return [*found.values()]
 
     def costs(self, case: Case, pipeline: str, strategy: str) -> dict[str, list[float]]:
         """What the first request took until the model was served again, by seed."""
