@@ -151,10 +151,12 @@ def test_bad_input_gets_one_line(home, capsys, word, message):
     assert error.count("\n") == 1
 
 
-def test_without_a_client_head_no_client_id_is_measured(home):
-    assert main([*SMALL, "study.pipelines=[no_mtl]", "study.strategies=[subset]"]) == 0
+def test_without_a_client_head_no_client_id_is_measured_and_the_picture_is_of_the_pipeline_with_one(home):
+    assert main([*SMALL, "study.pipelines=[no_mtl,ce_dl]", "study.strategies=[subset]"]) == 0
     with open(next(home.glob("studies/*/report/results.csv"))) as file:
-        measures = {row["measure"] for row in csv.DictReader(file)}
-    assert "forgotten" in measures
-    assert "id" not in measures
+        measures = {(row["pipeline"], row["measure"]) for row in csv.DictReader(file)}
+    assert {("no_mtl", "forgotten"), ("ce_dl", "id")} <= measures
+    assert ("no_mtl", "id") not in measures
+    report = next(home.glob("studies/*/report/REPORT.md")).read_text()
+    assert "mean over seeds (MTL with CE + DL" in report
     assert math.isfinite(results(home)["forget/subset/no_mtl/at4/0/seed0"]["scores"][-1]["mia"])

@@ -32,10 +32,11 @@ def write(plan: Plan, root: Path) -> Path:
     tables = [(case, pipeline, rows) for case, pipeline, rows in tables if any(r.strategy != "gold" for r in rows)]
     write_atomically(folder / "results.csv", as_csv(results, tables).encode())
     pictures = {}
-    for case, pipeline, _ in tables[:1]:
+    for case, pipeline, _ in [parts for parts in tables if parts[0] == tables[0][0]][-1:]:
+        asked = title(case, pipeline)
         pictures = {
-            "story": ("Before and after a request, mean over seeds", story(results, case, pipeline)),
-            "frontier": ("Distance to gold against cost", frontier(results, case, pipeline)),
+            "story": (f"Before and after a request, mean over seeds ({asked})", story(results, case, pipeline)),
+            "frontier": (f"Distance to gold against cost ({asked})", frontier(results, case, pipeline)),
         }
     for name, (_, figure) in pictures.items():
         write_atomically(folder / f"{name}.svg", svg(figure))
