@@ -31,7 +31,8 @@ class Worker:
         self.dataset = open_dataset(config)
         self.slices = slices_of(config, self.dataset)
         self.model = model_of(config, self.dataset).to(self.device, memory_format=torch.channels_last)
-        self._taught: tuple = (None, None)
+        self._taught: dict[int, torch.Tensor] = {}
+        self._taught_by = b""
 
     def batches(
         self,
@@ -140,16 +141,18 @@ class Worker:
         return self.evaluate(client)
 
     def _wanted(self, client: int, teacher: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What to say of each of the client's images; kept for the next round of the same request."""
-        key = client, hashlib.sha256(b"".join(value.numpy().tobytes() for value in teacher.values())).digest()
-        if self._taught[0] != key:
+        """What to say of each of the client's images; kept for the next round of the same teacher."""
+        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in teacher.values())).digest()
+        if self._taught_by != digest:
+            self._taught, self._taught_by = {}, digest
+        if client not in self._taught:
             before = {name: value.to(self.device) for name, value in teacher.items() if not name.startswith("answer")}
             self.model.load_state_dict(before)
             labels = torch.from_numpy(np.array(self.dataset.train.labels[self.slices[client]]))
             generator = generator_of(self.config.seed, client)
             answers = teacher["answers"], teacher["answer_labels"]
-            self._taught = key, match_answers(self.views(client, generator), labels, *answers, generator=generator)
-        return self._taught[1]
+            self._taught[client] = match_answers(self.views(client, generator), labels, *answers, generator=generator)
+        return self._taught[client]
 
     def views(self, client: int, generator: torch.Generator) -> torch.Tensor:
         """Mean class probabilities over `unlearn.views` shifted (and mirrored) versions of the client's images, [N, K].

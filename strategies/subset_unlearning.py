@@ -11,18 +11,19 @@ from strategies import wire
 from strategies.federation import NoAnswerError
 from strategies.forgetting import Forgetting, add_cost
 
+PASSES = 2  # at most
 LAST = 0.4  # of the rate of the first round of unlearning, that of the last
 
 
 class SubsetUnlearning(Forgetting):
-    """theta <- theta + (1 - w) mean of (theta_r - theta) + w mean of (theta_f - theta), `unlearn.rounds` times.
+    """theta <- theta + (1 - w) mean of (theta_r - theta) + w |f| mean of (theta_f - theta), `unlearn.rounds` times.
 
     The server shows the leaving clients f what the model says of its own, unseen images. Each of them matches these
     answers to its images (`unseen.match_answers`) and trains the model to give them, while the retained clients r
-    train on as ever; w is `unlearn.weight`. So D_f gets the answers that unseen data gets, no fewer right and no
-    surer, and the loss on D_r stays near zero: no gradient is left that would bring the old answers back when training
-    goes on. BatchNorm statistics and the client head are those of the retained clients, made again at the end; the
-    leaving clients' neurons are pruned.
+    train on as ever; w is `unlearn.weight`, and each of |f| leaving clients teaches as much as it would alone. So D_f
+    gets the answers that unseen data gets, no fewer right and no surer, and the loss on D_r stays near zero: no
+    gradient is left that would bring the old answers back when training goes on. BatchNorm statistics and the client
+    head are those of the retained clients, made again at the end; the leaving clients' neurons are pruned.
 
     When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
     moved most are held (`ServerModel.hold`). One bit a weight says which they are, and nothing else is kept: neither
@@ -34,23 +35,35 @@ class SubsetUnlearning(Forgetting):
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of leaving and staying clients together at a rate that falls from `first_rate` to `LAST` of it.
+        """Passes of `unlearn.rounds` rounds each, as long as the model `knows` the leaving clients' images.
 
-        None where the model knows D_f no better than unseen images of its class mix: there is nothing to take back, and
-        teaching would only show it D_f once more.
+        None where it does not when the request comes: there is nothing to take back, and teaching would only show it
+        D_f once more.
         """
-        settings, unseen, mix = self.config.unlearn, self.worker.predict_test(), self.worker.class_mix(leaving)
-        known = self.counts_of(leaving, grid, costs).mean_loss < unseen.expected_loss(mix)
-        rounds, teacher = settings.rounds if known else 0, self.teacher(unseen)
+        settings, unseen, passes = self.config.unlearn, self.worker.predict_test(), 0
+        teacher = self.teacher(unseen)
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-        for number, share in enumerate(torch.linspace(1, LAST, rounds).tolist(), 1):
-            self.log(f"── round {number} of {rounds} of unlearning")
-            self.move_away(leaving, self.round + number, self.first_rate() * share, grid, costs, teacher)
+        while passes < PASSES and self.knows(leaving, grid, costs):
+            self.teach(leaving, self.round + passes * settings.rounds, grid, costs, teacher)
+            passes += 1
         if settings.recalibrate:
             self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
-        return {"predicted": unseen.expected_accuracy(mix), "rounds": rounds}
+        predicted = unseen.expected_accuracy(self.worker.class_mix(leaving))
+        return {"predicted": predicted, "rounds": passes * settings.rounds}
+
+    def knows(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> bool:
+        """Whether the loss of D_f, which the leaving clients sum, is below that of unseen images of its class mix."""
+        unseen = self.worker.predict_test().expected_loss(self.worker.class_mix(leaving))
+        return self.counts_of(leaving, grid, costs).mean_loss < unseen
+
+    def teach(self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord) -> None:
+        """Rounds of leaving and staying clients together at a rate that falls from `first_rate` to `LAST` of it."""
+        rounds = self.config.unlearn.rounds
+        for number, share in enumerate(torch.linspace(1, LAST, rounds).tolist(), 1):
+            self.log(f"── round {number} of {rounds} of unlearning")
+            self.move_away(leaving, round_ + number, self.first_rate() * share, grid, costs, teacher)
 
     def first_rate(self) -> float:
         """`unlearn.lr`, or in the middle of training twice the schedule's present rate (never above its first one).
@@ -74,7 +87,7 @@ class SubsetUnlearning(Forgetting):
         add_cost(costs, "retained", stay.cost)
         add_cost(costs, "leaving", leave.cost)
         movement, away, w = self.federation.mean(stay), self.federation.mean(leave), settings.weight
-        mixed = {n: (1 - w) * movement[n] + w * away[n] for n, _ in self.model.named_parameters()}
+        mixed = {n: (1 - w) * movement[n] + w * len(leaving) * away[n] for n, _ in self.model.named_parameters()}
         self.server.move(movement | mixed)
 
     def teacher(self, unseen: Predictions) -> ArrayRecord:

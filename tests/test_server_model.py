@@ -10,10 +10,7 @@ SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.r
 LEAVES = "forget.schedule={2:[3]}"
 
 
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    """After two rounds no client is known better than unseen images are; `subset` would have nothing to do."""
-    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: float("inf"))
+pytestmark = pytest.mark.usefixtures("known")
 
 
 @pytest.fixture
@@ -51,6 +48,18 @@ def test_held_weights_move_by_their_freedom(server, monkeypatch):
     for other, value in held.model.named_parameters():
         wanted = torch.where(held.held.get(other, torch.tensor(False)), 0.25, 1.0)
         torch.testing.assert_close(value - before[other], wanted.expand_as(value))
+
+
+def test_a_second_request_holds_as_many_weights_as_the_first(server):
+    held = server(SETTINGS)
+    for _ in range(2):
+        before = {name: value.detach().clone() for name, value in held.model.named_parameters()}
+        with torch.no_grad():
+            for value in held.model.parameters():
+                value += torch.randn_like(value)
+        held.hold(before, 0.3)
+        share = sum(int(mask.sum()) for mask in held.held.values()) / sum(mask.numel() for mask in held.held.values())
+        assert share == pytest.approx(0.3, abs=1e-3)
 
 
 def test_the_weights_that_unlearning_moved_most_are_held_also_after_a_restart(federate):

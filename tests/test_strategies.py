@@ -24,10 +24,7 @@ SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.r
 LEAVES = "forget.schedule={2:[3]}"
 
 
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    """After two rounds no client is known better than unseen images are; `subset` would have nothing to do."""
-    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: float("inf"))
+pytestmark = pytest.mark.usefixtures("known")
 
 
 def before(federate, more=""):
@@ -211,34 +208,44 @@ def test_fed_eraser_replays_calibrated_updates(federate):
     assert detail["stored_bytes"] == pytest.approx(8 * bytes_of_model, rel=0.05)
 
 
-def test_one_round_of_unseen_answers(federate):
-    settings = "unlearn.rounds=1 unlearn.forget_epochs=1 unlearn.weight=0.4 unlearn.round_share=1"
-    worker = before(federate, settings)
-    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
-    said = worker.predict_test()
-    generator, labels = generator_of(0, 3), torch.from_numpy(worker.dataset.train.labels[worker.slices[3]])
-    views = worker.views(3, generator)
-    wanted = match_answers(views, labels, said.class_probs, said.class_labels, generator=generator)
-    found, detail = forgotten(federate, "subset", settings)
-    lr = worker.config.train.lr  # after two rounds, twice the schedule's is more
-    stay = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(3)})
-
+def taught(worker, client, state, lr):
+    """The client's model after one epoch of unseen answers, by hand."""
     worker.model.load_state_dict(state)
+    said = worker.predict_test()
+    generator, labels = generator_of(0, client), torch.from_numpy(worker.dataset.train.labels[worker.slices[client]])
+    views = worker.views(client, generator)
+    wanted = match_answers(views, labels, said.class_probs, said.class_labels, generator=generator)
     optimiser = torch.optim.SGD(worker.model.parameters(), lr=lr, momentum=worker.config.train.momentum)
     worker.model.train()
-    order = torch.randperm(len(labels), generator=generator_of(0, 3, 3, 0))
-    images = torch.cat([images for images, _, _ in worker.batches(3)])
-    size = worker.config.train.batch_size
-    for chosen in order.split(size):
+    order = torch.randperm(len(labels), generator=generator_of(0, 3, client, 0))
+    images = torch.cat([images for images, _, _ in worker.batches(client)])
+    for chosen in order.split(worker.config.train.batch_size):
         loss = -(wanted[chosen] * worker.model(images[chosen]).class_logits.log_softmax(1)).sum(1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    leave = worker.model.state_dict()
-    params = {name for name, _ in worker.model.named_parameters()}
-    mixed = {name: 0.6 * stay[name] + 0.4 * leave[name] if name in params else stay[name] for name in stay}
-    assert_same(found, pruned(worker, mixed))
-    assert detail["predicted"] == pytest.approx(said.expected_accuracy(worker.class_mix([3])))
+    return {name: value.clone() for name, value in worker.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("leaving", [[3], [1, 3]])
+def test_one_round_of_unseen_answers(federate, leaving):
+    settings = "unlearn.rounds=1 unlearn.forget_epochs=1 unlearn.weight=0.4 unlearn.round_share=1"
+    worker = before(federate, settings)
+    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
+    foretold = worker.predict_test().expected_accuracy(worker.class_mix(leaving))
+    found, detail = forgotten(federate, "subset", settings, leaves=f"forget.schedule={{2:{leaving}}}")
+    lr = worker.config.train.lr  # after two rounds, twice the schedule's is more
+    stay = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(4) if c not in leaving})
+    away = average(worker, {c: taught(worker, c, state, lr) for c in leaving})
+    wanted = stay | {
+        name: state[name] + 0.6 * (stay[name] - state[name]) + 0.4 * len(leaving) * (away[name] - state[name])
+        for name, _ in worker.model.named_parameters()
+    }
+    worker.model.load_state_dict(wanted)
+    for client in leaving:
+        prune_clients(worker.model, [client])
+    assert_same(found, worker.model.state_dict())
+    assert detail["predicted"] == pytest.approx(foretold)
 
 
 def test_unseen_answers_are_taught_at_a_falling_rate(federate):
@@ -248,6 +255,24 @@ def test_unseen_answers_are_taught_at_a_falling_rate(federate):
     for kind in ("train", "train.unlearn"):
         rates = {round_: lr for (sent, round_), lr in tasks.items() if sent == kind and lr >= 0}
         assert rates == {3: pytest.approx(0.03), 4: pytest.approx(0.021), 5: pytest.approx(0.012)}
+
+
+def test_teaching_goes_on_in_passes_until_the_client_is_known_no_better_than_unseen_images(federate, monkeypatch):
+    monkeypatch.setattr("strategies.subset_unlearning.PASSES", 5)
+    losses = iter([9.0, 9.0, 0.0])
+    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: next(losses))
+    grid = federate(f"{SETTINGS} strategy=subset unlearn.rounds=2 {LEAVES}", grid=LocalGrid(4))
+    (request,) = federate.requests()
+    assert request.detail["rounds"] == 4
+    sent = [message for message in grid.sent if message.metadata.message_type == "train.unlearn"]
+    assert [wire.task_of(message).round for message in sent] == [3, 4, 5, 6]
+    rates = [wire.task_of(message).lr for message in sent]
+    assert rates[:2] == rates[2:]
+    assert request.detail["costs"]["evaluations"]["sweeps"] == 3
+    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: 9.0)
+    federate(f"{SETTINGS} strategy=subset unlearn.rounds=1 {LEAVES} run=endless")
+    (request,) = federate.requests("endless")
+    assert request.detail["rounds"] == 5
 
 
 @pytest.mark.parametrize(
