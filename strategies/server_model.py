@@ -77,15 +77,15 @@ class ServerModel:
     @torch.no_grad()
     def hold(self, before: dict[str, Tensor], share: float) -> None:
         """From now on hold that share of the weights that moved most since `before`, by their layer's measure:
-        |move| / root mean square of the layer's moves. None of those that tie with the last one, nor of those held
-        before that are not among them: weights must be left for what is still to learn."""
+        |move| / root mean square of the layer's moves. None of those that tie with the last one; those held before
+        stay held."""
         moves = {name: (value - before[name]).abs() for name, value in self.model.named_parameters()}
         relative = {name: move / move.square().mean().sqrt().clamp(min=1e-12) for name, move in moves.items()}
         everything = torch.cat([value.flatten() for value in relative.values()])
         count = round((1 - share) * len(everything))
         least = everything.kthvalue(count).values if count else -1.0
         for name, value in relative.items():
-            self.held[name] = value > least
+            self.held[name] = (value > least) | self.held.get(name, False)
 
     def begin_anew(self, leaving: list[int]) -> None:
         """Back to the run's initial weights, nothing beside; pruned are the neurons of all who left or leave."""
