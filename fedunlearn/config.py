@@ -121,7 +121,7 @@ class Unlearn:
         0, 0, 10**6, "rounds of training on the retained clients until a request counts as done"
     )
     tune: str = choice("auto", TUNINGS, "auto: α and λ by what unseen data gets; fixed: as set (ssd)")
-    rounds: int = number(4, 1, 10**6, "of unlearning (subset)")
+    rounds: int = number(4, 1, 10**6, "of unlearning, in a pass (subset)")
     round_share: float = number(0.3, 1e-6, 1, "of each retained client's images in such a round (subset)")
     weight: float = number(0.5, 0, 1, "of the leaving clients in it (subset)")
     forget_epochs: int = number(4, 1, 1000, "of the leaving clients in it (subset)")

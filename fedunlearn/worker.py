@@ -74,8 +74,7 @@ class Worker:
 
     def fit(self, client: int, round_: int, *, share: float = 1.0, lr: float = -1.0) -> Counts:
         """The client's local training of a round, in place; a rate of `lr` below 0 is the schedule's."""
-        settings, loss, rounds = self.config.train, self.config.loss, self.config.rounds
-        progress = min(round_ - 1, rounds - 1) / rounds
+        settings, loss = self.config.train, self.config.loss
         weights = {name: value for name, _, value in configuration.settings(loss) if name != "warmup"}
         return fit(
             self.model,
@@ -84,15 +83,17 @@ class Worker:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             precision=settings.precision,
-            loss=loss_weights(progress, weights, warmup=loss.warmup),
+            loss=loss_weights(self._progress(round_), weights, warmup=loss.warmup),
             frozen=self.model.client_head.parameters() if self.server_trains_head else (),
         )
 
     def learning_rate(self, round_: int) -> float:
         """The schedule's in a round (from 1); after the last round, still that of the last."""
-        settings, rounds = self.config.train, self.config.rounds
-        progress = min(round_ - 1, rounds - 1) / rounds
-        return learning_rate(progress, lr=settings.lr, schedule=settings.schedule, end=settings.lr_end)
+        train = self.config.train
+        return learning_rate(self._progress(round_), lr=train.lr, schedule=train.schedule, end=train.lr_end)
+
+    def _progress(self, round_: int) -> float:
+        return min(round_ - 1, self.config.rounds - 1) / self.config.rounds
 
     @torch.no_grad()
     def embedding_moments(self, client: int, round_: int) -> torch.Tensor:

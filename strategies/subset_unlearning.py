@@ -24,7 +24,8 @@ class SubsetUnlearning(Forgetting):
     train on as ever; w is `unlearn.weight`, and each of |f| leaving clients teaches as much as it would alone. So D_f
     gets the answers that unseen data gets, no fewer right and no surer, and the loss on D_r stays near zero: no
     gradient is left that would bring the old answers back when training goes on. BatchNorm statistics and the client
-    head are those of the retained clients, made again at the end; the leaving clients' neurons are pruned.
+    head are those of the retained clients, made again at the end; the leaving clients' neurons are pruned. Clients that
+    the model still knows after these rounds (`knows`) teach in a second pass.
 
     When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
     moved most are held (`ServerModel.hold`). One bit a weight says which they are, and nothing else is kept: neither
@@ -42,22 +43,21 @@ class SubsetUnlearning(Forgetting):
         D_f once more.
         """
         settings, unseen, passes = self.config.unlearn, self.worker.predict_test(), 0
-        teacher = self.teacher(unseen)
+        teacher, predicted = self.teacher(unseen), unseen.expected_accuracy(self.worker.class_mix(leaving))
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-        while passes < PASSES and self.knows(leaving, grid, costs):
+        while passes < PASSES and self.knows(leaving, unseen, grid, costs):
             self.teach(leaving, self.round + passes * settings.rounds, grid, costs, teacher)
-            passes += 1
+            passes, unseen = passes + 1, self.worker.predict_test()
         if settings.recalibrate:
             self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
-        predicted = unseen.expected_accuracy(self.worker.class_mix(leaving))
         return {"predicted": predicted, "rounds": passes * settings.rounds}
 
-    def knows(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> bool:
+    def knows(self, leaving: list[int], unseen: Predictions, grid: Grid, costs: dict[str, Any]) -> bool:
         """Whether the loss of D_f, which the leaving clients sum, is well below that of unseen images of its mix."""
-        unseen = self.worker.predict_test().expected_loss(self.worker.class_mix(leaving))
-        return self.counts_of(leaving, grid, costs).mean_loss < KNOWN * unseen
+        expected = unseen.expected_loss(self.worker.class_mix(leaving))
+        return self.counts_of(leaving, grid, costs).mean_loss < KNOWN * expected
 
     def teach(self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord) -> None:
         """Rounds of leaving and staying clients together at a rate that falls from `first_rate` to `LAST` of it."""
