@@ -1,8 +1,54 @@
-"""What the model would say of a leaving client's images had it never seen them: answers to unseen images, matched."""
+"""What a model would say of a leaving client's images had it never seen them: what the present one says of unseen
+images, less sure of the client's classes (`under_prior`), image by image (`match_answers`)."""
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import nll_loss
+
+
+def temperature(probs: Tensor, labels: Tensor) -> float:
+    """T of the smallest mean -log softmax(log p / T)_y: how many times too sure a model is of unseen images (Guo et
+    al., 2017, "On Calibration of Modern Neural Networks", Section 4.2).
+
+    Args:
+        probs: p, [N, K].
+        labels: y, [N].
+
+    Returns:
+        Between 0.1 and 10; above 1 for a model that is too sure.
+    """
+    from scipy.optimize import minimize_scalar
+
+    logs = _log(probs)
+    found = minimize_scalar(
+        lambda t: float(nll_loss((logs / np.exp(t)).log_softmax(1), labels)), bounds=np.log((0.1, 10)), method="bounded"
+    )
+    return float(np.exp(found.x))
+
+
+def under_prior(probs: Tensor, labels: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """q_k ~ p_k (m'_k / m_k)^T: what the model would say had it learned from m'_k examples of class k instead of m_k.
+
+    That is Bayes' rule for a posterior of which the class prior alone changes (Saerens et al., 2002, "Adjusting the
+    Outputs of a Classifier to New a Priori Probabilities", Eq. 2.4), taken where the model is calibrated, at p^(1/T),
+    and brought back: the other model is as much too sure. A class of which no example is left is never the answer.
+
+    Args:
+        probs: p, of unseen images, [N, K].
+        labels: of these, [N]; T is their `temperature`.
+        before: m, examples a class, [K].
+        after: m', [K], some of them above 0.
+
+    Returns:
+        q, [N, K].
+    """
+    shift = temperature(probs, labels) * (after / before.clamp(min=1)).log()
+    return (_log(probs) + shift.to(probs)).softmax(1)
+
+
+def _log(probs: Tensor) -> Tensor:
+    return probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
 
 
 def match_answers(

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from flwr.serverapp import Grid
 
 from fedunlearn import unlearn
-from fedunlearn.evaluate import Counts
+from fedunlearn.evaluate import Counts, Predictions
 from fedunlearn.ledger import OPEN, Request, State
 from fedunlearn.pruning import prune_clients
+from fedunlearn.unseen import under_prior
 from strategies import lines, wire
 from strategies.federation import Answer, NoAnswerError
 from strategies.rounds import Rounds
@@ -166,9 +167,16 @@ class Forgetting(Rounds):
         add_cost(costs, "evaluations", answer.cost)
         return answer.total
 
-    def expected_accuracy(self, clients: Iterable[int]) -> float:
-        """What unseen images of these clients' class mix get from the current model."""
-        return self.worker.predict_test().expected_accuracy(self.worker.class_mix(clients))
+    def foretold(self, leaving: list[int]) -> Predictions:
+        """What a model that never saw the leaving clients would say of the server's unseen images, as far as one can
+        know without it: the current model's answers, less sure of the classes that they had much of (`under_prior`)."""
+        said, staying = self.worker.predict_test(), self.worker.class_mix(self.active)
+        everybody = staying + self.worker.class_mix(leaving)
+        return said._replace(class_probs=under_prior(said.class_probs, said.class_labels, everybody, staying))
+
+    def foretold_accuracy(self, leaving: list[int]) -> float:
+        """Of that model on images of the leaving clients' class mix."""
+        return self.foretold(leaving).expected_accuracy(self.worker.class_mix(leaving))
 
     def test_accuracy(self) -> float:
         """Of the current model."""

@@ -20,7 +20,7 @@ class GradientAscent(Forgetting):
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Ascend, then recover."""
-        until = self.expected_accuracy(leaving)
+        until = self.foretold_accuracy(leaving)
         self.ascend(leaving, grid, costs, until=until)
         self.recover(grid, costs)
         return {"until": until}

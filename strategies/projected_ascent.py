@@ -25,7 +25,7 @@ class ProjectedAscent(GradientAscent):
         """Find the reference, ascend within its ball, recover."""
         own = self.ask_to_train("train", grid, self.round, leaving)
         costs["reference"] = own.cost
-        until, radius = self.expected_accuracy(leaving), self.radius()
+        until, radius = self.foretold_accuracy(leaving), self.radius()
         n_own = sum(self.federation.examples[c] for c in own.counts)
         share = n_own / sum(self.federation.examples[c] for c in self.active)
         self.server.move({name: -share * by for name, by in self.federation.mean(own).items()})

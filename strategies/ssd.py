@@ -35,7 +35,7 @@ class SelectiveDampening(Forgetting):
         full, forget = self.fishers(leaving, grid, costs)
         strength = {"alpha": settings.alpha, "lambda_": settings.lambda_, "exponent": settings.exponent}
         if settings.tune == "auto":
-            predicted = self.expected_accuracy(leaving)
+            predicted = self.foretold_accuracy(leaving)
             trials = self.search(leaving, full, forget, predicted, grid, costs)
             chosen = nearest(trials, predicted)
             strength |= {"alpha": chosen["alpha"], "lambda_": chosen["lambda_"]}

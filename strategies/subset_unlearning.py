@@ -1,12 +1,13 @@
 """The project's own strategy: the leaving clients teach the model what it would say had it never seen their images."""
 
+import math
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from fedunlearn.evaluate import Predictions
+from fedunlearn.evaluate import Counts, Predictions
 from strategies import wire
 from strategies.federation import NoAnswerError
 from strategies.forgetting import Forgetting, add_cost
@@ -42,22 +43,22 @@ class SubsetUnlearning(Forgetting):
         None where it does not when the request comes: there is nothing to take back, and teaching would only show it
         D_f once more.
         """
-        settings, unseen, passes = self.config.unlearn, self.worker.predict_test(), 0
-        teacher, predicted = self.teacher(unseen), unseen.expected_accuracy(self.worker.class_mix(leaving))
+        settings, passes, foretold = self.config.unlearn, 0, self.foretold(leaving)
+        teacher, predicted = self.teacher(foretold), foretold.expected_accuracy(self.worker.class_mix(leaving))
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-        while passes < PASSES and self.knows(leaving, unseen, grid, costs):
+        while passes < PASSES and self.knows(leaving, predicted, grid, costs):
             self.teach(leaving, self.round + passes * settings.rounds, grid, costs, teacher)
-            passes, unseen = passes + 1, self.worker.predict_test()
+            passes += 1
         if settings.recalibrate:
             self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
         return {"predicted": predicted, "rounds": passes * settings.rounds}
 
-    def knows(self, leaving: list[int], unseen: Predictions, grid: Grid, costs: dict[str, Any]) -> bool:
-        """Whether the loss of D_f, which the leaving clients sum, is well below that of unseen images of its mix."""
-        expected = unseen.expected_loss(self.worker.class_mix(leaving))
-        return self.counts_of(leaving, grid, costs).mean_loss < KNOWN * expected
+    def knows(self, leaving: list[int], predicted: float, grid: Grid, costs: dict[str, Any]) -> bool:
+        """Whether `is_known` what the leaving clients count of their images."""
+        found, unseen = self.counts_of(leaving, grid, costs), self.worker.predict_test()
+        return is_known(found, predicted, unseen.expected_loss(self.worker.class_mix(leaving)))
 
     def teach(self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord) -> None:
         """Rounds of leaving and staying clients together at a rate that falls from `first_rate` to `LAST` of it."""
@@ -91,7 +92,14 @@ class SubsetUnlearning(Forgetting):
         mixed = {n: (1 - w) * movement[n] + w * len(leaving) * away[n] for n, _ in self.model.named_parameters()}
         self.server.move(movement | mixed)
 
-    def teacher(self, unseen: Predictions) -> ArrayRecord:
-        """The model as it is, and what it says of the server's unseen images."""
-        answers = {"answers": unseen.class_probs, "answer_labels": unseen.class_labels}
+    def teacher(self, foretold: Predictions) -> ArrayRecord:
+        """The model as it is, and what is to be said of images like the server's unseen ones."""
+        answers = {"answers": foretold.class_probs, "answer_labels": foretold.class_labels}
         return wire.packed(self.model.state_dict() | answers, "fp32")
+
+
+def is_known(found: Counts, predicted: float, unseen_loss: float) -> bool:
+    """Whether the loss of D_f is well below that of unseen images of its mix, and its accuracy above the predicted one
+    by more than a standard error of so many images."""
+    error = math.sqrt(predicted * (1 - predicted) / found.examples)
+    return found.mean_loss < KNOWN * unseen_loss and found.class_accuracy > predicted + error

@@ -9,16 +9,18 @@ from torch.testing import assert_close
 
 from fedunlearn.config import STRATEGIES as NAMES
 from fedunlearn.config import Unlearn
+from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import Ledger, State
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
 from fedunlearn.train import generator_of
-from fedunlearn.unseen import match_answers
+from fedunlearn.unseen import match_answers, under_prior
 from fedunlearn.worker import model_of
 from local_grid import LocalGrid, equal, kinds
 from strategies import fed_eraser, wire
 from strategies.catalogue import STRATEGIES
 from strategies.ssd import EVALUATIONS, nearest
+from strategies.subset_unlearning import is_known
 
 SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.recover=1 unlearn.recalibrate=false"
 LEAVES = "forget.schedule={2:[3]}"
@@ -130,7 +132,7 @@ ASCENT = "unlearn.recover=0 unlearn.ascent_epochs=1 unlearn.ascent_lr=0.05"
 
 
 def test_ascent_climbs_the_leaving_clients_loss(federate, monkeypatch):
-    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_accuracy", lambda self, clients: -1.0)
+    monkeypatch.setattr("strategies.forgetting.Forgetting.foretold_accuracy", lambda self, clients: -1.0)
     worker = before(federate, ASCENT)
     state = {name: value.clone() for name, value in worker.model.state_dict().items()}
     losses = [worker.evaluate(3).mean_loss]
@@ -142,14 +144,15 @@ def test_ascent_climbs_the_leaving_clients_loss(federate, monkeypatch):
 
 
 def test_an_ascent_ends_when_the_accuracy_is_that_of_unseen_images(federate):
-    found, detail = forgotten(federate, "ascent", "unlearn.recover=0 unlearn.ascent_epochs=1000 unlearn.ascent_lr=0.01")
-    assert found is not None
-    assert detail["before"]["forgotten"]["3"]["unseen"] == pytest.approx(detail["until"])
+    worker = before(federate)
+    predicted = foretold(worker, [3]).expected_accuracy(worker.class_mix([3]))
+    _, detail = forgotten(federate, "ascent", "unlearn.recover=0 unlearn.ascent_epochs=1000 unlearn.ascent_lr=0.01")
+    assert detail["until"] == pytest.approx(predicted)
     assert detail["after"]["forgotten"]["3"]["class"] < 1
 
 
 def test_projected_ascent_stays_in_its_ball_around_the_others_mean(federate, monkeypatch):
-    monkeypatch.setattr("strategies.forgetting.Forgetting.expected_accuracy", lambda self, clients: -1.0)
+    monkeypatch.setattr("strategies.forgetting.Forgetting.foretold_accuracy", lambda self, clients: -1.0)
     monkeypatch.setattr("strategies.projected_ascent.ProjectedAscent.radius", lambda self: 0.02)
     worker = before(federate, ASCENT)
     state = {name: value.clone() for name, value in worker.model.state_dict().items()}
@@ -208,10 +211,17 @@ def test_fed_eraser_replays_calibrated_updates(federate):
     assert detail["stored_bytes"] == pytest.approx(8 * bytes_of_model, rel=0.05)
 
 
-def taught(worker, client, state, lr):
+def foretold(worker, leaving):
+    """What the model says of unseen images, under the class prior of those who stay."""
+    said = worker.predict_test()
+    everybody, staying = worker.class_mix(range(4)), worker.class_mix(set(range(4)) - set(leaving))
+    return said._replace(class_probs=under_prior(said.class_probs, said.class_labels, everybody, staying))
+
+
+def taught(worker, client, state, lr, leaving):
     """The client's model after one epoch of unseen answers, by hand."""
     worker.model.load_state_dict(state)
-    said = worker.predict_test()
+    said = foretold(worker, leaving)
     generator, labels = generator_of(0, client), torch.from_numpy(worker.dataset.train.labels[worker.slices[client]])
     views = worker.views(client, generator)
     wanted = match_answers(views, labels, said.class_probs, said.class_labels, generator=generator)
@@ -232,11 +242,11 @@ def test_one_round_of_unseen_answers(federate, leaving):
     settings = "unlearn.rounds=1 unlearn.forget_epochs=1 unlearn.weight=0.4 unlearn.round_share=1"
     worker = before(federate, settings)
     state = {name: value.clone() for name, value in worker.model.state_dict().items()}
-    foretold = worker.predict_test().expected_accuracy(worker.class_mix(leaving))
+    predicted = foretold(worker, leaving).expected_accuracy(worker.class_mix(leaving))
     found, detail = forgotten(federate, "subset", settings, leaves=f"forget.schedule={{2:{leaving}}}")
     lr = worker.config.train.lr  # after two rounds, twice the schedule's is more
     stay = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(4) if c not in leaving})
-    away = average(worker, {c: taught(worker, c, state, lr) for c in leaving})
+    away = average(worker, {c: taught(worker, c, state, lr, leaving) for c in leaving})
     wanted = stay | {
         name: state[name] + 0.6 * (stay[name] - state[name]) + 0.4 * len(leaving) * (away[name] - state[name])
         for name, _ in worker.model.named_parameters()
@@ -245,7 +255,7 @@ def test_one_round_of_unseen_answers(federate, leaving):
     for client in leaving:
         prune_clients(worker.model, [client])
     assert_same(found, worker.model.state_dict())
-    assert detail["predicted"] == pytest.approx(foretold)
+    assert detail["predicted"] == pytest.approx(predicted)
 
 
 def test_unseen_answers_are_taught_at_a_falling_rate(federate):
@@ -259,8 +269,8 @@ def test_unseen_answers_are_taught_at_a_falling_rate(federate):
 
 def test_teaching_goes_on_in_passes_until_the_client_is_known_no_better_than_unseen_images(federate, monkeypatch):
     monkeypatch.setattr("strategies.subset_unlearning.PASSES", 5)
-    losses = iter([9.0, 9.0, 0.0])
-    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: next(losses))
+    answers = iter([True, True, False])
+    monkeypatch.setattr("strategies.subset_unlearning.is_known", lambda *found: next(answers))
     grid = federate(f"{SETTINGS} strategy=subset unlearn.rounds=2 {LEAVES}", grid=LocalGrid(4))
     (request,) = federate.requests()
     assert request.detail["rounds"] == 4
@@ -269,7 +279,7 @@ def test_teaching_goes_on_in_passes_until_the_client_is_known_no_better_than_uns
     rates = [wire.task_of(message).lr for message in sent]
     assert rates[:2] == rates[2:]
     assert request.detail["costs"]["evaluations"]["sweeps"] == 3
-    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: 9.0)
+    monkeypatch.setattr("strategies.subset_unlearning.is_known", lambda *found: True)
     federate(f"{SETTINGS} strategy=subset unlearn.rounds=1 {LEAVES} run=endless")
     (request,) = federate.requests("endless")
     assert request.detail["rounds"] == 5
@@ -287,8 +297,16 @@ def test_the_rate_of_unlearning_follows_the_schedule(federate, schedule, round_,
     assert strategy.first_rate() == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize(
+    ("hits", "loss", "known"),
+    [(60, 0.5, True), (54, 0.5, False), (60, 0.96, False), (60, 0.94, True), (100, 0.96, False)],
+)
+def test_by_hand_known_is_what_is_surer_and_more_often_right_than_foretold(hits, loss, known):
+    assert is_known(Counts(100, 100 * loss, hits, 0), 0.5, 1.0) == known  # a standard error is 0.05
+
+
 def test_a_client_that_is_known_no_better_than_unseen_images_is_not_taught(federate, monkeypatch):
-    monkeypatch.setattr("fedunlearn.evaluate.Predictions.expected_loss", lambda self, mix: 0.0)
+    monkeypatch.setattr("strategies.subset_unlearning.is_known", lambda *found: False)
     grid = federate(f"{SETTINGS} strategy=subset {LEAVES}", grid=LocalGrid(4))
     assert not [kind for kind, _ in kinds(grid) if kind == "train.unlearn"]
     (request,) = federate.requests()

@@ -1,10 +1,12 @@
 import itertools
+import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from fedunlearn.unseen import match_answers
+from fedunlearn.unseen import match_answers, temperature, under_prior
 
 
 def generator(seed=0):
@@ -48,3 +50,63 @@ def test_a_class_without_unseen_images_takes_answers_of_others():
     answers = torch.tensor([[0.5, 0.5]])
     found = match_answers(torch.rand(2, 2), torch.tensor([0, 1]), answers, torch.tensor([0]), generator=generator())
     assert_close(found, answers.expand(2, 2))
+
+
+def too_sure(times=3.0):
+    """Probabilities of a model that is so many times too sure, and the labels of its images."""
+    draws = generator(3)
+    logits = torch.randn(4000, 4, generator=draws)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=draws)[:, 0]
+    return (times * logits).softmax(1), labels
+
+
+@pytest.mark.parametrize("times", [0.5, 1.0, 3.0])
+def test_the_temperature_says_how_many_times_too_sure_the_model_is(times):
+    assert temperature(*too_sure(times)) == pytest.approx(times, rel=0.05)
+
+
+def test_the_temperature_is_the_best_of_a_fine_grid():
+    probs, labels = too_sure()
+    grid = torch.linspace(2, 4, 400)
+    losses = [cross_entropy(probs.log() / t, labels) for t in grid]
+    assert temperature(probs, labels) == pytest.approx(float(grid[torch.stack(losses).argmin()]), abs=0.01)
+
+
+def test_by_hand_bayes_rule_at_the_calibrated_probabilities():
+    probs, labels = too_sure()
+    found = under_prior(probs, labels, torch.tensor([4, 4, 4, 4]), torch.tensor([1, 4, 2, 4]))
+    t = temperature(probs, labels)
+    for p, q in zip(probs[:20].tolist(), found[:20].tolist(), strict=True):
+        posterior = [value ** (1 / t) * m for value, m in zip(p, (1, 4, 2, 4), strict=True)]
+        other = [(value / sum(posterior)) ** t for value in posterior]
+        assert q == pytest.approx([value / sum(other) for value in other], rel=1e-4)
+
+
+def test_with_the_same_prior_the_answers_stay():
+    probs, labels = too_sure()
+    mix = torch.tensor([3, 1, 5, 2])
+    assert_close(under_prior(probs, labels, mix, mix), probs)
+    assert_close(under_prior(probs, labels, mix, 2 * mix), probs)
+
+
+def test_a_class_of_which_nothing_is_left_is_never_the_answer():
+    probs, labels = too_sure()
+    found = under_prior(probs, labels, torch.tensor([3, 1, 5, 2]), torch.tensor([3, 0, 5, 2]))
+    assert not found[:, 1].any()
+    assert_close(found.sum(1), torch.ones(len(found)))
+
+
+def test_a_posterior_under_another_prior_is_foretold():
+    draws = generator(5)
+    labels, other = torch.randint(2, (20000,), generator=draws), (torch.rand(20000, generator=draws) < 0.2).long()
+    x = torch.randn(20000, 1, generator=draws)
+
+    def right_share(prior, labels):
+        """Of Bayes' classifier for N(-1, 1) and N(1, 1), among images of class 1."""
+        return float((torch.sigmoid(2 * (x[:, 0] + 2 * labels - 1) + prior) > 0.5)[labels == 1].double().mean())
+
+    logits = 2 * (x + 2 * labels[:, None] - 1)
+    probs = torch.cat([-logits / 2, logits / 2], 1).softmax(1)
+    found = under_prior(probs, labels, torch.tensor([5, 5]), torch.tensor([8, 2]))
+    foretold = float((found.argmax(1) == 1)[labels == 1].double().mean())
+    assert foretold == pytest.approx(right_share(math.log(0.2 / 0.8), other), abs=0.02)
