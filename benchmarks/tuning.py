@@ -1,9 +1,10 @@
 """Alpha and lambda chosen without gold, beside the choice made with it: `python -m benchmarks.tuning`.
 
 Every client in turn is forgotten from a base of all, for IID and Dirichlet splits and several seeds, on handwritten
-digits. What gold will answer on the forgotten images is foretold by unseen images of their class mix; SSD's strength is
-chosen to match that (`unlearn.tune=auto`), and once more to match gold itself. Beside them, what `subset` leaves, which
-has nothing to choose.
+digits. What gold will answer on the forgotten images is foretold from unseen images of their class mix (as the model
+answers them, and as it would under the class prior of those who stay); SSD's strength is chosen to match that
+(`unlearn.tune=auto`), and once more to match gold itself. Beside them, what `subset` leaves, which has nothing to
+choose.
 """
 
 import argparse
@@ -56,8 +57,8 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
     columns = (
-        "targets", "gold", "|predicted − gold|", "|auto − gold|", "|with gold − gold|", "|subset − gold|",
-        "test auto", "test with", "test subset", "gold's test",
+        "targets", "gold", "|unseen − gold|", "|foretold − gold|", "|auto − gold|", "|with gold − gold|",
+        "|subset − gold|", "test auto", "test with", "test subset", "gold's test",
     )  # fmt: skip
     table = [[split, *summary([row for row in rows if row["split"] == split])] for split in options.splits]
     timing.table(f"{options.seeds} seeds, mean ± standard deviation over targets", ("split", *columns), table)
@@ -76,8 +77,10 @@ def targets(config: Config) -> list[dict[str, float]]:
                 row["gold_test"] = gold.test_accuracy()
             dampening.model.load_state_dict(before)
             unseen, mix = dampening.worker.predict_test(), dampening.worker.class_mix([client])
-            row |= {"predicted": unseen.expected_accuracy(mix), "predicted_loss": unseen.expected_loss(mix)}
+            row |= {"unseen": unseen.expected_accuracy(mix), "unseen_loss": unseen.expected_loss(mix)}
             with leaving(dampening, client):
+                foretold = dampening.foretold([client])
+                row |= {"predicted": foretold.expected_accuracy(mix), "predicted_loss": foretold.expected_loss(mix)}
                 full, forget = dampening.fishers([client], grid, {})
                 for name, target in (("auto", row["predicted"]), ("with", row["gold"])):
                     dampening.model.load_state_dict(before)
@@ -126,7 +129,7 @@ def summary(rows: list[dict]) -> list[str]:
 
     distances = [
         [abs(row[name] - row["gold"]) for row in rows]
-        for name in ("predicted", "auto_forgotten", "with_forgotten", "subset_forgotten")
+        for name in ("unseen", "predicted", "auto_forgotten", "with_forgotten", "subset_forgotten")
     ]
     means = [spread([row[name] for row in rows]) for name in ("auto_test", "with_test", "subset_test", "gold_test")]
     return [str(len(rows)), spread([row["gold"] for row in rows]), *map(spread, distances), *means]

@@ -11,8 +11,8 @@ from strategies.forgetting import Forgetting
 class GradientAscent(Forgetting):
     """theta <- theta + eta grad L_f(theta), by each leaving client on its own images, averaged over them.
 
-    Every leaving client ascends (`train.ascend`: clipped steps of `unlearn.ascent_lr`) until its accuracy is what
-    unseen images of its class mix get (`expected_accuracy`), for `unlearn.ascent_epochs` epochs at most; then the
+    Every leaving client ascends (`train.ascend`: clipped steps of `unlearn.ascent_lr`) until its accuracy is what gold
+    is foretold to have (`foretold_accuracy`), for `unlearn.ascent_epochs` epochs at most; then the
     retained clients train `unlearn.recover` rounds.
     """
 

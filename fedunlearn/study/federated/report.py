@@ -95,8 +95,10 @@ def everyone(results: Results, pipeline: str) -> list[dict[str, Any]]:
     strategies = [*(s for s in study.strategies if any((s, 0, c) in rows for c in asked)), "gold"]
     served = []
     for client in asked:
-        base = results.before(next(c for c in cases if c.left(0) == (client,)), pipeline)
+        case = next(c for c in cases if c.left(0) == (client,))
+        base = results.before(case, pipeline)
         known = [[row[f"{kind}_{client}"] for row in base] for kind in ("client", "unseen")]
+        known.append(results.foretold(case, pipeline))
         values = [rows[s, 0, client].values["forgotten"] if (s, 0, client) in rows else [] for s in strategies]
         cells = [spread(numbers, "forgotten") for numbers in (*known, *values)]
         served.append([str(client), str(results.sizes[client]), *cells])
@@ -110,7 +112,14 @@ def everyone(results: Results, pipeline: str) -> list[dict[str, Any]]:
         },
         {
             "title": f"{PIPELINES[pipeline]}: every client in turn, accuracy on its images when served",
-            "columns": ["client", "images", "before", "foretold", *(NAMES[strategy] for strategy in strategies)],
+            "columns": [
+                "client",
+                "images",
+                "before",
+                "unseen",
+                "foretold",
+                *(NAMES[strategy] for strategy in strategies),
+            ],
             "lines": served,
         },
     ]

@@ -133,6 +133,15 @@ class Results:
                 found[seed] = next(row for row in result["scores"] if row["request"] == "before")
         return [*found.values()]
 
+    def foretold(self, case: Case, pipeline: str) -> list[float]:
+        """Gold's accuracy on the first request's clients, as foretold when they asked, by seed."""
+        study, found = self.plan.settings.study, {}
+        for seed, strategy in product(study.seeds, study.strategies):
+            result = self.of(self.plan.forget(strategy, pipeline, case, seed))
+            if result and "predicted" in result["forgets"][0]:
+                found[seed] = result["forgets"][0]["predicted"]
+        return [*found.values()]
+
     def costs(self, case: Case, pipeline: str, strategy: str) -> dict[str, list[float]]:
         """What the first request took until the model was served again, by seed."""
         found: dict[str, list[float]] = {}
