@@ -20,13 +20,14 @@ LAST = 0.4  # of the rate of the first round of unlearning, that of the last
 class SubsetUnlearning(Forgetting):
     """theta <- theta + (1 - w) mean of (theta_r - theta) + w |f| mean of (theta_f - theta), `unlearn.rounds` times.
 
-    The server shows the leaving clients f what the model says of its own, unseen images. Each of them matches these
-    answers to its images (`unseen.match_answers`) and trains the model to give them, while the retained clients r
-    train on as ever; w is `unlearn.weight`, and each of |f| leaving clients teaches as much as it would alone. So D_f
-    gets the answers that unseen data gets, no fewer right and no surer, and the loss on D_r stays near zero: no
-    gradient is left that would bring the old answers back when training goes on. BatchNorm statistics and the client
-    head are those of the retained clients, made again at the end; the leaving clients' neurons are pruned. Clients that
-    the model still knows after these rounds (`knows`) teach in a second pass.
+    The server shows the leaving clients f what the model says of its own, unseen images, under the class prior of those
+    who stay (`foretold`). Each of them matches these answers to its images (`unseen.match_answers`) and trains the
+    model to give them, while the retained clients r train on as ever; w is `unlearn.weight`, and each of |f| leaving
+    clients teaches as much as it would alone. So D_f gets the answers that unseen data would get, no fewer right and no
+    surer, and the loss on D_r stays near zero: no gradient is left that would bring the old answers back when training
+    goes on. BatchNorm statistics and the client head are those of the retained clients, made again at the end; the
+    leaving clients' neurons are pruned. Clients that the model still knows after these rounds (`knows`) teach in a
+    second pass.
 
     When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
     moved most are held (`ServerModel.hold`). One bit a weight says which they are, and nothing else is kept: neither
@@ -49,6 +50,8 @@ class SubsetUnlearning(Forgetting):
         while passes < PASSES and self.knows(leaving, predicted, grid, costs):
             self.teach(leaving, self.round + passes * settings.rounds, grid, costs, teacher)
             passes += 1
+        if not passes:
+            self.log("── the model knows these images no better than it is foretold to without them: nobody is taught")
         if settings.recalibrate:
             self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
