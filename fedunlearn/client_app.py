@@ -88,7 +88,10 @@ def unlearn(message: Message, context: Context) -> Message:
     """As `train`, but every client teaches the model to answer as to unseen images (`worker.unlearn`)."""
     task, worker, state = prepare(message)
     teacher = wire.tensors_of(message, "teacher")
-    work = partial(worker.unlearn, round_=task.round, state=state, teacher=teacher, lr=task.lr)
+    projectors = {name: p.to(worker.device) for name, p in wire.tensors_of(message, "projectors").items()}
+    work = partial(
+        worker.unlearn, round_=task.round, state=state, teacher=teacher, projectors=projectors, lr=task.lr
+    )  # fmt: skip
     return moved_by(message, worker, state, work)
 
 
@@ -136,6 +139,20 @@ def fisher(message: Message, context: Context) -> Message:
         wire.add_to(sums, f, worker.examples(client))
     counts = {c: Counts(worker.examples(c)) for c in task.clients}
     return wire.reply(message, wire.packed(sums, worker.config.wire), counts)
+
+
+@app.query("inputs")
+def inputs(message: Message, context: Context) -> Message:
+    """Reply with the sum of n_c times every client's mean products of layers' inputs (`worker.input_products`).
+
+    In fp32: rounded to bf16 they would no longer be products of anything (eigenvalues below zero).
+    """
+    task, worker, _ = prepare(message)
+    sums: dict[str, Tensor] = {}
+    for client in task.clients:
+        wire.add_to(sums, worker.input_products(client, task.round), worker.examples(client))
+    counts = {c: Counts(worker.examples(c)) for c in task.clients}
+    return wire.reply(message, wire.packed(sums, "fp32"), counts)
 
 
 @app.query("moments")

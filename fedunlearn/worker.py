@@ -14,6 +14,7 @@ from fedunlearn.client_head import embedding_moments
 from fedunlearn.datasets import Split
 from fedunlearn.evaluate import Counts, Predictions, evaluate, predict
 from fedunlearn.model import Batch, TwoHeadResNet18
+from fedunlearn.null_space import input_products
 from fedunlearn.precision import autocast
 from fedunlearn.train import ascend, fit, generator_of, learning_rate, loss_weights, teach
 from fedunlearn.unlearn import batch_moments, recalibrate
@@ -118,13 +119,26 @@ class Worker:
         """Whether the client head is the server's to train."""
         return self.model.client_head is not None and self.config.train.client_head == "server"
 
+    def input_products(self, client: int, round_: int) -> dict[str, torch.Tensor]:
+        """`null_space.input_products` of the model for the share `unlearn.input_share` of the client's examples."""
+        sample = (images for images, _, _ in self.sample(client, self.config.unlearn.input_share, round_))
+        return input_products(self.model, sample, precision=self.config.train.precision)
+
     def unlearn(
-        self, client: int, round_: int, *, state: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], lr: float
+        self,
+        client: int,
+        round_: int,
+        *,
+        state: dict[str, torch.Tensor],
+        teacher: dict[str, torch.Tensor],
+        projectors: dict[str, torch.Tensor],
+        lr: float,
     ) -> Counts:
         """Teach the model of `state` to say of the client's images what is said of unseen ones, in place.
 
         Args:
             teacher: the model before it forgets, and `answers` [T, K] and `answer_labels` [T] of unseen images.
+            projectors: what layers move along (`null_space.projectors`).
         """
         settings, own = self.config.unlearn, self.slices[client]
         wanted = self._wanted(client, teacher).to(self.device)
@@ -138,7 +152,7 @@ class Worker:
 
         precision, momentum = self.config.train.precision, self.config.train.momentum
         epochs = map(epoch, range(settings.forget_epochs))
-        teach(self.model, epochs, lr=lr, momentum=momentum, precision=precision)
+        teach(self.model, epochs, lr=lr, momentum=momentum, precision=precision, projectors=projectors)
         return self.evaluate(client)
 
     def _wanted(self, client: int, teacher: dict[str, torch.Tensor]) -> torch.Tensor:

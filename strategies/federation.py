@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,13 +122,14 @@ class Federation:
         state: ArrayRecord,
         *,
         apart: bool = False,
-        teacher: ArrayRecord | None = None,
+        beside: Mapping[str, ArrayRecord] | None = None,
         **task: float,
     ) -> list[Message]:
         """One message of type `kind` to every node that hosts some of `clients`: those with most examples first.
 
         So workers that take one message after another end at about the same time, and the order depends on the data
-        alone. With `apart` every client has a message of its own. `task` are further fields of `wire.Task`.
+        alone. With `apart` every client has a message of its own. `task` are further fields of `wire.Task`; tensors
+        `beside` the model's state go along.
         """
         wanted = set(clients)
         hosted = [(node, [c for c in self.clients_of[node] if c in wanted]) for node in self.nodes]
@@ -136,7 +137,7 @@ class Federation:
         groups.sort(key=lambda pair: -sum(self.examples[c] for c in pair[1]))
         self._sent = [
             Message(
-                wire.request(wire.Task(self._config, round_, mine, **task), state, teacher),
+                wire.request(wire.Task(self._config, round_, mine, **task), state, beside),
                 node,
                 kind,
                 group_id=str(round_),

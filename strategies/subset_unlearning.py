@@ -7,6 +7,7 @@ import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
+from fedunlearn import null_space
 from fedunlearn.evaluate import Counts, Predictions
 from strategies import wire
 from strategies.federation import NoAnswerError
@@ -18,24 +19,25 @@ LAST = 0.4  # of the rate of the first round of unlearning, that of the last
 
 
 class SubsetUnlearning(Forgetting):
-    """theta <- theta + (1 - w) mean of (theta_r - theta) + w |f| mean of (theta_f - theta), `unlearn.rounds` times.
+    """theta += |f| mean of (theta_f - theta), then theta += mean of (theta_r - theta), `unlearn.rounds` times.
 
     The server shows the leaving clients f what the model says of its own, unseen images, under the class prior of those
     who stay (`foretold`). Each of them matches these answers to its images (`unseen.match_answers`) and trains the
-    model to give them, while the retained clients r train on as ever; w is `unlearn.weight`, and each of |f| leaving
-    clients teaches as much as it would alone. So D_f gets the answers that unseen data would get, no fewer right and no
-    surer, and the loss on D_r stays near zero: no gradient is left that would bring the old answers back when training
-    goes on. BatchNorm statistics and the client head are those of the retained clients, made again at the end; the
-    leaving clients' neurons are pruned. Clients that the model still knows after these rounds (`knows`) teach in a
-    second pass.
+    model to give them, as much as it would alone, along directions that the retained clients' images hardly use
+    (`null_space.projectors`): what the model says of those stays almost as it was. The rest the retained clients r
+    mend, by a little training. So D_f gets the answers that unseen data would get, no fewer right and no surer, while
+    the loss on D_r stays near zero: no gradient is left that would bring the old answers back when training goes on.
+    BatchNorm statistics and the client head are made again for the retained clients at the end; the leaving clients'
+    neurons are pruned. Clients that the model still knows after these rounds (`knows`) teach in a second pass.
 
     When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
     moved most are held (`ServerModel.hold`). One bit a weight says which they are, and nothing else is kept: neither
-    where they were before nor what the leaving clients sent.
+    where they were before nor what the clients sent.
     """
 
     reads = (
-        "rounds", "round_share", "weight", "forget_epochs", "views", "flip", "hold", "lr", "recalibrate"
+        "rounds", "round_share", "input_share", "ridge", "forget_epochs", "views", "flip", "hold", "lr", "mend_lr",
+        "recalibrate",
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +50,11 @@ class SubsetUnlearning(Forgetting):
         teacher, predicted = self.teacher(foretold), foretold.expected_accuracy(self.worker.class_mix(leaving))
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         while passes < PASSES and self.knows(leaving, predicted, grid, costs):
-            self.teach(leaving, self.round + passes * settings.rounds, grid, costs, teacher)
+            for number, share in enumerate(torch.linspace(1, LAST, settings.rounds).tolist(), 1):
+                self.log(f"── round {number} of {settings.rounds} of unlearning")
+                round_ = self.round + passes * settings.rounds + number
+                self.teach(leaving, round_, share * self.first_rate(), grid, costs, teacher)
+                self.mend(round_, grid, costs)
             passes += 1
         if not passes:
             self.log("── the model knows these images no better than it is foretold to without them: nobody is taught")
@@ -63,37 +69,53 @@ class SubsetUnlearning(Forgetting):
         found, unseen = self.counts_of(leaving, grid, costs), self.worker.predict_test()
         return is_known(found, predicted, unseen.expected_loss(self.worker.class_mix(leaving)))
 
-    def teach(self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord) -> None:
-        """Rounds of leaving and staying clients together at a rate that falls from `first_rate` to `LAST` of it."""
-        rounds = self.config.unlearn.rounds
-        for number, share in enumerate(torch.linspace(1, LAST, rounds).tolist(), 1):
-            self.log(f"── round {number} of {rounds} of unlearning")
-            self.move_away(leaving, round_ + number, self.first_rate() * share, grid, costs, teacher)
-
-    def first_rate(self) -> float:
-        """`unlearn.lr`, or in the middle of training twice the schedule's present rate (never above its first one).
-
-        What is taught at a rate below that of the rounds to come is lost in them.
-        """
-        train, now = self.config.train, self.worker.learning_rate(self.round + 1)
-        return max(self.config.unlearn.lr, min(2 * now, train.lr))
-
-    def move_away(
+    def teach(
         self, leaving: list[int], round_: int, lr: float, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord
     ) -> None:
-        """One round; statistics of BatchNorm are those of the retained clients."""
-        settings, clients = self.config.unlearn, self.active
-        stay = self.ask_to_train("train", grid, round_, clients, lr=lr, share=settings.round_share, embeddings=False)
-        leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=lr, teacher=teacher)
-        if not stay.counts:
-            raise NoAnswerError("no retained client answered")
+        """The leaving clients change what the model says of their images, along what those who stay hardly use."""
+        beside = {"teacher": teacher, "projectors": self.projectors(round_, grid, costs)}
+        leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=lr, beside=beside)
         if missing := sorted(set(leaving) - leave.counts.keys()):
             raise NoAnswerError(f"client {missing[0]} did not answer the request to unlearn")
-        add_cost(costs, "retained", stay.cost)
         add_cost(costs, "leaving", leave.cost)
-        movement, away, w = self.federation.mean(stay), self.federation.mean(leave), settings.weight
-        mixed = {n: (1 - w) * movement[n] + w * len(leaving) * away[n] for n, _ in self.model.named_parameters()}
-        self.server.move(movement | mixed)
+        self.server.move({name: len(leaving) * by for name, by in self.federation.mean(leave).items()})
+
+    def projectors(self, round_: int, grid: Grid, costs: dict[str, Any]) -> ArrayRecord:
+        """Of the retained clients' inputs to the model as it is (`null_space`)."""
+        like = null_space.no_products(self.model)
+        answer = self.federation.ask(grid, "query.inputs", round_, self.active, self.broadcast(), like)
+        if not answer.counts:
+            raise NoAnswerError("no retained client answered the query for products of inputs")
+        add_cost(costs, "inputs", answer.cost)
+        return wire.packed(null_space.projectors(self.federation.mean(answer), ridge=self.config.unlearn.ridge), "fp32")
+
+    def mend(self, round_: int, grid: Grid, costs: dict[str, Any]) -> None:
+        """The retained clients train on a share of their images, at `mend_rate`."""
+        stay = self.ask_to_train(
+            "train",
+            grid,
+            round_,
+            self.active,
+            lr=self.mend_rate(),
+            share=self.config.unlearn.round_share,
+            embeddings=False,
+        )
+        if not stay.counts:
+            raise NoAnswerError("no retained client answered")
+        add_cost(costs, "retained", stay.cost)
+        self.server.move(self.federation.mean(stay))
+
+    def first_rate(self) -> float:
+        """`unlearn.lr`, up to twice of it where the schedule's rate has still to fall by as much.
+
+        What is taught gently is lost in rounds of a higher rate.
+        """
+        now, last = self.worker.learning_rate(self.round + 1), self.worker.learning_rate(self.config.rounds)
+        return self.config.unlearn.lr * (min(2.0, now / last) if last else 1.0)
+
+    def mend_rate(self) -> float:
+        """`unlearn.mend_lr`, or in the middle of training the schedule's present rate, where that is higher."""
+        return max(self.config.unlearn.mend_lr, self.worker.learning_rate(self.round + 1))
 
     def teacher(self, foretold: Predictions) -> ArrayRecord:
         """The model as it is, and what is to be said of images like the server's unseen ones."""

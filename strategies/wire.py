@@ -40,13 +40,13 @@ def packed(tensors: Mapping[str, Tensor], precision: str) -> ArrayRecord:
     return ArrayRecord(dict(tensors))
 
 
-def request(task: Task, state: ArrayRecord | None = None, teacher: ArrayRecord | None = None) -> RecordDict:
-    """The content of a message to a node; the same `state`, and that of a `teacher`, may be shared by many."""
-    content = RecordDict({"task": ConfigRecord(asdict(task))})
+def request(
+    task: Task, state: ArrayRecord | None = None, beside: Mapping[str, ArrayRecord] | None = None
+) -> RecordDict:
+    """The content of a message to a node; the same `state`, and further tensors `beside` it, may be shared by many."""
+    content = RecordDict({"task": ConfigRecord(asdict(task)), **(beside or {})})
     if state is not None:
         content["arrays"] = state
-    if teacher is not None:
-        content["teacher"] = teacher
     return content
 
 

@@ -87,3 +87,60 @@ def logistic_mia(retain, forget, *, folds=5, seed=42):
         attacker = LogisticRegression(class_weight="balanced", max_iter=1000).fit(x[train_rows], y[train_rows])
         right += (attacker.predict(x[test_rows]) == y[test_rows]).sum()
     return 100 * right / len(y)
+
+
+def input_products(model, images):
+    """Mean of x x^T over images and places, image by image and place by place, in fp64."""
+    seen, products = {}, {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+    hooks = [m.register_forward_hook(lambda m, i, o, n=n: seen.update({n: i[0].detach()})) for n, m in layers.items()]
+    model.eval()
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers.items():
+        if name.startswith("client_head"):
+            continue
+        rows = []
+        for x in seen[name].double():
+            if isinstance(layer, torch.nn.Linear):
+                rows.append(torch.cat([x, torch.ones(1)]))
+                continue
+            k, pad, step = layer.kernel_size[0], layer.padding[0], layer.stride[0]
+            wide = torch.nn.functional.pad(x, (pad, pad, pad, pad))
+            apart = step * max(1, x.shape[1] // step // 8)
+            corners = range(0, wide.shape[1] - k + 1, apart)
+            rows += [wide[:, i : i + k, j : j + k].flatten() for i in corners for j in corners]
+        products[name] = sum(torch.outer(row, row) for row in rows) / len(rows)
+    return products
+
+
+def projectors(products, *, ridge):
+    """By eigenvalues: tau / (tau + lambda) along each direction."""
+    found = {}
+    for name, a in products.items():
+        values, vectors = torch.linalg.eigh(a.double())
+        tau = ridge * a.double().diagonal().mean()
+        found[name] = vectors @ torch.diag(tau / (tau + values.clamp(min=0))) @ vectors.T
+    return found
+
+
+def teach(model, images, wanted, by, *, steps, lr, momentum):
+    """Steps down the cross-entropy to wanted answers, each layer's step times its projector, written out."""
+    layers = {name: layer for name, layer in model.named_modules() if name in by}
+    speed = dict.fromkeys(by, 0.0)
+    model.eval()
+    for chosen in steps:
+        model.zero_grad()
+        logits = model(images[chosen]).class_logits
+        (-(wanted[chosen] * logits.log_softmax(1)).sum(1).mean()).backward()
+        for name, layer in layers.items():
+            gradient = layer.weight.grad.flatten(1)
+            if layer.bias is not None:
+                gradient = torch.cat([gradient, layer.bias.grad[:, None]], 1)
+            speed[name] = momentum * speed[name] + gradient.double() @ by[name].double()
+            with torch.no_grad():
+                size = layer.weight[0].numel()
+                layer.weight -= (lr * speed[name][:, :size].reshape(layer.weight.shape)).float()
+                if layer.bias is not None:
+                    layer.bias -= (lr * speed[name][:, -1]).float()

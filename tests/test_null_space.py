@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import reference
+from fedunlearn import null_space
+from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.train import teach
+
+
+def images(n=6, side=16, seed=0):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(params=["batch", "group"])
+def model(request):
+    torch.manual_seed(0)
+    model = TwoHeadResNet18(3, 4, width=8, norm=request.param)
+    model(images(32, seed=1))  # running statistics that are not those of a new model
+    return model
+
+
+def test_by_hand_a_projector_leaves_what_the_inputs_have_not():
+    found = null_space.projectors({"layer": torch.diag(torch.tensor([6.0, 0.0, 0.0]))}, ridge=1.0)["layer"]
+    assert_close(found, torch.diag(torch.tensor([0.25, 1.0, 1.0])))  # tau = 2
+
+
+def test_without_inputs_and_with_a_large_ridge_everything_is_free():
+    products = {"none": torch.zeros(3, 3), "some": torch.diag(torch.tensor([3.0, 1.0, 2.0]))}
+    found = null_space.projectors(products, ridge=1e6)
+    assert_close(found["none"], torch.eye(3))
+    assert_close(found["some"], torch.eye(3), rtol=0, atol=1e-5)
+
+
+def test_projectors_equal_those_by_eigenvalues(model):
+    products = null_space.input_products(model, [images()])
+    found, expected = null_space.projectors(products, ridge=0.05), reference.projectors(products, ridge=0.05)
+    for name, p in found.items():
+        assert_close(p.double(), expected[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("side", [8, 32])
+def test_products_equal_those_place_by_place(model, side):
+    found, expected = (
+        null_space.input_products(model, [images(2, side)]),
+        reference.input_products(model, images(2, side)),
+    )
+    assert found.keys() == expected.keys() == null_space.no_products(model).keys()
+    for name, a in found.items():
+        assert a.shape == null_space.no_products(model)[name].shape
+        assert_close(a.double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_products_do_not_depend_on_batches_and_leave_the_model_as_it_is(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    whole = null_space.input_products(model, [images()])
+    assert_close(null_space.input_products(model, images().split([1, 3, 2])), whole)
+    assert_close(dict(model.state_dict()), before)
+
+
+def test_a_projected_change_moves_outputs_less(model):
+    """Of inputs like those of A, and hardly less of others."""
+    name, layer = "stages.3.1.conv2", model.stages[3][1].conv2
+    a = null_space.input_products(model, [images(64)])[name]
+    p = null_space.projectors({name: a}, ridge=0.01)[name]
+    change = torch.randn(len(layer.weight), len(a), generator=torch.Generator().manual_seed(2))
+    moved = [float(((d @ a) * d).sum()) for d in (change, change @ p)]  # mean |d x|^2
+    assert moved[1] < 1e-3 * moved[0]
+    assert float((change @ p).norm() / change.norm()) > 0.3
+
+
+def test_gradients_are_multiplied_and_all_others_dropped(model):
+    out = model(images())
+    (out.class_logits.square().sum() + out.client_logits.square().sum()).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    products = null_space.input_products(model, [images()])
+    by = null_space.projectors(products, ridge=0.1)
+    null_space.project_gradients(model, by)
+    for name, p in model.named_parameters():
+        layer, kind = name.rsplit(".", 1)
+        if layer not in by:
+            assert p.grad is None
+            continue
+        rows = gradients[f"{layer}.weight"].flatten(1)
+        if f"{layer}.bias" in gradients:
+            rows = torch.cat([rows, gradients[f"{layer}.bias"][:, None]], 1)
+        size = gradients[f"{layer}.weight"][0].numel()
+        wanted = (rows @ by[layer])[:, :size].reshape(p.shape) if kind == "weight" else (rows @ by[layer])[:, -1]
+        assert_close(p.grad, wanted)
+
+
+def test_taught_answers_are_those_of_plain_steps(model):
+    wanted = torch.rand(6, 3, generator=torch.Generator().manual_seed(3)).softmax(1)
+    by = null_space.projectors(null_space.input_products(model, [images(seed=4)]), ridge=0.1)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [[(images()[:4], wanted[:4]), (images()[4:], wanted[4:])]] * 2
+    teach(model, batches, lr=0.05, momentum=0.9, precision="fp32", projectors=by)
+    found = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(start)
+    steps = [torch.arange(4), torch.arange(4, 6)] * 2
+    reference.teach(model, images(), wanted, by, steps=steps, lr=0.05, momentum=0.9)
+    for name, value in found.items():
+        assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+    assert not math.isclose(float(found["projection.weight"].norm()), float(start["projection.weight"].norm()))
+    for name in (n for n in start if "norm" in n or "client_head" in n or "stem.1" in n):
+        assert torch.equal(found[name], start[name]), name
