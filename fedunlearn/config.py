@@ -129,13 +129,13 @@ class Unlearn:
     ridge: float = number(
         0.05, 1e-9, INF, "directions of layers' inputs with less than this share of the mean are free to teach (subset)"
     )
-    forget_epochs: int = number(4, 1, 1000, "of the leaving clients in it (subset)")
+    forget_epochs: int = number(4, 1, 1000, "of the leaving clients in such a round (subset)")
     views: int = number(4, 1, 1000, "shifted versions of their images to match unseen answers by (subset)")
     flip: bool = plain(True, "mirror half of these (subset)")
     hold: float = number(0.9, 0, 1, "share of the weights, those it moved most, that hardly move from then on (subset)")
     lr: float = number(
-        0.04, 0, 100, "learning rate of the leaving clients in the first of these rounds; the last one's is 0.4 of it "
-        "(subset)",
+        0.04, 0, 100, "learning rate of the leaving clients in the first of these rounds, up to twice that while the "
+        "schedule's has still to fall; the last one's is 0.4 of it (subset)",
     )  # fmt: skip
     mend_lr: float = number(
         0.005, 0, 100, "learning rate of the others in these rounds, or the schedule's if higher (subset)"
@@ -277,7 +277,11 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote; settings that did not exist then have their defaults."""
+    """The config that `to_json` wrote; settings that did not exist then have their defaults.
+
+    Raises:
+        UserError: it has a setting that no longer exists.
+    """
     return _build(Config, json.loads(text))
 
 
@@ -290,6 +294,8 @@ def _build(kind: type, values: dict[str, Any]) -> Any:
     declared = {f.name: f for f in fields(kind)}
     arguments = {}
     for name, value in values.items():
+        if name not in declared:
+            raise UserError(f"{name} is no setting of this version: start a new run, or go on with the version before")
         factory = declared[name].default_factory
         nested = factory is not MISSING and is_dataclass(factory)
         arguments[name] = _build(factory, value) if nested else value

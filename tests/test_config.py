@@ -60,6 +60,11 @@ def test_scale_auto_is_laptop_without_a_gpu_and_full_with_one(monkeypatch):
     assert config.compose(conf, "scale=laptop model.width=32").model.width == 32
 
 
+def test_a_setting_that_is_no_more_is_named():
+    with pytest.raises(UserError, match="weight is no setting of this version"):
+        config.from_json('{"unlearn": {"weight": 0.5}}')
+
+
 def test_the_papers_values_are_the_defaults():
     loss = asdict(config.Config().loss)
     paper = {"class_weight": 1, "client_weight": 1, "disentangle_weight": 0.1, "pull": 1, "push": 1, "margin": 1}

@@ -24,6 +24,14 @@ def test_what_is_sent_arrives():
     assert wire.tensors_of(reply).keys() == {"b"}
 
 
+def test_further_tensors_go_along():
+    beside = {"teacher": ArrayRecord({"t": torch.ones(2)}), "projectors": ArrayRecord({"p": torch.eye(2)})}
+    sent = message(wire.request(wire.Task("{}", 0, []), ArrayRecord({"a": torch.zeros(1)}), beside))
+    found = {name: wire.tensors_of(sent, name) for name in ("arrays", "teacher", "projectors")}
+    assert [list(tensors) for tensors in found.values()] == [["a"], ["t"], ["p"]]
+    assert torch.equal(found["projectors"]["p"], torch.eye(2))
+
+
 def test_in_bf16_what_is_fp32_travels_in_half_the_bytes_and_all_else_as_it_is():
     state = {"w": torch.randn(1000), "moments": torch.randn(3, dtype=torch.float64), "pruned": torch.tensor([True])}
     wide, narrow = (message(wire.request(wire.Task("{}", 0, []), wire.packed(state, p))) for p in ("fp32", "bf16"))
