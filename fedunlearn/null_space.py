@@ -61,7 +61,7 @@ def projectors(products: dict[str, Tensor], *, ridge: float) -> dict[str, Tensor
     tau / lambda along a direction of mean square lambda.
 
     A change dW P of a layer's weights moves its outputs by dW P x, little for inputs like those of A (Zeng et al.,
-    2019, "Continual learning of context-dependent processing in neural networks", Eq. 1, for what is already learned;
+    2019, "Continual learning of context-dependent processing in neural networks", for what is already learned;
     here it is the retained clients' images).
 
     Args:
