@@ -121,21 +121,21 @@ class Unlearn:
         0, 0, 10**6, "rounds of training on the retained clients until a request counts as done"
     )
     tune: str = choice("auto", TUNINGS, "auto: α and λ by what unseen data gets; fixed: as set (ssd)")
-    rounds: int = number(2, 1, 10**6, "of unlearning, in a pass: leaving clients teach, the others mend (subset)")
+    rounds: int = number(2, 1, 10**6, "of unlearning: the leaving clients teach, the others mend (subset)")
     round_share: float = number(0.3, 1e-6, 1, "of each retained client's images that mend in such a round (subset)")
     input_share: float = number(
         0.05, 1e-6, 1, "of each retained client's images, at random, whose inputs to the layers are looked at (subset)"
     )
     ridge: float = number(
-        0.05, 1e-9, INF, "directions of layers' inputs with less than this share of the mean are free to teach (subset)"
+        0.02, 1e-9, INF, "directions of layers' inputs with less than this share of the mean are free to teach (subset)"
     )
     forget_epochs: int = number(4, 1, 1000, "of the leaving clients in such a round (subset)")
     views: int = number(4, 1, 1000, "shifted versions of their images to match unseen answers by (subset)")
     flip: bool = plain(True, "mirror half of these (subset)")
     hold: float = number(0.9, 0, 1, "share of the weights, those it moved most, that hardly move from then on (subset)")
     lr: float = number(
-        0.04, 0, 100, "learning rate of the leaving clients in the first of these rounds, up to twice that while the "
-        "schedule's has still to fall; the last one's is 0.4 of it (subset)",
+        0.06, 0, 100, "learning rate of the leaving clients, up to twice that while the schedule's has still to fall "
+        "(subset)",
     )  # fmt: skip
     mend_lr: float = number(
         0.005, 0, 100, "learning rate of the others in these rounds, or the schedule's if higher (subset)"

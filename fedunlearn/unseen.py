@@ -51,6 +51,29 @@ def _log(probs: Tensor) -> Tensor:
     return probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
 
 
+def less_right(probs: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Which answers to keep, so that of every class the share of right ones is `share` times what it is.
+
+    Right ones are left out, evenly along their order. A class with no wrong answer keeps all of them.
+
+    Args:
+        probs: of unseen images, [N, K].
+        labels: of these, [N].
+        share: from 1 on, everything is kept.
+
+    Returns:
+        Their positions, in order.
+    """
+    right, keep = probs.argmax(1) == labels, torch.ones(len(labels), dtype=torch.bool)
+    for k in labels.unique().tolist() if share < 1 else ():
+        hits, misses = (right & (labels == k)).nonzero()[:, 0], int((~right & (labels == k)).sum())
+        wanted = max(share, 0.0) * len(hits) / (len(hits) + misses)
+        few = round(wanted / (1 - wanted) * misses) if misses else len(hits)
+        keep[hits] = False
+        keep[hits[torch.linspace(0, len(hits) - 1, few).round().long()]] = True
+    return keep.nonzero()[:, 0]
+
+
 def match_answers(
     views: Tensor, labels: Tensor, answers: Tensor, answer_labels: Tensor, *, generator: torch.Generator
 ) -> Tensor:

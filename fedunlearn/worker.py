@@ -32,8 +32,8 @@ class Worker:
         self.dataset = open_dataset(config)
         self.slices = slices_of(config, self.dataset)
         self.model = model_of(config, self.dataset).to(self.device, memory_format=torch.channels_last)
-        self._taught: dict[int, torch.Tensor] = {}
-        self._taught_by = b""
+        self._views: dict[int, torch.Tensor] = {}
+        self._viewed_by = b""
 
     def batches(
         self,
@@ -141,7 +141,7 @@ class Worker:
             projectors: what layers move along (`null_space.projectors`).
         """
         settings, own = self.config.unlearn, self.slices[client]
-        wanted = self._wanted(client, teacher).to(self.device)
+        wanted = self._wanted(client, round_, teacher).to(self.device)
         self.model.load_state_dict(state)
         images = Split(self.dataset.train.images[own], np.arange(len(own)))
 
@@ -155,19 +155,19 @@ class Worker:
         teach(self.model, epochs, lr=lr, momentum=momentum, precision=precision, projectors=projectors)
         return self.evaluate(client)
 
-    def _wanted(self, client: int, teacher: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What to say of each of the client's images; kept for the next round of the same teacher."""
-        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in teacher.values())).digest()
-        if self._taught_by != digest:
-            self._taught, self._taught_by = {}, digest
-        if client not in self._taught:
-            before = {name: value.to(self.device) for name, value in teacher.items() if not name.startswith("answer")}
+    def _wanted(self, client: int, round_: int, teacher: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What to say of each of the client's images. Their views are kept for further rounds of the same request."""
+        before = {name: value for name, value in teacher.items() if not name.startswith("answer")}
+        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in before.values())).digest()
+        if self._viewed_by != digest:
+            self._views, self._viewed_by = {}, digest
+        if client not in self._views:
             self.model.load_state_dict(before)
-            labels = torch.from_numpy(np.array(self.dataset.train.labels[self.slices[client]]))
-            generator = generator_of(self.config.seed, client)
-            answers = teacher["answers"], teacher["answer_labels"]
-            self._taught[client] = match_answers(self.views(client, generator), labels, *answers, generator=generator)
-        return self._taught[client]
+            self._views[client] = self.views(client, generator_of(self.config.seed, client))
+        own = torch.from_numpy(np.array(self.dataset.train.labels[self.slices[client]]))
+        draw = generator_of(self.config.seed, round_, client)
+        answers = teacher["answers"], teacher["answer_labels"]
+        return match_answers(self._views[client], own, *answers, generator=draw)
 
     def views(self, client: int, generator: torch.Generator) -> torch.Tensor:
         """Mean class probabilities over `unlearn.views` shifted (and mirrored) versions of the client's images, [N, K].

@@ -147,7 +147,7 @@ class Forgetting(Rounds):
             answer = self.federation.ask(grid, "query.moments", self.round, self.active, self.broadcast(), like)
             if not answer.counts:
                 raise NoAnswerError("no retained client answered the query for BatchNorm moments")
-            costs["moments"] = answer.cost
+            add_cost(costs, "moments", answer.cost)
             unlearn.recalibrate(self.model, answer.sums)
 
     def renew_head(self, grid: Grid, costs: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class Forgetting(Rounds):
             answer = self.federation.ask(grid, "query.embeddings", self.round, self.active, self.broadcast(), {})
             if not answer.counts:
                 raise NoAnswerError("no retained client answered the query for moments of embeddings")
-            costs["embeddings"] = answer.cost
+            add_cost(costs, "embeddings", answer.cost)
             self.server.train_head(answer.moments, self.round)
 
     def counts_of(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> Counts:

@@ -3,19 +3,18 @@
 import math
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from fedunlearn import null_space
 from fedunlearn.evaluate import Counts, Predictions
+from fedunlearn.unseen import less_right
 from strategies import wire
 from strategies.federation import NoAnswerError
 from strategies.forgetting import Forgetting, add_cost
 
 KNOWN = 0.95  # of the loss of unseen images: below that, D_f is known
-PASSES = 2  # at most
-LAST = 0.4  # of the rate of the first round of unlearning, that of the last
 
 
 class SubsetUnlearning(Forgetting):
@@ -25,10 +24,11 @@ class SubsetUnlearning(Forgetting):
     who stay (`foretold`). Each of them matches these answers to its images (`unseen.match_answers`) and trains the
     model to give them, as much as it would alone, along directions that the retained clients' images hardly use
     (`null_space.projectors`): what the model says of those stays almost as it was. The rest the retained clients r
-    mend, by a little training. So D_f gets the answers that unseen data would get, no fewer right and no surer, while
-    the loss on D_r stays near zero: no gradient is left that would bring the old answers back when training goes on.
-    BatchNorm statistics and the client head are made again for the retained clients at the end; the leaving clients'
-    neurons are pruned. Clients that the model still knows after these rounds (`knows`) teach in a second pass.
+    mend, by a little training, and make BatchNorm statistics again. Both bring back some of what was right before, of
+    D_f as of unseen images: the next round shows answers of which as many fewer are right (`unseen.less_right`). So
+    D_f gets the answers that unseen data would get, no fewer right and no surer, while the loss on D_r stays near zero:
+    no gradient is left that would bring the old answers back when training goes on. In the end the client head is
+    trained anew, and the leaving clients' neurons are pruned.
 
     When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
     moved most are held (`ServerModel.hold`). One bit a weight says which they are, and nothing else is kept: neither
@@ -41,40 +41,35 @@ class SubsetUnlearning(Forgetting):
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Passes of `unlearn.rounds` rounds each, as long as the model `knows` the leaving clients' images.
+        """`unlearn.rounds` rounds, each corrected by what the one before it missed.
 
-        None where it does not when the request comes: there is nothing to take back, and teaching would only show it
-        D_f once more.
+        None where the model does not know D_f when the request comes (`is_known`): there is nothing to take back, and
+        teaching would only show it D_f once more.
         """
-        settings, passes, foretold = self.config.unlearn, 0, self.foretold(leaving)
-        teacher, predicted = self.teacher(foretold), foretold.expected_accuracy(self.worker.class_mix(leaving))
-        before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-        while passes < PASSES and self.knows(leaving, predicted, grid, costs):
-            for number, share in enumerate(torch.linspace(1, LAST, settings.rounds).tolist(), 1):
-                self.log(f"── round {number} of {settings.rounds} of unlearning")
-                round_ = self.round + passes * settings.rounds + number
-                self.teach(leaving, round_, share * self.first_rate(), grid, costs, teacher)
-                self.mend(round_, grid, costs)
-            passes += 1
-        if not passes:
+        settings, foretold, mix = self.config.unlearn, self.foretold(leaving), self.worker.class_mix(leaving)
+        predicted, unseen_loss = foretold.expected_accuracy(mix), self.worker.predict_test().expected_loss(mix)
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        known = is_known(self.counts_of(leaving, grid, costs), predicted, unseen_loss)
+        rounds, aim = settings.rounds if known else 0, predicted
+        for number in range(1, rounds + 1):
+            self.log(f"── round {number} of {settings.rounds} of unlearning")
+            if number > 1:
+                aim -= self.counts_of(leaving, grid, costs).class_accuracy - predicted
+            teacher = self.teacher(before, foretold, aim / predicted if predicted else 1.0)
+            self.teach(leaving, self.round + number, grid, costs, teacher)
+            self.mend(self.round + number, grid, costs)
+            self.settle(grid, costs)
+        if not known:
             self.log("── the model knows these images no better than it is foretold to without them: nobody is taught")
-        if settings.recalibrate:
-            self.recalibrate(grid, costs)
+            self.settle(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
-        return {"predicted": predicted, "rounds": passes * settings.rounds}
+        return {"predicted": predicted, "rounds": rounds}
 
-    def knows(self, leaving: list[int], predicted: float, grid: Grid, costs: dict[str, Any]) -> bool:
-        """Whether `is_known` what the leaving clients count of their images."""
-        found, unseen = self.counts_of(leaving, grid, costs), self.worker.predict_test()
-        return is_known(found, predicted, unseen.expected_loss(self.worker.class_mix(leaving)))
-
-    def teach(
-        self, leaving: list[int], round_: int, lr: float, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord
-    ) -> None:
+    def teach(self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord) -> None:
         """The leaving clients change what the model says of their images, along what those who stay hardly use."""
         beside = {"teacher": teacher, "projectors": self.projectors(round_, grid, costs)}
-        leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=lr, beside=beside)
+        leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=self.rate(), beside=beside)
         if missing := sorted(set(leaving) - leave.counts.keys()):
             raise NoAnswerError(f"client {missing[0]} did not answer the request to unlearn")
         add_cost(costs, "leaving", leave.cost)
@@ -105,7 +100,12 @@ class SubsetUnlearning(Forgetting):
         add_cost(costs, "retained", stay.cost)
         self.server.move(self.federation.mean(stay))
 
-    def first_rate(self) -> float:
+    def settle(self, grid: Grid, costs: dict[str, Any]) -> None:
+        """BatchNorm statistics for the retained clients, unless switched off."""
+        if self.config.unlearn.recalibrate:
+            self.recalibrate(grid, costs)
+
+    def rate(self) -> float:
         """`unlearn.lr`, up to twice of it where the schedule's rate has still to fall by as much.
 
         What is taught gently is lost in rounds of a higher rate.
@@ -117,10 +117,12 @@ class SubsetUnlearning(Forgetting):
         """`unlearn.mend_lr`, or in the middle of training the schedule's present rate, where that is higher."""
         return max(self.config.unlearn.mend_lr, self.worker.learning_rate(self.round + 1))
 
-    def teacher(self, foretold: Predictions) -> ArrayRecord:
-        """The model as it is, and what is to be said of images like the server's unseen ones."""
-        answers = {"answers": foretold.class_probs, "answer_labels": foretold.class_labels}
-        return wire.packed(self.model.state_dict() | answers, "fp32")
+    def teacher(self, before: dict[str, Tensor], foretold: Predictions, share: float) -> ArrayRecord:
+        """The state of the model before it forgets, and what is to be said of images like the server's unseen ones,
+        `share` times as often right as foretold."""
+        kept = less_right(foretold.class_probs, foretold.class_labels, share)
+        answers = {"answers": foretold.class_probs[kept], "answer_labels": foretold.class_labels[kept]}
+        return wire.packed(before | answers, "fp32")
 
 
 def is_known(found: Counts, predicted: float, unseen_loss: float) -> bool:

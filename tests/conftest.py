@@ -67,9 +67,8 @@ class Federate:
 @pytest.fixture
 def known(monkeypatch):
     """After two rounds no client is known better than unseen images are: `subset` would have nothing to do. Here it
-    teaches, one pass."""
+    teaches."""
     monkeypatch.setattr("strategies.subset_unlearning.is_known", lambda *found: True)
-    monkeypatch.setattr("strategies.subset_unlearning.PASSES", 1)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from fedunlearn.null_space import no_products
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
 from fedunlearn.train import generator_of
-from fedunlearn.unseen import match_answers, under_prior
+from fedunlearn.unseen import less_right, match_answers, under_prior
 from fedunlearn.worker import model_of
 from local_grid import LocalGrid, equal, kinds
 from strategies import fed_eraser, wire
@@ -224,9 +224,9 @@ def taught(worker, client, state, lr, leaving):
     """The client's model after one epoch of unseen answers, by hand."""
     worker.model.load_state_dict(state)
     said = foretold(worker, leaving)
-    generator, labels = generator_of(0, client), torch.from_numpy(worker.dataset.train.labels[worker.slices[client]])
-    views = worker.views(client, generator)
-    wanted = match_answers(views, labels, said.class_probs, said.class_labels, generator=generator)
+    labels = torch.from_numpy(worker.dataset.train.labels[worker.slices[client]])
+    views, draw = worker.views(client, generator_of(0, client)), generator_of(0, 3, client)
+    wanted = match_answers(views, labels, said.class_probs, said.class_labels, generator=draw)
     products, staying = {}, [c for c in range(4) if c not in leaving]
     for c in staying:
         mine = reference.input_products(worker.model, torch.cat([images for images, _, _ in worker.sample(c, 0.3, 3)]))
@@ -263,31 +263,28 @@ def test_one_round_of_unseen_answers(federate, leaving):
     assert detail["predicted"] == pytest.approx(predicted)
 
 
-def test_unseen_answers_are_taught_at_a_falling_rate_and_mended_at_one(federate):
+def test_unseen_answers_are_taught_and_mended_at_their_rates(federate):
     settings = "unlearn.rounds=3 unlearn.lr=0.03 unlearn.mend_lr=0.1 unlearn.hold=0"
     grid = federate(f"{SETTINGS} strategy=subset {settings} {LEAVES}", grid=LocalGrid(4))
     tasks = {(m.metadata.message_type, wire.task_of(m).round): wire.task_of(m).lr for m in grid.sent}
     rates = {kind: {r: lr for (sent, r), lr in tasks.items() if sent == kind and lr >= 0} for kind, _ in tasks}
-    assert rates["train.unlearn"] == {3: pytest.approx(0.03), 4: pytest.approx(0.021), 5: pytest.approx(0.012)}
+    assert rates["train.unlearn"] == {3: 0.03, 4: 0.03, 5: 0.03}
     assert rates["train"] == {3: 0.1, 4: 0.1, 5: 0.1}
 
 
-def test_teaching_goes_on_in_passes_until_the_client_is_known_no_better_than_unseen_images(federate, monkeypatch):
-    monkeypatch.setattr("strategies.subset_unlearning.PASSES", 5)
-    answers = iter([True, True, False])
-    monkeypatch.setattr("strategies.subset_unlearning.is_known", lambda *found: next(answers))
-    grid = federate(f"{SETTINGS} strategy=subset unlearn.rounds=2 {LEAVES}", grid=LocalGrid(4))
-    (request,) = federate.requests()
-    assert request.detail["rounds"] == 4
+def test_answers_are_less_often_right_by_what_the_last_round_missed(federate, monkeypatch):
+    worker = before(federate)
+    said, state = foretold(worker, [3]), federate.state("before")
+    predicted, hits = said.expected_accuracy(worker.class_mix([3])), iter([90, 60, 50])
+    monkeypatch.setattr(STRATEGIES["subset"], "counts_of", lambda *asked: Counts(100, 1.0, next(hits), 0))
+    grid = federate(f"{SETTINGS} strategy=subset unlearn.rounds=3 {LEAVES}", grid=LocalGrid(4))
     sent = [message for message in grid.sent if message.metadata.message_type == "train.unlearn"]
-    assert [wire.task_of(message).round for message in sent] == [3, 4, 5, 6]
-    rates = [wire.task_of(message).lr for message in sent]
-    assert rates[:2] == rates[2:]
-    assert request.detail["costs"]["evaluations"]["sweeps"] == 3
-    monkeypatch.setattr("strategies.subset_unlearning.is_known", lambda *found: True)
-    federate(f"{SETTINGS} strategy=subset unlearn.rounds=1 {LEAVES} run=endless")
-    (request,) = federate.requests("endless")
-    assert request.detail["rounds"] == 5
+    for message, aim in zip(sent, [predicted, 2 * predicted - 0.6, 3 * predicted - 1.1], strict=True):
+        teacher = wire.tensors_of(message, "teacher")
+        kept = less_right(said.class_probs, said.class_labels, aim / predicted)
+        assert_close(teacher.pop("answers"), said.class_probs[kept], rtol=0.01, atol=1e-3)
+        assert torch.equal(teacher.pop("answer_labels"), said.class_labels[kept])
+        assert_same(teacher, state)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +303,7 @@ def test_rates_of_unlearning_follow_the_schedule(federate, schedule, round_, tea
     settings = f"rounds=8 train.lr=0.04 train.lr_end=0 train.schedule={schedule} unlearn.lr=0.03 unlearn.mend_lr=0.005"
     strategy = STRATEGIES["subset"](federate.run("other"), federate.worker(settings))
     strategy.config, strategy.round = strategy.worker.config, round_
-    assert strategy.first_rate() == pytest.approx(teaching, rel=0.01)
+    assert strategy.rate() == pytest.approx(teaching, rel=0.01)
     assert strategy.mend_rate() == pytest.approx(mending, rel=0.01)
 
 

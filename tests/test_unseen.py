@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from fedunlearn.unseen import match_answers, temperature, under_prior
+from fedunlearn.unseen import less_right, match_answers, temperature, under_prior
 
 
 def generator(seed=0):
@@ -110,3 +110,29 @@ def test_a_posterior_under_another_prior_is_foretold():
     found = under_prior(probs, labels, torch.tensor([5, 5]), torch.tensor([8, 2]))
     foretold = float((found.argmax(1) == 1)[labels == 1].double().mean())
     assert foretold == pytest.approx(right_share(math.log(0.2 / 0.8), other), abs=0.02)
+
+
+def test_by_hand_right_answers_are_left_out_evenly():
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2])
+    said = torch.tensor([0, 0, 1, 0, 2, 0, 1, 2, 2])  # 4 of 6 right, 1 of 2, 1 of 1
+    found = less_right(torch.eye(3)[said], labels, 0.5)
+    assert found.tolist() == [
+        0,
+        2,
+        4,
+        7,
+        8,
+    ]  # 1 of 3 right; none of 1, the nearest to 1 of 4; 1 of 1, for want of others
+    assert less_right(torch.eye(3)[said], labels, 1.0).tolist() == list(range(9))
+    assert less_right(torch.eye(3)[said], labels, -0.5).tolist() == [2, 4, 7, 8]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_every_class_is_right_that_share_as_often(share):
+    probs, labels = too_sure()
+    kept = less_right(probs, labels, share)
+    right = probs.argmax(1) == labels
+    for k in range(probs.shape[1]):
+        before, after = right[labels == k].double().mean(), right[kept][labels[kept] == k].double().mean()
+        assert float(after) == pytest.approx(share * float(before), abs=0.01)
+    assert set((~right).nonzero()[:, 0].tolist()) <= set(kept.tolist())
