@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m fedunlearn.simulate simulations/digits run=demo-$$(date +%Y%m%d-%H%M%S) 'forget.schedule={20:[3]}'
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff format --check --quiet .
