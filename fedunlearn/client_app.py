@@ -19,6 +19,7 @@ from torch import Tensor
 from fedunlearn import config as configuration
 from fedunlearn.evaluate import Counts
 from fedunlearn.fisher import diagonal_fisher
+from fedunlearn.null_space import symmetric, upper
 from fedunlearn.partition import hosted
 from fedunlearn.unlearn import batch_moments
 from fedunlearn.worker import Worker
@@ -88,9 +89,9 @@ def unlearn(message: Message, context: Context) -> Message:
     """As `train`, but every client teaches the model to answer as to unseen images (`worker.unlearn`)."""
     task, worker, state = prepare(message)
     teacher = wire.tensors_of(message, "teacher")
-    projectors = {name: p.to(worker.device) for name, p in wire.tensors_of(message, "projectors").items()}
+    sent = {name: p.to(worker.device) for name, p in wire.tensors_of(message, "projectors").items()}
     work = partial(
-        worker.unlearn, round_=task.round, state=state, teacher=teacher, projectors=projectors, lr=task.lr
+        worker.unlearn, round_=task.round, state=state, teacher=teacher, projectors=symmetric(sent), lr=task.lr
     )  # fmt: skip
     return moved_by(message, worker, state, work)
 
@@ -150,7 +151,7 @@ def inputs(message: Message, context: Context) -> Message:
     task, worker, _ = prepare(message)
     sums: dict[str, Tensor] = {}
     for client in task.clients:
-        wire.add_to(sums, worker.input_products(client, task.round), worker.examples(client))
+        wire.add_to(sums, upper(worker.input_products(client, task.round)), worker.examples(client))
     counts = {c: Counts(worker.examples(c)) for c in task.clients}
     return wire.reply(message, wire.packed(sums, "fp32"), counts)
 

@@ -1,5 +1,6 @@
 """Changes of a model that others hardly notice: along directions that the inputs of its layers hardly have."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -74,6 +75,27 @@ def projectors(products: dict[str, Tensor], *, ridge: float) -> dict[str, Tensor
 def _projector(a: Tensor, tau: float) -> Tensor:
     tau = max(tau, torch.finfo(a.dtype).tiny)
     return tau * torch.linalg.inv(a + tau * torch.eye(len(a), device=a.device))
+
+
+def upper(matrices: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of symmetric matrices [d, d] has to be sent: the diagonal and what is right of it, row by row."""
+    return {name: a[_upper(len(a), a.device)] for name, a in matrices.items()}
+
+
+def symmetric(triangles: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The matrices of `upper`."""
+    return {name: _symmetric(values) for name, values in triangles.items()}
+
+
+def _symmetric(values: Tensor) -> Tensor:
+    size = (math.isqrt(8 * len(values) + 1) - 1) // 2
+    a = values.new_zeros(size, size)
+    a[_upper(size, a.device)] = values
+    return a + a.triu(1).T
+
+
+def _upper(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu()
 
 
 @torch.no_grad()

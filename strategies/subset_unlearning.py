@@ -77,12 +77,14 @@ class SubsetUnlearning(Forgetting):
 
     def projectors(self, round_: int, grid: Grid, costs: dict[str, Any]) -> ArrayRecord:
         """Of the retained clients' inputs to the model as it is (`null_space`)."""
-        like = null_space.no_products(self.model)
+        like = null_space.upper(null_space.no_products(self.model))
         answer = self.federation.ask(grid, "query.inputs", round_, self.active, self.broadcast(), like)
         if not answer.counts:
             raise NoAnswerError("no retained client answered the query for products of inputs")
         add_cost(costs, "inputs", answer.cost)
-        return wire.packed(null_space.projectors(self.federation.mean(answer), ridge=self.config.unlearn.ridge), "fp32")
+        products = null_space.symmetric(self.federation.mean(answer))
+        free = null_space.projectors(products, ridge=self.config.unlearn.ridge)
+        return wire.packed(null_space.upper(free), "fp32")
 
     def mend(self, round_: int, grid: Grid, costs: dict[str, Any]) -> None:
         """The retained clients train on a share of their images, at `mend_rate`."""

@@ -27,6 +27,13 @@ def test_by_hand_a_projector_leaves_what_the_inputs_have_not():
     assert_close(found, torch.diag(torch.tensor([0.25, 1.0, 1.0])))  # tau = 2
 
 
+def test_by_hand_of_symmetric_matrices_half_is_sent():
+    a = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]])
+    sent = null_space.upper({"layer": a, "one": a[:1, :1]})
+    assert sent["layer"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert_close(null_space.symmetric(sent), {"layer": a, "one": a[:1, :1]})
+
+
 def test_without_inputs_and_with_a_large_ridge_everything_is_free():
     products = {"none": torch.zeros(3, 3), "some": torch.diag(torch.tensor([3.0, 1.0, 2.0]))}
     found = null_space.projectors(products, ridge=1e6)
