@@ -18,7 +18,7 @@ from fedunlearn.null_space import input_products
 from fedunlearn.precision import autocast
 from fedunlearn.train import ascend, fit, generator_of, learning_rate, loss_weights, teach
 from fedunlearn.unlearn import batch_moments, recalibrate
-from fedunlearn.unseen import match_answers
+from fedunlearn.unseen import less_right, match_answers
 
 NOBODY = -1
 
@@ -137,7 +137,8 @@ class Worker:
         """Teach the model of `state` to say of the client's images what is said of unseen ones, in place.
 
         Args:
-            teacher: the model before it forgets, and `answers` [T, K] and `answer_labels` [T] of unseen images.
+            teacher: the model before it forgets, `answers` [T, K] and `answer_labels` [T] of unseen images, and
+                `answer_shares` [C], how many times as often as they are right the client is to be (`less_right`).
             projectors: what layers move along (`null_space.projectors`).
         """
         settings, own = self.config.unlearn, self.slices[client]
@@ -166,8 +167,9 @@ class Worker:
             self._views[client] = self.views(client, generator_of(self.config.seed, client))
         own = torch.from_numpy(np.array(self.dataset.train.labels[self.slices[client]]))
         draw = generator_of(self.config.seed, round_, client)
-        answers = teacher["answers"], teacher["answer_labels"]
-        return match_answers(self._views[client], own, *answers, generator=draw)
+        answers, labels = teacher["answers"], teacher["answer_labels"]
+        kept = less_right(answers, labels, float(teacher["answer_shares"][client]))
+        return match_answers(self._views[client], own, answers[kept], labels[kept], generator=draw)
 
     def views(self, client: int, generator: torch.Generator) -> torch.Tensor:
         """Mean class probabilities over `unlearn.views` shifted (and mirrored) versions of the client's images, [N, K].

@@ -159,13 +159,13 @@ class Forgetting(Rounds):
             add_cost(costs, "embeddings", answer.cost)
             self.server.train_head(answer.moments, self.round)
 
-    def counts_of(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> Counts:
-        """What the leaving clients get right under the current model, which they count."""
+    def counts_of(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[int, Counts]:
+        """What each of the leaving clients gets right under the current model, which it counts."""
         answer = self.federation.ask(grid, "evaluate", self.round, leaving, self.broadcast(), {})
         if missing := sorted(set(leaving) - answer.counts.keys()):
             raise NoAnswerError(f"client {missing[0]} did not evaluate the model")
         add_cost(costs, "evaluations", answer.cost)
-        return answer.total
+        return answer.counts
 
     def foretold(self, leaving: list[int]) -> Predictions:
         """What a model that never saw the leaving clients would say of the server's unseen images, as far as one can

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedunlearn import unlearn
 from fedunlearn.dampening import largest_alpha, selected_share
+from fedunlearn.evaluate import Counts
 from strategies.federation import NoAnswerError
 from strategies.forgetting import Forgetting
 
@@ -72,7 +73,7 @@ class SelectiveDampening(Forgetting):
                 self.model.load_state_dict(before)
                 unlearn.step(self.model, full, forget, [], alpha=alpha, lambda_=lambda_)
                 self.worker.recalibrate_on_test()
-                forgotten = self.counts_of(leaving, grid, costs)
+                forgotten = sum(self.counts_of(leaving, grid, costs).values(), Counts())
                 found = {
                     "forgotten": forgotten.class_accuracy,
                     "loss": forgotten.mean_loss,

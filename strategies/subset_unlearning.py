@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedunlearn import null_space
 from fedunlearn.evaluate import Counts, Predictions
-from fedunlearn.unseen import less_right
 from strategies import wire
 from strategies.federation import NoAnswerError
 from strategies.forgetting import Forgetting, add_cost
@@ -46,16 +46,18 @@ class SubsetUnlearning(Forgetting):
         None where the model does not know D_f when the request comes (`is_known`): there is nothing to take back, and
         teaching would only show it D_f once more.
         """
-        settings, foretold, mix = self.config.unlearn, self.foretold(leaving), self.worker.class_mix(leaving)
-        predicted, unseen_loss = foretold.expected_accuracy(mix), self.worker.predict_test().expected_loss(mix)
+        settings, foretold = self.config.unlearn, self.foretold(leaving)
+        predicted = {client: foretold.expected_accuracy(self.worker.class_mix([client])) for client in leaving}
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        known = is_known(self.counts_of(leaving, grid, costs), predicted, unseen_loss)
-        rounds, aim = settings.rounds if known else 0, predicted
+        known = self.knows(leaving, foretold, grid, costs)
+        rounds, aims = settings.rounds if known else 0, predicted
         for number in range(1, rounds + 1):
             self.log(f"── round {number} of {settings.rounds} of unlearning")
             if number > 1:
-                aim -= self.counts_of(leaving, grid, costs).class_accuracy - predicted
-            teacher = self.teacher(before, foretold, aim / predicted if predicted else 1.0)
+                found = self.counts_of(leaving, grid, costs)
+                aims = {client: aim + predicted[client] - found[client].class_accuracy for client, aim in aims.items()}
+            shares = {client: aim / predicted[client] for client, aim in aims.items() if predicted[client]}
+            teacher = self.teacher(before, foretold, shares)
             self.teach(leaving, self.round + number, grid, costs, teacher)
             self.mend(self.round + number, grid, costs)
             self.settle(grid, costs)
@@ -64,7 +66,12 @@ class SubsetUnlearning(Forgetting):
             self.settle(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
-        return {"predicted": predicted, "rounds": rounds}
+        return {"predicted": foretold.expected_accuracy(self.worker.class_mix(leaving)), "rounds": rounds}
+
+    def knows(self, leaving: list[int], foretold: Predictions, grid: Grid, costs: dict[str, Any]) -> bool:
+        """Whether `is_known` what the leaving clients count of their images."""
+        found, mix = sum(self.counts_of(leaving, grid, costs).values(), Counts()), self.worker.class_mix(leaving)
+        return is_known(found, foretold.expected_accuracy(mix), self.worker.predict_test().expected_loss(mix))
 
     def teach(self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord) -> None:
         """The leaving clients change what the model says of their images, along what those who stay hardly use."""
@@ -119,11 +126,17 @@ class SubsetUnlearning(Forgetting):
         """`unlearn.mend_lr`, or in the middle of training the schedule's present rate, where that is higher."""
         return max(self.config.unlearn.mend_lr, self.worker.learning_rate(self.round + 1))
 
-    def teacher(self, before: dict[str, Tensor], foretold: Predictions, share: float) -> ArrayRecord:
-        """The state of the model before it forgets, and what is to be said of images like the server's unseen ones,
-        `share` times as often right as foretold."""
-        kept = less_right(foretold.class_probs, foretold.class_labels, share)
-        answers = {"answers": foretold.class_probs[kept], "answer_labels": foretold.class_labels[kept]}
+    def teacher(self, before: dict[str, Tensor], foretold: Predictions, shares: dict[int, float]) -> ArrayRecord:
+        """The state of the model before it forgets, what is to be said of images like the server's unseen ones, and how
+        many times as often right as foretold it is to be for each client."""
+        of_clients = torch.ones(self.config.clients)
+        for client, share in shares.items():
+            of_clients[client] = share
+        answers = {
+            "answers": foretold.class_probs,
+            "answer_labels": foretold.class_labels,
+            "answer_shares": of_clients,
+        }
         return wire.packed(before | answers, "fp32")
 
 

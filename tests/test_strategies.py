@@ -220,47 +220,58 @@ def foretold(worker, leaving):
     return said._replace(class_probs=under_prior(said.class_probs, said.class_labels, everybody, staying))
 
 
-def taught(worker, client, state, lr, leaving):
+def taught(worker, client, state, leaving, said, views, share, round_):
     """The client's model after one epoch of unseen answers, by hand."""
-    worker.model.load_state_dict(state)
-    said = foretold(worker, leaving)
+    worker.model.eval().load_state_dict(state)
     labels = torch.from_numpy(worker.dataset.train.labels[worker.slices[client]])
-    views, draw = worker.views(client, generator_of(0, client)), generator_of(0, 3, client)
-    wanted = match_answers(views, labels, said.class_probs, said.class_labels, generator=draw)
+    kept = less_right(said.class_probs, said.class_labels, share)
+    draw = generator_of(0, round_, client)
+    wanted = match_answers(views, labels, said.class_probs[kept], said.class_labels[kept], generator=draw)
     products, staying = {}, [c for c in range(4) if c not in leaving]
     for c in staying:
-        mine = reference.input_products(worker.model, torch.cat([images for images, _, _ in worker.sample(c, 0.3, 3)]))
-        share = worker.examples(c) / sum(map(worker.examples, staying))
-        products = {name: products.get(name, 0) + share * a for name, a in mine.items()}
-    order = torch.randperm(len(labels), generator=generator_of(0, 3, client, 0))
+        sample = torch.cat([images for images, _, _ in worker.sample(c, 0.3, round_)])
+        part, mine = (
+            worker.examples(c) / sum(map(worker.examples, staying)),
+            reference.input_products(worker.model, sample),
+        )
+        products = {name: products.get(name, 0) + part * a for name, a in mine.items()}
+    order = torch.randperm(len(labels), generator=generator_of(0, round_, client, 0))
     images = torch.cat([images for images, _, _ in worker.batches(client)])
     settings = worker.config.train
     reference.teach(
         worker.model, images, wanted, reference.projectors(products, ridge=0.1),
-        steps=order.split(settings.batch_size), lr=lr, momentum=settings.momentum,
+        steps=order.split(settings.batch_size), lr=worker.config.unlearn.lr, momentum=settings.momentum,
     )  # fmt: skip
     return {name: value.clone() for name, value in worker.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("leaving", [[3], [1, 3]])
-def test_one_round_of_unseen_answers(federate, leaving):
-    settings = (
-        "unlearn.rounds=1 unlearn.forget_epochs=1 unlearn.round_share=1 unlearn.input_share=0.3 unlearn.ridge=0.1"
-    )
-    worker = before(federate, settings)
-    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
-    predicted = foretold(worker, leaving).expected_accuracy(worker.class_mix(leaving))
+def test_rounds_of_unseen_answers_correct_each_other(federate, monkeypatch, leaving):
+    settings = "unlearn.rounds=2 unlearn.forget_epochs=1 unlearn.round_share=1 unlearn.input_share=0.3"
+    settings += " unlearn.ridge=0.1 loss.disentangle_weight=0"  # of hinges: last bits of one round decide in the next
+    worker, hits = before(federate, settings), {1: 45, 3: 30}
+    counts = {client: Counts(100, 1.0, hits[client], 0) for client in leaving}
+    monkeypatch.setattr(STRATEGIES["subset"], "counts_of", lambda *asked: counts)
+    state, said = {n: value.clone() for n, value in worker.model.state_dict().items()}, foretold(worker, leaving)
+    predicted = {c: said.expected_accuracy(worker.class_mix([c])) for c in leaving}
+    views = {c: worker.views(c, generator_of(0, c)) for c in leaving}
     found, detail = forgotten(federate, "subset", settings, leaves=f"forget.schedule={{2:{leaving}}}")
-    away = average(worker, {c: taught(worker, c, state, worker.config.unlearn.lr, leaving) for c in leaving})
-    state |= {n: state[n] + len(leaving) * (away[n] - state[n]) for n, _ in worker.model.named_parameters()}
-    lr = worker.learning_rate(3)
-    assert lr > worker.config.unlearn.mend_lr
-    stay = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(4) if c not in leaving})
-    worker.model.load_state_dict(stay)
+    shares = {
+        3: dict.fromkeys(leaving, 1.0),
+        4: {c: 2 - hits[c] / 100 / (predicted[c] or hits[c] / 100) for c in leaving},
+    }
+    for round_ in (3, 4):
+        apart = {c: taught(worker, c, state, leaving, said, views[c], shares[round_][c], round_) for c in leaving}
+        away = average(worker, apart)
+        state |= {n: state[n] + len(leaving) * (away[n] - state[n]) for n, _ in worker.model.named_parameters()}
+        lr = worker.learning_rate(3)
+        assert lr > worker.config.unlearn.mend_lr
+        state = average(worker, {c: trained(worker, c, state, round_, lr=lr) for c in range(4) if c not in leaving})
+    worker.model.load_state_dict(state)
     for client in leaving:
         prune_clients(worker.model, [client])
     assert_same(found, worker.model.state_dict())
-    assert detail["predicted"] == pytest.approx(predicted)
+    assert detail["predicted"] == pytest.approx(said.expected_accuracy(worker.class_mix(leaving)))
 
 
 def test_unseen_answers_are_taught_and_mended_at_their_rates(federate):
@@ -272,18 +283,18 @@ def test_unseen_answers_are_taught_and_mended_at_their_rates(federate):
     assert rates["train"] == {3: 0.1, 4: 0.1, 5: 0.1}
 
 
-def test_answers_are_less_often_right_by_what_the_last_round_missed(federate, monkeypatch):
+def test_every_round_corrects_by_what_all_before_it_missed(federate, monkeypatch):
     worker = before(federate)
     said, state = foretold(worker, [3]), federate.state("before")
     predicted, hits = said.expected_accuracy(worker.class_mix([3])), iter([90, 60, 50])
-    monkeypatch.setattr(STRATEGIES["subset"], "counts_of", lambda *asked: Counts(100, 1.0, next(hits), 0))
+    monkeypatch.setattr(STRATEGIES["subset"], "counts_of", lambda *asked: {3: Counts(100, 1.0, next(hits), 0)})
     grid = federate(f"{SETTINGS} strategy=subset unlearn.rounds=3 {LEAVES}", grid=LocalGrid(4))
     sent = [message for message in grid.sent if message.metadata.message_type == "train.unlearn"]
     for message, aim in zip(sent, [predicted, 2 * predicted - 0.6, 3 * predicted - 1.1], strict=True):
         teacher = wire.tensors_of(message, "teacher")
-        kept = less_right(said.class_probs, said.class_labels, aim / predicted)
-        assert_close(teacher.pop("answers"), said.class_probs[kept], rtol=0.01, atol=1e-3)
-        assert torch.equal(teacher.pop("answer_labels"), said.class_labels[kept])
+        assert_close(teacher.pop("answers"), said.class_probs, rtol=0.01, atol=1e-3)
+        assert torch.equal(teacher.pop("answer_labels"), said.class_labels)
+        assert teacher.pop("answer_shares").tolist() == pytest.approx([1, 1, 1, aim / predicted], rel=1e-4)
         assert_same(teacher, state)
 
 
