@@ -230,10 +230,8 @@ def taught(worker, client, state, leaving, said, views, share, round_):
     products, staying = {}, [c for c in range(4) if c not in leaving]
     for c in staying:
         sample = torch.cat([images for images, _, _ in worker.sample(c, 0.3, round_)])
-        part, mine = (
-            worker.examples(c) / sum(map(worker.examples, staying)),
-            reference.input_products(worker.model, sample),
-        )
+        part = worker.examples(c) / sum(map(worker.examples, staying))
+        mine = reference.input_products(worker.model, sample)
         products = {name: products.get(name, 0) + part * a for name, a in mine.items()}
     order = torch.randperm(len(labels), generator=generator_of(0, round_, client, 0))
     images = torch.cat([images for images, _, _ in worker.batches(client)])
