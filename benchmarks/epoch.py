@@ -17,7 +17,7 @@ from fedunlearn.datasets import Split
 from fedunlearn.evaluate import evaluate, predict
 from fedunlearn.losses import multi_task_loss
 from fedunlearn.model import Batch, TwoHeadResNet18
-from fedunlearn.precision import PRECISIONS, autocast
+from fedunlearn.precision import PASSES, autocast
 from fedunlearn.train import fit, generator_of
 
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
@@ -30,7 +30,7 @@ def main() -> None:
     p.add_argument("--images", type=int, default=384)
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    p.add_argument("--precision", choices=PASSES, default="auto")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--as-worker", action="store_true", help="with the memory settings of the federation's workers")
     options = p.parse_args()

@@ -15,7 +15,7 @@ from fedunlearn.datasets import Dataset, Split
 from fedunlearn.losses import multi_task_loss
 from fedunlearn.model import TwoHeadResNet18
 from fedunlearn.partition import iid_partition
-from fedunlearn.precision import autocast
+from fedunlearn.precision import autocast, precision_on
 from fedunlearn.study.pool import Pool
 from fedunlearn.study.roofline import matrix_rate, training_operations
 from fedunlearn.study.training import Recipe, Training
@@ -48,9 +48,10 @@ def main() -> None:
     first, rows = next(iter(seconds.values())), []
     for name, own in seconds.items():
         speed = [options.images / s for s in own]
-        share = operations / min(own) / matrix_rate(device)
+        share = operations / min(own) / matrix_rate(device, "auto")
         rows.append([name, *spread(speed, digits=0), ratio(own, first), f"{share:.1%}"])
-    title = f"training, width {options.width}, batch {options.batch}, bf16, {matrix_rate(device) / 1e12:.2f} TFLOP/s"
+    peak = f"{precision_on(device, 'auto')}, {matrix_rate(device, 'auto') / 1e12:.2f} TFLOP/s"
+    title = f"training, width {options.width}, batch {options.batch}, {peak}"
     table(title, ["", "images/s", "min", "max", "time / bare", "of the matrix rate"], rows)
 
 
@@ -65,7 +66,7 @@ def random_pool(count: int, device: torch.device) -> Pool:
 def study_epoch(pool: Pool, width: int, batch: int, *, compiled: bool) -> Callable[[], None]:
     """One epoch of `study.training`."""
     weights = {"class_weight": 1.0, "client_weight": 1.0, "disentangle_weight": 0.1}
-    recipe = Recipe(10**6, batch, 0.01, "constant", 0.9, 5e-4, 4, True, "bf16", 0.0, weights)
+    recipe = Recipe(10**6, batch, 0.01, "constant", 0.9, 5e-4, 4, True, "auto", 0.0, weights)
     model = new_model(pool, width)
     return Training(model, pool.train, pool.train.all(), recipe, 0, compiled=compiled).run_epoch
 
@@ -77,7 +78,7 @@ def bare_epoch(pool: Pool, width: int, batch: int) -> Callable[[], None]:
 
     def epoch() -> None:
         for images, labels, clients in pool.train.batches(pool.train.all(), batch):
-            with autocast(device, "bf16"):
+            with autocast(device, "auto"):
                 outputs = model(images)
             optimiser.zero_grad(set_to_none=True)
             multi_task_loss(*outputs, labels, clients).backward()

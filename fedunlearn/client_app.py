@@ -158,11 +158,11 @@ def inputs(message: Message, context: Context) -> Message:
 
 @app.query("moments")
 def moments(message: Message, context: Context) -> Message:
-    """Reply with the sums that BatchNorm statistics are estimated from, over every client's images."""
+    """Reply with the sums that BatchNorm statistics are estimated from, over a share of every client's images."""
     task, worker, _ = prepare(message)
     sums: dict[str, Tensor] = {}
     for client in task.clients:
-        images = worker.shuffled_images(client, task.round)
+        images = worker.shuffled_images(client, task.round, task.share)
         wire.add_to(sums, batch_moments(worker.model, images, precision=worker.config.train.precision))
     counts = {c: Counts(worker.examples(c)) for c in task.clients}
     return wire.reply(message, wire.packed(sums, worker.config.wire), counts)

@@ -85,7 +85,9 @@ class Train:
     )
     head_share: float = number(0.5, 1e-6, 1, "of a client's images, at random, that the moments are of")
     head_steps: int = number(300, 1, 10**6, "of the server on the client head, after every round")
-    precision: str = choice("bf16", precision.PRECISIONS, "of forward and backward passes (weights stay fp32)")
+    precision: str = choice(
+        "auto", precision.PASSES, "of forward and backward passes; auto: bf16 where the hardware has it (weights: fp32)"
+    )
     threads: int = number(1, 1, 1024, "CPU threads a worker; more change the last bits of the results")
 
 

@@ -59,10 +59,10 @@ class Worker:
             flip=train.flip and augment,
         )
 
-    def shuffled_images(self, client: int, round_: int) -> Iterator[torch.Tensor]:
-        """The client's images once, as they are, in batches of mixed classes: stored order is by class."""
-        generator = generator_of(self.config.seed, round_, client)
-        return (images for images, _, _ in self.batches(client, generator, augment=False))
+    def shuffled_images(self, client: int, round_: int, share: float = 1.0) -> Iterator[torch.Tensor]:
+        """A random share of the client's images, as they are, in batches of mixed classes: stored order is by class."""
+        generator, own = generator_of(self.config.seed, round_, client), self._share(client, share, round_)
+        return (images for images, _, _ in self.batches(client, generator, augment=False, indices=own))
 
     def sample(self, client: int, share: float, round_: int) -> Iterator[Batch]:
         """A random share of the client's examples (at least one), in order and as they are."""

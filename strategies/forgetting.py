@@ -140,11 +140,12 @@ class Forgetting(Rounds):
             self.server.move(self.federation.mean(answer))
             self.server.train_head(answer.moments, round_)
 
-    def recalibrate(self, grid: Grid, costs: dict[str, Any]) -> None:
-        """Estimate BatchNorm statistics on the retained clients' images."""
+    def recalibrate(self, grid: Grid, costs: dict[str, Any], *, share: float = 1.0) -> None:
+        """Estimate BatchNorm statistics on that share of the retained clients' images, unless switched off."""
         like = unlearn.no_moments(self.model)
-        if like:
-            answer = self.federation.ask(grid, "query.moments", self.round, self.active, self.broadcast(), like)
+        if like and self.config.unlearn.recalibrate:
+            state = self.broadcast()
+            answer = self.federation.ask(grid, "query.moments", self.round, self.active, state, like, share=share)
             if not answer.counts:
                 raise NoAnswerError("no retained client answered the query for BatchNorm moments")
             add_cost(costs, "moments", answer.cost)

@@ -42,8 +42,7 @@ class SelectiveDampening(Forgetting):
             strength |= {"alpha": chosen["alpha"], "lambda_": chosen["lambda_"]}
             said = {"predicted": predicted, "trials": trials}
         unlearn.step(self.model, full, forget, leaving, **strength)
-        if settings.recalibrate:
-            self.recalibrate(grid, costs)
+        self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         return {**strength, **said, "selected": selected_share(full, forget, alpha=strength["alpha"])}
 

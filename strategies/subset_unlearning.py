@@ -54,16 +54,16 @@ class SubsetUnlearning(Forgetting):
         for number in range(1, rounds + 1):
             self.log(f"── round {number} of {settings.rounds} of unlearning")
             if number > 1:
+                self.recalibrate(grid, costs, share=settings.round_share)
                 found = self.counts_of(leaving, grid, costs)
                 aims = {client: aim + predicted[client] - found[client].class_accuracy for client, aim in aims.items()}
             shares = {client: aim / predicted[client] for client, aim in aims.items() if predicted[client]}
             teacher = self.teacher(before, foretold, shares)
             self.teach(leaving, self.round + number, grid, costs, teacher)
             self.mend(self.round + number, grid, costs)
-            self.settle(grid, costs)
         if not known:
             self.log("── the model knows these images no better than it is foretold to without them: nobody is taught")
-            self.settle(grid, costs)
+        self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
         return {"predicted": foretold.expected_accuracy(self.worker.class_mix(leaving)), "rounds": rounds}
@@ -108,11 +108,6 @@ class SubsetUnlearning(Forgetting):
             raise NoAnswerError("no retained client answered")
         add_cost(costs, "retained", stay.cost)
         self.server.move(self.federation.mean(stay))
-
-    def settle(self, grid: Grid, costs: dict[str, Any]) -> None:
-        """BatchNorm statistics for the retained clients, unless switched off."""
-        if self.config.unlearn.recalibrate:
-            self.recalibrate(grid, costs)
 
     def rate(self) -> float:
         """`unlearn.lr`, up to twice of it where the schedule's rate has still to fall by as much.

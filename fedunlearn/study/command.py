@@ -18,6 +18,7 @@ from rich.table import Table
 from fedunlearn import checkpoint, memory
 from fedunlearn.config import state_home
 from fedunlearn.errors import UserError
+from fedunlearn.precision import precision_on
 from fedunlearn.study import report
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.plan import Plan
@@ -138,8 +139,9 @@ def hold_to(root: Path, settings: Any, lab: Laboratory) -> None:
 
 def seconds_an_image(lab: Laboratory) -> float:
     """What an image takes in training, measured on a few steps of an untrained model."""
-    log(f"looking how fast this machine is ({lab.device.type}, {torch.get_num_threads()} threads)")
     recipe = lab.settings.recipe("ce_dl")
+    what = f"{lab.device.type}, {precision_on(lab.device, recipe.precision)}, {torch.get_num_threads()} threads"
+    log(f"looking how fast this machine is ({what})")
     some = lab.pool.train.all()[: 4 * recipe.batch_size]
     training = Training(lab.new_model("ce_dl", 0), lab.pool.train, some, replace(recipe, warmup=0.0), 0)
     training.run_epoch()

@@ -30,8 +30,8 @@ def train(
         training.run_epoch()
         desk.save_partial(training.state(), training.history)
         speed = len(indices) / training.history[-1][-1]
-        share = speed * operations / matrix_rate(lab.device)
-        rate = f", {speed:,.0f} images/s ({share:.0%} of the bf16 matrix rate)"
+        share = speed * operations / matrix_rate(lab.device, recipe.precision)
+        rate = f", {speed:,.0f} images/s ({share:.0%} of the matrix rate)"
         desk.tick(training.epoch, recipe.epochs, "epoch", rate)
     answers = lab.answers(model)
     return {

@@ -7,14 +7,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedunlearn.precision import precision_on
+
 
 @lru_cache
-def matrix_rate(device: torch.device) -> float:
-    """Floating-point operations a second of square bf16 matrix products, the best of a few."""
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second of square matrix products, the best of a few."""
     on_gpu = device.type == "cuda"
     size, repeats = (8192, 20) if on_gpu else (1024, 3)
     generator = torch.Generator(device).manual_seed(0)
-    a = torch.randn(size, size, device=device, generator=generator).bfloat16()
+    a = torch.randn(size, size, device=device, generator=generator)
+    a = a.bfloat16() if precision_on(device, precision) == "bf16" else a
     seconds = []
     for _ in range(3):
         _wait(device)

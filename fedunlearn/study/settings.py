@@ -22,7 +22,7 @@ from fedunlearn.config import (
     settings,
 )
 from fedunlearn.errors import UserError
-from fedunlearn.precision import PRECISIONS
+from fedunlearn.precision import PASSES, PRECISIONS
 from fedunlearn.study.training import Recipe
 from fedunlearn.train import SCHEDULES
 
@@ -53,7 +53,9 @@ class Learning:
     weight_decay: float = number(5e-4, 0, 10, "of SGD")
     crop_padding: int = number(4, 0, 64, "random crops after zero-padding by so many pixels")
     flip: bool = plain(True, "random horizontal flips")
-    precision: str = choice("bf16", PRECISIONS, "of forward and backward passes, evaluation included")
+    precision: str = choice(
+        "auto", PASSES, "of forward and backward passes, evaluation included; auto: bf16 where the hardware has it"
+    )
     threads: int = number(1, 1, 1024, "CPU threads a process")
     compile: bool = plain(False, "torch.compile the model for training (needs a C++ compiler, or Triton on a GPU)")
 
