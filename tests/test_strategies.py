@@ -1,5 +1,6 @@
 """Every strategy beside a naive version of it, on a federation of four clients of handwritten digits."""
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -279,6 +280,17 @@ def test_unseen_answers_are_taught_and_mended_at_their_rates(federate):
     rates = {kind: {r: lr for (sent, r), lr in tasks.items() if sent == kind and lr >= 0} for kind, _ in tasks}
     assert rates["train.unlearn"] == {3: 0.03, 4: 0.03, 5: 0.03}
     assert rates["train"] == {3: 0.1, 4: 0.1, 5: 0.1}
+
+
+def test_between_rounds_batchnorm_is_of_a_share_of_the_images_and_in_the_end_of_all(federate):
+    settings = "unlearn.rounds=3 unlearn.round_share=0.4 unlearn.recalibrate=true"
+    grid = federate(f"{SETTINGS} {settings} strategy=subset {LEAVES}", grid=LocalGrid(4))
+    tasks = [wire.task_of(message) for message in grid.sent if message.metadata.message_type == "query.moments"]
+    assert [task.share for task in tasks] == [0.4] * 6 + [1.0] * 3  # three stay
+    worker = federate.worker(SETTINGS)
+    stored, some = (torch.cat([*worker.shuffled_images(0, 3, share)]) for share in (1.0, 0.4))
+    assert len(some) == math.ceil(0.4 * len(stored))
+    assert {*map(tuple, some.flatten(1).tolist())} < {*map(tuple, stored.flatten(1).tolist())}
 
 
 def test_every_round_corrects_by_what_all_before_it_missed(federate, monkeypatch):
