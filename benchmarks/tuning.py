@@ -36,7 +36,7 @@ FEWEST = 10  # images of a client that is worth forgetting
 def main() -> None:
     """Print one table: means over clients and seeds; with `--csv` every target's line goes there."""
     p = argparse.ArgumentParser("python -m benchmarks.tuning", description=__doc__)
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     p.add_argument("--settings", nargs="*", default=["dataset=digits", "scale=laptop"])
     p.add_argument("--splits", nargs="*", default=list(SPLITS))
     p.add_argument("--csv", type=Path)
@@ -47,7 +47,7 @@ def main() -> None:
     for split in options.splits:
         kind, alpha = SPLITS[split]
         words = [*options.settings, "federated=true", f"partition.kind={kind}", f"partition.dirichlet_alpha={alpha}"]
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             for row in targets(load(words).config("ce_dl", "ssd", seed)):
                 rows.append({"split": split, "seed": seed, **row})
                 print(rows[-1], file=sys.stderr, flush=True)
@@ -61,7 +61,7 @@ def main() -> None:
         "|subset − gold|", "test auto", "test with", "test subset", "gold's test",
     )  # fmt: skip
     table = [[split, *summary([row for row in rows if row["split"] == split])] for split in options.splits]
-    timing.table(f"{options.seeds} seeds, mean ± standard deviation over targets", ("split", *columns), table)
+    timing.table(f"{len(options.seeds)} seeds, mean ± standard deviation over targets", ("split", *columns), table)
 
 
 def targets(config: Config) -> list[dict[str, float]]:

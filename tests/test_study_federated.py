@@ -116,6 +116,9 @@ def test_every_client_in_turn_the_worst_is_named(home):
     report = next(home.glob("studies/*/report/REPORT.md")).read_text()
     cell = f"{mean:.3f} ± {sd:.3f}; client {worst}: {distances[worst]:.3f}"
     assert f"| unseen answers (ours) | 1 | 3 | {cell} |" in report
+    golds = [scores("gold/ce_dl/2", seed, 5)["client_2"] for seed in (0, 1)]
+    cell = f"{statistics.mean(golds):.3f} ± {statistics.stdev(golds):.3f} ({abs(golds[0] - golds[1]):.3f})"
+    assert f"| 2 | 1 | gold (retraining) | {cell} |" in report
     before = [
         next(row for row in found[f"forget/leave/ce_dl/at4/2/seed{seed}"]["scores"] if row["request"] == "before")
         for seed in (0, 1)

@@ -1,6 +1,7 @@
 """Pictures of a federated study: the story over rounds, and distance to gold against cost."""
 
 import statistics
+from math import isnan
 from typing import TYPE_CHECKING
 
 from fedunlearn.study.federated.plan import Case
@@ -58,17 +59,21 @@ def curve(results: Results, case: Case, pipeline: str, strategy: str, column: st
 
 
 def frontier(results: Results, case: Case, pipeline: str) -> "Figure":
-    """|forgotten − gold| and test − gold, served and thirty rounds later, against what unlearning costs."""
+    """|forgotten − gold| when served and at the end, against what unlearning costs; dashed: of gold of another seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     after = results.plan.settings.study.after
     moments = (min(after), max(after))
     for axes, moment in zip(figure.subplots(1, 2, sharey=True), moments, strict=True):
-        for row in (row for row in results.rows(case, pipeline) if row.after == moment and row.strategy != "gold"):
-            cost = statistics.fmean(results.costs(case, pipeline, row.strategy)["work"])
-            distance, label = row.distance("forgotten"), f"{NAMES[row.strategy]}, test {row.mean('test'):.3f}"
-            axes.plot(cost, distance, "o", color=COLOURS[row.strategy], label=label)
+        for row in (row for row in results.rows(case, pipeline) if row.after == moment):
+            distance = row.distance("forgotten")
+            if row.strategy != "gold":
+                cost = statistics.fmean(results.costs(case, pipeline, row.strategy)["work"])
+                label = f"{NAMES[row.strategy]}, test {row.mean('test'):.3f}"
+                axes.plot(cost, distance, "o", color=COLOURS[row.strategy], label=label)
+            elif not isnan(distance):
+                axes.axhline(distance, color=COLOURS["gold"], linestyle="--", label="gold of another seed")
         axes.set(title=f"{moment} rounds after", xlabel="work until served, % of retraining", ylim=(0, None))
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(-0.2, 100)

@@ -135,10 +135,10 @@ def over_clients(rows: list[Row], measure: str) -> str:
 
 
 def cell(row: Row, measure: str) -> str:
-    """Mean ± standard deviation over seeds, and the mean distance to gold in parentheses."""
+    """Mean ± standard deviation over seeds, and the mean distance to gold (`Row.distance`) in parentheses."""
     text = spread(row.values.get(measure, []), measure)
     distance = row.distance(measure)
-    return text if row.strategy == "gold" or isnan(distance) else f"{text} ({number(distance, measure)})"
+    return text if isnan(distance) else f"{text} ({number(distance, measure)})"
 
 
 def spread(values: list[float], measure: str) -> str:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,9 @@ class Row:
         return statistics.stdev(self.values[measure]) if len(self.values.get(measure, [])) > 1 else nan
 
     def distance(self, measure: str) -> float:
-        """Mean over seeds of |value - gold's|."""
-        pairs = list(zip(self.values.get(measure, []), self.gold.get(measure, []), strict=False))
+        """Mean over seeds of |value - gold's|; of gold, that between models of two seeds (nan for one seed)."""
+        ours, gold = self.values.get(measure, []), self.gold.get(measure, [])
+        pairs = list(combinations(gold, 2) if self.strategy == "gold" else zip(ours, gold, strict=False))
         return statistics.fmean(abs(a - b) for a, b in pairs) if pairs else nan
 
 
