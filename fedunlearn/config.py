@@ -110,15 +110,17 @@ class Unlearn:
     """What a forget request does (Eq. 8-9)."""
 
     alpha: float = number(
-        2.0, 0, INF, "selection threshold; at N/n_f of the leaving clients and above nothing is selected"
+        2.0, 0, INF, "selection threshold; at N/n_f of the leaving clients and above nothing is selected (ssd, fixed)"
     )
-    lambda_: float = number(1.0, 0, INF, "dampening strength; 0 zeroes what is selected")
-    exponent: float = number(1.0, 0, 100, "power of the dampening factor")
-    head: str = choice("class", fisher.HEADS, "whose loss the Fisher is of")
-    estimator: str = choice("per_example", fisher.ESTIMATORS, "of the Fisher")
-    precision: str = choice("fp32", precision.PRECISIONS, "of the Fisher's forward and backward passes")
-    share: float = number(1.0, 1e-6, 1, "of each retained client's images, at random, that the Fisher is taken of")
-    recalibrate: bool = plain(True, "estimate BatchNorm statistics again on the retained clients")
+    lambda_: float = number(1.0, 0, INF, "dampening strength; 0 zeroes what is selected (ssd, fixed)")
+    exponent: float = number(1.0, 0, 100, "power of the dampening factor (ssd)")
+    head: str = choice("class", fisher.HEADS, "whose loss the Fisher is of (ssd)")
+    estimator: str = choice("per_example", fisher.ESTIMATORS, "of the Fisher (ssd)")
+    precision: str = choice("fp32", precision.PRECISIONS, "of the Fisher's forward and backward passes (ssd)")
+    share: float = number(
+        1.0, 1e-6, 1, "of each retained client's images, at random, that the Fisher is taken of (ssd)"
+    )
+    recalibrate: bool = plain(True, "estimate BatchNorm statistics again on the retained clients (subset, ssd)")
     recovery_rounds: int = number(
         0, 0, 10**6, "rounds of training on the retained clients until a request counts as done"
     )
@@ -143,10 +145,10 @@ class Unlearn:
         0.005, 0, 100, "learning rate of the others in these rounds, or the schedule's if higher (subset)"
     )
     recover: int = number(3, 0, 10**6, "rounds of the retained clients until it is served (ascent, pga, negate)")
-    recover_lr: float = number(0.01, 0, 100, "learning rate of these rounds")
+    recover_lr: float = number(0.01, 0, 100, "learning rate of these rounds (ascent, pga, negate)")
     ascent_epochs: int = number(5, 1, 1000, "at most, of the leaving clients (ascent, pga)")
-    ascent_lr: float = number(0.05, 0, 100, "of their steps")
-    clip: float = number(1.0, 0, INF, "norm that their gradients are clipped to")
+    ascent_lr: float = number(0.05, 0, 100, "of their steps (ascent, pga)")
+    clip: float = number(1.0, 0, INF, "norm that their gradients are clipped to (ascent, pga)")
     every: int = number(2, 1, 10**6, "rounds between stored updates (federaser)")
     calibration: float = number(0.5, 1e-6, 1, "share of each client's images that calibrates them (federaser)")
     attempts: int = number(3, 1, 100, "times a request is tried before it is set aside")
@@ -170,7 +172,7 @@ class Config:
     strategy: str = choice("subset", STRATEGIES, "how a client is forgotten")
     seed: int = number(0, 0, 2**32 - 1, "of weights, shuffling, augmentation and client sampling")
     scale: str = choice(
-        "full", SCALES, "size of the study, where the app has several; auto is laptop without a GPU, else full"
+        "auto", SCALES, "size of the study, where the app has several; auto is laptop without a GPU, else full"
     )
     clients: int = number(10, 2, 10**6, "clients")
     rounds: int = number(200, 1, 10**6, "rounds of training")
@@ -191,7 +193,7 @@ class Config:
 
 
 def compose(folder: Path, overrides: str = "") -> Config:
-    """The configuration `config.yaml` of `folder` with `overrides` such as `"rounds=40 unlearn.alpha=5"`.
+    """The configuration `config.yaml` of `folder` with `overrides` such as `"rounds=40 strategy=ssd"`.
 
     Raises:
         UserError: an unknown name, a value of the wrong type, or one out of range.

@@ -61,7 +61,7 @@ class Settings:
     dataset: str = choice("cifar10", DATASETS, "whose preset to take; data.name can differ")
     scale: str = choice("auto", SCALES, "the paper's size, or one for two cores; auto is laptop without a GPU")
     clients: int = number(10, 2, 10**6, "clients")
-    rounds: int = number(200, 1, 10**6, "of training before the last request")
+    rounds: int = number(200, 1, 10**6, "of training; then comes the request, or the first of several in turn")
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
     model: Model = field(default_factory=Model)
