@@ -6,7 +6,6 @@ Every setting is run with several seeds beside the defaults, as `simulations/dig
 
 import argparse
 import os
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def main() -> None:
             for setting in options.settings:
                 results = [results_of(setting, seed, home, environment, nowhere) for seed in range(options.seeds)]
                 rows.append(
-                    [setting or "defaults", *(mean_and_deviation(values) for values in zip(*results, strict=True))]
+                    [setting or "defaults", *(timing.mean_spread(values) for values in zip(*results, strict=True))]
                 )
                 print(*rows[-1], flush=True)
     timing.table(f"digits, {options.seeds} seeds: mean ± standard deviation", ("setting", *MEASURES), rows)
@@ -53,11 +52,6 @@ def results_of(setting: str, seed: int, home: str, environment: dict[str, str], 
     metrics = Run.opened(runs_folder(Path(home)) / name).metrics()
     (request,) = (row for row in metrics if row["kind"] == "forget")
     return [measure(request, metrics[-1]) for measure in MEASURES.values()]
-
-
-def mean_and_deviation(values: tuple[float, ...]) -> str:
-    """Over seeds."""
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ choose.
 import argparse
 import csv
 import logging
-import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +78,7 @@ def targets(config: Config) -> list[dict[str, float]]:
             unseen, mix = dampening.worker.predict_test(), dampening.worker.class_mix([client])
             row |= {"unseen": unseen.expected_accuracy(mix), "unseen_loss": unseen.expected_loss(mix)}
             with leaving(dampening, client):
-                foretold = dampening.foretold([client])
+                foretold = dampening.foretold([client], unseen)
                 row |= {"predicted": foretold.expected_accuracy(mix), "predicted_loss": foretold.expected_loss(mix)}
                 full, forget = dampening.fishers([client], grid, {})
                 for name, target in (("auto", row["predicted"]), ("with", row["gold"])):
@@ -124,15 +123,20 @@ def outcome(strategy: Forgetting, client: int, name: str) -> dict[str, float]:
 def summary(rows: list[dict]) -> list[str]:
     """Of one split."""
 
-    def spread(values: list[float]) -> str:
-        return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
-
     distances = [
         [abs(row[name] - row["gold"]) for row in rows]
         for name in ("unseen", "predicted", "auto_forgotten", "with_forgotten", "subset_forgotten")
     ]
-    means = [spread([row[name] for row in rows]) for name in ("auto_test", "with_test", "subset_test", "gold_test")]
-    return [str(len(rows)), spread([row["gold"] for row in rows]), *map(spread, distances), *means]
+    means = [
+        timing.mean_spread([row[name] for row in rows])
+        for name in ("auto_test", "with_test", "subset_test", "gold_test")
+    ]
+    return [
+        str(len(rows)),
+        timing.mean_spread([row["gold"] for row in rows]),
+        *map(timing.mean_spread, distances),
+        *means,
+    ]
 
 
 if __name__ == "__main__":

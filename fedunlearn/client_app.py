@@ -86,14 +86,15 @@ def moments_of(task: wire.Task, worker: Worker) -> ArrayRecord:
 
 @app.train("unlearn")
 def unlearn(message: Message, context: Context) -> Message:
-    """As `train`, but every client teaches the model to answer as to unseen images (`worker.unlearn`)."""
+    """As `train`, but every client teaches the model to answer as to unseen images (`worker.unlearn`), and moves it as
+    much as it would alone: the reply has the plain sum."""
     task, worker, state = prepare(message)
     teacher = wire.tensors_of(message, "teacher")
     sent = {name: p.to(worker.device) for name, p in wire.tensors_of(message, "projectors").items()}
     work = partial(
         worker.unlearn, round_=task.round, state=state, teacher=teacher, projectors=symmetric(sent), lr=task.lr
     )  # fmt: skip
-    return moved_by(message, worker, state, work)
+    return moved_by(message, worker, state, work, weight=lambda client: 1)
 
 
 @app.train("ascend")
@@ -104,15 +105,23 @@ def ascend(message: Message, context: Context) -> Message:
     return moved_by(message, worker, state, work)
 
 
-def moved_by(message: Message, worker: Worker, state: dict[str, Tensor], work: Callable[[int], Counts]) -> Message:
-    """Let `work` change the broadcast model for each client; reply with the sum of n_c times how its weights moved."""
+def moved_by(
+    message: Message,
+    worker: Worker,
+    state: dict[str, Tensor],
+    work: Callable[[int], Counts],
+    weight: Callable[[int], float] | None = None,
+) -> Message:
+    """Let `work` change the broadcast model for each client; reply with the sum of how its weights moved, times n_c or
+    another `weight`."""
+    weight = weight or worker.examples
     sums: dict[str, Tensor] = {}
     counts: dict[int, Counts] = {}
     for client in wire.task_of(message).clients:
         worker.model.load_state_dict(state)
         counts[client] = work(client)
         moved = {name: value - state[name] for name, value in wire.averaged(worker.model.state_dict()).items()}
-        wire.add_to(sums, moved, worker.examples(client))
+        wire.add_to(sums, moved, weight(client))
     return wire.reply(message, wire.packed(sums, worker.config.wire), counts)
 
 
@@ -125,7 +134,7 @@ def evaluate_clients(message: Message, context: Context) -> Message:
 
 @app.query("fisher")
 def fisher(message: Message, context: Context) -> Message:
-    """Reply with the sum of n_c times every client's diagonal Fisher, in fp32."""
+    """Reply with the sum of n_c times every client's diagonal Fisher."""
     task, worker, _ = prepare(message)
     settings = worker.config.unlearn
     sums: dict[str, Tensor] = {}

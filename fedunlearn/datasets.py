@@ -84,10 +84,13 @@ def first_per_class(split: Split, limit: int) -> Split:
     """The first `limit // K` examples of each of the K classes, in data-set order; all of them for 0."""
     if not limit:
         return split
-    per_class = limit // len(np.unique(split.labels))
+    classes = np.unique(split.labels)
+    per_class = limit // len(classes)
     if per_class < 1:
-        raise UserError(f"data.limit={limit} is less than one image a class ({len(np.unique(split.labels))} classes)")
-    keep = np.sort(np.concatenate([np.flatnonzero(split.labels == k)[:per_class] for k in np.unique(split.labels)]))
+        raise UserError(
+            f"data.limit or data.test_limit: {limit} is less than one image for each of {len(classes)} classes"
+        )
+    keep = np.sort(np.concatenate([np.flatnonzero(split.labels == k)[:per_class] for k in classes]))
     return Split(split.images[keep], split.labels[keep])
 
 
@@ -251,7 +254,10 @@ def _new_folder(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
     try:
         yield folder
-        if not target.is_dir():
+        try:
             os.replace(folder, target)
+        except OSError:
+            if not target.is_dir():
+                raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

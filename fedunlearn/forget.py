@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def find_run(home: Path, name: str | None) -> Path:
             raise UserError(f"no run {name} in {runs_folder(home)}: there are {names(all_runs(home))}")
         return folder
     newest_first = all_runs(home)[::-1]
-    for folder in [*filter(is_live, newest_first), *filter(is_finished, newest_first)]:
+    for folder in chain(filter(is_live, newest_first), filter(is_finished, newest_first)):
         return folder
     if newest_first:
         unfinished = names(newest_first)
@@ -123,13 +124,16 @@ def check_checkpoint(folder: Path, ledger: Ledger) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether all rounds of the run are trained."""
+    """Whether all rounds of the run are trained, and this version knows its settings."""
     ledger = Ledger(folder / "ledger.sqlite")
     try:
         head = ledger.head()
     finally:
         ledger.close()
-    return head is not None and head.round >= stored_config(folder).rounds
+    try:
+        return head is not None and head.round >= stored_config(folder).rounds
+    except UserError:
+        return False
 
 
 def taken_by_live_run(folder: Path, ledger: Ledger, options: argparse.Namespace) -> bool:

@@ -19,7 +19,7 @@ class State(StrEnum):
     """Where a request stands."""
 
     RECEIVED = "RECEIVED"
-    COLLECTING = "COLLECTING"  # Fishers are asked for; from here on its clients do not train
+    COLLECTING = "COLLECTING"  # the model forgets; from here on its clients do not train
     APPLIED = "APPLIED"  # the unlearned model is the current checkpoint
     RECOVERING = "RECOVERING"  # the retained clients train on for the rounds that were asked for
     COMPLETED = "COMPLETED"

@@ -29,7 +29,7 @@ def input_products(model: TwoHeadResNet18, batches: Iterable[Tensor], *, precisi
 
     Args:
         batches: of images [N, ...], on the model's device.
-        precision: of the forward passes, `fp32` or `bf16`.
+        precision: of the forward passes (`fedunlearn.precision`).
 
     Returns:
         `{layer: [d, d]}` in fp32, the mean over images and places; it does not depend on how they are batched.

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from fedunlearn.checkpoint import write_atomically
 from fedunlearn.config import settings
+from fedunlearn.datasets import Dataset
 from fedunlearn.runs import Run
 from fedunlearn.worker import Worker
 
@@ -67,7 +69,7 @@ def write(run: Run, worker: Worker) -> Path:
         rows=[(when, who, scores, gap(scores), _client_id(who, scores)) for when, who, scores in score_rows(run)],
         requests=run.ledger.requests(),
         chain_holds=run.ledger.verify(),
-        split=_embedded(split_figure(class_counts(worker), worker.dataset.class_names)),
+        split=_embedded(split_figure(class_counts(worker.dataset, worker.slices), worker.dataset.class_names)),
         accuracy=_embedded(accuracy_figure(run.metrics())),
     )
     path = run.folder / "report" / "index.html"
@@ -75,10 +77,19 @@ def write(run: Run, worker: Worker) -> Path:
     return path
 
 
-def class_counts(worker: Worker) -> np.ndarray:
-    """Training examples of every client by class, [C, K]."""
-    labels, classes = np.asarray(worker.dataset.train.labels), len(worker.dataset.class_names)
-    return np.stack([np.bincount(labels[owned], minlength=classes) for owned in worker.slices])
+def class_counts(dataset: Dataset, slices: Sequence[np.ndarray]) -> np.ndarray:
+    """Training examples of every client, who owns a slice of them, by class, [C, K]."""
+    labels, classes = np.asarray(dataset.train.labels), len(dataset.class_names)
+    return np.stack([np.bincount(labels[owned], minlength=classes) for owned in slices])
+
+
+def duration(seconds: float) -> str:
+    """`75` -> `1 min 15 s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def split_figure(counts: np.ndarray, class_names: list[str]) -> "Figure":

@@ -185,7 +185,7 @@ def row_of(cell: Cell, name: str, study: Study, home: Path) -> dict[str, Any]:
         "images_per_second": images / seconds,
         "overhead": statistics.median(1 - row["train"]["busiest"] / row["seconds"] for row in rounds),
         "server_mebibytes": rounds[-1]["server_mebibytes"],
-        "worker_mebibytes": max(cost["worker_mebibytes"] for cost in request["costs"].values()),
+        "worker_mebibytes": max((cost["worker_mebibytes"] for cost in request["costs"].values()), default=0.0),
         "round_bytes": rounds[-1]["train"]["bytes"],
         "request_seconds": request["seconds"],
         "request_bytes": sum(cost["bytes"] for cost in request["costs"].values()),

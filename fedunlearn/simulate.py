@@ -25,7 +25,7 @@ START_SECONDS = 120
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 if the run was completed, 1 if not, 2 for bad input."""
+    """Run the command line; returns 0 if the run was completed, 1 if not, 2 for bad input or no SuperLink."""
     p = argparse.ArgumentParser("python -m fedunlearn.simulate", description="Run a Flower app and wait for its end.")
     p.add_argument("app", help="the app's folder, as simulations/digits")
     p.add_argument("overrides", nargs="*", help="settings, as rounds=40 'forget.schedule={6:[3]}'")
@@ -33,19 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--cpus", type=int, default=1, help="CPUs of a node while it works (default: 1)")
     p.add_argument("--gpus", type=float, default=0.0, help="GPU share of a node while it works (default: 0)")
     options = p.parse_intermixed_args(arguments)
+    app, overrides = Path(options.app), " ".join(options.overrides)
+    resources = f"client-resources-num-cpus={options.cpus} client-resources-num-gpus={options.gpus}"
     try:
-        compose(Path(options.app) / "conf", " ".join(options.overrides))
+        compose(app / "conf", overrides)
+        with superlink(state_home() / "flower") as environment:
+            return run(app, overrides, f"num-supernodes={options.nodes} {resources}", environment=environment)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    resources = f"client-resources-num-cpus={options.cpus} client-resources-num-gpus={options.gpus}"
-    with superlink(state_home() / "flower") as environment:
-        return run(
-            Path(options.app),
-            " ".join(options.overrides),
-            f"num-supernodes={options.nodes} {resources}",
-            environment=environment,
-        )
 
 
 def run(
@@ -100,7 +96,7 @@ def _await_health(port: int, process: subprocess.Popen, log: Path) -> None:
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise RuntimeError(f"the SuperLink did not start: see {log}")
+    raise UserError(f"the SuperLink did not start: see {log}")
 
 
 def free_ports(count: int) -> list[int]:

@@ -45,7 +45,7 @@ def batch_moments(model: nn.Module, batches: Iterable[Tensor], *, precision: str
 
     Args:
         batches: of images [N, ...], N >= 2, on the model's device.
-        precision: of the forward passes, `fp32` or `bf16`.
+        precision: of the forward passes (`fedunlearn.precision`).
 
     Returns:
         `{layer: [3, channels]}` in fp64, rows count, sum, sum of squares; empty for a model without BatchNorm.

@@ -65,13 +65,13 @@ class Worker:
         return (images for images, _, _ in self.batches(client, generator, augment=False, indices=own))
 
     def sample(self, client: int, share: float, round_: int) -> Iterator[Batch]:
-        """A random share of the client's examples (at least one), in order and as they are."""
+        """A random share of the client's examples (two at least, where it has them), in order and as they are."""
         return self.batches(client, indices=self._share(client, share, round_))
 
     def _share(self, client: int, share: float, round_: int) -> np.ndarray:
         own = self.slices[client]
         order = torch.randperm(len(own), generator=generator_of(self.config.seed, round_, client)).numpy()
-        return own[np.sort(order[: math.ceil(share * len(own))])]
+        return own[np.sort(order[: max(2, math.ceil(share * len(own)))])]  # BatchNorm needs two
 
     def fit(self, client: int, round_: int, *, share: float = 1.0, lr: float = -1.0) -> Counts:
         """The client's local training of a round, in place; a rate of `lr` below 0 is the schedule's."""
@@ -144,7 +144,7 @@ class Worker:
         settings, own = self.config.unlearn, self.slices[client]
         wanted = self._wanted(client, round_, teacher).to(self.device)
         self.model.load_state_dict(state)
-        images = Split(self.dataset.train.images[own], np.arange(len(own)))
+        images = Split(self.dataset.train.images[own], np.arange(len(own)))  # positions in place of labels
 
         def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             order = generator_of(self.config.seed, round_, client, number)

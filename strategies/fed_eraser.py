@@ -14,8 +14,8 @@ from torch import Tensor
 from fedunlearn import checkpoint
 from fedunlearn.runs import Run
 from strategies import wire
-from strategies.federation import Answer, NoAnswerError
-from strategies.forgetting import Forgetting, add_cost
+from strategies.federation import Answer
+from strategies.forgetting import Forgetting
 
 FOLDER = "updates"
 
@@ -50,11 +50,13 @@ class FedEraser(Forgetting):
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Replay."""
         kept = storage(self.run)
-        rounds = sorted({round_ for round_, _ in updates(self.run)})
+        retained: dict[int, list[int]] = {}
+        for round_, client in updates(self.run):
+            if client in self.active and round_ <= self.round:  # later ones are of a round that is repeated
+                retained.setdefault(round_, []).append(client)
         self.server.begin_anew(leaving)
-        for round_ in rounds:
-            self.log(f"── replaying round {round_} of {rounds[-1]}")
-            active = [c for r, c in updates(self.run) if r == round_ and c in self.active]
+        for round_, active in retained.items():
+            self.log(f"── replaying round {round_} of {max(retained)}")
             calibrating: dict[int, dict[str, Tensor]] = {}
 
             def calibrate(answer: Answer, found: dict[int, dict[str, Tensor]] = calibrating) -> None:
@@ -62,16 +64,14 @@ class FedEraser(Forgetting):
                 found[client] = {n: total / self.federation.examples[client] for n, total in answer.sums.items()}
 
             share = self.config.unlearn.calibration
-            answer = self.ask_to_train("train", grid, round_, active, apart=True, share=share, each=calibrate)
-            if not answer.counts:
-                raise NoAnswerError(f"no retained client answered the calibration of round {round_}")
-            add_cost(costs, "replay", answer.cost)
+            how = {"round_": round_, "apart": True, "share": share, "each": calibrate}
+            answer = self.ask_to_train("train", grid, active, costs, "replay", **how)
             self.server.advance(self._calibrated(round_, calibrating), round_)
             self.server.train_head(answer.moments, round_)
         for round_, client in updates(self.run):
             if client in leaving:
                 stored(self.run, round_, client).unlink()
-        return {"replayed": len(rounds), "stored_bytes": kept}
+        return {"replayed": len(retained), "stored_bytes": kept}
 
     def _calibrated(self, round_: int, calibrating: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
         """The mean over examples of U'_c, which is stored in U_c's place."""

@@ -1,10 +1,10 @@
 """Forget requests between rounds of federated averaging: what all strategies share."""
 
 import time
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from fedunlearn import unlearn
 from fedunlearn.evaluate import Counts, Predictions
@@ -125,18 +125,50 @@ class Forgetting(Rounds):
 
     # --- What strategies are made of ----------------------------------------------------------------------------
 
-    def ask_to_train(self, kind: str, grid: Grid, round_: int, clients: Iterable[int], **task: Any) -> Answer:
-        """A sweep of training from `self.model`, which does not move; `task` is further content of the messages."""
-        like = wire.averaged(self.model.state_dict())
-        return self.federation.ask(grid, kind, round_, clients, self.broadcast(), like, **task)
+    def ask(
+        self,
+        kind: str,
+        grid: Grid,
+        clients: list[int],
+        costs: dict[str, Any],
+        name: str,
+        *,
+        like: dict[str, Tensor] | None = None,
+        round_: int | None = None,
+        everybody: bool = False,
+        **content: Any,
+    ) -> Answer:
+        """A sweep over `clients`, who get `self.model`; what it cost is added to `costs` under `name`.
+
+        Args:
+            like: names and shapes of what every node sends, if tensors.
+            round_: that the messages name; the present one by default.
+            content: further content of the messages (`Federation.ask`).
+
+        Raises:
+            NoAnswerError: nobody answered; or, of `everybody`, not all.
+        """
+        round_ = self.round if round_ is None else round_
+        answer = self.federation.ask(grid, kind, round_, clients, self.broadcast(), like or {}, **content)
+        missing = sorted(set(clients) - answer.counts.keys())
+        if missing and everybody:
+            raise NoAnswerError(f"client {missing[0]} did not answer {kind}")
+        if not answer.counts:
+            raise NoAnswerError(f"no retained client answered {kind}")
+        add_cost(costs, name, answer.cost)
+        return answer
+
+    def ask_to_train(
+        self, kind: str, grid: Grid, clients: list[int], costs: dict[str, Any], name: str, **content: Any
+    ) -> Answer:
+        """`ask` for how the model's weights move in training; `self.model` does not."""
+        return self.ask(kind, grid, clients, costs, name, like=wire.averaged(self.model.state_dict()), **content)
 
     def recover(self, grid: Grid, costs: dict[str, Any]) -> None:
         """`unlearn.recover` rounds of the retained clients at the rate `unlearn.recover_lr`."""
         for round_ in range(self.round + 1, self.round + 1 + self.config.unlearn.recover):
-            answer = self.ask_to_train("train", grid, round_, self.active, lr=self.config.unlearn.recover_lr)
-            if not answer.counts:
-                raise NoAnswerError("no retained client answered")
-            add_cost(costs, "recovery", answer.cost)
+            rate = self.config.unlearn.recover_lr
+            answer = self.ask_to_train("train", grid, self.active, costs, "recovery", round_=round_, lr=rate)
             self.server.move(self.federation.mean(answer))
             self.server.train_head(answer.moments, round_)
 
@@ -144,40 +176,30 @@ class Forgetting(Rounds):
         """Estimate BatchNorm statistics on that share of the retained clients' images, unless switched off."""
         like = unlearn.no_moments(self.model)
         if like and self.config.unlearn.recalibrate:
-            state = self.broadcast()
-            answer = self.federation.ask(grid, "query.moments", self.round, self.active, state, like, share=share)
-            if not answer.counts:
-                raise NoAnswerError("no retained client answered the query for BatchNorm moments")
-            add_cost(costs, "moments", answer.cost)
+            answer = self.ask("query.moments", grid, self.active, costs, "moments", like=like, share=share)
             unlearn.recalibrate(self.model, answer.sums)
 
     def renew_head(self, grid: Grid, costs: dict[str, Any]) -> None:
         """Train the client head from the retained clients' embeddings as they now are, where the server trains it."""
         if self.worker.server_trains_head:
-            answer = self.federation.ask(grid, "query.embeddings", self.round, self.active, self.broadcast(), {})
-            if not answer.counts:
-                raise NoAnswerError("no retained client answered the query for moments of embeddings")
-            add_cost(costs, "embeddings", answer.cost)
+            answer = self.ask("query.embeddings", grid, self.active, costs, "embeddings")
             self.server.train_head(answer.moments, self.round)
 
     def counts_of(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[int, Counts]:
         """What each of the leaving clients gets right under the current model, which it counts."""
-        answer = self.federation.ask(grid, "evaluate", self.round, leaving, self.broadcast(), {})
-        if missing := sorted(set(leaving) - answer.counts.keys()):
-            raise NoAnswerError(f"client {missing[0]} did not evaluate the model")
-        add_cost(costs, "evaluations", answer.cost)
-        return answer.counts
+        return self.ask("evaluate", grid, leaving, costs, "evaluations", everybody=True).counts
 
-    def foretold(self, leaving: list[int]) -> Predictions:
+    def foretold(self, leaving: list[int], said: Predictions) -> Predictions:
         """What a model that never saw the leaving clients would say of the server's unseen images, as far as one can
-        know without it: the current model's answers, less sure of the classes that they had much of (`under_prior`)."""
-        said, staying = self.worker.predict_test(), self.worker.class_mix(self.active)
+        know without it: what the current one has `said` of them, less sure of the classes that they had much of
+        (`under_prior`)."""
+        staying = self.worker.class_mix(self.active)
         everybody = staying + self.worker.class_mix(leaving)
         return said._replace(class_probs=under_prior(said.class_probs, said.class_labels, everybody, staying))
 
     def foretold_accuracy(self, leaving: list[int]) -> float:
         """Of that model on images of the leaving clients' class mix."""
-        return self.foretold(leaving).expected_accuracy(self.worker.class_mix(leaving))
+        return self.foretold(leaving, self.worker.predict_test()).expected_accuracy(self.worker.class_mix(leaving))
 
     def test_accuracy(self) -> float:
         """Of the current model."""

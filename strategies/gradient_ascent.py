@@ -1,10 +1,10 @@
-"""Gradient ascent on the leaving clients' loss (Wu et al., 2022, "Federated Unlearning: Guarantee the Right ...")."""
+"""Gradient ascent on the leaving clients' loss (Wu et al., 2022, "Federated Unlearning: Guarantee the Right of Clients
+to Forget")."""
 
 from typing import Any
 
 from flwr.serverapp import Grid
 
-from strategies.federation import NoAnswerError
 from strategies.forgetting import Forgetting
 
 
@@ -27,8 +27,5 @@ class GradientAscent(Forgetting):
 
     def ascend(self, leaving: list[int], grid: Grid, costs: dict[str, Any], **bounds: float) -> None:
         """Move the model by the mean of the leaving clients' ascents."""
-        answer = self.ask_to_train("train.ascend", grid, self.round, leaving, **bounds)
-        if missing := sorted(set(leaving) - answer.counts.keys()):
-            raise NoAnswerError(f"client {missing[0]} did not answer the request to ascend")
-        costs["ascent"] = answer.cost
+        answer = self.ask_to_train("train.ascend", grid, leaving, costs, "ascent", everybody=True, **bounds)
         self.server.move(self.federation.mean(answer))

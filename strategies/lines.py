@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedunlearn.ledger import Request
-from fedunlearn.report import gap
+from fedunlearn.report import duration, gap
 
 
 def progress(row: dict[str, Any], *, rounds: int, seconds_left: float) -> str:
@@ -27,9 +27,3 @@ def forgotten(request: Request) -> str:
     if "selected" in request.detail:
         where += f", {request.detail['selected']:.2%} of the weights dampened"
     return f"── request {request.id}, {where}  │  " + "  │  ".join([*clients, *rest])
-
-
-def duration(seconds: float) -> str:
-    """Minutes and seconds, in words."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

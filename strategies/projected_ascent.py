@@ -23,8 +23,7 @@ class ProjectedAscent(GradientAscent):
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Find the reference, ascend within its ball, recover."""
-        own = self.ask_to_train("train", grid, self.round, leaving)
-        costs["reference"] = own.cost
+        own = self.ask_to_train("train", grid, leaving, costs, "reference", everybody=True, embeddings=False)
         until, radius = self.foretold_accuracy(leaving), self.radius()
         n_own = sum(self.federation.examples[c] for c in own.counts)
         share = n_own / sum(self.federation.examples[c] for c in self.active)

@@ -4,8 +4,7 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from strategies.federation import NoAnswerError
-from strategies.forgetting import Forgetting, add_cost
+from strategies.forgetting import Forgetting
 
 
 class Retraining(Forgetting):
@@ -15,9 +14,6 @@ class Retraining(Forgetting):
         """Begin anew; the model is that of a run in which the leaving clients never took part."""
         self.server.begin_anew(leaving)
         for round_ in range(1, self.round + 1):
-            answer = self.ask_to_train("train", grid, round_, self.sample(round_))
-            if not answer.counts:
-                raise NoAnswerError(f"no retained client answered in round {round_}")
-            add_cost(costs, "retraining", answer.cost)
+            answer = self.ask_to_train("train", grid, self.sample(round_), costs, "retraining", round_=round_)
             self.server.step(self.federation.mean(answer), answer.moments, round_)
         return {"retrained": self.round}

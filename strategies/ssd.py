@@ -9,7 +9,6 @@ from torch import Tensor
 from fedunlearn import unlearn
 from fedunlearn.dampening import largest_alpha, selected_share
 from fedunlearn.evaluate import Counts
-from strategies.federation import NoAnswerError
 from strategies.forgetting import Forgetting
 
 Tensors = dict[str, Tensor]
@@ -58,8 +57,8 @@ class SelectiveDampening(Forgetting):
         """Dampen with each lambda of `LAMBDAS` and bisect alpha (its logarithm) for a forgotten accuracy of `target`.
 
         The leaving clients count their accuracy `EVALUATIONS` times in all, and that is all that they are asked.
-        BatchNorm statistics are meanwhile those of the server's unseen images, whose accuracy is noted too. The model
-        is as before in the end.
+        BatchNorm statistics, where they are made again, are meanwhile those of the server's unseen images, and the
+        accuracy on these is noted too. The model is as before in the end.
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         n_forget = sum(self.federation.examples[c] for c in leaving)
@@ -70,8 +69,10 @@ class SelectiveDampening(Forgetting):
             for _ in range(EVALUATIONS // len(LAMBDAS)):
                 alpha = math.exp((low + high) / 2)
                 self.model.load_state_dict(before)
-                unlearn.step(self.model, full, forget, [], alpha=alpha, lambda_=lambda_)
-                self.worker.recalibrate_on_test()
+                strength = {"alpha": alpha, "lambda_": lambda_, "exponent": self.config.unlearn.exponent}
+                unlearn.step(self.model, full, forget, [], **strength)
+                if self.config.unlearn.recalibrate:
+                    self.worker.recalibrate_on_test()
                 forgotten = sum(self.counts_of(leaving, grid, costs).values(), Counts())
                 found = {
                     "forgotten": forgotten.class_accuracy,
@@ -88,15 +89,9 @@ class SelectiveDampening(Forgetting):
 
         With `unlearn.share` < 1 the retained clients' part of F_D is estimated from that share of their examples.
         """
-        like, state = dict(self.model.named_parameters()), self.broadcast()
-        forget = self.federation.ask(grid, "query.fisher", self.round, leaving, state, like)
-        if missing := sorted(set(leaving) - forget.counts.keys()):
-            raise NoAnswerError(f"client {missing[0]} did not answer the Fisher query")
-        share = self.config.unlearn.share
-        retain = self.federation.ask(grid, "query.fisher", self.round, self.active, state, like, share=share)
-        if not retain.counts:
-            raise NoAnswerError("no retained client answered the Fisher query")
-        costs |= {"fisher_forget": forget.cost, "fisher_retain": retain.cost}
+        like, share = dict(self.model.named_parameters()), self.config.unlearn.share
+        forget = self.ask("query.fisher", grid, leaving, costs, "fisher_forget", like=like, everybody=True)
+        retain = self.ask("query.fisher", grid, self.active, costs, "fisher_retain", like=like, share=share)
         n_forget, n_retain, device = forget.total.examples, retain.total.examples, self.worker.device
         limit = largest_alpha(n_retain + n_forget, n_forget)
         if self.config.unlearn.tune == "fixed" and self.config.unlearn.alpha >= limit:

@@ -11,14 +11,13 @@ from torch import Tensor
 from fedunlearn import null_space
 from fedunlearn.evaluate import Counts, Predictions
 from strategies import wire
-from strategies.federation import NoAnswerError
-from strategies.forgetting import Forgetting, add_cost
+from strategies.forgetting import Forgetting
 
 KNOWN = 0.95  # of the loss of unseen images: below that, D_f is known
 
 
 class SubsetUnlearning(Forgetting):
-    """theta += |f| mean of (theta_f - theta), then theta += mean of (theta_r - theta), `unlearn.rounds` times.
+    """theta += sum of (theta_f - theta), then theta += mean of (theta_r - theta), `unlearn.rounds` times.
 
     The server shows the leaving clients f what the model says of its own, unseen images, under the class prior of those
     who stay (`foretold`). Each of them matches these answers to its images (`unseen.match_answers`) and trains the
@@ -41,73 +40,57 @@ class SubsetUnlearning(Forgetting):
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """`unlearn.rounds` rounds, each corrected by what the one before it missed.
+        """Teach those clients that the model knows (`is_known`), in `unlearn.rounds` rounds; each of these is corrected
+        by what the one before it missed. Of the others there is nothing to take back: teaching would only show the
+        model their images once more.
 
-        None where the model does not know D_f when the request comes (`is_known`): there is nothing to take back, and
-        teaching would only show it D_f once more.
+        Returns:
+            `predicted`, the foretold accuracy on all their images, and `rounds`, how many were made.
         """
-        settings, foretold = self.config.unlearn, self.foretold(leaving)
-        predicted = {client: foretold.expected_accuracy(self.worker.class_mix([client])) for client in leaving}
+        settings, unseen = self.config.unlearn, self.worker.predict_test()
+        foretold, found = self.foretold(leaving, unseen), self.counts_of(leaving, grid, costs)
+        mixes = {client: self.worker.class_mix([client]) for client in leaving}
+        predicted = {client: foretold.expected_accuracy(mix) for client, mix in mixes.items()}
+        known = [c for c in leaving if is_known(found[c], predicted[c], unseen.expected_loss(mixes[c]))]
+        for client in sorted({*leaving} - {*known}):
+            self.log(
+                f"── client {client} is not taught: its images are known no better than gold is foretold to know them"
+            )
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        known = self.knows(leaving, foretold, grid, costs)
         rounds, aims = settings.rounds if known else 0, predicted
         for number in range(1, rounds + 1):
-            self.log(f"── round {number} of {settings.rounds} of unlearning")
+            self.log(f"── round {number} of {rounds} of unlearning")
             if number > 1:
                 self.recalibrate(grid, costs, share=settings.round_share)
-                found = self.counts_of(leaving, grid, costs)
-                aims = {client: aim + predicted[client] - found[client].class_accuracy for client, aim in aims.items()}
-            shares = {client: aim / predicted[client] for client, aim in aims.items() if predicted[client]}
-            teacher = self.teacher(before, foretold, shares)
-            self.teach(leaving, self.round + number, grid, costs, teacher)
+                found = self.counts_of(known, grid, costs)
+                aims = {c: corrected(aims[c], predicted[c], found[c].class_accuracy) for c in known}
+            shares = {c: aims[c] / predicted[c] for c in known if predicted[c]}
+            self.teach(known, self.round + number, grid, costs, self.teacher(before, foretold, shares))
             self.mend(self.round + number, grid, costs)
-        if not known:
-            self.log("── the model knows these images no better than it is foretold to without them: nobody is taught")
         self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
-        return {"predicted": foretold.expected_accuracy(self.worker.class_mix(leaving)), "rounds": rounds}
+        return {"predicted": foretold.expected_accuracy(sum(mixes.values())), "rounds": rounds}
 
-    def knows(self, leaving: list[int], foretold: Predictions, grid: Grid, costs: dict[str, Any]) -> bool:
-        """Whether `is_known` what the leaving clients count of their images."""
-        found, mix = sum(self.counts_of(leaving, grid, costs).values(), Counts()), self.worker.class_mix(leaving)
-        return is_known(found, foretold.expected_accuracy(mix), self.worker.predict_test().expected_loss(mix))
-
-    def teach(self, leaving: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord) -> None:
-        """The leaving clients change what the model says of their images, along what those who stay hardly use."""
-        beside = {"teacher": teacher, "projectors": self.projectors(round_, grid, costs)}
-        leave = self.ask_to_train("train.unlearn", grid, round_, leaving, lr=self.rate(), beside=beside)
-        if missing := sorted(set(leaving) - leave.counts.keys()):
-            raise NoAnswerError(f"client {missing[0]} did not answer the request to unlearn")
-        add_cost(costs, "leaving", leave.cost)
-        self.server.move({name: len(leaving) * by for name, by in self.federation.mean(leave).items()})
+    def teach(self, known: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord) -> None:
+        """The clients change what the model says of their images, along what those who stay hardly use."""
+        how = {"beside": {"teacher": teacher, "projectors": self.projectors(round_, grid, costs)}, "lr": self.rate()}
+        answer = self.ask_to_train("train.unlearn", grid, known, costs, "leaving", round_=round_, everybody=True, **how)
+        self.server.move(answer.sums)
 
     def projectors(self, round_: int, grid: Grid, costs: dict[str, Any]) -> ArrayRecord:
         """Of the retained clients' inputs to the model as it is (`null_space`)."""
         like = null_space.upper(null_space.no_products(self.model))
-        answer = self.federation.ask(grid, "query.inputs", round_, self.active, self.broadcast(), like)
-        if not answer.counts:
-            raise NoAnswerError("no retained client answered the query for products of inputs")
-        add_cost(costs, "inputs", answer.cost)
+        answer = self.ask("query.inputs", grid, self.active, costs, "inputs", like=like, round_=round_)
         products = null_space.symmetric(self.federation.mean(answer))
         free = null_space.projectors(products, ridge=self.config.unlearn.ridge)
         return wire.packed(null_space.upper(free), "fp32")
 
     def mend(self, round_: int, grid: Grid, costs: dict[str, Any]) -> None:
         """The retained clients train on a share of their images, at `mend_rate`."""
-        stay = self.ask_to_train(
-            "train",
-            grid,
-            round_,
-            self.active,
-            lr=self.mend_rate(),
-            share=self.config.unlearn.round_share,
-            embeddings=False,
-        )
-        if not stay.counts:
-            raise NoAnswerError("no retained client answered")
-        add_cost(costs, "retained", stay.cost)
-        self.server.move(self.federation.mean(stay))
+        how = {"lr": self.mend_rate(), "share": self.config.unlearn.round_share, "embeddings": False}
+        answer = self.ask_to_train("train", grid, self.active, costs, "retained", round_=round_, **how)
+        self.server.move(self.federation.mean(answer))
 
     def rate(self) -> float:
         """`unlearn.lr`, up to twice of it where the schedule's rate has still to fall by as much.
@@ -140,3 +123,11 @@ def is_known(found: Counts, predicted: float, unseen_loss: float) -> bool:
     by more than a standard error of so many images."""
     error = math.sqrt(predicted * (1 - predicted) / found.examples)
     return found.mean_loss < KNOWN * unseen_loss and found.class_accuracy > predicted + error
+
+
+def corrected(aim: float, predicted: float, found: float) -> float:
+    """The accuracy to aim at after `aim` brought `found` in place of `predicted`: as much lower as that was too high.
+
+    Where that was too low it is higher again, up to `predicted`: more often right than foretold no answers are.
+    """
+    return min(max(aim + predicted - found, 0.0), predicted)

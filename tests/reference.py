@@ -119,7 +119,7 @@ def projectors(products, *, ridge):
     """By eigenvalues: tau / (tau + lambda) along each direction."""
     found = {}
     for name, a in products.items():
-        values, vectors = torch.linalg.eigh(a.double())
+        values, vectors = map(torch.from_numpy, np.linalg.eigh(a.double().numpy()))
         tau = ridge * a.double().diagonal().mean()
         found[name] = vectors @ torch.diag(tau / (tau + values.clamp(min=0))) @ vectors.T
     return found

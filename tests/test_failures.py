@@ -127,5 +127,5 @@ def test_a_failed_fisher_query_is_tried_again_and_then_set_aside(federate, capsy
     broken(grid, failed, kind="query.fisher", node=3, times=100)
     federate("run=set_aside forget.schedule={1:[3]}", grid=grid)
     out = capsys.readouterr().out
-    assert "request r1, attempt 3: client 3 did not answer the Fisher query; set aside" in out
+    assert "request r1, attempt 3: client 3 did not answer query.fisher; set aside" in out
     assert not [kind for kind in kinds(grid, client=3) if kind[0] == "train" and kind[1] > 1]

@@ -111,6 +111,9 @@ def test_the_live_run_comes_first_then_the_newest_finished_one(federate):
     with hold(federate.folder("one")):
         assert forget.find_run(federate.home, None).name == "one"
     assert forget.find_run(federate.home, "three").name == "three"
+    stored = federate.folder("two") / "run.json"
+    stored.write_text(stored.read_text().replace('"recover_lr"', '"of_an_older_version"'))
+    assert forget.find_run(federate.home, None).name == "one"
 
 
 def test_a_run_without_a_name_is_served_in_its_own_folder(federate, capsys, monkeypatch):

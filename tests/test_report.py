@@ -36,7 +36,7 @@ def test_figures_show_every_group_and_mark_the_request(federate):
     ]
     assert [text.get_text().strip() for text in by_client.texts] == ["forget 3"]
     worker = federate.worker()
-    counts = report.class_counts(worker)
+    counts = report.class_counts(worker.dataset, worker.slices)
     assert counts.sum() == len(worker.dataset.train.labels)
     assert report.split_figure(counts, worker.dataset.class_names).axes[0].images[0].get_array().shape == (4, 10)
 

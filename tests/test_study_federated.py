@@ -1,6 +1,7 @@
 """The federated study on a few digits: its command, its steps, its report."""
 
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -10,6 +11,7 @@ import pytest
 from fedunlearn import checkpoint
 from fedunlearn.study.command import main
 from fedunlearn.study.federated.settings import load
+from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.worker import Worker
 from strategies import fed_eraser
 
@@ -26,8 +28,8 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def results(home):
-    found = [json.loads(file.read_text()) for file in home.glob("studies/*/steps/*/result.json")]
+def results(home, study="*"):
+    found = [json.loads(file.read_text()) for file in home.glob(f"studies/{study}/steps/*/result.json")]
     return {result["step"]: result for result in found}
 
 
@@ -98,6 +100,29 @@ def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
         assert in_pieces["files"] == at_once["files"]
 
 
+def test_a_round_that_was_committed_and_not_measured_is_measured_by_the_next_start(home, monkeypatch):
+    words = [*SMALL, "study.strategies=[leave]"]
+    answers, calls = Laboratory.answers, itertools.count(1)
+
+    def killed(lab, model):
+        if next(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        return answers(lab, model)
+
+    monkeypatch.setattr(Laboratory, "answers", killed)
+    starts = 1
+    while main(words) == 130:
+        starts += 1
+        assert starts < 20
+    assert starts > 3
+    in_pieces = results(home, "digits*")
+    monkeypatch.setattr(Laboratory, "answers", answers)
+    assert main([*words, "study.name=whole"]) == 0
+    for name, result in results(home, "whole").items():
+        assert in_pieces[name]["scores"] == result["scores"], name
+        assert in_pieces[name]["files"] == result["files"], name
+
+
 def test_every_client_in_turn_the_worst_is_named(home):
     words = [*SMALL, "clients=3", "study.order=[0]", "study.scenarios=[everyone]", "study.strategies=[leave,subset]"]
     assert main([*words, "study.seeds=[0,1]"]) == 0
@@ -140,6 +165,7 @@ def test_a_picture_is_drawn_in_the_same_bytes(home):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("unlearn.recovery_rounds=1", "unlearn.recovery_rounds: a federated study measures"),
         ("study.strategies=[sdd]", "study.strategies: sdd is not one of subset, ssd"),
         ("study.after=[1]", "study.after=[1] are not rounds after a request, 0 among them"),
         ("study.order=[0,0]", "names a client twice"),
@@ -154,6 +180,13 @@ def test_bad_input_gets_one_line(home, capsys, word, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_client_with_too_few_images_for_the_attack_is_named_where_everybody_is_forgotten(home, capsys):
+    words = [*SMALL, "partition.dirichlet_alpha=0.2", "partition.seed=9", "study.order=[3]"]
+    assert main(["--plan", *words]) == 0
+    assert main(["--plan", *words, "study.scenarios=[everyone]"]) == 2
+    assert "too few for the attack" in capsys.readouterr().err
 
 
 def test_without_a_client_head_no_client_id_is_measured_and_the_picture_is_of_the_pipeline_with_one(home):

@@ -7,7 +7,8 @@ import torch
 from fedunlearn.errors import UserError
 from fedunlearn.runs import hold
 from fedunlearn.study import steps
-from fedunlearn.study.steps import PARTIAL, Step, check_needs, duration, time_left, work_on
+from fedunlearn.report import duration
+from fedunlearn.study.steps import PARTIAL, Step, check_needs, time_left, work_on
 
 
 def step(name, work, needs=(), settings=None):

@@ -19,11 +19,12 @@ from fedunlearn import checkpoint, memory
 from fedunlearn.config import state_home
 from fedunlearn.errors import UserError
 from fedunlearn.precision import precision_on
+from fedunlearn.report import duration
 from fedunlearn.study import report
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.plan import Plan
 from fedunlearn.study.settings import Settings, load
-from fedunlearn.study.steps import Step, check_needs, duration, log, seconds_a_cost, work_on
+from fedunlearn.study.steps import Step, check_needs, log, seconds_a_cost, work_on
 from fedunlearn.study.training import Training
 
 UNFINISHED = 3

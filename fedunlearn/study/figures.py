@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedunlearn.report import COLOURS, split_figure
+from fedunlearn.report import COLOURS, class_counts, split_figure
 from fedunlearn.study.plan import Plan
 from fedunlearn.study.search import read_trials
 from fedunlearn.study.settings import PIPELINES
@@ -38,9 +38,8 @@ def all_figures(plan: Plan, root: Path) -> dict[str, tuple[str, "Figure"]]:
 
 def split(plan: Plan) -> "Figure":
     """Heat map of examples, clients x classes (Figures 4 and 5)."""
-    labels, names = np.asarray(plan.lab.dataset.train.labels), plan.lab.dataset.class_names
-    counts = np.stack([np.bincount(labels[owned], minlength=len(names)) for owned in plan.lab.slices])
-    return split_figure(counts, names)
+    data = plan.lab.dataset
+    return split_figure(class_counts(data, plan.lab.slices), data.class_names)
 
 
 def diagram() -> "Figure":

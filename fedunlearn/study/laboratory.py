@@ -51,7 +51,7 @@ class Laboratory:
 
     def check(self) -> None:
         """Raise UserError where the data are too few for the study: before hours of training, not after."""
-        for client in self.settings.study.order:
+        for client in self.settings.targets:
             if len(self.slices[client]) < FOLDS:
                 raise UserError(
                     f"client {client} has {len(self.slices[client])} images, too few for the attack's {FOLDS} folds: "

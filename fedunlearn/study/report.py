@@ -12,9 +12,10 @@ from jinja2 import Environment
 
 from fedunlearn.checkpoint import write_atomically
 from fedunlearn.config import settings
+from fedunlearn.report import duration
 from fedunlearn.study.figures import all_figures
 from fedunlearn.study.plan import Plan
-from fedunlearn.study.steps import duration, log
+from fedunlearn.study.steps import log
 from fedunlearn.study.tables import Cell, Row, Table, all_tables, heading, number
 
 CSV_COLUMNS = (

@@ -149,6 +149,11 @@ class Settings:
     ablation: Ablation = field(default_factory=Ablation)
     study: Scope = field(default_factory=Scope)
 
+    @property
+    def targets(self) -> list[int]:
+        """The clients that are forgotten, and attacked."""
+        return self.study.order
+
     def depends_on(self, part: str) -> dict[str, Any]:
         """The settings of `search` or `fisher` that change its results."""
         values = asdict(getattr(self, part))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedunlearn import checkpoint
 from fedunlearn.errors import UserError
+from fedunlearn.report import duration
 from fedunlearn.runs import HeldError, hold
 
 FORMAT = 1  # of results: another number makes them all anew
@@ -222,15 +223,6 @@ def cure(file: Path) -> str:
 def machine() -> str:
     """What the work was done on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-
-
-def duration(seconds: float) -> str:
-    """`75` -> `1 min 15 s`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def log(line: str) -> None:

@@ -13,12 +13,13 @@ from jinja2 import Environment
 
 from fedunlearn.checkpoint import write_atomically
 from fedunlearn.config import settings
+from fedunlearn.report import duration
 from fedunlearn.study.federated.figures import frontier, story
 from fedunlearn.study.federated.plan import Case, Plan
 from fedunlearn.study.federated.tables import COSTS, MEASURES, NAMES, Results, Row, number, title
 from fedunlearn.study.report import svg
 from fedunlearn.study.settings import PIPELINES
-from fedunlearn.study.steps import duration, log
+from fedunlearn.study.steps import log
 
 CSV = ("case", "pipeline", "strategy", "forgotten", "after", "measure", "mean", "sd", "seeds", "gold", "distance")
 

@@ -81,6 +81,8 @@ def federate(
             if start and work.round == start.round and not run.ledger.clients_in(FORGOTTEN):
                 columns = curve(lab.answers(work.model), asked, worker)
                 run.record("score", round=work.round, request="before", forgotten=[], **columns)
+            elif work.round:
+                watch(work.round)  # whoever was stopped here may have committed the round without this
             logging.getLogger("flwr").setLevel(logging.ERROR)  # it says the number of every round
             work.start(LocalGrid(lab.settings.clients, client_app.app), rounds - work.round)
         if unserved := [r for r in run.ledger.requests() if r.state not in FORGOTTEN]:

@@ -75,6 +75,11 @@ class Settings:
         """What the laboratory calls so: precision and threads."""
         return self.train
 
+    @property
+    def targets(self) -> list[int]:
+        """The clients that are forgotten, and attacked."""
+        return list(range(self.clients)) if "everyone" in self.study.scenarios else self.study.order
+
     def recipe(self, pipeline: str) -> Recipe:
         """Pooled training that costs as much, to see how fast a machine is."""
         train, loss = asdict(self.train), asdict(self.loss)
@@ -124,6 +129,8 @@ def check(chosen: Settings) -> Settings:
         raise UserError(f"study.moments={study.moments} are not shares in 0..1")
     if 0 not in study.after or min(study.after) < 0:
         raise UserError(f"study.after={study.after} are not rounds after a request, 0 among them")
+    if chosen.unlearn.recovery_rounds:
+        raise UserError("unlearn.recovery_rounds: a federated study measures `study.after` rounds after every request")
     if chosen.unlearn.head == "client" and "no_mtl" in study.pipelines:
         raise UserError("unlearn.head=client needs pipelines with a client head")
     return chosen
