@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fedunlearn.errors import UserError
+from fedunlearn.report import duration
 from fedunlearn.runs import hold
 from fedunlearn.study import steps
-from fedunlearn.report import duration
 from fedunlearn.study.steps import PARTIAL, Step, check_needs, time_left, work_on
 
 
