@@ -214,10 +214,11 @@ class Worker:
 
     def predict_test(self) -> Predictions:
         """What the model says of the test images, which are no client's."""
-        test = self.dataset.test
-        everything = batches(
-            test, np.arange(len(test.labels)), NOBODY, batch_size=self.config.train.batch_size, device=self.device
-        )
+        return self.predict(self.dataset.test)
+
+    def predict(self, images: Split) -> Predictions:
+        """What the model says of images that are no client's."""
+        everything = self.batches(NOBODY, data=images)
         return predict(self.model, everything, precision=self.config.train.precision)
 
     def recalibrate_on_test(self) -> None:
