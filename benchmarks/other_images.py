@@ -30,6 +30,8 @@ def main() -> None:
     p = argparse.ArgumentParser("python -m benchmarks.other_images", description=__doc__)
     p.add_argument("settings", nargs="+")
     settings = load(p.parse_args().settings)
+    if not settings.data.test_limit:
+        p.error("data.test_limit=0: the server has all test images, and there are no others")
     torch.set_num_threads(settings.train.threads)
     plan, root, rows = Plan(settings, Laboratory(settings)), study_folder(settings), []
     for pipeline, seed in plan.each():
