@@ -16,6 +16,7 @@ COLOURS = {
     "subset": "#2a6f97", "ssd": "#c8553d", "leave": "#6a994e", "ascent": "#e09f3e", "pga": "#7b2cbf",
     "federaser": "#bc4b8a", "negate": "#5c4033", "gold": "0.45",
 }  # fmt: skip
+MARKERS = dict(zip(NAMES, "osD^v<>*", strict=True))
 
 
 def story(results: Results, case: Case, pipeline: str) -> "Figure":
@@ -62,7 +63,7 @@ def frontier(results: Results, case: Case, pipeline: str) -> "Figure":
     """|forgotten − gold| when served and at the end, against what unlearning costs; dashed: of gold of another seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
     after = results.plan.settings.study.after
     moments = (min(after), max(after))
     for axes, moment in zip(figure.subplots(1, 2, sharey=True), moments, strict=True):
@@ -70,15 +71,15 @@ def frontier(results: Results, case: Case, pipeline: str) -> "Figure":
             distance = row.distance("forgotten")
             if row.strategy != "gold":
                 cost = statistics.fmean(results.costs(case, pipeline, row.strategy)["work"])
-                label = f"{NAMES[row.strategy]}, test {row.mean('test'):.3f}"
-                axes.plot(cost, distance, "o", color=COLOURS[row.strategy], label=label)
+                label = f"{NAMES[row.strategy]}: others {row.mean('others'):.2f}, test {row.mean('test'):.2f}"
+                axes.plot(cost, distance, MARKERS[row.strategy], color=COLOURS[row.strategy], mfc="none", label=label)
             elif not isnan(distance):
                 axes.axhline(distance, color=COLOURS["gold"], linestyle="--", label="gold of another seed")
         axes.set(title=f"{moment} rounds after", xlabel="work until served, % of retraining", ylim=(0, None))
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(-0.2, 100)
         axes.set_xticks([0, 1, 5, 20, 100], ["0", "1", "5", "20", "100"])
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("|forgotten − gold|")
     return figure
