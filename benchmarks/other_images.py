@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import timing
 from fedunlearn.datasets import Split
+from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import Ledger
 from fedunlearn.runs import Run
 from fedunlearn.study.command import study_folder
@@ -36,7 +37,8 @@ def main() -> None:
     plan, root, rows = Plan(settings, Laboratory(settings)), study_folder(settings), []
     for pipeline, seed in plan.each():
         worker = Worker(settings.config(pipeline, "leave", seed))
-        others = beyond(open_dataset(without_limit(worker.config)).test, settings.data.test_limit)
+        everything = replace(worker.config, data=replace(settings.data, test_limit=0))
+        others = beyond(open_dataset(everything).test, settings.data.test_limit)
         for case in plan.cases():
             left = case.left(case.last)
             golds = {"gold": plan.gold(pipeline, left, seed)}
@@ -45,25 +47,11 @@ def main() -> None:
                 if step.is_done(root):
                     rows.append([case.name, pipeline, str(seed), name, *measured(worker, step, root, left, others)])
     columns = (
-        "request",
-        "pipeline",
-        "seed",
-        "model",
-        "round",
-        "forgotten",
-        "gap: server's",
+        "request", "pipeline", "seed", "model", "round", "forgotten", "gap: server's", "others", "test: server's",
         "others",
-        "test: server's",
-        "others",
-    )
-    timing.table(
-        f"on {settings.data.test_limit} images of the server and on {len(others.labels)} others", columns, rows
-    )
-
-
-def without_limit(config):
-    """All test images."""
-    return replace(config, data=replace(config.data, test_limit=0))
+    )  # fmt: skip
+    title = f"on {settings.data.test_limit} images of the server and on {len(others.labels)} others"
+    timing.table(title, columns, rows)
 
 
 def beyond(split: Split, limit: int) -> Split:
@@ -80,7 +68,7 @@ def measured(worker: Worker, step: Step, root: Path, left: tuple[int, ...], othe
         round_, _ = Run(step.folder(root) / RUN, worker.config, ledger).restore(worker.model)
     finally:
         ledger.close()
-    forgotten = sum((worker.evaluate(client) for client in left[1:]), worker.evaluate(left[0])).class_accuracy
+    forgotten = sum(map(worker.evaluate, left), Counts()).class_accuracy
     found = [worker.predict_test(), worker.predict(others)]
     gaps = [forgotten - said.expected_accuracy(worker.class_mix(left)) for said in found]
     tests = [said.total.class_accuracy for said in found]
