@@ -20,7 +20,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.ledger import Ledger, Request
 
 OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
-BESIDE = ("momentum.", "held.")  # how names of what is no part of the model begin in a checkpoint
+BESIDE = ("momentum.", "held.", "answers.")  # how names of what is no part of the model begin in a checkpoint
 PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
 
 

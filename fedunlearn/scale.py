@@ -173,8 +173,9 @@ def row_of(cell: Cell, name: str, study: Study, home: Path) -> dict[str, Any]:
     rounds = [row for row in metrics if row["kind"] == "round"][1:-1]
     (request,) = (row for row in metrics if row["kind"] == "forget")
     seconds = statistics.median(row["seconds"] for row in rounds)
-    images, forgotten = rounds[0]["examples"], request["before"]["forgotten"]["0"]["examples"]
-    retraining = study.recipe_rounds * seconds * (1 - forgotten / images)
+    images, before = rounds[0]["examples"], request["before"]
+    staying, leaving = before["others"]["examples"], before["forgotten"]["0"]["examples"]
+    retraining = study.recipe_rounds * seconds * staying / (staying + leaving)
     return {
         **asdict(cell),
         "actors": rounds[-1]["train"]["workers"],

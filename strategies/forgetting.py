@@ -6,11 +6,10 @@ from typing import Any, ClassVar
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedunlearn import unlearn
+from fedunlearn import unlearn, unseen
 from fedunlearn.evaluate import Counts, Predictions
 from fedunlearn.ledger import OPEN, Request, State
 from fedunlearn.pruning import prune_clients
-from fedunlearn.unseen import under_prior
 from strategies import lines, wire
 from strategies.federation import Answer, NoAnswerError
 from strategies.rounds import Rounds
@@ -91,7 +90,7 @@ class Forgetting(Rounds):
             self.server.restore()
             return self._failed(request, str(error))
         prune_clients(self.model, request.clients)
-        self.server.momentum.clear()  # a sum of past movements, the leaving clients' among them
+        self.server.cut_off()
         return self.server.commit(
             self.round,
             request,
@@ -191,11 +190,17 @@ class Forgetting(Rounds):
 
     def foretold(self, leaving: list[int], said: Predictions) -> Predictions:
         """What a model that never saw the leaving clients would say of the server's unseen images, as far as one can
-        know without it: what the current one has `said` of them, less sure of the classes that they had much of
-        (`under_prior`)."""
+        know without it (`unseen.foretold`): of the classes that they had much of, what an earlier one said, and less
+        often these classes.
+
+        Args:
+            said: by the current model.
+        """
         staying = self.worker.class_mix(self.active)
         everybody = staying + self.worker.class_mix(leaving)
-        return said._replace(class_probs=under_prior(said.class_probs, said.class_labels, everybody, staying))
+        rounds = {int(round_): probs.cpu() for round_, probs in self.server.answers.items()}
+        rounds[self.round] = said.class_probs
+        return said._replace(class_probs=unseen.foretold(rounds, said.class_labels, everybody, staying))
 
     def foretold_accuracy(self, leaving: list[int]) -> float:
         """Of that model on images of the leaving clients' class mix."""

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from fedunlearn.config import to_json
 from fedunlearn.errors import UserError
+from fedunlearn.evaluate import Predictions
 from fedunlearn.ledger import FORGOTTEN, State
 from fedunlearn.runs import Run
 from fedunlearn.worker import Worker
@@ -119,7 +120,9 @@ class Rounds(FedAvg):
         """Close the round: measure, write the metrics, commit, and say how it went."""
         others = self.federation.add_up(replies, {})
         if others.counts:
-            self._row |= self._scores(others) | {"evaluate": others.cost}
+            said = self.worker.predict_test()
+            self.server.remember(said, self.round)
+            self._row |= self._scores(others, said) | {"evaluate": others.cost}
         self._row["server_mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self._row["seconds"] = time.monotonic() - self._round_clock
         self.run.record("round", **self._row)
@@ -160,10 +163,10 @@ class Rounds(FedAvg):
     def evaluate(self, grid: Grid, *, forgotten: Iterable[int] = ()) -> Scores:
         """Scores of the current model; `forgotten` are clients that are leaving just now."""
         others = self.federation.ask(grid, "evaluate", self.round, self.active, self.broadcast(), {})
-        return self._scores(others, forgotten)
+        return self._scores(others, self.worker.predict_test(), forgotten)
 
-    def _scores(self, others: Answer, leaving: Iterable[int] = ()) -> Scores:
-        return scores(self.worker, others, sorted({*leaving, *self.run.ledger.clients_in(FORGOTTEN)}))
+    def _scores(self, others: Answer, said: Predictions, leaving: Iterable[int] = ()) -> Scores:
+        return scores(self.worker, others, said, sorted({*leaving, *self.run.ledger.clients_in(FORGOTTEN)}))
 
     def _announce(self) -> None:
         clients, nodes = self.config.clients, len(self.federation.nodes)

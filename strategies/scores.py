@@ -3,30 +3,31 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fedunlearn.evaluate import Counts
+from fedunlearn.evaluate import Counts, Predictions
 from fedunlearn.worker import Worker
 from strategies.federation import MOST_LISTED, Answer
 
 Scores = dict[str, Any]
 
 
-def scores(worker: Worker, others: Answer, forgotten: Sequence[int]) -> Scores:
+def scores(worker: Worker, others: Answer, said: Predictions, forgotten: Sequence[int]) -> Scores:
     """Accuracies of everybody; `unseen` of a forgotten client is what unseen images of its class mix get.
 
     Args:
-        worker: holds the model, the test images, and the forgotten clients' images.
+        worker: holds the model and the forgotten clients' images.
         others: what the clients who stay have counted.
+        said: of the test images.
     """
     each = others.counts if len(others.counts) <= MOST_LISTED else {}
-    test, left = worker.predict_test(), {}
+    left = {}
     for client in forgotten:
-        unseen = test.expected_accuracy(worker.class_mix([client]))
+        unseen = said.expected_accuracy(worker.class_mix([client]))
         left[str(client)] = accuracies(worker.evaluate(client)) | {"unseen": unseen}
     return {
         "staying": {str(client): accuracies(counts) for client, counts in each.items()},
         "forgotten": left,
         "others": accuracies(others.total),
-        "test": accuracies(test.total),
+        "test": accuracies(said.total),
     }
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedunlearn.client_head import train_client_head
+from fedunlearn.evaluate import Predictions
 from fedunlearn.ledger import Request
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
@@ -16,12 +17,15 @@ HEAD = 2**32 - 1  # where the client head's draws are used: no client has this n
 
 
 class ServerModel:
-    """theta, moved by what clients answer; its momentum; and which weights are held where they are.
+    """theta, moved by what clients answer; its momentum; which weights are held where they are; and what earlier
+    rounds' models answered on unseen images.
 
     Attributes:
         model: the worker's.
         momentum: by parameter, while `train.server_momentum` is above 0.
         held: by parameter, true for weights that rounds of training move less (`freedom`), in the end not at all.
+        answers: by round (its number, as text), probabilities of the unseen images' classes, [N, K] in half precision,
+            since the last request.
     """
 
     def __init__(self, run: Run, worker: Worker) -> None:
@@ -29,6 +33,7 @@ class ServerModel:
         self.model = worker.model
         self.momentum: dict[str, Tensor] = {}
         self.held: dict[str, Tensor] = {}
+        self.answers: dict[str, Tensor] = {}
 
     def step(self, movement: dict[str, Tensor], moments: dict[int, Tensor], round_: int) -> None:
         """`advance` by the clients' mean movement, then `train_head` from their embeddings' moments."""
@@ -74,6 +79,16 @@ class ServerModel:
             steps = self.config.train.head_steps
             train_client_head(self.model.client_head, there, steps=steps, generator=generator)
 
+    def remember(self, said: Predictions, round_: int) -> None:
+        """Keep what the model says of the unseen images after a round."""
+        self.answers[str(round_)] = said.class_probs.half()
+
+    def cut_off(self) -> None:
+        """Keep nothing of the rounds before a request but the model and what is held: momentum is a sum of past
+        movements, of those who leave too, and models that knew them gave the answers."""
+        self.momentum.clear()
+        self.answers.clear()
+
     @torch.no_grad()
     def hold(self, before: dict[str, Tensor], share: float) -> None:
         """From now on hold that share of the weights that moved most since `before`, by their layer's measure:
@@ -89,7 +104,7 @@ class ServerModel:
 
     def begin_anew(self, leaving: list[int]) -> None:
         """Back to the run's initial weights, nothing beside; pruned are the neurons of all who left or leave."""
-        self.momentum.clear()
+        self.cut_off()
         self.held.clear()
         pruned = self.model.pruned.nonzero()[:, 0].tolist()
         self.model.load_state_dict(model_of(self.config, self.worker.dataset).state_dict())
@@ -97,7 +112,7 @@ class ServerModel:
 
     def beside(self) -> dict[str, Tensor]:
         """What is kept beside the model, by names as in a checkpoint."""
-        kept = {"momentum": self.momentum, "held": self.held}
+        kept = {"momentum": self.momentum, "held": self.held, "answers": self.answers}
         return {f"{kind}.{name}": value for kind, tensors in kept.items() for name, value in tensors.items()}
 
     def commit(self, round_: int, request: Request | None = None, **detail: Any) -> Request | None:
@@ -107,7 +122,7 @@ class ServerModel:
     def restore(self) -> int:
         """Take all of it from the run's checkpoint, if there is one; returns its round."""
         round_, kept = self.run.restore(self.model)
-        for kind, tensors in (("momentum", self.momentum), ("held", self.held)):
+        for kind, tensors in (("momentum", self.momentum), ("held", self.held), ("answers", self.answers)):
             tensors.clear()
             tensors |= {n.removeprefix(f"{kind}."): value for n, value in kept.items() if n.startswith(f"{kind}.")}
         return round_

@@ -56,6 +56,11 @@ class Federate:
         run.restore(worker.model)
         return worker.model.state_dict()
 
+    def beside(self, name: str = "test") -> dict:
+        """What the server keeps beside the current model."""
+        run = self.run(name)
+        return run.restore(Worker(run.config).model)[1]
+
     def requests(self, name: str = "test") -> list:
         return self.run(name).ledger.requests()
 

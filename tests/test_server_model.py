@@ -1,4 +1,4 @@
-"""Weights that are held: which, how much they still move, and that a restart knows them."""
+"""What the server keeps beside the model: which weights are held, how much they still move, and past answers."""
 
 import pytest
 import torch
@@ -82,3 +82,20 @@ def test_the_weights_that_unlearning_moved_most_are_held_also_after_a_restart(fe
         assert torch.equal(state[name][mask], served[name][mask]), name
         moved |= bool((state[name] != served[name]).any())
     assert moved
+
+
+def test_what_was_answered_on_unseen_images_is_kept_by_round_until_a_request(federate):
+    settings = f"{SETTINGS} strategy=leave forget.schedule={{3:[1]}}"
+    federate(f"{settings} rounds=3 evaluate_every=2 run=before")
+    worker, kept = federate.worker(SETTINGS), federate.beside("before")
+    assert not [name for name in kept if not name.startswith("held.")]
+    federate(f"{SETTINGS} strategy=leave rounds=3 evaluate_every=2")
+    kept = federate.beside()
+    assert {name for name in kept if name.startswith("answers.")} == {"answers.2", "answers.3"}
+    worker.model.load_state_dict(federate.state())
+    said = worker.predict_test().class_probs
+    assert torch.equal(kept["answers.3"], said.half())
+    assert not torch.equal(kept["answers.2"], said.half())
+    federate(f"{settings} rounds=5 evaluate_every=2 run=before_and_after")
+    kept = federate.beside("before_and_after")
+    assert {name for name in kept if name.startswith("answers.")} == {"answers.4", "answers.5"}

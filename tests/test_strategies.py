@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import reference
+from fedunlearn import unseen
 from fedunlearn.config import STRATEGIES as NAMES
 from fedunlearn.config import Unlearn
 from fedunlearn.evaluate import Counts
@@ -17,7 +18,7 @@ from fedunlearn.null_space import no_products
 from fedunlearn.pruning import prune_clients
 from fedunlearn.runs import Run
 from fedunlearn.train import generator_of
-from fedunlearn.unseen import less_right, match_answers, under_prior
+from fedunlearn.unseen import less_right, match_answers
 from fedunlearn.worker import model_of
 from local_grid import LocalGrid, equal, kinds
 from strategies import fed_eraser, wire
@@ -154,7 +155,7 @@ def test_ascent_climbs_the_leaving_clients_loss(federate, monkeypatch):
 
 def test_an_ascent_ends_when_the_accuracy_is_that_of_unseen_images(federate):
     worker = before(federate)
-    predicted = foretold(worker, [3]).expected_accuracy(worker.class_mix([3]))
+    predicted = foretold(federate, worker, [3]).expected_accuracy(worker.class_mix([3]))
     _, detail = forgotten(federate, "ascent", "unlearn.recover=0 unlearn.ascent_epochs=1000 unlearn.ascent_lr=0.01")
     assert detail["until"] == pytest.approx(predicted)
     assert detail["after"]["forgotten"]["3"]["class"] < 1
@@ -220,11 +221,12 @@ def test_fed_eraser_replays_calibrated_updates(federate):
     assert detail["stored_bytes"] == pytest.approx(8 * bytes_of_model, rel=0.05)
 
 
-def foretold(worker, leaving):
-    """What the model says of unseen images, under the class prior of those who stay."""
-    said = worker.predict_test()
-    everybody, staying = worker.class_mix(range(4)), worker.class_mix(set(range(4)) - set(leaving))
-    return said._replace(class_probs=under_prior(said.class_probs, said.class_labels, everybody, staying))
+def foretold(federate, worker, leaving):
+    """What the model would say of unseen images had it never seen those clients'."""
+    said, everybody = worker.predict_test(), worker.class_mix(range(4))
+    answers = {1: federate.beside("before")["answers.1"], 2: said.class_probs}
+    staying = worker.class_mix(set(range(4)) - set(leaving))
+    return said._replace(class_probs=unseen.foretold(answers, said.class_labels, everybody, staying))
 
 
 def taught(worker, client, state, leaving, said, views, share, round_):
@@ -258,7 +260,11 @@ def test_rounds_of_unseen_answers_correct_each_other(federate, monkeypatch, leav
     worker, hits = before(federate, settings), {1: 45, 3: 30}
     counts = {client: Counts(100, 1.0, hits[client], 0) for client in leaving}
     monkeypatch.setattr(STRATEGIES["subset"], "counts_of", lambda *asked: counts)
-    state, said = {n: value.clone() for n, value in worker.model.state_dict().items()}, foretold(worker, leaving)
+    # what a model says after two rounds is all alike, and last bits would decide who gets which answer
+    sharp = torch.randn(40, 10, generator=torch.Generator().manual_seed(1)).softmax(1)
+    monkeypatch.setattr(unseen, "foretold", lambda *asked: sharp)
+    state = {n: value.clone() for n, value in worker.model.state_dict().items()}
+    said = foretold(federate, worker, leaving)
     predicted = {c: said.expected_accuracy(worker.class_mix([c])) for c in leaving}
     views = {c: worker.views(c, generator_of(0, c)) for c in leaving}
     found, detail = forgotten(federate, "subset", settings, leaves=f"forget.schedule={{2:{leaving}}}")
@@ -278,6 +284,21 @@ def test_rounds_of_unseen_answers_correct_each_other(federate, monkeypatch, leav
         prune_clients(worker.model, [client])
     assert_same(found, worker.model.state_dict())
     assert detail["predicted"] == pytest.approx(said.expected_accuracy(worker.class_mix(leaving)))
+
+
+def test_foretold_is_from_what_was_answered_since_the_first_round(federate, monkeypatch):
+    worker, asked = before(federate), []
+    monkeypatch.setattr(unseen, "foretold", lambda *given: asked.append(given) or given[0][2])
+    _, detail = forgotten(federate, "subset")
+    ((answers, labels, everybody, staying),) = asked
+    assert answers.keys() == {1, 2}
+    assert torch.equal(answers[1], federate.beside("before")["answers.1"])
+    said = worker.predict_test()
+    assert_close(answers[2], said.class_probs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(labels, said.class_labels)
+    assert torch.equal(everybody, worker.class_mix(range(4)))
+    assert torch.equal(staying, worker.class_mix([0, 1, 2]))
+    assert detail["predicted"] == pytest.approx(said.expected_accuracy(worker.class_mix([3])))
 
 
 def test_unseen_answers_are_taught_and_mended_at_their_rates(federate):
@@ -302,7 +323,7 @@ def test_between_rounds_batchnorm_is_of_a_share_of_the_images_and_in_the_end_of_
 
 def test_every_round_corrects_by_what_all_before_it_missed(federate, monkeypatch):
     worker = before(federate)
-    said, state = foretold(worker, [3]), federate.state("before")
+    said, state = foretold(federate, worker, [3]), federate.state("before")
     predicted, found = said.expected_accuracy(worker.class_mix([3])), iter([2.0, 1.5, 0.8])
     hits = (100 * times * predicted for times in found)
     monkeypatch.setattr(STRATEGIES["subset"], "counts_of", lambda *asked: {3: Counts(100, 1.0, next(hits), 0)})

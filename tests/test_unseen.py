@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from fedunlearn.unseen import less_right, match_answers, temperature, under_prior
+from fedunlearn.unseen import calibrated, foretold, less_right, match_answers
 
 
 def generator(seed=0):
@@ -61,37 +61,79 @@ def too_sure(times=3.0):
 
 
 @pytest.mark.parametrize("times", [0.5, 1.0, 3.0])
-def test_the_temperature_says_how_many_times_too_sure_the_model_is(times):
-    assert temperature(*too_sure(times)) == pytest.approx(times, rel=0.05)
+def test_calibration_says_how_many_times_too_sure_the_model_is(times):
+    logs, t = calibrated(*too_sure(times))
+    assert t == pytest.approx(times, rel=0.05)
+    assert_close(logs.exp().sum(1), torch.ones(len(logs), dtype=torch.float64))
 
 
-def test_the_temperature_is_the_best_of_a_fine_grid():
+def test_calibrated_answers_are_as_often_of_a_class_as_images_are():
     probs, labels = too_sure()
-    grid = torch.linspace(2, 4, 400)
-    losses = [cross_entropy(probs.log() / t, labels) for t in grid]
-    assert temperature(probs, labels) == pytest.approx(float(grid[torch.stack(losses).argmin()]), abs=0.01)
+    biased = (probs.log() + torch.tensor([0.0, 2.0, -3.0, 1.0])).softmax(1)
+    assert (biased.argmax(1) == 1).double().mean() > 0.35
+    logs, t = calibrated(biased, labels)
+    assert t == pytest.approx(3, rel=0.05)
+    assert_close(logs.exp().sum(0), torch.bincount(labels).double(), rtol=1e-3, atol=1e-3)
+
+
+def test_no_other_calibration_has_a_smaller_loss():
+    probs, labels = too_sure()
+    logs, _ = calibrated(probs, labels)
+    least, draws = float(cross_entropy(logs, labels)), generator(4)
+    for _ in range(50):
+        other = logs * float(1 + 0.05 * torch.randn((), generator=draws)) + 0.05 * torch.randn(4, generator=draws)
+        assert float(cross_entropy(other, labels)) > least
+
+
+@pytest.mark.parametrize("sure", [0.0, 1.0])
+def test_calibration_stays_within_bounds_where_nothing_or_everything_is_told_apart(sure):
+    labels = torch.arange(4).repeat(5)
+    logs, t = calibrated(sure * torch.eye(4)[labels] + (1 - sure) / 4, labels)
+    assert 0.0999 < t < 10.001
+    assert torch.isfinite(logs).all()
+
+
+def right_share(probs, labels, k):
+    """Of images of class k."""
+    return float((probs.argmax(1) == k)[labels == k].double().mean())
+
+
+def test_by_hand_each_class_is_as_far_as_in_the_round_by_which_as_much_had_been_seen():
+    now, labels = too_sure()
+    noise = {2: 20.0, 4: 5.0, 6: 2.0, 8: 0.0}  # the less, the more has been learned
+    said = {r: (now.log() + n * torch.randn(now.shape, generator=generator(r))).softmax(1) for r, n in noise.items()}
+    before, after = torch.tensor([8, 8, 8, 8]), torch.tensor([8, 1, 5, 7])  # rounds 8, 1, 5 and 7: the nearest kept
+    found = foretold(said, labels, before, after)
+    t = calibrated(now, labels)[1]
+    for k, round_ in enumerate([8, 2, 4, 6]):
+        logs = calibrated(said[round_], labels)[0]
+        wanted = (t * (logs + (after / torch.bincount(labels)).log())).softmax(1)
+        assert_close(found[labels == k], wanted[labels == k].float())
+    alone = foretold({8: now}, labels, before, after)
+    assert right_share(found, labels, 2) < right_share(alone, labels, 2) - 0.1
 
 
 def test_by_hand_bayes_rule_at_the_calibrated_probabilities():
     probs, labels = too_sure()
-    found = under_prior(probs, labels, torch.tensor([4, 4, 4, 4]), torch.tensor([1, 4, 2, 4]))
-    t = temperature(probs, labels)
-    for p, q in zip(probs[:20].tolist(), found[:20].tolist(), strict=True):
-        posterior = [value ** (1 / t) * m for value, m in zip(p, (1, 4, 2, 4), strict=True)]
+    found = foretold({7: probs}, labels, torch.tensor([4, 4, 4, 4]), torch.tensor([1, 4, 2, 4]))
+    logs, t = calibrated(probs, labels)
+    seen = torch.bincount(labels).tolist()
+    for p, q in zip(logs[:20].exp().tolist(), found[:20].tolist(), strict=True):
+        posterior = [value * m / n for value, m, n in zip(p, (1, 4, 2, 4), seen, strict=True)]
         other = [(value / sum(posterior)) ** t for value in posterior]
         assert q == pytest.approx([value / sum(other) for value in other], rel=1e-4)
 
 
-def test_with_the_same_prior_the_answers_stay():
+def test_of_a_calibrated_prior_nothing_changes_where_nobody_leaves():
     probs, labels = too_sure()
-    mix = torch.tensor([3, 1, 5, 2])
-    assert_close(under_prior(probs, labels, mix, mix), probs)
-    assert_close(under_prior(probs, labels, mix, 2 * mix), probs)
+    mix = torch.bincount(labels)
+    assert_close(foretold({0: probs}, labels, mix, mix), probs, atol=0.05, rtol=0.1)
+    assert_close(foretold({0: probs}, labels, mix, mix), foretold({0: probs}, labels, mix, 2 * mix))
 
 
 def test_a_class_of_which_nothing_is_left_is_never_the_answer():
     probs, labels = too_sure()
-    found = under_prior(probs, labels, torch.tensor([3, 1, 5, 2]), torch.tensor([3, 0, 5, 2]))
+    found = foretold({0: probs, 5: probs}, labels, torch.tensor([3, 1, 5, 2]), torch.tensor([3, 0, 5, 2]))
     assert not found[:, 1].any()
     assert_close(found.sum(1), torch.ones(len(found)))
 
@@ -101,15 +143,14 @@ def test_a_posterior_under_another_prior_is_foretold():
     labels, other = torch.randint(2, (20000,), generator=draws), (torch.rand(20000, generator=draws) < 0.2).long()
     x = torch.randn(20000, 1, generator=draws)
 
-    def right_share(prior, labels):
+    def of_bayes_classifier(prior, labels):
         """Of Bayes' classifier for N(-1, 1) and N(1, 1), among images of class 1."""
         return float((torch.sigmoid(2 * (x[:, 0] + 2 * labels - 1) + prior) > 0.5)[labels == 1].double().mean())
 
     logits = 2 * (x + 2 * labels[:, None] - 1)
     probs = torch.cat([-logits / 2, logits / 2], 1).softmax(1)
-    found = under_prior(probs, labels, torch.tensor([5, 5]), torch.tensor([8, 2]))
-    foretold = float((found.argmax(1) == 1)[labels == 1].double().mean())
-    assert foretold == pytest.approx(right_share(math.log(0.2 / 0.8), other), abs=0.02)
+    found = foretold({0: probs}, labels, torch.tensor([5, 5]), torch.tensor([8, 2]))
+    assert right_share(found, labels, 1) == pytest.approx(of_bayes_classifier(math.log(0.2 / 0.8), other), abs=0.02)
 
 
 def test_by_hand_right_answers_are_left_out_evenly():

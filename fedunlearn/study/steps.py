@@ -19,7 +19,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.report import duration
 from fedunlearn.runs import HeldError, hold
 
-FORMAT = 1  # of results: another number makes them all anew
+FORMAT = 2  # of results: another number makes them all anew
 PRINT_EVERY = 10.0  # seconds
 SAVE_EVERY = 5.0  # seconds
 PARTIAL = "partial.safetensors"

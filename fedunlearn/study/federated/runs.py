@@ -14,6 +14,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import FORGOTTEN, Ledger
 from fedunlearn.runs import BESIDE, Run
+from fedunlearn.study.federated.settings import TRACE
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.scores import Answers, Scores, score
 from fedunlearn.study.steps import Desk, Step
@@ -24,7 +25,6 @@ from strategies.forgetting import Forgetting
 from strategies.local_grid import LocalGrid
 
 RUN = "run"
-TRACE = 5  # rounds between points of a curve
 
 
 @dataclass(frozen=True)

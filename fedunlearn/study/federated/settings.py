@@ -27,6 +27,7 @@ from fedunlearn.study.training import Recipe
 
 STAGES = ("train", "gold", "forget", "report")
 STRATEGIES = tuple(name for name in config.STRATEGIES if name != "retrain")  # retraining is gold, and measured as such
+TRACE = 5  # rounds between evaluations, and points of a curve
 SCENARIOS = ("single", "moments", "sequential", "together", "everyone")
 
 
@@ -97,7 +98,7 @@ class Settings:
             seed=seed,
             clients=self.clients,
             rounds=self.rounds,
-            evaluate_every=10**6,
+            evaluate_every=TRACE,
             data=self.data,
             partition=self.partition,
             model=Model(**model),
