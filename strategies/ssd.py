@@ -56,6 +56,8 @@ class SelectiveDampening(Forgetting):
     ) -> list[dict[str, float]]:
         """Dampen with each lambda of `LAMBDAS` and bisect alpha (its logarithm) for a forgotten accuracy of `target`.
 
+        Alpha is between lambda, below which nothing changes (no factor is above 1), and where nothing is selected. What
+        the model knows well has small gradients, and is reached by an alpha below 1 only.
         The leaving clients count their accuracy `EVALUATIONS` times in all, and that is all that they are asked.
         BatchNorm statistics, where they are made again, are meanwhile those of the server's unseen images, and the
         accuracy on these is noted too. The model is as before in the end.
@@ -65,7 +67,7 @@ class SelectiveDampening(Forgetting):
         n = n_forget + sum(self.federation.examples[c] for c in self.active)
         trials = []
         for lambda_ in LAMBDAS:
-            low, high = 0.0, math.log(largest_alpha(n, n_forget))
+            low, high = math.log(lambda_), math.log(largest_alpha(n, n_forget))
             for _ in range(EVALUATIONS // len(LAMBDAS)):
                 alpha = math.exp((low + high) / 2)
                 self.model.load_state_dict(before)
