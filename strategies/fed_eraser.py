@@ -49,7 +49,6 @@ class FedEraser(Forgetting):
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Replay."""
-        kept = storage(self.run)
         retained: dict[int, list[int]] = {}
         for round_, client in updates(self.run):
             if client in self.active and round_ <= self.round:  # later ones are of a round that is repeated
@@ -71,7 +70,11 @@ class FedEraser(Forgetting):
         for round_, client in updates(self.run):
             if client in leaving:
                 stored(self.run, round_, client).unlink()
-        return {"replayed": len(retained), "stored_bytes": kept}
+        return {"replayed": len(retained)}
+
+    def stored_bytes(self) -> int:
+        """The stored updates too."""
+        return super().stored_bytes() + sum(stored(self.run, *update).stat().st_size for update in updates(self.run))
 
     def _calibrated(self, round_: int, calibrating: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
         """The mean over examples of U'_c, which is stored in U_c's place."""
@@ -102,8 +105,3 @@ def updates(run: Run) -> list[tuple[int, int]]:
     """(round, client) of every stored update, in order."""
     names = (re.fullmatch(r"round-(\d+)-client-(\d+)\.safetensors", f.name) for f in (run.folder / FOLDER).glob("*"))
     return sorted((int(name[1]), int(name[2])) for name in names if name)
-
-
-def storage(run: Run) -> int:
-    """Bytes of all stored updates."""
-    return sum(file.stat().st_size for file in (run.folder / FOLDER).glob("*.safetensors"))

@@ -84,6 +84,7 @@ class Forgetting(Rounds):
         """Forget and commit; or count a failed attempt."""
         before, started = self.evaluate(grid, forgotten=request.clients), time.monotonic()
         costs: dict[str, dict[str, float]] = {}
+        stored = self.stored_bytes()
         try:
             said = self.forget(request.clients, grid, costs)
         except (NoAnswerError, ValueError) as error:
@@ -98,6 +99,7 @@ class Forgetting(Rounds):
             strategy=self.config.strategy,
             seconds=time.monotonic() - started,
             costs=costs,
+            stored_bytes=stored,
             before=before,
             **said,
         )
@@ -121,6 +123,10 @@ class Forgetting(Rounds):
         open_requests = [request for request in self.run.ledger.requests() if request.state in OPEN]
         recovered = [self.round - request.detail.get("round", self.round) for request in open_requests]
         return max((self.config.unlearn.recovery_rounds - done for done in recovered), default=0)
+
+    def stored_bytes(self) -> int:
+        """What is kept for requests to come, beside the model: answers on unseen images."""
+        return sum(answers.nbytes for answers in self.server.answers.values())
 
     # --- What strategies are made of ----------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import reference
 from fedunlearn import unseen
 from fedunlearn.config import STRATEGIES as NAMES
 from fedunlearn.config import Unlearn
+from fedunlearn.dampening import largest_alpha
 from fedunlearn.evaluate import Counts
 from fedunlearn.ledger import Ledger, State
 from fedunlearn.null_space import no_products
@@ -23,7 +24,7 @@ from fedunlearn.worker import model_of
 from local_grid import LocalGrid, equal, kinds
 from strategies import fed_eraser, wire
 from strategies.catalogue import STRATEGIES
-from strategies.ssd import EVALUATIONS, nearest
+from strategies.ssd import EVALUATIONS, LAMBDAS, nearest
 from strategies.subset_unlearning import corrected, is_known
 
 SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.recover=1 unlearn.recalibrate=false"
@@ -217,8 +218,9 @@ def test_fed_eraser_replays_calibrated_updates(federate):
     assert_same(found, pruned(worker, state))
     assert detail["replayed"] == 2
     assert sorted({client for _, client in fed_eraser.updates(federate.run("federaser"))}) == [0, 1, 2]
+    answers = 2 * 40 * 10 * 2  # rounds, images, classes, bytes
     bytes_of_model = sum(value.numel() * value.element_size() for value in state.values() if value.is_floating_point())
-    assert detail["stored_bytes"] == pytest.approx(8 * bytes_of_model, rel=0.05)
+    assert detail["stored_bytes"] == pytest.approx(8 * bytes_of_model + answers, rel=0.05)
 
 
 def foretold(federate, worker, leaving):
@@ -292,6 +294,7 @@ def test_foretold_is_from_what_was_answered_since_the_first_round(federate, monk
     _, detail = forgotten(federate, "subset")
     ((answers, labels, everybody, staying),) = asked
     assert answers.keys() == {1, 2}
+    assert detail["stored_bytes"] == 2 * 40 * 10 * 2  # rounds, images, classes, bytes
     assert torch.equal(answers[1], federate.beside("before")["answers.1"])
     said = worker.predict_test()
     assert_close(answers[2], said.class_probs, rtol=1e-4, atol=1e-5)
@@ -415,6 +418,9 @@ def test_the_strength_of_dampening_is_chosen_without_gold(federate):
     (request,) = federate.requests()
     trials, predicted = request.detail["trials"], request.detail["predicted"]
     assert len(trials) == EVALUATIONS
+    limit = largest_alpha(120, 28)  # examples of all, and of client 3
+    firsts = [trials[i]["alpha"] for i in range(0, EVALUATIONS, EVALUATIONS // len(LAMBDAS))]
+    assert firsts == pytest.approx([math.sqrt(lambda_ * limit) for lambda_ in LAMBDAS])
     chosen = nearest(trials, predicted)
     assert (request.detail["alpha"], request.detail["lambda_"]) == (chosen["alpha"], chosen["lambda_"])
     asked = [kind for kind, _ in kinds(grid, client=3)[kinds(grid, client=3).index(("query.fisher", 2)) :]]

@@ -57,7 +57,7 @@ def federate(
 
     Returns:
         `scores` (rows with `round`, `forgotten` and every column), `forgets` (receipts), `rounds` (their costs),
-        `files` and `stored` (bytes).
+        `files`.
     """
     asked = [client for clients in requests.values() for client in clients]
     with run_of(lab, desk, pipeline, strategy, seed, requests, start) as run:
@@ -172,7 +172,6 @@ def outcome(desk: Desk, run: Run, kept: Sequence[int]) -> dict[str, Any]:
         "scores": [row for row in rows if row["kind"] == "score"],
         "forgets": [row for row in rows if row["kind"] == "forget"],
         "rounds": {str(row["round"]): row["train"] for row in rows if row["kind"] == "round"},
-        "stored": fed_eraser.storage(run),
     }
 
 

@@ -159,7 +159,7 @@ class Results:
                 "rounds": sum(cost.get("sweeps", 1) for name, cost in sweeps.items() if name in of_training),
                 "bytes": sum(cost["bytes"] for cost in sweeps.values()) / 1e6,
                 "seconds": result["forgets"][0]["seconds"],
-                "stored": result["forgets"][0].get("stored_bytes", 0) / 1e6,
+                "stored": result["forgets"][0]["stored_bytes"] / 1e6,
             }
             for name, value in values.items():
                 found.setdefault(name, []).append(value)
