@@ -19,8 +19,8 @@ KNOWN = 0.95  # of the loss of unseen images: below that, D_f is known
 class SubsetUnlearning(Forgetting):
     """theta += sum of (theta_f - theta), then theta += mean of (theta_r - theta), `unlearn.rounds` times.
 
-    The server shows the leaving clients f what the model says of its own, unseen images, under the class prior of those
-    who stay (`foretold`). Each of them matches these answers to its images (`unseen.match_answers`) and trains the
+    The server shows the leaving clients f what the model would say of its own, unseen images had it never seen theirs
+    (`foretold`). Each of them matches these answers to its images (`unseen.match_answers`) and trains the
     model to give them, as much as it would alone, along directions that the retained clients' images hardly use
     (`null_space.projectors`): what the model says of those stays almost as it was. The rest the retained clients r
     mend, by a little training, and make BatchNorm statistics again. Both bring back some of what was right before, of
