@@ -9,6 +9,7 @@ import statistics
 import pytest
 
 from fedunlearn import checkpoint
+from fedunlearn.runs import BESIDE
 from fedunlearn.study.command import main
 from fedunlearn.study.federated.settings import load
 from fedunlearn.study.laboratory import Laboratory
@@ -75,7 +76,8 @@ def test_the_base_is_the_run_of_the_app_and_stores_every_second_update(home):
     assert len(stored) == 2 * 4
     model, again = Worker(config).model, Worker(config).model
     for round_ in (1, 2, 3, 4):
-        checkpoint.load(folder / f"round-0000{round_}.safetensors", model, beside=("momentum.", "held."))
+        kept = checkpoint.load(folder / f"round-0000{round_}.safetensors", model, beside=BESIDE)
+    assert "answers.4" in kept
     assert any((a != b).any() for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
