@@ -17,7 +17,6 @@ from fedunlearn.model import Batch, TwoHeadResNet18
 from fedunlearn.null_space import input_products
 from fedunlearn.precision import autocast
 from fedunlearn.train import ascend, fit, generator_of, learning_rate, loss_weights, teach
-from fedunlearn.unlearn import batch_moments, recalibrate
 from fedunlearn.unseen import less_right, match_answers
 
 NOBODY = -1
@@ -220,12 +219,6 @@ class Worker:
         """What the model says of images that are no client's."""
         everything = self.batches(NOBODY, data=images)
         return predict(self.model, everything, precision=self.config.train.precision)
-
-    def recalibrate_on_test(self) -> None:
-        """Estimate the model's BatchNorm statistics on the test images, shuffled; no client is asked."""
-        order = generator_of(self.config.seed, NOBODY % 2**32)
-        images = (batch for batch, _, _ in self.batches(NOBODY, order, augment=False, data=self.dataset.test))
-        recalibrate(self.model, batch_moments(self.model, images, precision=self.config.train.precision))
 
     def class_mix(self, clients: Iterable[int]) -> torch.Tensor:
         """How many examples of each class these clients have together, [K]."""

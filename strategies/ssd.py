@@ -26,7 +26,8 @@ class SelectiveDampening(Forgetting):
     """
 
     reads = (
-        "tune", "alpha", "lambda_", "exponent", "head", "estimator", "precision", "share", "recalibrate"
+        "tune", "alpha", "lambda_", "exponent", "head", "estimator", "precision", "share", "round_share",
+        "recalibrate",
     )  # fmt: skip
 
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
@@ -59,8 +60,8 @@ class SelectiveDampening(Forgetting):
         Alpha is between lambda, below which nothing changes (no factor is above 1), and where nothing is selected. What
         the model knows well has small gradients, and is reached by an alpha below 1 only.
         The leaving clients count their accuracy `EVALUATIONS` times in all, and that is all that they are asked.
-        BatchNorm statistics, where they are made again, are meanwhile those of the server's unseen images, and the
-        accuracy on these is noted too. The model is as before in the end.
+        BatchNorm statistics, where they are made again, are of a share of the retained clients' images; the accuracy on
+        unseen images is noted too. The model is as before in the end.
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         n_forget = sum(self.federation.examples[c] for c in leaving)
@@ -73,8 +74,7 @@ class SelectiveDampening(Forgetting):
                 self.model.load_state_dict(before)
                 strength = {"alpha": alpha, "lambda_": lambda_, "exponent": self.config.unlearn.exponent}
                 unlearn.step(self.model, full, forget, [], **strength)
-                if self.config.unlearn.recalibrate:
-                    self.worker.recalibrate_on_test()
+                self.recalibrate(grid, costs, share=self.config.unlearn.round_share)
                 forgotten = sum(self.counts_of(leaving, grid, costs).values(), Counts())
                 found = {
                     "forgotten": forgotten.class_accuracy,
