@@ -126,7 +126,9 @@ class Unlearn:
     )
     tune: str = choice("auto", TUNINGS, "auto: α and λ by what unseen data gets; fixed: as set (ssd)")
     rounds: int = number(2, 1, 10**6, "of unlearning: the leaving clients teach, the others mend (subset)")
-    round_share: float = number(0.3, 1e-6, 1, "of each retained client's images that mend in such a round (subset)")
+    round_share: float = number(
+        0.3, 1e-6, 1, "of each retained client's images that mend, or give candidates statistics (subset, ssd)"
+    )
     input_share: float = number(
         0.05, 1e-6, 1, "of each retained client's images, at random, whose inputs to the layers are looked at (subset)"
     )
