@@ -29,7 +29,7 @@ def input_products(model: TwoHeadResNet18, batches: Iterable[Tensor], *, precisi
 
     Args:
         batches: of images [N, ...], on the model's device.
-        precision: of the forward passes (`fedunlearn.precision`).
+        precision: of the forward passes (`fedunlearn.precision`); products are fp32 all the same.
 
     Returns:
         `{layer: [d, d]}` in fp32, the mean over images and places; it does not depend on how they are batched.
@@ -38,8 +38,9 @@ def input_products(model: TwoHeadResNet18, batches: Iterable[Tensor], *, precisi
     products = {name: total.to(model.pruned.device) for name, total in products.items()}
 
     def add(layer: nn.Module, name: str, activation: Tensor) -> None:
-        x = _inputs(layer, activation.float())
-        products[name] += torch.einsum("npd,npe->de", x, x) / x.shape[1]
+        with autocast(activation.device, "fp32"):
+            x = _inputs(layer, activation.float())
+            products[name] += torch.einsum("npd,npe->de", x, x) / x.shape[1]
 
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs, name=name: add(layer, name, inputs[0]))
@@ -68,13 +69,19 @@ def projectors(products: dict[str, Tensor], *, ridge: float) -> dict[str, Tensor
     Args:
         products: A of `input_products`, or a mean of several.
         ridge: above 0; from about 1 on P spares nothing.
+
+    Raises:
+        ValueError: A + tau I of a layer has an eigenvalue below zero, which no mean of x x^T has.
     """
-    return {name: _projector(a, ridge * float(a.diagonal().mean())) for name, a in products.items()}
+    return {name: _projector(name, a, ridge * float(a.diagonal().mean())) for name, a in products.items()}
 
 
-def _projector(a: Tensor, tau: float) -> Tensor:
+def _projector(name: str, a: Tensor, tau: float) -> Tensor:
     tau = max(tau, torch.finfo(a.dtype).tiny)
-    return tau * torch.linalg.inv(a + tau * torch.eye(len(a), device=a.device))
+    root, failed = torch.linalg.cholesky_ex(a + tau * torch.eye(len(a), device=a.device))
+    if failed:
+        raise ValueError(f"the products of {name}'s inputs are no mean of x x^T to within unlearn.ridge: raise it")
+    return tau * torch.cholesky_inverse(root)
 
 
 def upper(matrices: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -82,7 +82,8 @@ class SubsetUnlearning(Forgetting):
         """Of the retained clients' inputs to the model as it is (`null_space`)."""
         like = null_space.upper(null_space.no_products(self.model))
         answer = self.ask("query.inputs", grid, self.active, costs, "inputs", like=like, round_=round_)
-        products = null_space.symmetric(self.federation.mean(answer))
+        means = {name: value.to(self.worker.device) for name, value in self.federation.mean(answer).items()}
+        products = null_space.symmetric(means)
         free = null_space.projectors(products, ridge=self.config.unlearn.ridge)
         return wire.packed(null_space.upper(free), "fp32")
 

@@ -67,6 +67,21 @@ def test_products_do_not_depend_on_batches_and_leave_the_model_as_it_is(model):
     assert_close(dict(model.state_dict()), before)
 
 
+def test_products_are_fp32_where_passes_are_bf16(model):
+    found, expected = (null_space.input_products(model, [images(64)], precision=p) for p in ("bf16", "fp32"))
+    for name, a in found.items():
+        assert a.dtype == torch.float32
+        assert torch.linalg.eigvalsh(a).min() > -1e-6 * a.diagonal().mean() * len(a)
+        assert float((a - expected[name]).norm() / expected[name].norm()) < 0.02
+    p = null_space.projectors(found, ridge=0.02)
+    assert all(torch.linalg.eigvalsh(value).max() < 1.001 for value in p.values())
+
+
+def test_what_is_no_mean_of_products_is_refused():
+    with pytest.raises(ValueError, match=r"stem\.0"):
+        null_space.projectors({"stem.0": torch.diag(torch.tensor([3.0, 1.0, -1.0]))}, ridge=0.1)
+
+
 def test_a_projected_change_moves_outputs_less(model):
     """Of inputs like those of A, and hardly less of others."""
     name, layer = "stages.3.1.conv2", model.stages[3][1].conv2
