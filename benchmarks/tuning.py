@@ -83,7 +83,7 @@ def targets(config: Config) -> Iterator[dict[str, float]]:
             unseen, mix = dampening.worker.predict_test(), dampening.worker.class_mix([client])
             row |= {"unseen": unseen.expected_accuracy(mix), "unseen_loss": unseen.expected_loss(mix)}
             with leaving(dampening, client):
-                foretold = dampening.foretold([client], unseen)
+                foretold = dampening.foretold(unseen)
                 row |= {"predicted": foretold.expected_accuracy(mix), "predicted_loss": foretold.expected_loss(mix)}
                 full, forget = dampening.fishers([client], grid, {})
                 for name, target in (("auto", row["predicted"]), ("with", row["gold"])):
@@ -110,7 +110,8 @@ def leaving(strategy: Forgetting, client: int) -> Iterator[None]:
 def dampen(strategy: SelectiveDampening, grid: LocalGrid, client: int, full, forget, target: float) -> None:
     """As chosen for `target`."""
     chosen = nearest(strategy.search([client], full, forget, target, grid, {}), target)
-    unlearn.step(strategy.model, full, forget, [client], alpha=chosen["alpha"], lambda_=chosen["lambda_"])
+    strength = {name: chosen[name] for name in ("alpha", "lambda_")}
+    unlearn.step(strategy.model, full, forget, [client], **strength, exponent=strategy.config.unlearn.exponent)
     strategy.recalibrate(grid, {})
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fedunlearn.errors import UserError
 
 CURE = "restore the file, or start a new run"
+NEW = ".new-"  # how names of files begin that are not written yet
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Temporary file -> fsync -> rename -> fsync folder: after a crash `path` has its old or its new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=NEW)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -94,7 +94,10 @@ def unlearn(message: Message, context: Context) -> Message:
     work = partial(
         worker.unlearn, round_=task.round, state=state, teacher=teacher, projectors=symmetric(sent), lr=task.lr
     )  # fmt: skip
-    return moved_by(message, worker, state, work, weight=lambda client: 1)
+    reply = moved_by(message, worker, state, work, weight=lambda client: 1)
+    if task.last:
+        worker.drop_views()
+    return reply
 
 
 @app.train("ascend")

@@ -122,7 +122,7 @@ class Unlearn:
     )
     recalibrate: bool = plain(True, "estimate BatchNorm statistics again on the retained clients (subset, ssd)")
     recovery_rounds: int = number(
-        0, 0, 10**6, "rounds of training on the retained clients until a request counts as done"
+        0, 0, 10**6, "rounds of training on the retained clients, if the run has any, until a request counts as done"
     )
     tune: str = choice("auto", TUNINGS, "auto: α and λ by what unseen data gets; fixed: as set (ssd)")
     rounds: int = number(2, 1, 10**6, "of unlearning: the leaving clients teach, the others mend (subset)")

@@ -55,10 +55,10 @@ class Cell:
         return f"{self.clients:,} clients on {self.nodes} nodes, {self.actors} actors, GPU share {self.gpus:g}"
 
     def overrides(self, study: Study) -> str:
-        """Settings of its run, without a name; client 0 is forgotten at the end."""
+        """Settings of its run, without a name: messages enough for all actors; client 0 is forgotten at the end."""
         return (
-            f"{study.overrides} clients={self.clients} rounds={study.rounds} evaluate_every={study.rounds} "
-            f"forget.schedule={{{study.rounds}:[0]}}"
+            f"window={max(8, 2 * self.actors)} {study.overrides} clients={self.clients} rounds={study.rounds} "
+            f"evaluate_every={study.rounds} forget.schedule={{{study.rounds}:[0]}}"
         )
 
     def federation(self, study: Study) -> str:

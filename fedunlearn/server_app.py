@@ -73,9 +73,9 @@ def train(grid: Grid, run: Run) -> None:
 
 
 def carry_out(grid: Grid, run: Run, *, rounds: int) -> None:
-    """Train `rounds` rounds, or more where a request has still to recover; serve all requests, write the report."""
+    """Train `rounds` rounds, serve all requests, write the report."""
     strategy = STRATEGIES[run.config.strategy](run, Worker(run.config), log=log)
-    strategy.start(grid, max(rounds, strategy.recovery_left()))
+    strategy.start(grid, rounds)
     page = report.write(run, strategy.worker)
     log(report.summary(run))
     log(f"report: {page}")

@@ -31,8 +31,7 @@ class Worker:
         self.dataset = open_dataset(config)
         self.slices = slices_of(config, self.dataset)
         self.model = model_of(config, self.dataset).to(self.device, memory_format=torch.channels_last)
-        self._views: dict[int, torch.Tensor] = {}
-        self._viewed_by = b""
+        self.drop_views()
 
     def batches(
         self,
@@ -169,6 +168,11 @@ class Worker:
         answers, labels = teacher["answers"], teacher["answer_labels"]
         kept = less_right(answers, labels, float(teacher["answer_shares"][client]))
         return match_answers(self._views[client], own, answers[kept], labels[kept], generator=draw)
+
+    def drop_views(self) -> None:
+        """Keep nothing of what the model said of clients' images."""
+        self._views: dict[int, torch.Tensor] = {}
+        self._viewed_by = b""
 
     def views(self, client: int, generator: torch.Generator) -> torch.Tensor:
         """Mean class probabilities over `unlearn.views` shifted (and mirrored) versions of the client's images, [N, K].

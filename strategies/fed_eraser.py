@@ -70,6 +70,8 @@ class FedEraser(Forgetting):
         for round_, client in updates(self.run):
             if client in leaving:
                 stored(self.run, round_, client).unlink()
+        for torn in (self.run.folder / FOLDER).glob(f"{checkpoint.NEW}*"):
+            torn.unlink()  # whoever was killed while storing an update left it, and it may be a leaving client's
         return {"replayed": len(retained)}
 
     def stored_bytes(self) -> int:

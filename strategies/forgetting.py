@@ -4,11 +4,12 @@ import time
 from typing import Any, ClassVar
 
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedunlearn import unlearn, unseen
 from fedunlearn.evaluate import Counts, Predictions
-from fedunlearn.ledger import OPEN, Request, State
+from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
 from fedunlearn.pruning import prune_clients
 from strategies import lines, wire
 from strategies.federation import Answer, NoAnswerError
@@ -28,6 +29,11 @@ class Forgetting(Rounds):
 
     reads: ClassVar[tuple[str, ...]] = ()
 
+    def start(self, grid: Grid, num_rounds: int) -> Result:
+        """Train `num_rounds` rounds (`Rounds.start`), or more where a request has still to recover."""
+        self._trains = num_rounds > 0
+        return super().start(grid, max(num_rounds, self._recovery_left()))
+
     def serve_requests(self, grid: Grid, *, no_more_rounds: bool = False) -> None:
         """Carry every open request as far as it can be carried now, the oldest first."""
         scheduled = set(self.config.forget.schedule.get(self.round, []))
@@ -36,7 +42,8 @@ class Forgetting(Rounds):
             self.run.ledger.file(scheduled - asked)
         for request in self.run.ledger.requests():
             # what was asked for during a round waits for that round's end, also where a crash repeats the round
-            if request.state in OPEN and (request.detail["not_before"] <= self.round or no_more_rounds):
+            waits = self._trains and request.detail["not_before"] > self.round and not no_more_rounds
+            if request.state in OPEN and not waits:
                 self._serve(request, grid, no_more_rounds)
 
     def _serve(self, request: Request, grid: Grid, no_more_rounds: bool) -> None:
@@ -118,7 +125,7 @@ class Forgetting(Rounds):
         self.log(lines.forgotten(self.run.ledger.advance(request, State.COMPLETED, **receipt)))
         self.watch(self.round)
 
-    def recovery_left(self) -> int:
+    def _recovery_left(self) -> int:
         """Rounds until the last open request has had its `unlearn.recovery_rounds`."""
         open_requests = [request for request in self.run.ledger.requests() if request.state in OPEN]
         recovered = [self.round - request.detail.get("round", self.round) for request in open_requests]
@@ -194,23 +201,24 @@ class Forgetting(Rounds):
         """What each of the leaving clients gets right under the current model, which it counts."""
         return self.ask("evaluate", grid, leaving, costs, "evaluations", everybody=True).counts
 
-    def foretold(self, leaving: list[int], said: Predictions) -> Predictions:
-        """What a model that never saw the leaving clients would say of the server's unseen images, as far as one can
-        know without it (`unseen.foretold`): of the classes that they had much of, what an earlier one said, and less
-        often these classes.
+    def foretold(self, said: Predictions) -> Predictions:
+        """What a model that saw the active clients alone would say of the server's unseen images, as far as one can
+        know without it (`unseen.foretold`): of the classes that those who leave had much of, what an earlier one said,
+        and less often these classes.
 
         Args:
             said: by the current model.
         """
-        staying = self.worker.class_mix(self.active)
-        everybody = staying + self.worker.class_mix(leaving)
+        gone = self.run.ledger.clients_in(FORGOTTEN)
+        trained_on = [c for c, examples in self.federation.examples.items() if examples >= 2 and c not in gone]
+        everybody, staying = self.worker.class_mix(trained_on), self.worker.class_mix(self.active)
         rounds = {int(round_): probs.cpu() for round_, probs in self.server.answers.items()}
         rounds[self.round] = said.class_probs
         return said._replace(class_probs=unseen.foretold(rounds, said.class_labels, everybody, staying))
 
     def foretold_accuracy(self, leaving: list[int]) -> float:
         """Of that model on images of the leaving clients' class mix."""
-        return self.foretold(leaving, self.worker.predict_test()).expected_accuracy(self.worker.class_mix(leaving))
+        return self.foretold(self.worker.predict_test()).expected_accuracy(self.worker.class_mix(leaving))
 
     def test_accuracy(self) -> float:
         """Of the current model."""

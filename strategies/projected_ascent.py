@@ -24,10 +24,11 @@ class ProjectedAscent(GradientAscent):
     def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
         """Find the reference, ascend within its ball, recover."""
         own = self.ask_to_train("train", grid, leaving, costs, "reference", everybody=True, embeddings=False)
-        until, radius = self.foretold_accuracy(leaving), self.radius()
+        until = self.foretold_accuracy(leaving)
         n_own = sum(self.federation.examples[c] for c in own.counts)
         share = n_own / sum(self.federation.examples[c] for c in self.active)
         self.server.move({name: -share * by for name, by in self.federation.mean(own).items()})
+        radius = self.radius()
         self.ascend(leaving, grid, costs, until=until, radius=radius)
         self.recover(grid, costs)
         return {"until": until, "radius": radius}

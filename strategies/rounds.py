@@ -170,10 +170,11 @@ class Rounds(FedAvg):
 
     def _announce(self) -> None:
         clients, nodes = self.config.clients, len(self.federation.nodes)
-        hint = "" if nodes >= clients else f'; one each: --federation-config "num-supernodes={clients}"'
-        self.log(f"{clients} clients on {nodes} virtual nodes{hint}")
+        more = f'; one each: --federation-config "num-supernodes={clients}", of other commands --nodes {clients}'
+        self.log(f"{clients} clients on {nodes} virtual nodes{more if nodes < clients else ''}")
         if torch.cuda.is_available() and not self.federation.gpu:
-            self.log('clients run on CPUs; GPU shares: --federation-config "client-resources-num-gpus=0.1"')
+            share = '--federation-config "client-resources-num-gpus=0.1", of other commands --gpus 0.1'
+            self.log(f"clients run on CPUs; GPU shares: {share}")
         for client, examples in sorted(self.federation.examples.items()):
             if examples < 2:
                 self.log(f"client {client} has {examples} examples: it takes no part")

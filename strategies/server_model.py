@@ -60,7 +60,8 @@ class ServerModel:
     def freedom(self, round_: int) -> float:
         """Of held weights in a round: the share of the learning rate's fall that is still to come, squared.
 
-        While much is still to learn held weights move too, or learning would stop; at its end they do not move.
+        While much is still to learn held weights move too, or learning would stop; at its end they do not move. A rate
+        that never falls has no end that could be waited for: there they do not move from the request on.
         """
         first, now, last = map(self.worker.learning_rate, (1, round_, self.config.rounds))
         return ((now - last) / (first - last)) ** 2 if first > last else 0.0

@@ -48,7 +48,7 @@ class SubsetUnlearning(Forgetting):
             `predicted`, the foretold accuracy on all their images, and `rounds`, how many were made.
         """
         settings, unseen = self.config.unlearn, self.worker.predict_test()
-        foretold, found = self.foretold(leaving, unseen), self.counts_of(leaving, grid, costs)
+        foretold, found = self.foretold(unseen), self.counts_of(leaving, grid, costs)
         mixes = {client: self.worker.class_mix([client]) for client in leaving}
         predicted = {client: foretold.expected_accuracy(mix) for client, mix in mixes.items()}
         known = [c for c in leaving if is_known(found[c], predicted[c], unseen.expected_loss(mixes[c]))]
@@ -65,16 +65,20 @@ class SubsetUnlearning(Forgetting):
                 found = self.counts_of(known, grid, costs)
                 aims = {c: corrected(aims[c], predicted[c], found[c].class_accuracy) for c in known}
             shares = {c: aims[c] / predicted[c] for c in known if predicted[c]}
-            self.teach(known, self.round + number, grid, costs, self.teacher(before, foretold, shares))
+            teacher, last = self.teacher(before, foretold, shares), number == rounds
+            self.teach(known, self.round + number, grid, costs, teacher, last=last)
             self.mend(self.round + number, grid, costs)
         self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
         self.server.hold(before, settings.hold)
         return {"predicted": foretold.expected_accuracy(sum(mixes.values())), "rounds": rounds}
 
-    def teach(self, known: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord) -> None:
+    def teach(
+        self, known: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord, *, last: bool
+    ) -> None:
         """The clients change what the model says of their images, along what those who stay hardly use."""
-        how = {"beside": {"teacher": teacher, "projectors": self.projectors(round_, grid, costs)}, "lr": self.rate()}
+        beside = {"teacher": teacher, "projectors": self.projectors(round_, grid, costs)}
+        how = {"beside": beside, "lr": self.rate(), "last": last}
         answer = self.ask_to_train("train.unlearn", grid, known, costs, "leaving", round_=round_, everybody=True, **how)
         self.server.move(answer.sums)
 

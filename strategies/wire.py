@@ -17,7 +17,7 @@ class Task:
 
     `share` is of each client's examples, as far as the work can do with fewer; `lr` replaces the schedule's learning
     rate; `embeddings` asks for their moments beside the training; `until` (accuracy) and `radius` (distance from the
-    broadcast model) bound an ascent.
+    broadcast model) bound an ascent; after the `last` teaching of a request nothing of it is kept.
     """
 
     config: str
@@ -28,6 +28,7 @@ class Task:
     embeddings: bool = True
     until: float = 0.0
     radius: float = math.inf
+    last: bool = False
 
 
 def packed(tensors: Mapping[str, Tensor], precision: str) -> ArrayRecord:

@@ -57,6 +57,18 @@ def test_a_request_that_came_in_a_round_that_is_repeated_still_waits_for_its_end
     assert equal(federate.state("stopped"), federate.state("whole"))
 
 
+def test_who_asked_in_a_round_that_is_not_repeated_trains_no_more(federate):
+    federate("unlearn.recovery_rounds=2")
+    ledger = federate.run().ledger
+    ledger.file([3], not_before=4)
+    ledger.close()
+    grid = federate()
+    assert [kind for kind in kinds(grid) if kind[0] == "train"] == [("train", 4)] * 2 + [("train", 5)] * 2
+    assert not [kind for kind in kinds(grid, client=3) if kind[0] == "train"]
+    (request,) = federate.requests()
+    assert (request.detail["round"], request.detail["completed_round"]) == (3, 5)
+
+
 def test_what_a_crash_left_beside_the_checkpoint_is_deleted_and_the_timeout_may_change(federate):
     federate("rounds=1")
     for name in ("round-00000.safetensors", ".new-half-written"):

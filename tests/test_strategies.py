@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import reference
-from fedunlearn import unseen
+from fedunlearn import checkpoint, client_app, unseen
 from fedunlearn.config import STRATEGIES as NAMES
 from fedunlearn.config import Unlearn
 from fedunlearn.dampening import largest_alpha
@@ -178,6 +178,22 @@ def test_projected_ascent_stays_in_its_ball_around_the_others_mean(federate, mon
     assert_same(found, pruned(worker, expected))
 
 
+def test_the_balls_radius_is_of_the_others_mean(federate, monkeypatch):
+    asked = []
+
+    def radius(strategy):
+        asked.append({name: value.clone() for name, value in strategy.model.state_dict().items()})
+        return 0.02
+
+    monkeypatch.setattr("strategies.projected_ascent.ProjectedAscent.radius", radius)
+    worker = before(federate)
+    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
+    own, share = trained(worker, 3, state, 2), worker.examples(3) / sum(worker.examples(c) for c in range(3))
+    forgotten(federate, "pga", "unlearn.recover=0 unlearn.ascent_epochs=1")
+    floating = {name for name, value in state.items() if value.is_floating_point()}
+    assert_same(asked[0], {n: v - share * (own[n] - v) if n in floating else v for n, v in state.items()})
+
+
 def test_the_ball_is_a_third_of_the_way_to_random_models(federate):
     worker = before(federate)
     run = Run.opened(federate.folder("before"))
@@ -221,6 +237,15 @@ def test_fed_eraser_replays_calibrated_updates(federate):
     answers = 2 * 40 * 10 * 2  # rounds, images, classes, bytes
     bytes_of_model = sum(value.numel() * value.element_size() for value in state.values() if value.is_floating_point())
     assert detail["stored_bytes"] == pytest.approx(8 * bytes_of_model + answers, rel=0.05)
+
+
+def test_what_a_crash_left_of_an_update_is_deleted_with_a_request(federate):
+    federate("run=federaser strategy=federaser unlearn.every=1")
+    torn = federate.folder("federaser") / fed_eraser.FOLDER / f"{checkpoint.NEW}x"
+    torn.write_bytes(b"half of an update")
+    federate.run("federaser").ledger.file([3])
+    federate("run=federaser strategy=federaser")
+    assert not torn.exists()
 
 
 def foretold(federate, worker, leaving):
@@ -302,6 +327,35 @@ def test_foretold_is_from_what_was_answered_since_the_first_round(federate, monk
     assert torch.equal(everybody, worker.class_mix(range(4)))
     assert torch.equal(staying, worker.class_mix([0, 1, 2]))
     assert detail["predicted"] == pytest.approx(said.expected_accuracy(worker.class_mix([3])))
+
+
+def test_whoever_was_set_aside_was_trained_on_all_the_same(federate):
+    worker, run = before(federate), federate.run("before")
+    run.ledger.advance(run.ledger.file([1])[0], State.QUARANTINED)
+    run.ledger.advance(run.ledger.file([3])[0], State.COLLECTING)
+    strategy, asked = STRATEGIES["subset"](run, worker), []
+    strategy.federation.examples = {client: worker.examples(client) for client in range(4)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unseen, "foretold", lambda *given: asked.append(given) or given[0][2])
+        strategy.foretold(worker.predict_test())
+    ((_, _, everybody, staying),) = asked
+    assert torch.equal(everybody, worker.class_mix(range(4)))
+    assert torch.equal(staying, worker.class_mix([0, 2]))
+
+
+def test_a_node_keeps_nothing_of_what_was_said_of_the_leaving_clients_images(federate):
+    settings = f"{SETTINGS} strategy=subset unlearn.rounds=2 {LEAVES}"
+    kept, grid = [], LocalGrid(2)
+
+    def deliver(message):
+        reply = grid.call(message)
+        if message.metadata.message_type == "train.unlearn":
+            kept.append(sorted(client_app.resident(wire.task_of(message).config)._views))
+        return reply
+
+    grid.deliver = deliver
+    federate(settings, grid=grid)
+    assert kept == [[3], []]
 
 
 def test_unseen_answers_are_taught_and_mended_at_their_rates(federate):
