@@ -12,8 +12,8 @@ from fedunlearn.evaluate import Counts
 from strategies.forgetting import Forgetting
 
 Tensors = dict[str, Tensor]
-LAMBDAS = (1.0, 0.1)
-EVALUATIONS = 8  # by the leaving clients, of candidates
+BISECTED = {1.0: 4, 0.1: 3}  # values of lambda, and how many of alpha are tried with each
+EVALUATIONS = 1 + sum(BISECTED.values())  # by the leaving clients: of the model as it is, and of these
 CLOSE = 0.02  # candidates as near to the target as this are told apart by the test accuracy
 
 
@@ -55,10 +55,12 @@ class SelectiveDampening(Forgetting):
         grid: Grid,
         costs: dict[str, Any],
     ) -> list[dict[str, float]]:
-        """Dampen with each lambda of `LAMBDAS` and bisect alpha (its logarithm) for a forgotten accuracy of `target`.
+        """Dampen nothing; then with each lambda of `BISECTED` bisect alpha (its logarithm) for a forgotten accuracy of
+        `target`.
 
         Alpha is between lambda, below which nothing changes (no factor is above 1), and where nothing is selected. What
-        the model knows well has small gradients, and is reached by an alpha below 1 only.
+        the model knows well has small gradients, and is reached by an alpha below 1 only. What is known no better than
+        the target is best left alone.
         The leaving clients count their accuracy `EVALUATIONS` times in all, and that is all that they are asked.
         BatchNorm statistics, where they are made again, are of a share of the retained clients' images; the accuracy on
         unseen images is noted too. The model is as before in the end.
@@ -66,23 +68,24 @@ class SelectiveDampening(Forgetting):
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         n_forget = sum(self.federation.examples[c] for c in leaving)
         n = n_forget + sum(self.federation.examples[c] for c in self.active)
-        trials = []
-        for lambda_ in LAMBDAS:
-            low, high = math.log(lambda_), math.log(largest_alpha(n, n_forget))
-            for _ in range(EVALUATIONS // len(LAMBDAS)):
-                alpha = math.exp((low + high) / 2)
-                self.model.load_state_dict(before)
-                strength = {"alpha": alpha, "lambda_": lambda_, "exponent": self.config.unlearn.exponent}
-                unlearn.step(self.model, full, forget, [], **strength)
-                self.recalibrate(grid, costs, share=self.config.unlearn.round_share)
-                forgotten = sum(self.counts_of(leaving, grid, costs).values(), Counts())
-                found = {
-                    "forgotten": forgotten.class_accuracy,
-                    "loss": forgotten.mean_loss,
-                    "test": self.test_accuracy(),
-                }
-                trials.append({"alpha": alpha, "lambda_": lambda_, **found})
-                low, high = ((low + high) / 2, high) if forgotten.class_accuracy < target else (low, (low + high) / 2)
+        nothing = largest_alpha(n, n_forget)
+
+        def tried(alpha: float, lambda_: float) -> dict[str, float]:
+            self.model.load_state_dict(before)
+            strength = {"alpha": alpha, "lambda_": lambda_, "exponent": self.config.unlearn.exponent}
+            unlearn.step(self.model, full, forget, [], **strength)
+            self.recalibrate(grid, costs, share=self.config.unlearn.round_share)
+            found = sum(self.counts_of(leaving, grid, costs).values(), Counts())
+            said = {"forgotten": found.class_accuracy, "loss": found.mean_loss, "test": self.test_accuracy()}
+            return {"alpha": alpha, "lambda_": lambda_, **said}
+
+        trials = [tried(nothing, 1.0)]
+        for lambda_, times in BISECTED.items():
+            low, high = math.log(lambda_), math.log(nothing)
+            for _ in range(times):
+                middle = (low + high) / 2
+                trials.append(tried(math.exp(middle), lambda_))
+                low, high = (middle, high) if trials[-1]["forgotten"] < target else (low, middle)
         self.model.load_state_dict(before)
         return trials
 

@@ -24,7 +24,8 @@ from fedunlearn.worker import model_of
 from local_grid import LocalGrid, equal, kinds
 from strategies import fed_eraser, wire
 from strategies.catalogue import STRATEGIES
-from strategies.ssd import EVALUATIONS, LAMBDAS, nearest
+from strategies.ordered_grid import OrderedGrid
+from strategies.ssd import BISECTED, EVALUATIONS, nearest
 from strategies.subset_unlearning import corrected, is_known
 
 SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.recover=1 unlearn.recalibrate=false"
@@ -471,10 +472,11 @@ def test_the_strength_of_dampening_is_chosen_without_gold(federate):
     grid = federate(f"{SETTINGS} strategy=ssd {settings} {LEAVES}", grid=LocalGrid(4))
     (request,) = federate.requests()
     trials, predicted = request.detail["trials"], request.detail["predicted"]
-    assert len(trials) == EVALUATIONS
+    assert len(trials) == EVALUATIONS == 8
     limit = largest_alpha(120, 28)  # examples of all, and of client 3
-    firsts = [trials[i]["alpha"] for i in range(0, EVALUATIONS, EVALUATIONS // len(LAMBDAS))]
-    assert firsts == pytest.approx([math.sqrt(lambda_ * limit) for lambda_ in LAMBDAS])
+    assert trials[0]["alpha"] == limit
+    firsts = {trial["lambda_"]: trial["alpha"] for trial in reversed(trials[1:])}
+    assert firsts == pytest.approx({lambda_: math.sqrt(lambda_ * limit) for lambda_ in BISECTED})
     chosen = nearest(trials, predicted)
     assert (request.detail["alpha"], request.detail["lambda_"]) == (chosen["alpha"], chosen["lambda_"])
     asked = [kind for kind, _ in kinds(grid, client=3)[kinds(grid, client=3).index(("query.fisher", 2)) :]]
@@ -482,6 +484,18 @@ def test_the_strength_of_dampening_is_chosen_without_gold(federate):
     after = request.detail["after"]
     assert after["forgotten"]["3"]["class"] == pytest.approx(chosen["forgotten"])
     assert after["test"]["class"] == pytest.approx(chosen["test"])
+
+
+def test_dampening_nothing_is_tried_too(federate):
+    worker, run = before(federate), federate.run("before")
+    strategy = STRATEGIES["ssd"](run, federate.worker(SETTINGS))
+    grid = OrderedGrid(LocalGrid(4), window=8)
+    strategy.federation.identify(grid)
+    run.ledger.advance(run.ledger.file([3])[0], State.COLLECTING)
+    full, forget = strategy.fishers([3], grid, {})
+    known = strategy.worker.evaluate(3).class_accuracy
+    assert strategy.search([3], full, forget, known, grid, {})[0]["forgotten"] == known
+    assert_same(strategy.model.state_dict(), worker.model.state_dict())
 
 
 def test_clients_of_three_images_mend_and_are_looked_at(federate):
