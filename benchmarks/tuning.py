@@ -21,7 +21,6 @@ import torch
 
 from benchmarks import timing
 from benchmarks.local import federation
-from fedunlearn import unlearn
 from fedunlearn.config import Config
 from fedunlearn.ledger import State
 from fedunlearn.study.federated.settings import load
@@ -110,8 +109,7 @@ def leaving(strategy: Forgetting, client: int) -> Iterator[None]:
 def dampen(strategy: SelectiveDampening, grid: LocalGrid, client: int, full, forget, target: float) -> None:
     """As chosen for `target`."""
     chosen = nearest(strategy.search([client], full, forget, target, grid, {}), target)
-    strength = {name: chosen[name] for name in ("alpha", "lambda_")}
-    unlearn.step(strategy.model, full, forget, [client], **strength, exponent=strategy.config.unlearn.exponent)
+    strategy.dampen([client], full, forget, alpha=chosen["alpha"], lambda_=chosen["lambda_"])
     strategy.recalibrate(grid, {})
 
 

@@ -34,17 +34,27 @@ class SelectiveDampening(Forgetting):
         """Dampen, recalibrate, and train the client head."""
         settings, said = self.config.unlearn, {}
         full, forget = self.fishers(leaving, grid, costs)
-        strength = {"alpha": settings.alpha, "lambda_": settings.lambda_, "exponent": settings.exponent}
+        strength = {"alpha": settings.alpha, "lambda_": settings.lambda_}
         if settings.tune == "auto":
             predicted = self.foretold_accuracy(leaving)
             trials = self.search(leaving, full, forget, predicted, grid, costs)
             chosen = nearest(trials, predicted)
-            strength |= {"alpha": chosen["alpha"], "lambda_": chosen["lambda_"]}
+            strength = {name: chosen[name] for name in strength}
             said = {"predicted": predicted, "trials": trials}
-        unlearn.step(self.model, full, forget, leaving, **strength)
+        self.dampen(leaving, full, forget, **strength)
         self.recalibrate(grid, costs)
         self.renew_head(grid, costs)
-        return {**strength, **said, "selected": selected_share(full, forget, alpha=strength["alpha"])}
+        return {
+            **strength,
+            "exponent": settings.exponent,
+            **said,
+            "selected": selected_share(full, forget, alpha=strength["alpha"]),
+        }
+
+    def dampen(self, leaving: list[int], full: Tensors, forget: Tensors, *, alpha: float, lambda_: float) -> None:
+        """`unlearn.step` of the model, at the run's exponent; it prunes the neurons of `leaving`."""
+        exponent = self.config.unlearn.exponent
+        unlearn.step(self.model, full, forget, leaving, alpha=alpha, lambda_=lambda_, exponent=exponent)
 
     def search(
         self,
@@ -72,8 +82,7 @@ class SelectiveDampening(Forgetting):
 
         def tried(alpha: float, lambda_: float) -> dict[str, float]:
             self.model.load_state_dict(before)
-            strength = {"alpha": alpha, "lambda_": lambda_, "exponent": self.config.unlearn.exponent}
-            unlearn.step(self.model, full, forget, [], **strength)
+            self.dampen([], full, forget, alpha=alpha, lambda_=lambda_)
             self.recalibrate(grid, costs, share=self.config.unlearn.round_share)
             found = sum(self.counts_of(leaving, grid, costs).values(), Counts())
             said = {"forgotten": found.class_accuracy, "loss": found.mean_loss, "test": self.test_accuracy()}
