@@ -14,11 +14,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 
-# plain pip may pick a torch beside which torchvision cannot be imported; uv installs the pair that is pinned
+# plain pip may pick a torch beside which torchvision cannot be imported; uv installs the pair that is pinned.
+# Compiled once here, since where Python writes no bytecode every process would compile torch's sources for itself
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/python -m uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 

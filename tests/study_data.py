@@ -36,7 +36,8 @@ def recipe(**changes):
     return Recipe(**values | changes)
 
 
-SHORT = ["dataset=digits", "scale=laptop", "study.workers=1", "study.seeds=[0]", "study.order=[0]"]
+FEW = ["data.limit=500", "data.test_limit=200"]
+SHORT = ["dataset=digits", "scale=laptop", "study.workers=1", "study.seeds=[0]", "study.order=[0]", *FEW]
 TRAIN = [*SHORT, "study.stages=[train]", "study.pipelines=[ce_dl]", "learning.epochs=3"]
 
 

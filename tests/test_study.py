@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from fedunlearn.study.command import UNFINISHED, main
-from study_data import SHORT, TRAIN, results
+from study_data import FEW, SHORT, TRAIN, results
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def without_times(result):
 
 
 def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
-    words = ["dataset=digits", "scale=laptop", "study.seeds=[0,1]", "study.workers=2"]
-    words += ["data.limit=500", "data.test_limit=200", "learning.epochs=4", "search.trials=4"]
+    words = ["dataset=digits", "scale=laptop", "study.seeds=[0,1]", "study.workers=2", *FEW]
+    words += ["learning.epochs=4", "search.trials=4"]
     blocked_import = subprocess.run([sys.executable, "-c", "import flwr"], env=blocked, capture_output=True, text=True)
     assert "flwr is blocked" in blocked_import.stderr
     done = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=300)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from fedunlearn.study.command import main
-from study_data import SHORT, TRAIN, results
+from study_data import FEW, SHORT, TRAIN, results
 
 
 @pytest.fixture
@@ -132,6 +132,7 @@ def test_every_other_reading_in_another_order(home):
         "study.seeds=[4]",
         "study.order=[7,2]",
         "learning.epochs=1",
+        *FEW,
     ]
     words += ["study.pipelines=[ce]", "fisher.head=client", "fisher.full=base", "fisher.estimator=batch"]
     words += ["search.reading=exponent", "search.recalibrate=true", "search.objective=weighted", "search.trials=2"]
