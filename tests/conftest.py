@@ -77,8 +77,11 @@ def known(monkeypatch):
 
 
 @pytest.fixture
-def federate(home, request, monkeypatch):
-    """Pictures, which take longer to draw than these rounds to train, are drawn for the tests of the report alone."""
-    if request.module.__name__ != "test_report":
-        monkeypatch.setattr("fedunlearn.report._embedded", lambda figure: "data:,")
+def pictures(monkeypatch):
+    """None in reports: they take longer to draw than these rounds to train. The tests of the report have them."""
+    monkeypatch.setattr("fedunlearn.report._embedded", lambda figure: "data:,")
+
+
+@pytest.fixture
+def federate(home, pictures):
     return Federate(home)

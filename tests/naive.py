@@ -8,8 +8,6 @@ from fedunlearn.pruning import prune_clients
 from strategies import wire
 
 SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.recover=1 unlearn.recalibrate=false"
-
-
 LEAVES = "forget.schedule={2:[3]}"
 
 

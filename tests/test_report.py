@@ -1,6 +1,13 @@
 import re
 
+import pytest
+
 from fedunlearn import report
+
+
+@pytest.fixture
+def pictures():
+    """Drawn, as for users."""
 
 
 def test_page_is_self_contained_and_tells_before_and_after(federate):
