@@ -73,7 +73,7 @@ def federated(settings: Settings, seed: int, head: str, weight: float) -> tuple[
     config = replace(config, loss=replace(config.loss, client_weight=weight, disentangle_weight=0.0))
     with federation(config) as (strategy, _):
         total = sum((strategy.worker.evaluate(client) for client in strategy.active), Counts())
-        accuracies = [total.class_accuracy, strategy.test_accuracy(), total.client_accuracy]
+        accuracies = [total.class_accuracy, strategy.accuracy_on_test(), total.client_accuracy]
         costs = [row["train"] for row in strategy.run.metrics() if row["kind"] == "round"]
     return accuracies, *(statistics.median(cost[name] for cost in costs) for name in ("work", "bytes"))
 

@@ -70,7 +70,7 @@ def golds(config: Config) -> Iterator[Row]:
 def measured(strategy: Forgetting, client: int) -> Row:
     """Of the current model."""
     others = sum((strategy.worker.evaluate(c) for c in strategy.active), Counts())
-    return strategy.worker.evaluate(client).class_accuracy, others.class_accuracy, strategy.test_accuracy()
+    return strategy.worker.evaluate(client).class_accuracy, others.class_accuracy, strategy.accuracy_on_test()
 
 
 if __name__ == "__main__":

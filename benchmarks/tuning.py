@@ -77,7 +77,7 @@ def targets(config: Config) -> Iterator[dict[str, float]]:
             with federation(replace(config, strategy="leave"), without=[client]) as (gold, _):
                 answer = gold.worker.evaluate(client)
                 row = {"client": client, "gold": answer.class_accuracy, "gold_loss": answer.mean_loss}
-                row["gold_test"] = gold.test_accuracy()
+                row["gold_test"] = gold.accuracy_on_test()
             dampening.model.load_state_dict(before)
             unseen, mix = dampening.worker.predict_test(), dampening.worker.class_mix([client])
             row |= {"unseen": unseen.expected_accuracy(mix), "unseen_loss": unseen.expected_loss(mix)}
@@ -119,7 +119,7 @@ def outcome(strategy: Forgetting, client: int, name: str) -> dict[str, float]:
     return {
         f"{name}_forgotten": forgotten.class_accuracy,
         f"{name}_loss": forgotten.mean_loss,
-        f"{name}_test": strategy.test_accuracy(),
+        f"{name}_test": strategy.accuracy_on_test(),
     }
 
 

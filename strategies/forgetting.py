@@ -220,7 +220,7 @@ class Forgetting(Rounds):
         """Of that model on images of the leaving clients' class mix."""
         return self.foretold(self.worker.predict_test()).expected_accuracy(self.worker.class_mix(leaving))
 
-    def test_accuracy(self) -> float:
+    def accuracy_on_test(self) -> float:
         """Of the current model."""
         return self.worker.predict_test().total.class_accuracy
 

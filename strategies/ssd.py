@@ -85,7 +85,7 @@ class SelectiveDampening(Forgetting):
             self.dampen([], full, forget, alpha=alpha, lambda_=lambda_)
             self.recalibrate(grid, costs, share=self.config.unlearn.round_share)
             found = sum(self.counts_of(leaving, grid, costs).values(), Counts())
-            said = {"forgotten": found.class_accuracy, "loss": found.mean_loss, "test": self.test_accuracy()}
+            said = {"forgotten": found.class_accuracy, "loss": found.mean_loss, "test": self.accuracy_on_test()}
             return {"alpha": alpha, "lambda_": lambda_, **said}
 
         trials = [tried(nothing, 1.0)]
