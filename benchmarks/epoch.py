@@ -18,7 +18,7 @@ from fedunlearn.evaluate import evaluate, predict
 from fedunlearn.losses import multi_task_loss
 from fedunlearn.model import Batch, TwoHeadResNet18
 from fedunlearn.precision import PASSES, autocast
-from fedunlearn.train import fit, generator_of
+from fedunlearn.train import LocalSGD, generator_of
 
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
@@ -43,7 +43,7 @@ def main() -> None:
     split = Split(images, random.integers(10, size=options.images))
     model = TwoHeadResNet18(10, 10, width=options.width).to(device, memory_format=torch.channels_last)
     owned = partial(batches, split, np.arange(options.images), 3, batch_size=options.batch, device=device)
-    seconds = timing.in_turns(work(model, owned, options.precision), options.repeats)
+    seconds = timing.in_turns(work(model, owned, options.precision, options.batch), options.repeats)
     rows, unit = [], ""
     for name, times in seconds.items():
         unit = name if "bare" in name else unit
@@ -53,16 +53,19 @@ def main() -> None:
     timing.table(f"{title}, {options.repeats} turns", columns, rows)
 
 
-def work(model: TwoHeadResNet18, owned: partial, precision: str) -> timing.Work:
+def work(model: TwoHeadResNet18, owned: partial, precision: str, batch: int) -> timing.Work:
     """An epoch bare and ours, one of mixed clients without and with disentanglement, an evaluation bare and ours."""
     alone = list(owned())
     mixed = [(images, labels, torch.arange(len(labels), device=labels.device) % 10) for images, labels, _ in alone]
     optimiser = torch.optim.SGD(model.parameters(), fused=True, **SGD)
     bare = partial(bare_epoch, model, optimiser, precision=precision)
+    local = LocalSGD(
+        model, momentum=SGD["momentum"], weight_decay=SGD["weight_decay"], precision=precision, batch_size=batch
+    )
 
     def ours() -> None:
         shuffled = owned(generator=generator_of(0), crop_padding=4, flip=True)
-        fit(model, [shuffled], precision=precision, loss={}, **SGD)
+        local.fit([shuffled], lr=SGD["lr"], loss={})
 
     return {
         "bare epoch": partial(bare, alone),

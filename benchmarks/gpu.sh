@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
 case "${1:-}" in
   math) python3 -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --noconftest tests/test_fisher_triton.py \
-          tests/test_fisher.py tests/test_losses.py tests/test_dampening.py tests/test_unlearn.py tests/test_pruning.py \
+          tests/test_train.py tests/test_fisher.py tests/test_losses.py tests/test_dampening.py tests/test_unlearn.py tests/test_pruning.py \
           tests/test_model.py tests/test_evaluate.py tests/test_study_training.py tests/test_study_finetuning.py ;;
   fisher) for width in 64 16; do python3 -m benchmarks.fisher --width "$width" --batch 128 --repeats 7; done ;;
   layers) python3 -m benchmarks.fisher_layers ;;

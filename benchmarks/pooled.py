@@ -33,7 +33,6 @@ def main() -> None:
     options = p.parse_args()
     be_a_worker()
     torch.set_num_threads(options.threads)
-    torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pool = random_pool(options.images, device)
     work = {

@@ -31,11 +31,17 @@ def batches(
     if generator is not None:
         indices = indices[torch.randperm(len(indices), generator=generator).numpy()]
     for chosen in np.split(indices, cuts(len(indices), batch_size)):
-        images = torch.from_numpy(data.images[chosen]).to(device)
+        images = sent(torch.from_numpy(data.images[chosen]), device)
         if generator is not None:
-            images = augmented(images, draws(len(images), generator, crop_padding, flip).to(device), crop_padding)
-        labels = torch.from_numpy(data.labels[chosen]).to(device)
+            drawn = sent(draws(len(images), generator, crop_padding, flip), device)
+            images = augmented(images, drawn, crop_padding)
+        labels = sent(torch.from_numpy(data.labels[chosen]), device)
         yield scale(images), labels, torch.full_like(labels, client)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it is still at."""
+    return values.to(device, non_blocking=True)
 
 
 def scale(images: Tensor) -> Tensor:

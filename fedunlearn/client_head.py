@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedunlearn.batches import sent
+
 DRAWS, RATE = 256, 0.01  # embeddings a step, and Adam's learning rate at its first step
 
 
@@ -33,15 +35,15 @@ def train_client_head(head: nn.Module, moments: dict[int, Tensor], *, steps: int
     clients = sorted(moments)
     rows = torch.cat([moments[c] for c in clients])
     count, (total, squares) = rows[:, :1], rows[:, 1:].chunk(2, 1)
-    mean = total / count.clamp(min=1)
+    often, mean = count[:, 0].cpu(), total / count.clamp(min=1)
     deviation = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-    classes = len(rows) // len(clients)
+    classes, columns = len(rows) // len(clients), torch.tensor(clients, device=rows.device)
     optimiser = torch.optim.Adam(head.parameters(), lr=RATE)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = RATE * (1 - step / steps)
-        drawn = torch.multinomial(count[:, 0].cpu(), DRAWS, replacement=True, generator=generator).to(rows.device)
-        noise = torch.randn(DRAWS, mean.shape[1], generator=generator).to(rows.device)
-        logits = head(mean[drawn] + deviation[drawn] * noise)[:, clients]
+        drawn = sent(torch.multinomial(often, DRAWS, replacement=True, generator=generator), rows.device)
+        noise = sent(torch.randn(DRAWS, mean.shape[1], generator=generator), rows.device)
+        logits = head(mean[drawn] + deviation[drawn] * noise)[:, columns]
         optimiser.zero_grad()
         cross_entropy(logits, drawn // classes).backward()
         optimiser.step()

@@ -40,13 +40,18 @@ class Counts:
         return self.client_correct / max(self.examples, 1)
 
 
+def hits(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
+    """How many classes and client IDs of a batch are right; on its device."""
+    _, class_labels, client_ids = batch
+    classes = (outputs.class_logits.argmax(1) == class_labels).sum()
+    if outputs.client_logits is None:
+        return classes, torch.zeros_like(classes)
+    return classes, (outputs.client_logits.argmax(1) == client_ids).sum()
+
+
 def count(outputs: Outputs, batch: Batch, loss: float) -> Counts:
     """Counts of one batch whose summed loss is `loss`."""
-    _, class_labels, client_ids = batch
-    client_correct = 0
-    if outputs.client_logits is not None:
-        client_correct = int((outputs.client_logits.argmax(1) == client_ids).sum())
-    return Counts(len(class_labels), loss, int((outputs.class_logits.argmax(1) == class_labels).sum()), client_correct)
+    return Counts(len(batch[0]), loss, *map(int, hits(outputs, batch)))
 
 
 class Predictions(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedunlearn.evaluate import Counts, count
+from fedunlearn.cuda_graph import captured
+from fedunlearn.evaluate import Counts, count, hits
 from fedunlearn.losses import multi_task_loss
 from fedunlearn.model import Batch, TwoHeadResNet18
 from fedunlearn.null_space import project_gradients
@@ -46,39 +47,87 @@ def loss_weights(progress: float, weights: dict[str, float], *, warmup: float) -
     return weights
 
 
-def fit(
-    model: nn.Module,
-    epochs: Iterable[Iterable[Batch]],
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    precision: str,
-    loss: dict[str, float],
-    frozen: Iterable[nn.Parameter] = (),
-) -> Counts:
-    """SGD on `losses.multi_task_loss` over `epochs` of batches, in place, with a fresh optimiser.
+class LocalSGD:
+    """SGD of one model on `losses.multi_task_loss`, each time as with a new optimiser.
+
+    On a GPU a step with a full batch is a CUDA graph, which further fits with the same loss replay.
 
     Args:
+        batch_size: of a full batch.
         frozen: parameters that stay as they are.
-
-    Returns:
-        Loss and hits of every example at the moment it was trained on, summed over all epochs.
     """
-    kept = {id(parameter) for parameter in frozen}
-    moving = [parameter for parameter in model.parameters() if id(parameter) not in kept]
-    optimiser = torch.optim.SGD(moving, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
-    model.train()
-    total = Counts()
-    for batch in (batch for epoch in epochs for batch in epoch):
-        with autocast(batch[0].device, precision):
-            outputs = model(batch[0])
-        objective = multi_task_loss(*outputs, *batch[1:], **loss)
-        model.zero_grad()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        momentum: float,
+        weight_decay: float,
+        precision: str,
+        batch_size: int,
+        frozen: Iterable[nn.Parameter] = (),
+    ) -> None:
+        kept = {id(parameter) for parameter in frozen}
+        moving = [parameter for parameter in model.parameters() if id(parameter) not in kept]
+        self.model, self.precision, self.device = model, precision, moving[0].device
+        rate = torch.zeros((), device=self.device) if self.on_gpu else 0.0  # a graph reads it where it lies
+        self.optimiser = torch.optim.SGD(moving, lr=rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+        self.momenta = [torch.zeros_like(parameter) for parameter in moving]
+        for parameter, buffer in zip(moving, self.momenta, strict=True):
+            self.optimiser.state[parameter]["momentum_buffer"] = buffer
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.batch_size, self.loss = batch_size, {}
+        self.replay: Callable[[], None] | None = None
+        self.place: Batch = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether steps are graphs."""
+        return self.device.type == "cuda"
+
+    def fit(self, epochs: Iterable[Iterable[Batch]], *, lr: float, loss: dict[str, float]) -> Counts:
+        """Train over `epochs` of batches, in place.
+
+        Returns:
+            Loss and hits of every example at the moment it was trained on, summed over all epochs.
+        """
+        self._begin(lr, loss)
+        examples = 0
+        for batch in (batch for epoch in epochs for batch in epoch):
+            if self.on_gpu and len(batch[0]) == self.batch_size:
+                self._replay(batch)
+            else:
+                self._step(batch)
+            examples += len(batch[0])
+        total, *hits = self.totals.tolist()
+        return Counts(examples, total, *map(int, hits))
+
+    def _begin(self, lr: float, loss: dict[str, float]) -> None:
+        self.model.train()
+        for buffer in (*self.momenta, self.totals):
+            buffer.zero_()
+        group = self.optimiser.param_groups[0]
+        group["lr"] = group["lr"].fill_(lr) if self.on_gpu else lr
+        if loss != self.loss:
+            self.replay, self.loss = None, loss
+
+    def _step(self, batch: Batch) -> None:
+        with autocast(self.device, self.precision):
+            outputs = self.model(batch[0])
+        objective = multi_task_loss(*outputs, *batch[1:], **self.loss)
+        self.model.zero_grad()
         objective.backward()
-        optimiser.step()
-        total += count(outputs, batch, float(objective.detach()) * len(batch[0]))
-    return total
+        self.optimiser.step()
+        self.totals += torch.stack([objective.detach().double() * len(batch[0]), *hits(outputs, batch)])
+
+    def _replay(self, batch: Batch) -> None:
+        if self.replay is None:
+            self.place = tuple(value.clone() for value in batch)
+            state = [*self.model.state_dict().values(), *self.momenta, self.totals]
+            self.replay = captured(lambda: self._step(self.place), state)
+        for there, value in zip(self.place, batch, strict=True):
+            there.copy_(value)
+        self.replay()
 
 
 def teach(
@@ -143,10 +192,10 @@ def ascend(
 def _climb(params: list[Tensor], loss: Tensor, *, lr: float, clip: float) -> None:
     gradients = torch.autograd.grad(loss, params, allow_unused=True)
     reached = [(p, g) for p, g in zip(params, gradients, strict=True) if g is not None]
-    norm = torch.stack([g.square().sum() for _, g in reached]).sum().sqrt()
+    norm = float(torch.stack([g.square().sum() for _, g in reached]).sum().sqrt())
     with torch.no_grad():
         for p, g in reached:
-            p.add_(g, alpha=lr * min(1.0, clip / max(float(norm), 1e-12)))
+            p.add_(g, alpha=lr * min(1.0, clip / max(norm, 1e-12)))
 
 
 @torch.no_grad()

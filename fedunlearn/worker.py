@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from fedunlearn.evaluate import Counts, Predictions, evaluate, predict
 from fedunlearn.model import Batch, TwoHeadResNet18
 from fedunlearn.null_space import input_products
 from fedunlearn.precision import autocast
-from fedunlearn.train import ascend, fit, generator_of, learning_rate, loss_weights, teach
+from fedunlearn.train import LocalSGD, ascend, generator_of, learning_rate, loss_weights, teach
 from fedunlearn.unseen import less_right, match_answers
 
 NOBODY = -1
+ANSWERED_AT_ONCE = 500  # by a GPU
 
 
 class Worker:
@@ -41,8 +43,10 @@ class Worker:
         augment: bool = True,
         indices: np.ndarray | None = None,
         data: Split | None = None,
+        batch_size: int = 0,
     ) -> Iterator[Batch]:
-        """The client's examples, those at `indices` or `data`: shuffled and augmented by a generator, or in order."""
+        """The client's examples, those at `indices` or `data`: shuffled and augmented by a generator, or in order; in
+        batches as for training by default."""
         train = self.config.train
         if data is not None:
             indices = np.arange(len(data.labels))
@@ -50,12 +54,18 @@ class Worker:
             data or self.dataset.train,
             self.slices[client] if indices is None else indices,
             client,
-            batch_size=train.batch_size,
+            batch_size=batch_size or train.batch_size,
             device=self.device,
             generator=generator,
             crop_padding=train.crop_padding if augment else 0,
             flip=train.flip and augment,
         )
+
+    @property
+    def answering_batch(self) -> int:
+        """Images at once where they are only answered, which changes nothing but speed: on a GPU many."""
+        size = self.config.train.batch_size
+        return max(size, ANSWERED_AT_ONCE) if self.device.type == "cuda" else size
 
     def shuffled_images(self, client: int, round_: int, share: float = 1.0) -> Iterator[torch.Tensor]:
         """A random share of the client's images, as they are, in batches of mixed classes: stored order is by class."""
@@ -73,16 +83,23 @@ class Worker:
 
     def fit(self, client: int, round_: int, *, share: float = 1.0, lr: float = -1.0) -> Counts:
         """The client's local training of a round, in place; a rate of `lr` below 0 is the schedule's."""
-        settings, loss = self.config.train, self.config.loss
+        loss = self.config.loss
         weights = {name: value for name, _, value in configuration.settings(loss) if name != "warmup"}
-        return fit(
-            self.model,
-            self._epochs(client, round_, settings.epochs, share),
+        return self._sgd.fit(
+            self._epochs(client, round_, self.config.train.epochs, share),
             lr=self.learning_rate(round_) if lr < 0 else lr,
+            loss=loss_weights(self._progress(round_), weights, warmup=loss.warmup),
+        )
+
+    @cached_property
+    def _sgd(self) -> LocalSGD:
+        settings = self.config.train
+        return LocalSGD(
+            self.model,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             precision=settings.precision,
-            loss=loss_weights(self._progress(round_), weights, warmup=loss.warmup),
+            batch_size=settings.batch_size,
             frozen=self.model.client_head.parameters() if self.server_trains_head else (),
         )
 
@@ -99,7 +116,8 @@ class Worker:
         """`client_head.embedding_moments` of the model for the share `train.head_share` of the client's examples."""
         self.model.eval()
         total = torch.zeros(self.moments_shape, device=self.device)
-        for images, class_labels, _ in self.sample(client, self.config.train.head_share, round_):
+        own = self._share(client, self.config.train.head_share, round_)
+        for images, class_labels, _ in self.batches(client, indices=own, batch_size=self.answering_batch):
             with autocast(images.device, self.config.train.precision):
                 outputs = self.model(images)
             total += embedding_moments(outputs.embedding, class_labels, len(total))
@@ -185,7 +203,7 @@ class Worker:
         for _ in range(count):
             drawn = draws(len(own), generator, padding, self.config.unlearn.flip)
             images = augmented(torch.from_numpy(data.images[own]), drawn, padding).numpy()
-            batches = self.batches(client, data=Split(images, data.labels[own]))
+            batches = self.batches(client, data=Split(images, data.labels[own]), batch_size=self.answering_batch)
             total += predict(self.model, batches, precision=self.config.train.precision).class_probs / count
         return total
 
@@ -213,7 +231,8 @@ class Worker:
 
     def evaluate(self, client: int) -> Counts:
         """What the model gets right on the client's images, as they are."""
-        return evaluate(self.model, self.batches(client), precision=self.config.train.precision)
+        everything = self.batches(client, batch_size=self.answering_batch)
+        return evaluate(self.model, everything, precision=self.config.train.precision)
 
     def predict_test(self) -> Predictions:
         """What the model says of the test images, which are no client's."""
@@ -221,7 +240,7 @@ class Worker:
 
     def predict(self, images: Split) -> Predictions:
         """What the model says of images that are no client's."""
-        everything = self.batches(NOBODY, data=images)
+        everything = self.batches(NOBODY, data=images, batch_size=self.answering_batch)
         return predict(self.model, everything, precision=self.config.train.precision)
 
     def class_mix(self, clients: Iterable[int]) -> torch.Tensor:

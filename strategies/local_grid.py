@@ -1,5 +1,6 @@
 """A Flower grid whose nodes are in this process: for studies on machines without Ray, and for tests."""
 
+import logging
 from collections.abc import Iterable
 from uuid import uuid4
 
@@ -27,7 +28,9 @@ class LocalGrid(Grid):
         try:
             return self._client_app(message, Context(1, node_id, config, RecordDict(), {}))
         except Exception as error:
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
+            logging.getLogger("flwr").exception("node %d failed", self.nodes[node_id])
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Answer the messages; the replies wait to be pulled."""

@@ -32,7 +32,6 @@ class Laboratory:
         self.settings = settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = settings.learning.precision
-        torch.backends.cudnn.benchmark = True  # shapes repeat: the fastest algorithms are worth looking for
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -1,17 +1,17 @@
 """The paper's training on pooled data, an epoch at a time (Section 5, implementation details)."""
 
-import gc
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fedunlearn.batches import augmented, cuts, draws, scale
+from fedunlearn.cuda_graph import captured
+from fedunlearn.evaluate import hits
 from fedunlearn.losses import multi_task_loss
 from fedunlearn.model import Batch
 from fedunlearn.precision import autocast
@@ -74,33 +74,6 @@ class Epochs:
         images = augmented(self.examples.images[chosen], self.drawn[:, places], self.padding)
         self.step((scale(images), self.examples.labels[chosen], self.examples.clients[chosen]))
         self.position += size
-
-
-def captured(work: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
-    """`work` as a CUDA graph to replay. It runs a few times before the capture, each time on the same `state`."""
-    kept, stream, graph = [tensor.clone() for tensor in state], _side_stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam, uncaptured yet
-        for _ in range(3):
-            work()
-            for tensor, before in zip(state, kept, strict=True):
-                tensor.copy_(before)
-    torch.cuda.current_stream().wait_stream(stream)
-    gc.collect()  # graphs that nobody needs any more: one that is freed during a capture spoils it
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            work()
-    finally:
-        gc.enable()
-    return graph.replay
-
-
-@cache
-def _side_stream() -> torch.cuda.Stream:
-    """One for all captures: gradients must not be accumulated on another than they were captured on."""
-    return torch.cuda.Stream()
 
 
 @dataclass(frozen=True)
@@ -210,8 +183,4 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
-        class_hits = (outputs.class_logits.argmax(1) == class_labels).sum()
-        client_hits = torch.zeros_like(class_hits)
-        if outputs.client_logits is not None:
-            client_hits = (outputs.client_logits.argmax(1) == client_ids).sum()
-        self.totals += torch.stack([loss.detach() * len(images), class_hits, client_hits])
+        self.totals += torch.stack([loss.detach() * len(images), *hits(outputs, batch)])

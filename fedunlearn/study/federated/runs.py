@@ -2,10 +2,11 @@
 
 import hashlib
 import logging
-import shutil
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedunlearn.runs import BESIDE, Run
 from fedunlearn.study.federated.settings import TRACE
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.scores import Answers, Scores, score
-from fedunlearn.study.steps import Desk, Step
+from fedunlearn.study.steps import Desk, Step, log
 from fedunlearn.worker import Worker
 from strategies import fed_eraser
 from strategies.catalogue import STRATEGIES
@@ -62,7 +63,7 @@ def federate(
     asked = [client for clients in requests.values() for client in clients]
     with run_of(lab, desk, pipeline, strategy, seed, requests, start) as run:
         worker = Worker(run.config)
-        work = STRATEGIES[strategy](run, worker, log=lambda line: None)
+        work = STRATEGIES[strategy](run, worker, log=partial(say, desk.step))
 
         def watch(round_: int) -> None:
             gone = run.ledger.clients_in(FORGOTTEN)
@@ -88,6 +89,12 @@ def federate(
         if unserved := [r for r in run.ledger.requests() if r.state not in FORGOTTEN]:
             raise UserError(f"{desk.step.name}: {unserved[0].state}, {unserved[0].detail.get('reason', '')}")
         return outcome(desk, run, kept)
+
+
+def say(step: Step, line: str) -> None:
+    """Print what a strategy logs, but for a line a round: who is left out, and why; how requests went."""
+    if not line.startswith("round ") or "left out" in line:
+        log(f"{step.name}: {line}")
 
 
 @contextmanager
@@ -123,10 +130,8 @@ def copy_of(lab: Laboratory, desk: Desk, pipeline: str, run: Run, start: Start) 
         (run.folder / fed_eraser.FOLDER).mkdir(parents=True, exist_ok=True)
         for round_, client in fed_eraser.updates(Run(old.parent, run.config, run.ledger)):
             if round_ <= start.round:
-                shutil.copy(
-                    fed_eraser.stored(Run(old.parent, run.config, run.ledger), round_, client),
-                    run.folder / fed_eraser.FOLDER,
-                )
+                there = fed_eraser.stored(Run(old.parent, run.config, run.ledger), round_, client)
+                os.link(there, run.folder / fed_eraser.FOLDER / there.name)
     model = lab.new_model(pipeline, run.config.seed)
     file, name = desk.file(start.base, file_of(start.round)), file_of(start.round)
     sha256 = desk.result(start.base)["files"][name]
