@@ -50,12 +50,13 @@ def batch_moments(model: nn.Module, batches: Iterable[Tensor], *, precision: str
     Returns:
         `{layer: [3, channels]}` in fp64, rows count, sum, sum of squares; empty for a model without BatchNorm.
     """
-    layers, moments = _batch_norms(model), no_moments(model)
+    layers = _batch_norms(model)
+    moments = {name: total.to(layers[name].running_mean.device) for name, total in no_moments(model).items()}
 
     def add(name: str, activation: Tensor) -> None:
         a = activation.detach().double().transpose(0, 1).flatten(1)
         count = torch.full_like(a[:, 0], a.shape[1])
-        moments[name] += torch.stack([count, a.sum(1), a.square().sum(1)]).cpu()
+        moments[name] += torch.stack([count, a.sum(1), a.square().sum(1)])
 
     hooks = [
         layer.register_forward_pre_hook(lambda _layer, inputs, name=name: add(name, inputs[0]))
