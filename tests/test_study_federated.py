@@ -29,6 +29,18 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_client_that_is_left_out_is_named(home, capsys, monkeypatch):
+    def breaks(worker, client, round_, **share):
+        raise RuntimeError("first line\nadvice")
+
+    monkeypatch.setattr(Worker, "fit", breaks)
+    assert main([*SMALL, "study.stages=[train]"]) == 2
+    said = capsys.readouterr()
+    for node in range(4):
+        assert f"base/ce_dl/seed0: round 1: node {node} (clients {node}) is left out: first line" in said.out
+    assert "no client answered" in said.err
+
+
 def results(home, study="*"):
     found = [json.loads(file.read_text()) for file in home.glob(f"studies/{study}/steps/*/result.json")]
     return {result["step"]: result for result in found}
@@ -51,6 +63,10 @@ def test_every_strategy_from_one_base_beside_gold(home, capsys):
     assert all(row == before[0] for row in before)
     left = [row for row in found["gold/ce_dl/0/seed0"]["scores"] if row["round"] in (4, 5)]
     assert all(row["forgotten"] == [0] and row["id_client_0"] == 0 for row in left)
+
+    said = capsys.readouterr().out
+    assert "forget/ssd/ce_dl/at4/0/seed0: ── request r1, forgotten after round 4" in said
+    assert "round   5/4" not in said
 
     report = next(home.glob("studies/*/report/REPORT.md")).read_text()
     assert "| 0 | 1 | gold (retraining) |" in report
