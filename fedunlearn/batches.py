@@ -31,17 +31,12 @@ def batches(
     if generator is not None:
         indices = indices[torch.randperm(len(indices), generator=generator).numpy()]
     for chosen in np.split(indices, cuts(len(indices), batch_size)):
-        images = sent(torch.from_numpy(data.images[chosen]), device)
+        images = torch.from_numpy(data.images[chosen]).to(device, non_blocking=True)
         if generator is not None:
-            drawn = sent(draws(len(images), generator, crop_padding, flip), device)
+            drawn = draws(len(images), generator, crop_padding, flip).to(device, non_blocking=True)
             images = augmented(images, drawn, crop_padding)
-        labels = sent(torch.from_numpy(data.labels[chosen]), device)
+        labels = torch.from_numpy(data.labels[chosen]).to(device, non_blocking=True)
         yield scale(images), labels, torch.full_like(labels, client)
-
-
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for what it is still at."""
-    return values.to(device, non_blocking=True)
 
 
 def scale(images: Tensor) -> Tensor:

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedunlearn.batches import sent
-
 DRAWS, RATE = 256, 0.01  # embeddings a step, and Adam's learning rate at its first step
 
 
@@ -34,15 +32,17 @@ def train_client_head(head: nn.Module, moments: dict[int, Tensor], *, steps: int
     """
     clients = sorted(moments)
     rows = torch.cat([moments[c] for c in clients])
+    device, classes = rows.device, len(rows) // len(clients)
+    columns = torch.tensor(clients, device=device)
     count, (total, squares) = rows[:, :1], rows[:, 1:].chunk(2, 1)
-    often, mean = count[:, 0].cpu(), total / count.clamp(min=1)
+    mean = total / count.clamp(min=1)
     deviation = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-    classes, columns = len(rows) // len(clients), torch.tensor(clients, device=rows.device)
+    often = count[:, 0].cpu()
     optimiser = torch.optim.Adam(head.parameters(), lr=RATE)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = RATE * (1 - step / steps)
-        drawn = sent(torch.multinomial(often, DRAWS, replacement=True, generator=generator), rows.device)
-        noise = sent(torch.randn(DRAWS, mean.shape[1], generator=generator), rows.device)
+        drawn = torch.multinomial(often, DRAWS, replacement=True, generator=generator).to(device, non_blocking=True)
+        noise = torch.randn(DRAWS, mean.shape[1], generator=generator).to(device, non_blocking=True)
         logits = head(mean[drawn] + deviation[drawn] * noise)[:, columns]
         optimiser.zero_grad()
         cross_entropy(logits, drawn // classes).backward()

@@ -99,8 +99,8 @@ class LocalSGD:
             else:
                 self._step(batch)
             examples += len(batch[0])
-        total, *hits = self.totals.tolist()
-        return Counts(examples, total, *map(int, hits))
+        total, class_hits, client_hits = self.totals.tolist()
+        return Counts(examples, total, int(class_hits), int(client_hits))
 
     def _begin(self, lr: float, loss: dict[str, float]) -> None:
         self.model.train()
