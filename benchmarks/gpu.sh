@@ -5,7 +5,8 @@
 # needs no Ray, `federation`, `scaling`) need all that fedunlearn depends on. `study` and `federated` are to be called
 # again until they answer 0 (3: time was up); IMAGES is the path of CIFAR-10's images as files or as an archive of files;
 # without it CIFAR-10 itself is downloaded. A round of `federated` takes 6 s, and 2.5 s with four processes (MPS): base
-# and gold of all 200 rounds, and ten rounds of a strategy, are 35 minutes of an H200.
+# and gold of all 200 rounds, and ten rounds of a strategy, are 35 minutes of an H200. `by_heart` has no crops and flips
+# and 20 rounds, so that there is something to forget: about eight minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
@@ -26,8 +27,10 @@ case "${1:-}" in
   federated) share_gpu
              python3 -m fedunlearn.study federated=true dataset=cifar10 scale=full study.minutes=9 study.workers=4 \
                "study.seeds=[0]" ${IMAGES:+data.name=folder "data.root=$IMAGES"} "${@:2}" ;;
+  by_heart) exec "$0" federated study.name=by-heart rounds=20 train.crop_padding=0 train.flip=false \
+              'study.after=[0,1,3,10]' 'study.strategies=[subset,leave,ssd]' "${@:2}" ;;
   federation) python3 -m benchmarks.federation --images 20000 --rounds 4 --gpus 0.5 ;;
   scaling) python3 -m fedunlearn.scale name=gpu 'clients=[10,100]' 'actors=[1,2,4]' 'gpus=[0.25]' \
              'overrides="data.limit=20000 model.width=64"' ;;
-  *) echo "usage: $0 pooled|study|federated|math|fisher|layers|sweep|epoch|federation|scaling" >&2; exit 2 ;;
+  *) echo "usage: $0 pooled|study|federated|by_heart|math|fisher|layers|sweep|epoch|federation|scaling" >&2; exit 2 ;;
 esac
