@@ -11,7 +11,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
 share_gpu() { # kernels of several processes run beside each other, where there is MPS
-  pgrep -f nvidia-cuda-mps-control >/dev/null || nvidia-cuda-mps-control -d || true
+  command -v nvidia-cuda-mps-control >/dev/null || return 0
+  pgrep -f nvidia-cuda-mps-control >/dev/null || nvidia-cuda-mps-control -d
 }
 case "${1:-}" in
   math) python3 -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --noconftest tests/test_fisher_triton.py \
@@ -27,7 +28,7 @@ case "${1:-}" in
   federated) share_gpu
              python3 -m fedunlearn.study federated=true dataset=cifar10 scale=full study.minutes=9 study.workers=4 \
                "study.seeds=[0]" ${IMAGES:+data.name=folder "data.root=$IMAGES"} "${@:2}" ;;
-  by_heart) exec "$0" federated study.name=by-heart rounds=20 train.crop_padding=0 train.flip=false \
+  by_heart) exec bash benchmarks/gpu.sh federated study.name=by-heart rounds=20 train.crop_padding=0 train.flip=false \
               'study.after=[0,1,3,10]' 'study.strategies=[subset,leave,ssd]' "${@:2}" ;;
   federation) python3 -m benchmarks.federation --images 20000 --rounds 4 --gpus 0.5 ;;
   scaling) python3 -m fedunlearn.scale name=gpu 'clients=[10,100]' 'actors=[1,2,4]' 'gpus=[0.25]' \
