@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
 share_gpu() { # kernels of several processes run beside each other, where there is MPS
   command -v nvidia-cuda-mps-control >/dev/null || return 0
-  pgrep -f nvidia-cuda-mps-control >/dev/null || nvidia-cuda-mps-control -d
+  pgrep -f nvidia-cuda-mps-control >/dev/null || nvidia-cuda-mps-control -d || true
 }
 case "${1:-}" in
   math) python3 -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider --noconftest tests/test_fisher_triton.py \
