@@ -63,18 +63,19 @@ class Worker:
 
     @property
     def answering_batch(self) -> int:
-        """Images at once where they are only answered, which changes nothing but speed: on a GPU many."""
+        """Images at once where nothing is learned from them, so that it matters for speed alone: on a GPU many."""
         size = self.config.train.batch_size
         return max(size, ANSWERED_AT_ONCE) if self.device.type == "cuda" else size
 
     def shuffled_images(self, client: int, round_: int, share: float = 1.0) -> Iterator[torch.Tensor]:
         """A random share of the client's images, as they are, in batches of mixed classes: stored order is by class."""
         generator, own = generator_of(self.config.seed, round_, client), self._share(client, share, round_)
-        return (images for images, _, _ in self.batches(client, generator, augment=False, indices=own))
+        shuffled = self.batches(client, generator, augment=False, indices=own, batch_size=self.answering_batch)
+        return (images for images, _, _ in shuffled)
 
-    def sample(self, client: int, share: float, round_: int) -> Iterator[Batch]:
+    def sample(self, client: int, share: float, round_: int, *, batch_size: int = 0) -> Iterator[Batch]:
         """A random share of the client's examples (two at least, where it has them), in order and as they are."""
-        return self.batches(client, indices=self._share(client, share, round_))
+        return self.batches(client, indices=self._share(client, share, round_), batch_size=batch_size)
 
     def _share(self, client: int, share: float, round_: int) -> np.ndarray:
         own = self.slices[client]
@@ -116,8 +117,8 @@ class Worker:
         """`client_head.embedding_moments` of the model for the share `train.head_share` of the client's examples."""
         self.model.eval()
         total = torch.zeros(self.moments_shape, device=self.device)
-        own = self._share(client, self.config.train.head_share, round_)
-        for images, class_labels, _ in self.batches(client, indices=own, batch_size=self.answering_batch):
+        share = self.config.train.head_share
+        for images, class_labels, _ in self.sample(client, share, round_, batch_size=self.answering_batch):
             with autocast(images.device, self.config.train.precision):
                 outputs = self.model(images)
             total += embedding_moments(outputs.embedding, class_labels, len(total))
@@ -137,8 +138,9 @@ class Worker:
 
     def input_products(self, client: int, round_: int) -> dict[str, torch.Tensor]:
         """`null_space.input_products` of the model for the share `unlearn.input_share` of the client's examples."""
-        sample = (images for images, _, _ in self.sample(client, self.config.unlearn.input_share, round_))
-        return input_products(self.model, sample, precision=self.config.train.precision)
+        share = self.config.unlearn.input_share
+        sample = self.sample(client, share, round_, batch_size=self.answering_batch)
+        return input_products(self.model, (i for i, _, _ in sample), precision=self.config.train.precision)
 
     def unlearn(
         self,
