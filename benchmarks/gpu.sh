@@ -6,7 +6,7 @@
 # again until they answer 0 (3: time was up); IMAGES is the path of CIFAR-10's images as files or as an archive of files;
 # without it CIFAR-10 itself is downloaded. A round of `federated` takes 6 s, and 2.5 s with four processes (MPS): base
 # and gold of all 200 rounds, and ten rounds of a strategy, are 35 minutes of an H200. `by_heart` has no crops and flips
-# and 20 rounds, so that there is something to forget: about eight minutes.
+# and 20 rounds, so that there is something to forget: about eight minutes, by estimate.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1

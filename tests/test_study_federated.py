@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import statistics
 
 import pytest
@@ -27,6 +28,22 @@ SMALL = [
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDUNLEARN_HOME", str(tmp_path))
     return tmp_path
+
+
+def test_updates_are_linked_also_where_that_was_stopped_before(home, monkeypatch):
+    words = [*SMALL, "study.strategies=[federaser]"]
+    assert main([*words, "study.stages=[train,gold]"]) == 0
+    link = os.link
+
+    def stops(source, target):
+        link(source, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", stops)
+        assert main([*words, "study.stages=[forget]"]) == 130
+    assert main([*words, "study.stages=[forget]"]) == 0
+    assert "forget/federaser/ce_dl/at4/0/seed0" in results(home)
 
 
 def test_a_client_that_is_left_out_is_named(home, capsys, monkeypatch):

@@ -131,7 +131,9 @@ def copy_of(lab: Laboratory, desk: Desk, pipeline: str, run: Run, start: Start) 
         for round_, client in fed_eraser.updates(Run(old.parent, run.config, run.ledger)):
             if round_ <= start.round:
                 there = fed_eraser.stored(Run(old.parent, run.config, run.ledger), round_, client)
-                os.link(there, run.folder / fed_eraser.FOLDER / there.name)
+                here = run.folder / fed_eraser.FOLDER / there.name
+                here.unlink(missing_ok=True)  # of a copy that was stopped
+                os.link(there, here)
     model = lab.new_model(pipeline, run.config.seed)
     file, name = desk.file(start.base, file_of(start.round)), file_of(start.round)
     sha256 = desk.result(start.base)["files"][name]
