@@ -30,6 +30,11 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+def results(home, study="*"):
+    found = [json.loads(file.read_text()) for file in home.glob(f"studies/{study}/steps/*/result.json")]
+    return {result["step"]: result for result in found}
+
+
 def test_updates_are_linked_also_where_that_was_stopped_before(home, monkeypatch):
     words = [*SMALL, "study.strategies=[federaser]"]
     assert main([*words, "study.stages=[train,gold]"]) == 0
@@ -56,11 +61,6 @@ def test_a_client_that_is_left_out_is_named(home, capsys, monkeypatch):
     for node in range(4):
         assert f"base/ce_dl/seed0: round 1: node {node} (clients {node}) is left out: first line" in said.out
     assert "no client answered" in said.err
-
-
-def results(home, study="*"):
-    found = [json.loads(file.read_text()) for file in home.glob(f"studies/{study}/steps/*/result.json")]
-    return {result["step"]: result for result in found}
 
 
 def test_every_strategy_from_one_base_beside_gold(home, capsys):

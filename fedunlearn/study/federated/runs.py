@@ -126,12 +126,11 @@ def run_of(
 def copy_of(lab: Laboratory, desk: Desk, pipeline: str, run: Run, start: Start) -> None:
     """Begin a run with a base's model, momentum and stored updates."""
     if run.config.strategy == "federaser":
-        old = start.base.folder(desk.root) / RUN / fed_eraser.FOLDER
+        base = Run(start.base.folder(desk.root) / RUN, run.config, run.ledger)
         (run.folder / fed_eraser.FOLDER).mkdir(parents=True, exist_ok=True)
-        for round_, client in fed_eraser.updates(Run(old.parent, run.config, run.ledger)):
+        for round_, client in fed_eraser.updates(base):
             if round_ <= start.round:
-                there = fed_eraser.stored(Run(old.parent, run.config, run.ledger), round_, client)
-                here = run.folder / fed_eraser.FOLDER / there.name
+                there, here = (fed_eraser.stored(of, round_, client) for of in (base, run))
                 here.unlink(missing_ok=True)  # of a copy that was stopped
                 os.link(there, here)
     model = lab.new_model(pipeline, run.config.seed)
