@@ -71,38 +71,21 @@ def foretold(said: dict[int, Tensor], labels: Tensor, before: Tensor, after: Ten
     return (t * (logs + prior.log())).softmax(1).to(said[now])
 
 
-def less_right(probs: Tensor, labels: Tensor, share: float) -> Tensor:
-    """Which answers to keep, so that of every class the share of right ones is `share` times what it is.
-
-    Right ones are left out, evenly along their order. A class with no wrong answer keeps all of them.
-
-    Args:
-        probs: of unseen images, [N, K].
-        labels: of these, [N].
-        share: from 1 on, everything is kept.
-
-    Returns:
-        Their positions, in order.
-    """
-    right, keep = probs.argmax(1) == labels, torch.ones(len(labels), dtype=torch.bool)
-    for k in labels.unique().tolist() if share < 1 else ():
-        hits, misses = (right & (labels == k)).nonzero()[:, 0], int((~right & (labels == k)).sum())
-        wanted = max(share, 0.0) * len(hits) / (len(hits) + misses)
-        few = round(wanted / (1 - wanted) * misses) if misses else len(hits)
-        keep[hits] = False
-        keep[hits[torch.linspace(0, len(hits) - 1, few).round().long()]] = True
-    return keep.nonzero()[:, 0]
-
-
 def match_answers(
-    views: Tensor, labels: Tensor, answers: Tensor, answer_labels: Tensor, *, generator: torch.Generator
+    views: Tensor,
+    labels: Tensor,
+    answers: Tensor,
+    answer_labels: Tensor,
+    share: float = 1.0,
+    *,
+    generator: torch.Generator,
 ) -> Tensor:
     """Give every image the answer of an unseen image of its class, so that likely pairs meet.
 
-    Within each class k the images take as many answers as they are, drawn from those of class k (each once before any
-    comes again), and the pairs are those of the largest sum of v_i . a_j (an assignment problem). By construction
-    accuracy, loss and confidence of the result are distributed as those of unseen images, class by class; the views
-    decide who gets which.
+    Within each class k the images take as many right answers (k is the likeliest) as `share` times what unseen images
+    get, and wrong ones for the rest, each drawn once before any comes again. The pairs are those of the largest sum of
+    v_i . a_j (an assignment problem). By construction accuracy, loss and confidence of the result are distributed as
+    those of unseen images, class by class; the views decide who gets which.
 
     Args:
         views: v, what the model says of shifted and mirrored versions of the images (probabilities), [N, K]: less of
@@ -110,22 +93,36 @@ def match_answers(
         labels: class of every image, [N].
         answers: a, what the model says of unseen images (probabilities), [T, K].
         answer_labels: class of every unseen image, [T]. A class without any takes answers of all classes.
+        share: how many times as often as unseen images the images are to be right, 0 to 1; where all answers are right,
+            all are.
+        generator: of the draws. Another share, with the same draws, changes no more answers than it has to.
 
     Returns:
         [N, K], each row one of `answers`.
     """
     from scipy.optimize import linear_sum_assignment
 
-    targets = torch.empty_like(views)
+    targets, left = torch.empty_like(views), 0.0
     for k in labels.unique().tolist():
         mine = (labels == k).nonzero()[:, 0]
         there = (answer_labels == k).nonzero()[:, 0]
         if not len(there):
             there = torch.arange(len(answers))
-        passes = -(-len(mine) // len(there))
-        drawn = torch.cat([there[torch.randperm(len(there), generator=generator)] for _ in range(passes)])[: len(mine)]
+        right = answers[there].argmax(1) == k
+        hits, misses = (pool[torch.randperm(len(pool), generator=generator)] for pool in (there[right], there[~right]))
+        count = len(mine) if len(hits) else 0
+        if len(hits) and len(misses):
+            wanted = left + share * len(mine) * len(hits) / len(there)
+            count = round(wanted)
+            left = wanted - count
+        drawn = torch.cat([repeated(hits, count), repeated(misses, len(mine) - count)])
         rows, columns = linear_sum_assignment(
             (views[mine] @ answers[drawn].T).numpy().astype(np.float64), maximize=True
         )
         targets[mine[rows]] = answers[drawn[columns]]
     return targets
+
+
+def repeated(values: Tensor, count: int) -> Tensor:
+    """That many of them, from the beginning again after the last."""
+    return values[torch.arange(count) % max(len(values), 1)]

@@ -18,7 +18,7 @@ from fedunlearn.model import Batch, TwoHeadResNet18
 from fedunlearn.null_space import input_products
 from fedunlearn.precision import autocast
 from fedunlearn.train import LocalSGD, ascend, generator_of, learning_rate, loss_weights, teach
-from fedunlearn.unseen import less_right, match_answers
+from fedunlearn.unseen import match_answers
 
 NOBODY = -1
 ANSWERED_AT_ONCE = 500  # by a GPU
@@ -156,11 +156,11 @@ class Worker:
 
         Args:
             teacher: the model before it forgets, `answers` [T, K] and `answer_labels` [T] of unseen images, and
-                `answer_shares` [C], how many times as often as they are right the client is to be (`less_right`).
+                `answer_shares` [C], how many times as often as they are right the client is to be (`match_answers`).
             projectors: what layers move along (`null_space.projectors`).
         """
         settings, own = self.config.unlearn, self.slices[client]
-        wanted = self._wanted(client, round_, teacher).to(self.device)
+        wanted = self._wanted(client, teacher).to(self.device)
         self.model.load_state_dict(state)
         images = Split(self.dataset.train.images[own], np.arange(len(own)))  # positions in place of labels
 
@@ -174,8 +174,9 @@ class Worker:
         teach(self.model, epochs, lr=lr, momentum=momentum, precision=precision, projectors=projectors)
         return self.evaluate(client)
 
-    def _wanted(self, client: int, round_: int, teacher: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What to say of each of the client's images. Their views are kept for further rounds of the same request."""
+    def _wanted(self, client: int, teacher: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What to say of each of the client's images, in every round of a request as nearly the same as the share that
+        is to be right allows. Views of the images are kept for further rounds of the same request."""
         before = {name: value for name, value in teacher.items() if not name.startswith("answer")}
         digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in before.values())).digest()
         if self._viewed_by != digest:
@@ -184,10 +185,9 @@ class Worker:
             self.model.load_state_dict(before)
             self._views[client] = self.views(client, generator_of(self.config.seed, client))
         own = torch.from_numpy(np.array(self.dataset.train.labels[self.slices[client]]))
-        draw = generator_of(self.config.seed, round_, client)
-        answers, labels = teacher["answers"], teacher["answer_labels"]
-        kept = less_right(answers, labels, float(teacher["answer_shares"][client]))
-        return match_answers(self._views[client], own, answers[kept], labels[kept], generator=draw)
+        answers, labels, share = teacher["answers"], teacher["answer_labels"], float(teacher["answer_shares"][client])
+        draws = generator_of(self.config.seed, client)
+        return match_answers(self._views[client], own, answers, labels, share, generator=draws)
 
     def drop_views(self) -> None:
         """Keep nothing of what the model said of clients' images."""

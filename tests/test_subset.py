@@ -13,7 +13,7 @@ from fedunlearn.ledger import State
 from fedunlearn.null_space import no_products
 from fedunlearn.pruning import prune_clients
 from fedunlearn.train import generator_of
-from fedunlearn.unseen import less_right, match_answers
+from fedunlearn.unseen import match_answers
 from local_grid import LocalGrid, kinds
 from naive import LEAVES, SETTINGS, asked, assert_same, average, before, foretold, forgotten, trained
 from strategies import wire
@@ -27,9 +27,8 @@ def taught(worker, client, state, leaving, said, views, share, round_):
     """The client's model after one epoch of unseen answers, by hand."""
     worker.model.eval().load_state_dict(state)
     labels = torch.from_numpy(worker.dataset.train.labels[worker.slices[client]])
-    kept = less_right(said.class_probs, said.class_labels, share)
-    draw = generator_of(0, round_, client)
-    wanted = match_answers(views, labels, said.class_probs[kept], said.class_labels[kept], generator=draw)
+    draws = generator_of(0, client)
+    wanted = match_answers(views, labels, said.class_probs, said.class_labels, share, generator=draws)
     products, staying = {}, [c for c in range(4) if c not in leaving]
     for c in staying:
         sample = torch.cat([images for images, _, _ in worker.sample(c, 0.3, round_)])
@@ -64,7 +63,7 @@ def test_rounds_of_unseen_answers_correct_each_other(federate, monkeypatch, leav
     found, detail = forgotten(federate, "subset", settings, leaves=f"forget.schedule={{2:{leaving}}}")
     shares = {
         3: dict.fromkeys(leaving, 1.0),
-        4: {c: 2 - hits[c] / 100 / (predicted[c] or hits[c] / 100) for c in leaving},
+        4: {c: min(max(2 - hits[c] / 100 / (predicted[c] or hits[c] / 100), 0.0), 1.0) for c in leaving},
     }
     trainable = [name for name, _ in worker.model.named_parameters()]
     for round_ in (3, 4):

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from fedunlearn.unseen import calibrated, foretold, less_right, match_answers
+from fedunlearn.unseen import calibrated, foretold, match_answers
 
 
 def generator(seed=0):
@@ -153,22 +153,32 @@ def test_a_posterior_under_another_prior_is_foretold():
     assert right_share(found, labels, 1) == pytest.approx(of_bayes_classifier(math.log(0.2 / 0.8), other), abs=0.02)
 
 
-def test_by_hand_right_answers_are_left_out_evenly():
-    labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2])
-    said = torch.tensor([0, 0, 1, 0, 2, 0, 1, 2, 2])  # 4 of 6 right, 1 of 2, 1 of 1
-    found = less_right(torch.eye(3)[said], labels, 0.5)
-    # of class 0, 1 of 3 right; of 1, none (1 of 4 is wanted); of 2, the only one, for want of wrong ones
-    assert found.tolist() == [0, 2, 4, 7, 8]
-    assert less_right(torch.eye(3)[said], labels, 1.0).tolist() == list(range(9))
-    assert less_right(torch.eye(3)[said], labels, -0.5).tolist() == [2, 4, 7, 8]
+def test_by_hand_as_many_are_right_as_are_wanted_and_the_rest_wrong():
+    said, there = torch.tensor([0, 0, 1, 0, 2, 0, 1, 2, 2]), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2])
+    labels = torch.tensor([0] * 9 + [1] * 5 + [2] * 3)
+
+    def right(share):
+        found = match_answers(torch.rand(17, 3), labels, torch.eye(3)[said], there, share, generator=generator())
+        return [int((found.argmax(1) == k)[labels == k].sum()) for k in range(3)]
+
+    # of class 0, 4 of 6 are right, of 1, 1 of 2, of 2 the only one: there are no wrong answers to show
+    assert right(1.0) == [6, 2, 3]  # 6 of 9; 2.5 of 5, so that 8.5 of 14 are 8; 3 of 3
+    assert right(0.5) == [3, 1, 3]  # 3; 1.25, so that 4.25 are 4
+    assert right(0.0) == [0, 0, 3]
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-def test_every_class_is_right_that_share_as_often(share):
-    probs, labels = too_sure()
-    kept = less_right(probs, labels, share)
-    right = probs.argmax(1) == labels
-    for k in range(probs.shape[1]):
-        before, after = right[labels == k].double().mean(), right[kept][labels[kept] == k].double().mean()
-        assert float(after) == pytest.approx(share * float(before), abs=0.01)
-    assert set((~right).nonzero()[:, 0].tolist()) <= set(kept.tolist())
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 1.0])
+def test_the_rounding_of_classes_does_not_add_up(share):
+    probs, there = too_sure()
+    labels = torch.arange(4).repeat(25)
+    found = match_answers(torch.rand(100, 4), labels, probs, there, share, generator=generator())
+    wanted = share * sum(25 * right_share(probs, there, k) for k in range(4))
+    assert abs(int((found.argmax(1) == labels).sum()) - wanted) <= 0.5
+
+
+def test_another_share_changes_no_more_answers_than_it_has_to():
+    probs, there = too_sure()
+    labels, views = torch.arange(4).repeat(25), torch.rand(100, 4)
+    some, fewer = (match_answers(views, labels, probs, there, share, generator=generator()) for share in (0.9, 0.7))
+    changed = sum(int((some == answer).all(1).sum() == 0) for answer in fewer)
+    assert changed == int((some.argmax(1) == labels).sum() - (fewer.argmax(1) == labels).sum()) > 0
