@@ -24,10 +24,10 @@ class SubsetUnlearning(Forgetting):
     model to give them, as much as it would alone, along directions that the retained clients' images hardly use
     (`null_space.projectors`): what the model says of those stays almost as it was. The rest the retained clients r
     mend, by a little training, and make BatchNorm statistics again. Both bring back some of what was right before, of
-    D_f as of unseen images: the next round shows answers of which as many fewer are right. So
-    D_f gets the answers that unseen data would get, no fewer right and no surer, while the loss on D_r stays near zero:
-    no gradient is left that would bring the old answers back when training goes on. In the end the client head is
-    trained anew, and the leaving clients' neurons are pruned.
+    D_f as of unseen images: the next round shows answers of which as many fewer are right. So D_f gets the answers
+    that unseen data would get, no fewer right and no surer, while the loss on D_r stays near zero: no gradient is left
+    that would bring the old answers back when training goes on. In the end the client head is trained anew, and the
+    leaving clients' neurons are pruned.
 
     When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
     moved most are held (`ServerModel.hold`). One bit a weight says which they are, and nothing else is kept: neither
