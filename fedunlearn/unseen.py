@@ -110,19 +110,14 @@ def match_answers(
             there = torch.arange(len(answers))
         right = answers[there].argmax(1) == k
         hits, misses = (pool[torch.randperm(len(pool), generator=generator)] for pool in (there[right], there[~right]))
-        count = len(mine) if len(hits) else 0
-        if len(hits) and len(misses):
+        count = len(mine)
+        if len(misses):
             wanted = left + share * len(mine) * len(hits) / len(there)
             count = round(wanted)
             left = wanted - count
-        drawn = torch.cat([repeated(hits, count), repeated(misses, len(mine) - count)])
+        drawn = np.concatenate([np.resize(hits, count), np.resize(misses, len(mine) - count)])
         rows, columns = linear_sum_assignment(
             (views[mine] @ answers[drawn].T).numpy().astype(np.float64), maximize=True
         )
         targets[mine[rows]] = answers[drawn[columns]]
     return targets
-
-
-def repeated(values: Tensor, count: int) -> Tensor:
-    """That many of them, from the beginning again after the last."""
-    return values[torch.arange(count) % max(len(values), 1)]
