@@ -62,10 +62,9 @@ class Forgetting(Rounds):
                 self._complete(request, grid)
 
     def _accept(self, request: Request) -> Request:
-        examples = self.federation.examples
-        never_trained = [c for c in request.clients if c in examples and examples[c] < 2]
-        if never_trained:
-            reason = f"client {never_trained[0]} has {examples[never_trained[0]]} examples and was never trained on"
+        if self.never_trained.issuperset(request.clients):
+            client = request.clients[0]
+            reason = f"client {client} has {self.federation.examples[client]} examples and was never trained on"
         elif not set(self.active) - set(request.clients):
             reason = "no client would be left"
         else:
@@ -88,12 +87,13 @@ class Forgetting(Rounds):
         raise NotImplementedError
 
     def _forget(self, request: Request, grid: Grid) -> Request:
-        """Forget and commit; or count a failed attempt."""
-        before, started = self.evaluate(grid, forgotten=request.clients), time.monotonic()
+        """Forget and commit; or count a failed attempt. Clients that were never trained on left nothing to forget."""
+        leaving = sorted({*request.clients} - self.never_trained)
+        before, started = self.evaluate(grid, forgotten=leaving), time.monotonic()
         costs: dict[str, dict[str, float]] = {}
         stored = self.stored_bytes()
         try:
-            said = self.forget(request.clients, grid, costs)
+            said = self.forget(leaving, grid, costs)
         except (NoAnswerError, ValueError) as error:
             self.server.restore()
             return self._failed(request, str(error))
@@ -210,7 +210,7 @@ class Forgetting(Rounds):
             said: by the current model.
         """
         gone = self.run.ledger.clients_in(FORGOTTEN)
-        trained_on = [c for c, examples in self.federation.examples.items() if examples >= 2 and c not in gone]
+        trained_on = self.federation.examples.keys() - self.never_trained - set(gone)
         everybody, staying = self.worker.class_mix(trained_on), self.worker.class_mix(self.active)
         rounds = {int(round_): probs.cpu() for round_, probs in self.server.answers.items()}
         rounds[self.round] = said.class_probs

@@ -143,9 +143,14 @@ class Rounds(FedAvg):
 
     @property
     def active(self) -> list[int]:
-        """The clients that take part: those with examples enough and without a request that was taken up."""
+        """The clients that take part: those that can be trained and have no request that was taken up."""
         gone = self.run.ledger.clients_in(set(State) - {State.RECEIVED, State.REFUSED})
-        return [c for c, examples in sorted(self.federation.examples.items()) if examples >= 2 and c not in gone]
+        return sorted(self.federation.examples.keys() - self.never_trained - set(gone))
+
+    @property
+    def never_trained(self) -> set[int]:
+        """The clients without the two examples that BatchNorm needs."""
+        return {client for client, examples in self.federation.examples.items() if examples < 2}
 
     def sample(self, round_: int) -> list[int]:
         """A share of the active clients that depends on the seed and the round alone."""
@@ -166,7 +171,8 @@ class Rounds(FedAvg):
         return self._scores(others, self.worker.predict_test(), forgotten)
 
     def _scores(self, others: Answer, said: Predictions, leaving: Iterable[int] = ()) -> Scores:
-        return scores(self.worker, others, said, sorted({*leaving, *self.run.ledger.clients_in(FORGOTTEN)}))
+        left = {*leaving, *self.run.ledger.clients_in(FORGOTTEN)} - self.never_trained
+        return scores(self.worker, others, said, sorted(left))
 
     def _announce(self) -> None:
         clients, nodes = self.config.clients, len(self.federation.nodes)
@@ -175,6 +181,5 @@ class Rounds(FedAvg):
         if torch.cuda.is_available() and not self.federation.gpu:
             share = '--federation-config "client-resources-num-gpus=0.1", of other commands --gpus 0.1'
             self.log(f"clients run on CPUs; GPU shares: {share}")
-        for client, examples in sorted(self.federation.examples.items()):
-            if examples < 2:
-                self.log(f"client {client} has {examples} examples: it takes no part")
+        for client in sorted(self.never_trained):
+            self.log(f"client {client} has {self.federation.examples[client]} examples: it takes no part")

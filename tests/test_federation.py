@@ -173,6 +173,16 @@ def test_clients_without_examples_take_no_part_and_are_reported(federate, capsys
     assert request.detail["reason"] == "client 10 has 0 examples and was never trained on"
 
 
+def test_a_request_for_a_client_without_examples_too_is_served_for_the_others(federate, capsys):
+    grid = federate("partition.kind=class clients=11 data.limit=40 forget.schedule={1:[9,10]}", nodes=3)
+    (request,) = federate.requests()
+    assert (request.state, request.clients) == (State.COMPLETED, [9, 10])
+    assert [list(request.detail[when]["forgotten"]) for when in ("before", "after")] == [["9"], ["9"]]
+    assert "client 9: class" in capsys.readouterr().out
+    assert kinds(grid, client=10) == []
+    assert federate.run().metrics()[-1]["clients"] == list(range(9))
+
+
 def test_a_client_of_one_example_does_not_break_batch_norm(federate, monkeypatch):
     split = [np.arange(60), np.arange(60, 119), np.array([119]), np.array([], int)]
     monkeypatch.setattr("fedunlearn.partition.partition", lambda *args, **kwargs: split)
