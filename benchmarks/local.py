@@ -10,7 +10,7 @@ from fedunlearn.config import Config
 from fedunlearn.ledger import Ledger
 from fedunlearn.runs import Run
 from fedunlearn.worker import Worker
-from strategies.catalogue import STRATEGIES
+from strategies.catalogue import strategy_of
 from strategies.forgetting import Forgetting
 from strategies.local_grid import LocalGrid
 
@@ -21,7 +21,7 @@ def federation(config: Config, *, without: Iterable[int] = ()) -> Iterator[tuple
     with TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite")
         try:
-            strategy = STRATEGIES[config.strategy](
+            strategy = strategy_of(config.strategy)(
                 Run(Path(folder), config, ledger), Worker(config), log=lambda _: None
             )
             grid = LocalGrid(config.clients, client_app.app)

@@ -32,6 +32,7 @@ INF = math.inf
 SCALES = ("auto", "full", "laptop")
 TUNINGS = ("auto", "fixed")
 STRATEGIES = ("subset", "ssd", "leave", "ascent", "pga", "federaser", "negate", "retrain")
+OWN = "module:Class"  # among a setting's options: anything of that form
 
 
 @dataclass
@@ -171,7 +172,7 @@ class Config:
 
     run: str = plain("", "name of the run; the same name again resumes it; empty takes a new one")
     home: str = plain("", "state folder; empty takes $FEDUNLEARN_HOME or ~/.fedunlearn")
-    strategy: str = choice("subset", STRATEGIES, "how a client is forgotten")
+    strategy: str = choice("subset", (*STRATEGIES, OWN), "how a client is forgotten")
     seed: int = number(0, 0, 2**32 - 1, "of weights, shuffling, augmentation and client sampling")
     scale: str = choice(
         "auto", SCALES, "size of the study, where the app has several; auto is laptop without a GPU, else full"
@@ -254,8 +255,13 @@ def check_ranges(config: Any) -> None:
         if isinstance(value, float | int) and not low <= value <= high:
             raise UserError(f"{name}={value} is not in {low}..{high}")
         options = declared.metadata.get("options")
-        if options and value not in options:
+        if options and not is_among(options, value):
             raise UserError(f"{name}={value} is not one of {', '.join(options)}")
+
+
+def is_among(options: tuple[str, ...], value: str) -> bool:
+    """Whether the value is one of the options, or of the form of `OWN` where that is one."""
+    return value in options or (OWN in options and re.fullmatch(r"[\w.]+:\w+", value) is not None)
 
 
 def check_clients(clients: list[int], num_clients: int) -> None:

@@ -14,7 +14,7 @@ from fedunlearn.config import Config, compose, settings, split_overrides, state_
 from fedunlearn.errors import UserError
 from fedunlearn.runs import Run, open_run, runs_folder, stored_config
 from fedunlearn.worker import Worker, open_dataset
-from strategies.catalogue import STRATEGIES
+from strategies.catalogue import strategy_of
 
 
 def log(line: str) -> None:
@@ -74,7 +74,7 @@ def train(grid: Grid, run: Run) -> None:
 
 def carry_out(grid: Grid, run: Run, *, rounds: int) -> None:
     """Train `rounds` rounds, serve all requests, write the report."""
-    strategy = STRATEGIES[run.config.strategy](run, Worker(run.config), log=log)
+    strategy = strategy_of(run.config.strategy)(run, Worker(run.config), log=log)
     strategy.start(grid, rounds)
     page = report.write(run, strategy.worker)
     log(report.summary(run))

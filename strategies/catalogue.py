@@ -1,5 +1,8 @@
 """The strategies by the names that `strategy=` takes."""
 
+import pkgutil
+
+from fedunlearn.errors import UserError
 from strategies.fed_eraser import FedEraser
 from strategies.forgetting import Forgetting
 from strategies.gradient_ascent import GradientAscent
@@ -20,3 +23,20 @@ STRATEGIES: dict[str, type[Forgetting]] = {
     "negate": WeightNegation,
     "retrain": Retraining,
 }
+
+
+def strategy_of(name: str) -> type[Forgetting]:
+    """The strategy of that name, or one of somebody's own, named as `module:Class`.
+
+    Raises:
+        UserError: it cannot be imported, or is no `Forgetting`.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"strategy {name}: {error} (is its folder in PYTHONPATH?)") from None
+    if not (isinstance(found, type) and issubclass(found, Forgetting)):
+        raise UserError(f"strategy {name} is no subclass of strategies.forgetting.Forgetting")
+    return found

@@ -1,4 +1,6 @@
 import logging
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,3 +87,14 @@ def pictures(monkeypatch):
 @pytest.fixture
 def federate(home, pictures):
     return Federate(home)
+
+
+@pytest.fixture
+def renewed(tmp_path, monkeypatch):
+    """README's example of a strategy of one's own, where Python finds it."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    file = tmp_path / "renewed.py"
+    file.write_text(re.search(r"```python\n(# renewed.py\n.*?)```", readme, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "renewed", raising=False)
+    return file

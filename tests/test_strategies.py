@@ -1,15 +1,17 @@
 """What holds for every strategy, and those of a few lines beside naive versions."""
 
+import re
 from dataclasses import fields
 
 import pytest
 
 from fedunlearn.config import STRATEGIES as NAMES
 from fedunlearn.config import Unlearn
+from fedunlearn.errors import UserError
 from fedunlearn.ledger import Ledger
 from local_grid import equal
 from naive import LEAVES, SETTINGS, assert_same, average, before, forgotten, pruned, trained
-from strategies.catalogue import STRATEGIES
+from strategies.catalogue import STRATEGIES, strategy_of
 
 pytestmark = pytest.mark.usefixtures("known")
 
@@ -42,6 +44,35 @@ def test_negation_turns_the_first_layer_and_trains_on(federate):
     lr = worker.config.unlearn.recover_lr
     state = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(3)})
     assert_same(found, pruned(worker, state))
+
+
+@pytest.mark.usefixtures("renewed")
+def test_a_strategy_of_ones_own(federate):
+    worker = before(federate)
+    initial = {n: v.clone() for n, v in federate.worker(SETTINGS).model.state_dict().items()}
+    federate(f"{SETTINGS} strategy=renewed:Renewed {LEAVES} run=own")
+    (request,) = federate.requests("own")
+    assert request.detail["renewed"] > 0
+    last = {name: value for name, value in initial.items() if name.startswith("stages.3.")}
+    state = {name: value.clone() for name, value in (worker.model.state_dict() | last).items()}
+    lr = worker.config.unlearn.recover_lr
+    state = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(3)})
+    assert_same(federate.state("own"), pruned(worker, state))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere:Strategy", "No module named 'nowhere'"),
+        ("strategies.leave:Strategy", "has no attribute 'Strategy'"),
+        ("fedunlearn.ledger:Ledger", "is no subclass of strategies.forgetting.Forgetting"),
+    ],
+)
+def test_what_is_no_strategy_is_refused_with_the_reason(federate, name, reason):
+    with pytest.raises(UserError, match=re.escape(reason)):
+        strategy_of(name)
+    with pytest.raises(UserError, match=re.escape(reason)):
+        federate(f"strategy={name}")
 
 
 OTHERS = {

@@ -101,6 +101,17 @@ def test_every_strategy_from_one_base_beside_gold(home, capsys):
     assert next(home.glob("studies/*/report/story.svg")).stat().st_size > 1000
 
 
+def test_a_strategy_of_ones_own_beside_the_others_and_anew_when_its_file_changes(home, renewed):
+    words = [*SMALL, "study.strategies=[leave,renewed:Renewed]"]
+    assert main(words) == 0
+    assert results(home)["forget/renewed:Renewed/ce_dl/at4/0/seed0"]["forgets"][0]["renewed"] > 0
+    assert "| 0 | 1 | Renewed |" in next(home.glob("studies/*/report/REPORT.md")).read_text()
+    renewed.write_text(renewed.read_text() + "# changed")
+    assert main([*words, "study.stages=[forget]"]) == 0
+    assert len(list(home.glob("studies/*/steps/forget.renewed*/result.json"))) == 2
+    assert len(list(home.glob("studies/*/steps/forget.leave*/result.json"))) == 1
+
+
 def test_the_base_is_the_run_of_the_app_and_stores_every_second_update(home):
     assert main([*SMALL, "study.stages=[train]"]) == 0
     (folder,) = home.glob("studies/*/steps/base*")

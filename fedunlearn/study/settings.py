@@ -17,6 +17,7 @@ from fedunlearn.config import (
     check_clients,
     check_ranges,
     choice,
+    is_among,
     number,
     plain,
     settings,
@@ -259,7 +260,7 @@ def check_lists(chosen: Any) -> None:
     for name, declared, value in settings(chosen):
         options = declared.metadata.get("each")
         for word in value if options else ():
-            if word not in options:
+            if not is_among(options, word):
                 raise UserError(f"{name}: {word} is not one of {', '.join(options)}")
         if isinstance(value, list) and not value:
             raise UserError(f"{name}=[] leaves nothing to do")

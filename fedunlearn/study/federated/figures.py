@@ -5,7 +5,7 @@ from math import isnan
 from typing import TYPE_CHECKING
 
 from fedunlearn.study.federated.plan import Case
-from fedunlearn.study.federated.tables import NAMES, Results
+from fedunlearn.study.federated.tables import NAMES, Results, label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,6 +17,7 @@ COLOURS = {
     "federaser": "#bc4b8a", "negate": "#5c4033", "gold": "0.45",
 }  # fmt: skip
 MARKERS = dict(zip(NAMES, "osD^v<>*", strict=True))
+OWN = (("black", "P"), ("tab:cyan", "X"), ("tab:olive", "d"), ("tab:pink", "p"))  # of somebody's own strategies
 
 
 def story(results: Results, case: Case, pipeline: str) -> "Figure":
@@ -29,18 +30,27 @@ def story(results: Results, case: Case, pipeline: str) -> "Figure":
     for axes, (name, column) in zip(figure.subplots(1, 3, sharey=True), columns.items(), strict=True):
         axes.axvline(case.round, color="0.6", linewidth=1)
         axes.annotate(" request", (case.round, 0.02), ha="left", fontsize=8, color="0.35")
-        for strategy in (s for s in STORY if s in results.plan.settings.study.strategies):
+        for strategy in (s for s in results.plan.settings.study.strategies if s in STORY or s not in NAMES):
             points = curve(results, case, pipeline, strategy, column)
             if points:
-                axes.plot(*zip(*points, strict=True), color=COLOURS[strategy], marker="o", ms=3, label=NAMES[strategy])
+                colour, _ = style(results, strategy)
+                axes.plot(*zip(*points, strict=True), color=colour, marker="o", ms=3, label=label(strategy))
         gold = curve(results, case, pipeline, "gold", column)
         if gold:
-            axes.plot(*zip(*gold, strict=True), color=COLOURS["gold"], linestyle="--", label=NAMES["gold"])
+            axes.plot(*zip(*gold, strict=True), color=COLOURS["gold"], linestyle="--", label=label("gold"))
         axes.set(title=name, xlabel="round", ylim=(0, 1.03), xlim=(case.round - BEFORE, None))
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("class accuracy")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return figure
+
+
+def style(results: Results, strategy: str) -> tuple[str, str]:
+    """Colour and marker of a strategy."""
+    if strategy in NAMES:
+        return COLOURS[strategy], MARKERS[strategy]
+    own = [s for s in results.plan.settings.study.strategies if s not in NAMES]
+    return OWN[own.index(strategy) % len(OWN)]
 
 
 def curve(results: Results, case: Case, pipeline: str, strategy: str, column: str) -> list[tuple[float, float]]:
@@ -71,8 +81,9 @@ def frontier(results: Results, case: Case, pipeline: str) -> "Figure":
             distance = row.distance("forgotten")
             if row.strategy != "gold":
                 cost = statistics.fmean(results.costs(case, pipeline, row.strategy)["work"])
-                label = f"{NAMES[row.strategy]}: others {row.mean('others'):.2f}, test {row.mean('test'):.2f}"
-                axes.plot(cost, distance, MARKERS[row.strategy], color=COLOURS[row.strategy], mfc="none", label=label)
+                colour, marker = style(results, row.strategy)
+                text = f"{label(row.strategy)}: others {row.mean('others'):.2f}, test {row.mean('test'):.2f}"
+                axes.plot(cost, distance, marker, color=colour, mfc="none", label=text)
             elif not isnan(distance):
                 axes.axhline(distance, color=COLOURS["gold"], linestyle="--", label="gold of another seed")
         axes.set(title=f"{moment} rounds after", xlabel="work until served, % of retraining", ylim=(0, None))

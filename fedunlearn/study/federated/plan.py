@@ -1,16 +1,19 @@
 """The steps of a federated study."""
 
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 
 from fedunlearn.study.federated.runs import Start, federate
 from fedunlearn.study.federated.settings import Settings, what
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.settings import PIPELINES
 from fedunlearn.study.steps import Step
-from strategies.catalogue import STRATEGIES
+from strategies.catalogue import STRATEGIES, strategy_of
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,11 @@ class Plan:
             federate, pipeline=pipeline, strategy=strategy, seed=seed, rounds=rounds, requests=case.schedule(),
             measured=measured, start=Start(base, case.round),
         )  # fmt: skip
-        read = {name: getattr(self.settings.unlearn, name) for name in sorted(STRATEGIES[strategy].reads)}
+        made = strategy_of(strategy)
+        read = {name: getattr(self.settings.unlearn, name) for name in sorted(made.reads)}
         settings = {"unlearn": read, "requests": case.requests, "measured": measured}
+        if strategy not in STRATEGIES:
+            settings["source"] = hashlib.sha256(Path(inspect.getfile(made)).read_bytes()).hexdigest()
         name = f"forget/{strategy}/{pipeline}/{case.name}/seed{seed}"
         return self._step(name, settings, [base], work, rounds - case.round)
 

@@ -16,7 +16,7 @@ from fedunlearn.config import settings
 from fedunlearn.report import duration
 from fedunlearn.study.federated.figures import frontier, story
 from fedunlearn.study.federated.plan import Case, Plan
-from fedunlearn.study.federated.tables import COSTS, MEASURES, NAMES, Results, Row, number, title
+from fedunlearn.study.federated.tables import COSTS, MEASURES, Results, Row, label, number, title
 from fedunlearn.study.report import svg
 from fedunlearn.study.settings import PIPELINES
 from fedunlearn.study.steps import log
@@ -66,12 +66,12 @@ def table(results: Results, case: Case, pipeline: str, rows: list[Row]) -> dict[
     lines = []
     for row in rows:
         cells = [cell(row, measure) for measure in MEASURES]
-        lines.append([", ".join(map(str, row.forgotten)), str(row.after), NAMES[row.strategy], *cells])
+        lines.append([", ".join(map(str, row.forgotten)), str(row.after), label(row.strategy), *cells])
     costs = []
     for strategy in results.plan.settings.study.strategies:
         found = results.costs(case, pipeline, strategy)
         if found:
-            costs.append([NAMES[strategy], *(spread(found[name], name) for name in COSTS)])
+            costs.append([label(strategy), *(spread(found[name], name) for name in COSTS)])
     return {
         "title": title(case, pipeline),
         "columns": ["left", "rounds after", "strategy", *MEASURES.values()],
@@ -92,7 +92,7 @@ def everyone(results: Results, pipeline: str) -> list[dict[str, Any]]:
         found = [rows[strategy, after, client] for client in asked if (strategy, after, client) in rows]
         if found:
             cells = [over_clients(found, measure) for measure in MEASURES]
-            distances.append([NAMES[strategy], str(after), str(len(found)), *cells])
+            distances.append([label(strategy), str(after), str(len(found)), *cells])
     strategies = [*(s for s in study.strategies if any((s, 0, c) in rows for c in asked)), "gold"]
     served = []
     for client in asked:
@@ -119,7 +119,7 @@ def everyone(results: Results, pipeline: str) -> list[dict[str, Any]]:
                 "before",
                 "unseen",
                 "foretold",
-                *(NAMES[strategy] for strategy in strategies),
+                *(label(strategy) for strategy in strategies),
             ],
             "lines": served,
         },

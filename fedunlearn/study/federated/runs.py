@@ -21,7 +21,7 @@ from fedunlearn.study.scores import Answers, Scores, score
 from fedunlearn.study.steps import Desk, Step, log
 from fedunlearn.worker import Worker
 from strategies import fed_eraser
-from strategies.catalogue import STRATEGIES
+from strategies.catalogue import strategy_of
 from strategies.forgetting import Forgetting
 from strategies.local_grid import LocalGrid
 
@@ -63,7 +63,7 @@ def federate(
     asked = [client for clients in requests.values() for client in clients]
     with run_of(lab, desk, pipeline, strategy, seed, requests, start) as run:
         worker = Worker(run.config)
-        work = STRATEGIES[strategy](run, worker, log=partial(say, desk.step))
+        work = strategy_of(strategy)(run, worker, log=partial(say, desk.step))
 
         def watch(round_: int) -> None:
             gone = run.ledger.clients_in(FORGOTTEN)

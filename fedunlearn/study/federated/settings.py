@@ -40,7 +40,7 @@ class Scope:
     stages: list[str] = several(list(STAGES), "what to do", STAGES)
     only: str = plain("*", "pattern of step names, such as forget/subset/*/seed0: do no others")
     pipelines: list[str] = several(["ce_dl"], "which", PIPELINES)
-    strategies: list[str] = several(list(STRATEGIES), "which", STRATEGIES)
+    strategies: list[str] = several(list(STRATEGIES), "which", (*STRATEGIES, config.OWN))
     scenarios: list[str] = several(
         ["single"], "requests: the first client of `order`; also at each of `moments`; one after another, or the first "
         "two at once; or each client", SCENARIOS,

@@ -22,6 +22,13 @@ NAMES = {
     "negate": "NoT",
     "gold": "gold (retraining)",
 }
+
+
+def label(strategy: str) -> str:
+    """What tables and pictures call a strategy; one of somebody's own (`module:Class`) by its class."""
+    return NAMES.get(strategy, strategy.rpartition(":")[2])
+
+
 MEASURES = {
     "forgotten": "forgotten",
     "gap": "memory gap",
