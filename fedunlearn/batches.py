@@ -57,6 +57,13 @@ def draws(count: int, generator: torch.Generator, padding: int, flip: bool) -> T
     return torch.cat([corners, mirrored])
 
 
+def shifted(images: Tensor, down: int, right: int, mirrored: int) -> Tensor:
+    """Uint8 [N, H, W, channels], all moved alike, zeros moving in, then mirrored or not."""
+    most = max(abs(down), abs(right))
+    drawn = torch.tensor([[most - down], [most - right], [mirrored]]).expand(3, len(images))
+    return augmented(images, drawn, most)
+
+
 def augmented(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
     """Uint8 [N, H, W, channels], padded with zeros, cropped to H x W at (top, left) and mirrored as drawn."""
     count, height, width, _ = images.shape

@@ -137,8 +137,7 @@ class Unlearn:
         0.02, 1e-9, INF, "directions of layers' inputs with less than this share of the mean are free to teach (subset)"
     )
     forget_epochs: int = number(4, 1, 1000, "of the leaving clients in such a round (subset)")
-    views: int = number(4, 1, 1000, "shifted versions of their images to match unseen answers by (subset)")
-    flip: bool = plain(True, "mirror half of these (subset)")
+    flip: bool = plain(True, "match answers by mirrored versions of their images too (subset)")
     hold: float = number(0.9, 0, 1, "share of the weights, those it moved most, that hardly move from then on (subset)")
     lr: float = number(
         0.06, 0, 100, "learning rate of the leaving clients, up to twice that while the schedule's has still to fall "

@@ -4,13 +4,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import torch
 
 from fedunlearn import config as configuration
 from fedunlearn import datasets, partition
-from fedunlearn.batches import augmented, batches, draws
+from fedunlearn.batches import batches, shifted
 from fedunlearn.client_head import embedding_moments
 from fedunlearn.datasets import Split
 from fedunlearn.evaluate import Counts, Predictions, evaluate, predict
@@ -21,6 +22,7 @@ from fedunlearn.train import LocalSGD, ascend, generator_of, learning_rate, loss
 from fedunlearn.unseen import match_answers
 
 NOBODY = -1
+SHIFTS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 ANSWERED_AT_ONCE = 500  # by a GPU
 
 
@@ -183,7 +185,7 @@ class Worker:
             self._views, self._viewed_by = {}, digest
         if client not in self._views:
             self.model.load_state_dict(before)
-            self._views[client] = self.views(client, generator_of(self.config.seed, client))
+            self._views[client] = self.views(client)
         own = torch.from_numpy(np.array(self.dataset.train.labels[self.slices[client]]))
         answers, labels, share = teacher["answers"], teacher["answer_labels"], float(teacher["answer_shares"][client])
         draws = generator_of(self.config.seed, client)
@@ -194,20 +196,17 @@ class Worker:
         self._views: dict[int, torch.Tensor] = {}
         self._viewed_by = b""
 
-    def views(self, client: int, generator: torch.Generator) -> torch.Tensor:
-        """Mean class probabilities over `unlearn.views` shifted (and mirrored) versions of the client's images, [N, K].
-
-        Shifts are up to an eighth of the image's size.
-        """
+    def views(self, client: int) -> torch.Tensor:
+        """Mean class probabilities over versions of the client's images, [N, K]: shifted up, down, left and right by a
+        sixteenth of their size, mirrored (`unlearn.flip`) and not."""
         data, own = self.dataset.train, self.slices[client]
-        padding, count = data.images.shape[1] // 8, self.config.unlearn.views
-        total = torch.zeros(len(own), len(self.dataset.class_names))
-        for _ in range(count):
-            drawn = draws(len(own), generator, padding, self.config.unlearn.flip)
-            images = augmented(torch.from_numpy(data.images[own]), drawn, padding).numpy()
-            batches = self.batches(client, data=Split(images, data.labels[own]), batch_size=self.answering_batch)
-            total += predict(self.model, batches, precision=self.config.train.precision).class_probs / count
-        return total
+        images, by = torch.from_numpy(data.images[own]), max(1, data.images.shape[1] // 16)
+        versions = list(product(SHIFTS, (0, 1) if self.config.unlearn.flip else (0,)))
+        said = [
+            self.predict(Split(shifted(images, by * down, by * right, mirrored).numpy(), data.labels[own])).class_probs
+            for (down, right), mirrored in versions
+        ]
+        return torch.stack(said).mean(0)
 
     def ascend(self, client: int, round_: int, *, until: float, radius: float) -> Counts:
         """The client's ascent of its class loss, in place (`train.ascend`)."""

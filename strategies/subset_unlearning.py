@@ -35,7 +35,7 @@ class SubsetUnlearning(Forgetting):
     """
 
     reads = (
-        "rounds", "round_share", "input_share", "ridge", "forget_epochs", "views", "flip", "hold", "lr", "mend_lr",
+        "rounds", "round_share", "input_share", "ridge", "forget_epochs", "flip", "hold", "lr", "mend_lr",
         "recalibrate",
     )  # fmt: skip
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedunlearn.batches import batches, scale
+from fedunlearn.batches import batches, scale, shifted
 from fedunlearn.datasets import Split
 from fedunlearn.train import generator_of
 
@@ -42,6 +42,18 @@ def test_a_generator_shuffles_and_the_same_one_shuffles_the_same():
     ]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == list(range(20))
+
+
+def test_shifted_moves_all_images_alike_with_zeros_behind():
+    images = torch.arange(1, 2 * 5 * 5 + 1, dtype=torch.uint8).reshape(2, 5, 5, 1)
+    assert torch.equal(shifted(images, 0, 0, 0), images)
+    assert torch.equal(shifted(images, 0, 0, 1), images.flip(2))
+    down = shifted(images, 2, 0, 0)
+    assert torch.equal(down[:, 2:], images[:, :3])
+    assert not down[:, :2].any()
+    left = shifted(images, 0, -1, 0)
+    assert torch.equal(left[:, :, :4], images[:, :, 1:])
+    assert not left[:, :, 4].any()
 
 
 def test_augmented_images_are_shifted_and_mirrored_originals():

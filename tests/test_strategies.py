@@ -78,7 +78,7 @@ def test_what_is_no_strategy_is_refused_with_the_reason(federate, name, reason):
 OTHERS = {
     "alpha": 3.0, "lambda_": 0.2, "exponent": 2.0, "head": "client", "estimator": "batch", "precision": "bf16",
     "share": 0.5, "tune": "fixed", "rounds": 1, "round_share": 0.7, "input_share": 0.3, "ridge": 0.5,
-    "forget_epochs": 1, "views": 1, "flip": "true", "hold": 0.1, "lr": 0.03, "mend_lr": 0.02, "recover": 2,
+    "forget_epochs": 1, "flip": "true", "hold": 0.1, "lr": 0.03, "mend_lr": 0.02, "recover": 2,
     "recover_lr": 0.02, "ascent_epochs": 2, "ascent_lr": 0.01, "clip": 0.1, "every": 1, "calibration": 0.9,
     "recalibrate": "true",
 }  # fmt: skip
