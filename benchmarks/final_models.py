@@ -64,9 +64,9 @@ def main() -> None:
                     found[pipeline, seed, name] = said(worker, step.folder(root) / RUN, left)
         for (pipeline, seed, name), ours in found.items():
             of_seed = {s: gold for (p, s, n), gold in found.items() if (p, n) == (pipeline, "gold")}
-            golds = [gold for s, gold in of_seed.items() if (s == seed) == (name != "gold")]
+            golds = [gold for s, gold in of_seed.items() if (s != seed if name == "gold" else s == seed)]
             distances = np.mean([apart(ours, gold) for gold in golds] or [[np.nan] * 4], axis=0)
-            numbers = [f"{value:.3f}" for value in (*ours.accuracies, *distances)]
+            numbers = [f"{value:.3f}".replace("nan", "–") for value in (*ours.accuracies, *distances)]
             rows.append([case.name, pipeline, str(seed), name, str(ours.round), *numbers])
     timing.table(f"models at the end of {root.name}", COLUMNS, rows)
 
