@@ -17,11 +17,11 @@ def progress(row: dict[str, Any], *, rounds: int, seconds_left: float) -> str:
 def forgotten(request: Request) -> str:
     """A completed request: who was forgotten, and what everybody's accuracy was before and is after."""
     before, after = request.detail["before"], request.detail["after"]
-    asked = {c: old for c, old in before["forgotten"].items() if int(c) in request.clients}
     clients = [
         f"client {c}: class {old['class']:.3f} → {new['class']:.3f} (memory gap {gap(old)} → {gap(new)}), "
         f"client-ID {old['client_id']:.3f} → {new['client_id']:.3f}"
-        for c, old, new in ((c, old, after["forgotten"][c]) for c, old in asked.items())
+        for c, old, new in ((c, old, after["forgotten"][c]) for c, old in before["forgotten"].items())
+        if int(c) in request.clients
     ]
     rest = [f"{who} {before[who]['class']:.3f} → {after[who]['class']:.3f}" for who in ("others", "test")]
     where = f"forgotten after round {request.detail['round']} in {request.detail['seconds']:.1f} s"
