@@ -57,11 +57,13 @@ def main() -> None:
         left, found = case.left(case.last), {}
         for pipeline, seed in plan.each():
             worker = Worker(settings.config(pipeline, "leave", seed))
+            everything = replace(worker.config, data=replace(settings.data, test_limit=0))
+            others = beyond(open_dataset(everything).test, settings.data.test_limit)
             steps = {"gold": plan.gold(pipeline, left, seed)}
             steps |= {name: plan.forget(name, pipeline, case, seed) for name in settings.study.strategies}
             for name, step in steps.items():
                 if step.is_done(root):
-                    found[pipeline, seed, name] = said(worker, step.folder(root) / RUN, left)
+                    found[pipeline, seed, name] = said(worker, step.folder(root) / RUN, left, others)
         for (pipeline, seed, name), ours in found.items():
             of_seed = {s: gold for (p, s, n), gold in found.items() if (p, n) == (pipeline, "gold")}
             golds = [gold for s, gold in of_seed.items() if (s != seed if name == "gold" else s == seed)]
@@ -71,18 +73,17 @@ def main() -> None:
     timing.table(f"models at the end of {root.name}", COLUMNS, rows)
 
 
-def said(worker: Worker, run: Path, left: tuple[int, ...]) -> Said:
+def said(worker: Worker, run: Path, left: tuple[int, ...], others: Split) -> Said:
     """By the model that a run ends with."""
     ledger = Ledger(run / "ledger.sqlite")
     try:
         round_, _ = Run(run, worker.config, ledger).restore(worker.model)
     finally:
         ledger.close()
-    train, limit = worker.dataset.train, worker.config.data.test_limit
+    train = worker.dataset.train
     theirs = np.concatenate([worker.slices[client] for client in left])
     forgotten = worker.predict(Split(train.images[theirs], train.labels[theirs]))
-    everything = open_dataset(replace(worker.config, data=replace(worker.config.data, test_limit=0))).test
-    found = [worker.predict_test(), worker.predict(beyond(everything, limit))]
+    found = [worker.predict_test(), worker.predict(others)]
     accuracy, mix = forgotten.total.class_accuracy, worker.class_mix(left)
     gaps = [accuracy - unseen.expected_accuracy(mix) for unseen in found]
     tests = [unseen.total.class_accuracy for unseen in found]
