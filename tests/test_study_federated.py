@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,11 @@ def home(tmp_path, monkeypatch):
 def results(home, study="*"):
     found = [json.loads(file.read_text()) for file in home.glob(f"studies/{study}/steps/*/result.json")]
     return {result["step"]: result for result in found}
+
+
+def test_digits_have_one_size_that_of_a_machine_with_a_gpu_too():
+    laptop, full = (load(["federated=true", "dataset=digits", f"scale={scale}"]) for scale in ("laptop", "full"))
+    assert replace(full, scale="laptop") == laptop
 
 
 def test_updates_are_linked_also_where_that_was_stopped_before(home, monkeypatch):
