@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,13 +49,19 @@ def test_the_full_scale_is_the_papers_recipe():
         assert chosen.ablation.epochs == 60
 
 
-@pytest.mark.parametrize("dataset", ["digits", "cifar10", "cifar100", "folder"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "folder"])
 def test_every_data_set_has_two_scales_and_words_come_last(dataset):
     laptop, full = (load([f"dataset={dataset}", f"scale={scale}"]) for scale in ("laptop", "full"))
     assert laptop.model.width < full.model.width == 64
     assert len(laptop.study.seeds) >= 3
     assert load([f"dataset={dataset}", "scale=laptop", "model.width=24"]).model.width == 24
     assert load([f"dataset={dataset}", "data.name=digits"]).data.name == "digits"
+
+
+def test_but_digits_which_have_one_whether_there_is_a_gpu_or_not():
+    laptop, full = (load(["dataset=digits", f"scale={scale}"]) for scale in ("laptop", "full"))
+    assert replace(full, scale="laptop") == laptop
+    assert laptop.model.width == 8
 
 
 def test_auto_is_laptop_without_a_gpu(monkeypatch):
