@@ -62,14 +62,23 @@ def forget_app(config: Config) -> ServerApp:
 
 
 def train(grid: Grid, run: Run) -> None:
-    """Train the rounds that are missing, forget what is asked, write the report and print the summary."""
+    """Train the rounds that are missing, forget what is asked, write the report and print the summary.
+
+    Raises:
+        UserError: with the way on, where no round could be trained.
+    """
     log(_scale_line(run.config))
     head = run.ledger.head()
     if head is not None and head.round > 0:
         log(f"run {run.name} goes on after round {head.round} of {run.config.rounds} ({run.folder})")
     else:
         log(f"run {run.name} starts ({run.folder})")
-    carry_out(grid, run, rounds=run.config.rounds - (head.round if head else 0))
+    try:
+        carry_out(grid, run, rounds=run.config.rounds - (head.round if head else 0))
+    except UserError as error:
+        head = run.ledger.head()
+        way_on = f'continue from round {head.round if head else 0} with overrides="run={run.name}"'
+        raise UserError(f"{error}; {way_on}") from error
 
 
 def carry_out(grid: Grid, run: Run, *, rounds: int) -> None:

@@ -18,6 +18,7 @@ from strategies import wire
 WAIT_SECONDS = 600
 ATTEMPTS = 3
 MOST_LISTED = 100
+DIVERGED = "has training diverged? try a lower train.lr"
 
 
 class NoAnswerError(Exception):
@@ -221,13 +222,15 @@ def _checked(
         raise ValueError(f"it sent wrong names: {_listed(sorted(sums.keys() ^ like.keys())[:3])}")
     moments = {int(client): value for client, value in wire.tensors_of(reply, "moments").items()}
     for client, value in moments.items():
-        if client not in clients or value.shape != moments_shape or not torch.isfinite(value).all():
-            raise ValueError(f"it sent embedding moments of client {client} that are of wrong shape, NaN or infinite")
+        if client not in clients or value.shape != moments_shape:
+            raise ValueError(f"it sent embedding moments of client {client} of shape {list(value.shape)}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"it sent NaN or infinite embedding moments of client {client} ({DIVERGED})")
     for name, value in sums.items():
         if value.shape != like[name].shape:
             raise ValueError(f"it sent {name} of shape {list(value.shape)}, not {list(like[name].shape)}")
         if not torch.isfinite(value).all():
-            raise ValueError(f"it sent NaN or infinite values in {name}")
+            raise ValueError(f"it sent NaN or infinite values in {name} ({DIVERGED})")
     return sums, counts, moments
 
 

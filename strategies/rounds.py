@@ -92,10 +92,7 @@ class Rounds(FedAvg):
         """Add up how the clients moved, and let the server's model follow (`ServerModel.step`)."""
         answer = self.federation.add_up(replies, wire.averaged(self.model.state_dict()), self.seen)
         if not answer.counts:
-            raise UserError(
-                f"round {self.round}: no client answered; continue from round {self.round - 1} with "
-                f'overrides="run={self.run.name}"'
-            )
+            raise UserError(f"round {self.round}: no client answered")
         self.server.step(self.federation.mean(answer), answer.moments, self.round)
         total = answer.total
         self._row = {

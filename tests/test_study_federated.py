@@ -67,6 +67,7 @@ def test_a_client_that_is_left_out_is_named(home, capsys, monkeypatch):
     for node in range(4):
         assert f"base/ce_dl/seed0: round 1: node {node} (clients {node}) is left out: first line" in said.out
     assert "no client answered" in said.err
+    assert "overrides" not in said.err
 
 
 def test_every_strategy_from_one_base_beside_gold(home, capsys):
