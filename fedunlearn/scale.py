@@ -1,7 +1,7 @@
 """What rounds and forget requests cost, by clients and workers: `python -m fedunlearn.scale clients=[10,100]`.
 
 Every combination is one run of a Flower app, named by its settings: the same command again measures only what is
-missing. Table, CSV and plot are renewed after each run.
+missing. CSV and plot are renewed after each run.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from fedunlearn.config import to_json
+from fedunlearn.config import Forget, to_json
 from fedunlearn.errors import UserError
 from fedunlearn.evaluate import Predictions
 from fedunlearn.ledger import FORGOTTEN, State
@@ -50,7 +51,8 @@ class Rounds(FedAvg):
         torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         self.run, self.worker, self.config, self.log, self.watch = run, worker, run.config, log, watch
         self.model = worker.model
-        self.federation = Federation(to_json(run.config), timeout=run.config.timeout, log=log)
+        told = to_json(replace(run.config, forget=Forget()))  # who leaves is nobody's business
+        self.federation = Federation(told, timeout=run.config.timeout, log=log)
         self.federation.moments_shape = worker.moments_shape
         self.server = ServerModel(run, worker)
         self.round = self.server.restore()

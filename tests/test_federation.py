@@ -1,5 +1,7 @@
 """The whole server app against the whole client app, over a grid in this process."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,7 @@ def test_a_forgotten_client_gets_no_more_messages_and_training_goes_on(federate,
     assert ("train", 2) in kinds(grid, client=3)
     assert not [kind for kind in kinds(grid, client=3) if kind[1] > 2]
     assert kinds(grid, client=3)[-1] == ("query.fisher", 2)
+    assert not any(json.loads(wire.task_of(message).config)["forget"]["schedule"] for message in grid.sent)
     assert [kind for kind in kinds(grid, client=1) if kind[0] == "train"] == [("train", r) for r in (1, 2, 3, 4)]
     (request,) = federate.requests()
     assert request.state == State.COMPLETED
