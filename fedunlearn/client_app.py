@@ -72,6 +72,8 @@ def train(message: Message, context: Context) -> Message:
     come along.
     """
     task, worker, state = prepare(message)
+    if task.lr < 0:  # the schedule's, as in no request
+        worker.drop_views()
     moments = moments_of(task, worker)
     reply = moved_by(message, worker, state, partial(worker.fit, round_=task.round, share=task.share, lr=task.lr))
     reply.content["moments"] = moments

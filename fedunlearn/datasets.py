@@ -154,6 +154,10 @@ def _decode_folder(source: Path, size: int, limit: int, test_limit: int, log: Ca
         raise UserError(f"data.root={source} is no folder of one subfolder of images a class ({error})") from error
     if len(train.classes) < 2:
         raise UserError(f"data.root={source} has one class ({train.classes[0]}): at least 2 are needed")
+    if not all(samples for samples, _ in parts):
+        raise UserError(
+            f"data.root={source} has no images for testing: give train/ and test/, or six of a class and more"
+        )
     log(f"decoding {source} (once)")
     return *(_read_images(samples, most, size) for samples, most in parts), train.classes
 

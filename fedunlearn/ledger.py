@@ -146,6 +146,11 @@ class Ledger:
             self._record(finished=True)
             return True
 
+    def reopen(self) -> None:
+        """Take back the mark of `finish`: this process will look at requests again."""
+        with self._transaction():
+            self._db.execute("UPDATE head SET finished = 0")
+
     def events(self) -> list[dict[str, Any]]:
         """The audit chain, oldest first."""
         rows = self._db.execute("SELECT at, event, hash FROM events ORDER BY number")

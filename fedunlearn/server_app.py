@@ -98,9 +98,10 @@ def _open(config: Config, asked: dict[str, Any]) -> AbstractContextManager[Run]:
 
 
 def _asked(overrides: str, config: Config) -> dict[str, Any]:
-    """The settings that `overrides` names, but for those that say which run it is."""
+    """The settings that `overrides` names, one by one or as a mapping, but for those that say which run it is."""
     names = {word.lstrip("+").split("=")[0] for word in split_overrides(overrides)} - {"run", "home"}
-    return {name: value for name, _, value in settings(config) if name in names}
+    groups = tuple(f"{name}." for name in names)
+    return {name: value for name, _, value in settings(config) if name in names or name.startswith(groups)}
 
 
 def _scale_line(config: Config) -> str:

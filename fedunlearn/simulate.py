@@ -7,6 +7,7 @@ This command starts a SuperLink on free ports, streams the run, ends the SuperLi
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -48,8 +49,15 @@ def run(
     app: Path, overrides: str, federation: str, *, environment: dict[str, str], output: IO[str] | None = None
 ) -> int:
     """`run_app` of one of our apps, whose run config is one string of settings."""
-    run_config = f"overrides={json.dumps(overrides)}" if overrides else ""
+    run_config = f"overrides={quoted(overrides)}" if overrides else ""
     return run_app(app, run_config, federation, environment=environment, output=output)
+
+
+def quoted(text: str) -> str:
+    """A string of TOML, as much of it as Flower's command line reads: no quotes of both kinds."""
+    if "'" in text and '"' in text:
+        raise UserError(f"settings have both kinds of quotes, take one: {text}")
+    return f"'{text}'" if '"' in text else json.dumps(text, ensure_ascii=False)
 
 
 def run_app(
@@ -67,7 +75,10 @@ def run_app(
 
 @contextmanager
 def superlink(flower_home: Path) -> Iterator[dict[str, str]]:
-    """A local SuperLink that lives as long as the context; gives the environment that `flwr` needs to find it."""
+    """A local SuperLink that lives as long as the context; gives the environment that `flwr` needs to find it.
+
+    SIGTERM ends the context as an exit does.
+    """
     port, control_port = free_ports(2)
     flower_home.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
@@ -80,10 +91,12 @@ def superlink(flower_home: Path) -> Iterator[dict[str, str]]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control_port}"]
     with open(flower_home / "superlink.log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         _await_health(port, process, flower_home / "superlink.log")
         yield environment
     finally:
+        signal.signal(signal.SIGTERM, before)
         process.terminate()
         process.wait()
 

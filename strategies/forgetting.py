@@ -1,5 +1,6 @@
 """Forget requests between rounds of federated averaging: what all strategies share."""
 
+import json
 import time
 from typing import Any, ClassVar
 
@@ -8,6 +9,7 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedunlearn import unlearn, unseen
+from fedunlearn.errors import UserError
 from fedunlearn.evaluate import Counts, Predictions
 from fedunlearn.ledger import FORGOTTEN, OPEN, Request, State
 from fedunlearn.pruning import prune_clients
@@ -15,13 +17,18 @@ from strategies import lines, wire
 from strategies.federation import Answer, NoAnswerError
 from strategies.rounds import Rounds
 
+RECEIPT = {
+    "after", "attempts", "before", "clients", "completed_round", "costs", "kind", "not_before", "reason",
+    "recovers_until", "request", "round", "seconds", "stored_bytes", "strategy",
+}  # fmt: skip  # what a receipt, or its row of metrics, says of every request
+
 
 class Forgetting(Rounds):
     """Rounds whose model forgets clients in between.
 
     Before the next round every open request of the run's ledger is served: `forget` changes the model, commit. From
-    then on no message names the leaving clients. How the model forgets is what a strategy adds: it overrides `forget`,
-    and nothing else that it need not.
+    then on no message asks anything of the leaving clients. How the model forgets is what a strategy adds: it overrides
+    `forget`, and nothing else that it need not.
 
     Attributes:
         reads: the settings below `unlearn` that `forget` depends on.
@@ -31,7 +38,7 @@ class Forgetting(Rounds):
 
     def start(self, grid: Grid, num_rounds: int) -> Result:
         """Train `num_rounds` rounds (`Rounds.start`), or more where a request has still to recover."""
-        self._trains = num_rounds > 0
+        self._trains, self._last = num_rounds > 0, self.round + num_rounds
         return super().start(grid, max(num_rounds, self._recovery_left()))
 
     def serve_requests(self, grid: Grid, *, no_more_rounds: bool = False) -> None:
@@ -79,7 +86,7 @@ class Forgetting(Rounds):
             costs: to be filled with the cost of every sweep, under its name.
 
         Returns:
-            What the receipt should say.
+            What the receipt should say, as JSON can hold it and under names of its own.
 
         Raises:
             NoAnswerError, ValueError: it could not be done now; the model is restored and the request tried again.
@@ -97,19 +104,28 @@ class Forgetting(Rounds):
         except (NoAnswerError, ValueError) as error:
             self.server.restore()
             return self._failed(request, str(error))
+        self._check(said)
         prune_clients(self.model, request.clients)
         self.server.cut_off()
-        return self.server.commit(
-            self.round,
-            request,
-            round=self.round,
-            strategy=self.config.strategy,
-            seconds=time.monotonic() - started,
-            costs=costs,
-            stored_bytes=stored,
-            before=before,
-            **said,
-        )
+        receipt = {
+            "round": self.round,
+            "recovers_until": self._recovers_until(),
+            "strategy": self.config.strategy,
+            "seconds": time.monotonic() - started,
+            "costs": costs,
+            "stored_bytes": stored,
+            "before": before,
+        }
+        return self.server.commit(self.round, request, **receipt, **said)
+
+    def _check(self, said: dict[str, Any]) -> None:
+        """UserError where a receipt cannot hold what `forget` returned."""
+        if taken := sorted(said.keys() & RECEIPT):
+            raise UserError(f"{type(self).__name__}.forget returned {taken[0]!r}, which a receipt says by itself")
+        try:
+            json.dumps(said)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{type(self).__name__}.forget returned what a receipt cannot hold: {error}") from None
 
     def _failed(self, request: Request, reason: str) -> Request:
         attempts = request.detail.get("attempts", 0) + 1
@@ -125,11 +141,17 @@ class Forgetting(Rounds):
         self.log(lines.forgotten(self.run.ledger.advance(request, State.COMPLETED, **receipt)))
         self.watch(self.round)
 
+    def _recovers_until(self) -> int:
+        """The round with which a request that is served now is complete: the run's last one, if it trains any."""
+        end = self.round + self.config.unlearn.recovery_rounds
+        return min(end, self._last) if self._trains else end
+
     def _recovery_left(self) -> int:
         """Rounds until the last open request has had its `unlearn.recovery_rounds`."""
-        open_requests = [request for request in self.run.ledger.requests() if request.state in OPEN]
-        recovered = [self.round - request.detail.get("round", self.round) for request in open_requests]
-        return max((self.config.unlearn.recovery_rounds - done for done in recovered), default=0)
+        requests = [request.detail for request in self.run.ledger.requests() if request.state in OPEN]
+        return max(
+            (detail.get("recovers_until", self._recovers_until()) - self.round for detail in requests), default=0
+        )
 
     def stored_bytes(self) -> int:
         """What is kept for requests to come, beside the model: answers on unseen images."""

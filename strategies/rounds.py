@@ -66,6 +66,7 @@ class Rounds(FedAvg):
 
     def start(self, grid: Grid, num_rounds: int) -> Result:
         """Train `num_rounds` rounds, serving requests before each and until none is open after the last."""
+        self.run.ledger.reopen()
         grid = OrderedGrid(grid, window=self.config.window)
         self.federation.identify(grid)
         self._announce()

@@ -108,8 +108,9 @@ def test_changed_folder_is_decoded_again(tmp_path):
         (lambda tree: image_tree(tree, classes=("only",)), r"has one class \(only\)"),
         (lambda tree: image_tree(tree) and (tree / "a" / "0.png").write_bytes(b"no image"), "is not a readable image"),
         (lambda tree: tree.write_bytes(b"no archive"), "no folder and no readable archive"),
+        (lambda tree: image_tree(tree, per_class=5), "has no images for testing"),
     ],
-    ids=["missing", "empty", "one class", "damaged image", "damaged archive"],
+    ids=["missing", "empty", "one class", "damaged image", "damaged archive", "too few to test"],
 )
 def test_unusable_folders_are_named(tmp_path, make, message):
     make(tmp_path / "tree")

@@ -5,13 +5,17 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from flwr.common.config import parse_config_args
 
 from fedunlearn import simulate
+from fedunlearn.errors import UserError
 
 APP = Path(__file__).parent.parent / "simulations" / "digits"
 SMALL = "rounds=4 data.limit=200 data.test_limit=40 forget.schedule={2:[3]}"
@@ -88,6 +92,31 @@ def test_a_killed_run_goes_on_to_the_same_bits(home, superlink):
     output = flwr_run(superlink, "run=killed", "num-supernodes=2")
     assert "run killed goes on after round " in output
     assert checkpoint(home, "whole") == checkpoint(home, "killed")
+
+
+def test_a_terminated_process_ends_its_superlink(home):
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom fedunlearn import simulate\n"
+        "with simulate.superlink(Path(sys.argv[1])) as environment:\n"
+        "    print(environment['FLWR_LOCAL_SUPERLINK_HTTP_API_PORT'], flush=True)\n    time.sleep(100)\n"
+    )
+    command = [sys.executable, "-c", code, str(home / "flower")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        port = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+@pytest.mark.parametrize("text", ["a=1 b='x y'", 'a=1 b="x y"', "strategy=ssd forget.schedule={2:[3]}", "a=ü"])
+def test_settings_reach_flower_as_they_are(text):
+    assert parse_config_args([f"overrides={simulate.quoted(text)}"]) == {"overrides": text}
+
+
+def test_quotes_of_both_kinds_are_refused():
+    with pytest.raises(UserError, match="both kinds of quotes"):
+        simulate.quoted("""a='x' b="y" """)
 
 
 def test_bad_settings_end_with_one_line_and_a_status(home, superlink, capfd):

@@ -69,6 +69,45 @@ def test_who_asked_in_a_round_that_is_not_repeated_trains_no_more(federate):
     assert (request.detail["round"], request.detail["completed_round"]) == (3, 5)
 
 
+def test_a_request_that_recovers_ends_with_the_runs_rounds_also_when_it_was_stopped(federate):
+    settings = "rounds=4 forget.schedule={3:[2]} unlearn.recovery_rounds=5"
+    grid = LocalGrid(2)
+
+    def deliver(message):
+        if (message.metadata.message_type, wire.task_of(message).round) == ("train", 4):
+            raise KeyboardInterrupt
+        return grid.call(message)
+
+    grid.deliver = deliver
+    with pytest.raises(KeyboardInterrupt):
+        federate(settings, grid=grid)
+    federate(settings)
+    (request,) = federate.requests()
+    assert (federate.run().ledger.head().round, request.detail["completed_round"]) == (4, 4)
+
+
+def test_settings_given_as_a_mapping_must_agree_too(federate):
+    federate("rounds=1")
+    with pytest.raises(UserError, match=r"train\.lr="):
+        federate("rounds=1 train={lr:0.123}")
+
+
+def test_while_a_finished_run_goes_on_it_takes_requests(federate):
+    federate("rounds=1")
+    assert federate.run().ledger.head().finished
+    federate.run().ledger.file([3])
+    grid, finished = LocalGrid(2), []
+
+    def deliver(message):
+        finished.append(federate.run().ledger.head().finished)
+        return grid.call(message)
+
+    grid.deliver = deliver
+    federate("rounds=1", grid=grid)
+    assert finished
+    assert not any(finished)
+
+
 def test_what_a_crash_left_beside_the_checkpoint_is_deleted_and_the_timeout_may_change(federate):
     federate("rounds=1")
     for name in ("round-00000.safetensors", ".new-half-written"):

@@ -4,11 +4,12 @@ import re
 from dataclasses import fields
 
 import pytest
+import torch
 
 from fedunlearn.config import STRATEGIES as NAMES
 from fedunlearn.config import Unlearn
 from fedunlearn.errors import UserError
-from fedunlearn.ledger import Ledger
+from fedunlearn.ledger import Ledger, State
 from local_grid import equal
 from naive import LEAVES, SETTINGS, assert_same, average, before, forgotten, pruned, trained
 from strategies.catalogue import STRATEGIES, strategy_of
@@ -73,6 +74,24 @@ def test_what_is_no_strategy_is_refused_with_the_reason(federate, name, reason):
         strategy_of(name)
     with pytest.raises(UserError, match=re.escape(reason)):
         federate(f"strategy={name}")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [({"clients": [3]}, "returned 'clients', which a receipt says by itself"), ({"loss": torch.ones(1)}, "Tensor")],
+)
+def test_what_no_receipt_can_hold_ends_the_run_before_the_commit_and_can_be_corrected(
+    federate, renewed, monkeypatch, said, reason
+):
+    own = strategy_of("renewed:Renewed")
+    settings = f"{SETTINGS} strategy=renewed:Renewed {LEAVES}"
+    with monkeypatch.context() as patch:
+        patch.setattr(own, "forget", lambda *_: said)
+        with pytest.raises(UserError, match=reason):
+            federate(settings)
+    assert federate.requests()[0].state == State.COLLECTING
+    federate(settings)
+    assert federate.requests()[0].state == State.COMPLETED
 
 
 OTHERS = {

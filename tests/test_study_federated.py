@@ -15,6 +15,7 @@ from fedunlearn.runs import BESIDE
 from fedunlearn.study.command import main
 from fedunlearn.study.federated.settings import load
 from fedunlearn.study.laboratory import Laboratory
+from fedunlearn.study.scores import score
 from fedunlearn.worker import Worker
 from strategies import fed_eraser
 
@@ -177,7 +178,13 @@ def test_a_round_that_was_committed_and_not_measured_is_measured_by_the_next_sta
 
 
 def test_every_client_in_turn_the_worst_is_named(home):
-    words = [*SMALL, "clients=3", "study.order=[0]", "study.scenarios=[everyone]", "study.strategies=[leave,subset]"]
+    words = [
+        *SMALL,
+        "clients=3",
+        "study.order=[0]",
+        "study.scenarios=[single,everyone]",
+        "study.strategies=[leave,subset]",
+    ]
     assert main([*words, "study.seeds=[0,1]"]) == 0
     found = results(home)
 
@@ -189,6 +196,8 @@ def test_every_client_in_turn_the_worst_is_named(home):
         key, names = f"client_{client}", (f"forget/subset/ce_dl/at4/{client}", f"gold/ce_dl/{client}")
         pairs = [[scores(name, seed, 5)[key] for name in names] for seed in (0, 1)]
         distances[client] = statistics.mean(abs(ours - gold) for ours, gold in pairs)
+    lines = next(home.glob("studies/*/report/results.csv")).read_text().splitlines()
+    assert len(set(lines)) == len(lines)
     worst = max(distances, key=distances.get)
     mean, sd = statistics.mean(distances.values()), statistics.stdev(distances.values())
     report = next(home.glob("studies/*/report/REPORT.md")).read_text()
@@ -205,6 +214,20 @@ def test_every_client_in_turn_the_worst_is_named(home):
     foretold = [found[f"forget/subset/ce_dl/at4/2/seed{seed}"]["forgets"][0]["predicted"] for seed in (0, 1)]
     cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in (unseen, foretold)]
     assert f"| {cells[0]} | {cells[1]} |" in report
+
+
+def test_the_attack_is_on_who_left_last_in_the_order_of_requests(home, monkeypatch):
+    attacked = []
+
+    def watched(answers, forgotten, *, seed):
+        attacked.append(list(forgotten))
+        return score(answers, forgotten, seed=seed)
+
+    monkeypatch.setattr("fedunlearn.study.federated.runs.score", watched)
+    words = [*SMALL, "study.order=[1,0]", "study.scenarios=[sequential]", "study.strategies=[leave]"]
+    assert main([*words, "study.stages=[train,forget]"]) == 0
+    assert attacked[-1] == [1, 0]
+    assert results(home)["forget/leave/ce_dl/at4/1,0/seed0"]["scores"][-1]["forgotten"] == [0, 1]
 
 
 def test_a_picture_is_drawn_in_the_same_bytes(home):

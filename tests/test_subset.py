@@ -124,6 +124,27 @@ def test_a_node_keeps_nothing_of_what_was_said_of_the_leaving_clients_images(fed
     assert kept == [[3], []]
 
 
+def test_what_another_worker_taught_last_is_not_kept_beyond_the_next_round(federate):
+    grid, kept = LocalGrid(2), []
+
+    def deliver(message):
+        task, kind = wire.task_of(message), message.metadata.message_type
+        worker = client_app.resident(task.config)
+        if kind == "train.unlearn":
+            reply = grid.call(message)
+            worker._views = {3: torch.ones(1)}  # as if the last teaching had been elsewhere
+            return reply
+        reply = grid.call(message)
+        if kind == "train":
+            kept.append((task.round, sorted(worker._views)))
+        return reply
+
+    grid.deliver = deliver
+    federate(f"{SETTINGS} strategy=subset unlearn.rounds=1 rounds=3 {LEAVES}", grid=grid)
+    assert (3, [3]) in kept  # while mending
+    assert kept[-1] == (3, [])
+
+
 def test_unseen_answers_are_taught_and_mended_at_their_rates(federate):
     settings = "unlearn.rounds=3 unlearn.lr=0.03 unlearn.mend_lr=0.1 unlearn.hold=0"
     grid = federate(f"{SETTINGS} strategy=subset {settings} {LEAVES}", grid=LocalGrid(4))

@@ -77,7 +77,9 @@ def frontier(results: Results, case: Case, pipeline: str) -> "Figure":
     after = results.plan.settings.study.after
     moments = (min(after), max(after))
     for axes, moment in zip(figure.subplots(1, 2, sharey=True), moments, strict=True):
-        for row in (row for row in results.rows(case, pipeline) if row.after == moment):
+        for row in results.rows(case, pipeline):
+            if (row.after, row.forgotten) != (moment, case.left(0)):
+                continue
             distance = row.distance("forgotten")
             if row.strategy != "gold":
                 cost = statistics.fmean(results.costs(case, pipeline, row.strategy)["work"])

@@ -29,7 +29,9 @@ def write(plan: Plan, root: Path) -> Path:
     log("writing the report")
     folder, results = root / "report", Results(plan, root)
     pipelines = list(dict.fromkeys(pipeline for pipeline, _ in plan.each()))
-    tables = [(case, p, results.rows(case, p)) for case in plan.cases() for p in pipelines]
+    cases = plan.cases()
+    cases = [case for place, case in enumerate(cases) if case.name not in {earlier.name for earlier in cases[:place]}]
+    tables = [(case, p, results.rows(case, p)) for case in cases for p in pipelines]
     tables = [(case, pipeline, rows) for case, pipeline, rows in tables if any(r.strategy != "gold" for r in rows)]
     write_atomically(folder / "results.csv", as_csv(results, tables).encode())
     pictures = {}
