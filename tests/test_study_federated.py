@@ -12,8 +12,11 @@ import pytest
 
 from fedunlearn import checkpoint
 from fedunlearn.runs import BESIDE
-from fedunlearn.study.command import main
+from fedunlearn.study.command import main, study_folder
+from fedunlearn.study.federated.figures import frontier
+from fedunlearn.study.federated.plan import Plan
 from fedunlearn.study.federated.settings import load
+from fedunlearn.study.federated.tables import Results
 from fedunlearn.study.laboratory import Laboratory
 from fedunlearn.study.scores import score
 from fedunlearn.worker import Worker
@@ -216,7 +219,7 @@ def test_every_client_in_turn_the_worst_is_named(home):
     assert f"| {cells[0]} | {cells[1]} |" in report
 
 
-def test_the_attack_is_on_who_left_last_in_the_order_of_requests(home, monkeypatch):
+def test_of_requests_in_turn_the_last_is_attacked_and_the_first_is_drawn(home, monkeypatch):
     attacked = []
 
     def watched(answers, forgotten, *, seed):
@@ -225,9 +228,16 @@ def test_the_attack_is_on_who_left_last_in_the_order_of_requests(home, monkeypat
 
     monkeypatch.setattr("fedunlearn.study.federated.runs.score", watched)
     words = [*SMALL, "study.order=[1,0]", "study.scenarios=[sequential]", "study.strategies=[leave]"]
-    assert main([*words, "study.stages=[train,forget]"]) == 0
-    assert attacked[-1] == [1, 0]
+    assert main(words) == 0
+    assert [1, 0] in attacked
+    assert [0, 1] not in attacked
     assert results(home)["forget/leave/ce_dl/at4/1,0/seed0"]["scores"][-1]["forgotten"] == [0, 1]
+
+    settings = load(words)
+    plan = Plan(settings, Laboratory(settings))
+    (case,) = plan.cases()
+    drawn = frontier(Results(plan, study_folder(settings)), case, "ce_dl")
+    assert [len(axes.lines) for axes in drawn.axes] == [1, 1]  # of the first request alone
 
 
 def test_a_picture_is_drawn_in_the_same_bytes(home):

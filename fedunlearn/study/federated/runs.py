@@ -66,13 +66,14 @@ def federate(
         work = strategy_of(strategy)(run, worker, log=partial(say, desk.step))
 
         def watch(round_: int) -> None:
-            gone = [client for r in run.ledger.requests() if r.state in FORGOTTEN for client in r.clients]
+            forgotten = run.ledger.clients_in(FORGOTTEN)
+            gone = [client for client in asked if client in forgotten]
             if round_ in measured or round_ % TRACE == 0 or round_ in requests:
                 found = lab.answers(work.model)
                 columns = curve(found, gone or asked, worker)
                 if round_ in measured:
                     columns |= score(found, gone or asked, seed=seed)
-                run.record("score", round=round_, request=str(sorted(gone)), forgotten=sorted(gone), **columns)
+                run.record("score", round=round_, request=str(forgotten), forgotten=forgotten, **columns)
             if round_ in kept:
                 checkpoint.save(desk.folder / file_of(round_), state_of(work))
             desk.tick(round_, rounds, "round")
