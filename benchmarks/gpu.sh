@@ -5,7 +5,7 @@
 # `federated` and `by_heart`, which need no Ray, `federation`, `scaling`) need all that fedunlearn depends on. `study`,
 # `federated` and `by_heart` are to be called again until they answer 0 (3: time was up); IMAGES is the path of CIFAR-10's
 # images as files or as an archive of files; without it CIFAR-10 itself is downloaded. On an H200 `math`, `fisher` of width
-# 64, `epoch` and `digits` (every strategy once) take a minute each. A round of `federated` takes 6 s, and 2.5 s with four
+# 64, `epoch` and `digits` (every strategy once) take one to two minutes each. A round of `federated` takes 6 s, and 2.5 s with four
 # processes (MPS): base and gold of all 200 rounds, and ten rounds of a strategy, are 35 minutes. `by_heart` is the laptop
 # preset at the paper's width, 10,000 images without crops and flips: a fifth of that a round, five minutes by estimate.
 set -euo pipefail
