@@ -15,10 +15,10 @@ import torch
 from benchmarks import timing
 from benchmarks.local import federation
 from fedunlearn.config import Config
-from fedunlearn.evaluate import Counts
+from fedunlearn.nn.evaluate import Counts
 from fedunlearn.study.federated.settings import Settings, load
-from fedunlearn.study.laboratory import Laboratory
-from fedunlearn.study.training import Training
+from fedunlearn.study.pooled.laboratory import Laboratory
+from fedunlearn.study.pooled.training import Training
 
 VARIANTS = {  # who trains the head, and lambda_2
     "plain FedAvg, no client loss": ("local", 0.0),

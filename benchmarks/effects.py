@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import timing
-from fedunlearn import simulate
-from fedunlearn.runs import Run, runs_folder
+from fedunlearn.apps import simulate
+from fedunlearn.runs.run import Run, runs_folder
 
 APP = Path(__file__).parent.parent / "simulations" / "digits"
 SETTINGS = ("", "wire=bf16", "unlearn.precision=bf16", "unlearn.share=0.2")

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from benchmarks import timing
-from fedunlearn.batches import batches
-from fedunlearn.datasets import Split
-from fedunlearn.evaluate import evaluate, predict
-from fedunlearn.losses import multi_task_loss
-from fedunlearn.model import Batch, TwoHeadResNet18
-from fedunlearn.precision import PASSES, autocast
-from fedunlearn.train import LocalSGD, generator_of
+from fedunlearn.data.batches import batches
+from fedunlearn.data.datasets import Split
+from fedunlearn.nn.evaluate import evaluate, predict
+from fedunlearn.nn.losses import multi_task_loss
+from fedunlearn.nn.model import Batch, TwoHeadResNet18
+from fedunlearn.nn.precision import PASSES, autocast
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.nn.sgd import LocalSGD
 
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import timing
-from fedunlearn import simulate
+from fedunlearn.apps import simulate
+from fedunlearn.build import open_dataset
 from fedunlearn.config import compose
-from fedunlearn.runs import Run, runs_folder
-from fedunlearn.worker import open_dataset
+from fedunlearn.runs.run import Run, runs_folder
 
 HERE = Path(__file__).parent
 SCALING = HERE.parent / "simulations" / "scaling"

@@ -18,15 +18,16 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
 from benchmarks import timing
-from fedunlearn.datasets import Split
-from fedunlearn.ledger import Ledger
-from fedunlearn.runs import Run
+from fedunlearn.build import open_dataset
+from fedunlearn.data.datasets import Split
+from fedunlearn.federation.client import Worker
+from fedunlearn.runs.ledger import Ledger
+from fedunlearn.runs.run import Run
 from fedunlearn.study.command import study_folder
 from fedunlearn.study.federated.plan import Plan
 from fedunlearn.study.federated.runs import RUN
 from fedunlearn.study.federated.settings import load
-from fedunlearn.study.laboratory import Laboratory
-from fedunlearn.worker import Worker, open_dataset
+from fedunlearn.study.pooled.laboratory import Laboratory
 
 COLUMNS = (
     "request", "pipeline", "seed", "model", "round", "forgotten", "gap: server's", "others", "test: server's", "others",

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks import timing
-from fedunlearn.fisher import diagonal_fisher
-from fedunlearn.losses import multi_task_loss
-from fedunlearn.model import Batch, TwoHeadResNet18
-from fedunlearn.precision import PRECISIONS, autocast
+from fedunlearn.nn.losses import multi_task_loss
+from fedunlearn.nn.model import Batch, TwoHeadResNet18
+from fedunlearn.nn.precision import PRECISIONS, autocast
+from fedunlearn.unlearning.fisher import diagonal_fisher
 
 Fisher = dict[str, Tensor]
 

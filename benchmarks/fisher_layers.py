@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_weight
 
 from benchmarks import timing
-from fedunlearn import fisher_triton
+from fedunlearn.unlearning import fisher_triton
 
 # (channels, filters, pixels a side, kernel, stride, how many a ResNet-18 has) at width 64
 LAYERS = [

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedunlearn import client_app
+from fedunlearn.apps import client_app
+from fedunlearn.apps.registry import strategy_of
 from fedunlearn.config import Config
-from fedunlearn.ledger import Ledger
-from fedunlearn.runs import Run
-from fedunlearn.worker import Worker
-from strategies.catalogue import strategy_of
-from strategies.forgetting import Forgetting
-from strategies.local_grid import LocalGrid
+from fedunlearn.federation.client import Worker
+from fedunlearn.federation.local_grid import LocalGrid
+from fedunlearn.federation.requests import Forgetting
+from fedunlearn.runs.ledger import Ledger
+from fedunlearn.runs.run import Run
 
 
 @contextmanager

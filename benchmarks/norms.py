@@ -14,9 +14,9 @@ import torch
 from benchmarks import timing
 from benchmarks.local import federation
 from fedunlearn.config import Config
-from fedunlearn.evaluate import Counts
+from fedunlearn.federation.requests import Forgetting
+from fedunlearn.nn.evaluate import Counts
 from fedunlearn.study.federated.settings import load
-from strategies.forgetting import Forgetting
 
 VARIANTS = {
     "BatchNorm, recalibrated": ("batch", True),

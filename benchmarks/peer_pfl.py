@@ -36,9 +36,9 @@ from pfl.internal.ops.pytorch_ops import distributed, get_default_device
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 
-from fedunlearn.losses import multi_task_loss
-from fedunlearn.model import TwoHeadResNet18
-from fedunlearn.partition import partition
+from fedunlearn.data.partition import partition
+from fedunlearn.nn.losses import multi_task_loss
+from fedunlearn.nn.model import TwoHeadResNet18
 
 DEFAULTS = {"clients": 10, "rounds": 3, "width": 8, "images": 1000, "batch": 32, "image-size": 32, "threads": 1}
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from benchmarks.timing import be_a_worker, in_turns, ratio, spread, table
-from fedunlearn.batches import scale
-from fedunlearn.datasets import Dataset, Split
-from fedunlearn.losses import multi_task_loss
-from fedunlearn.model import TwoHeadResNet18
-from fedunlearn.partition import iid_partition
-from fedunlearn.precision import autocast, precision_on
-from fedunlearn.study.pool import Pool
-from fedunlearn.study.roofline import matrix_rate, training_operations
-from fedunlearn.study.training import Recipe, Training
+from fedunlearn.data.batches import scale
+from fedunlearn.data.datasets import Dataset, Split
+from fedunlearn.data.partition import iid_partition
+from fedunlearn.nn.losses import multi_task_loss
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.precision import autocast, precision_on
+from fedunlearn.study.pooled.pool import Pool
+from fedunlearn.study.pooled.roofline import matrix_rate, training_operations
+from fedunlearn.study.pooled.training import Recipe, Training
 
 
 def main() -> None:

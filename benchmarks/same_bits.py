@@ -27,11 +27,11 @@ import torch
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from fedunlearn import client_app
+from fedunlearn.apps import client_app
+from fedunlearn.apps.server_app import server_app
 from fedunlearn.errors import UserError
-from fedunlearn.server_app import server_app
+from fedunlearn.federation.local_grid import LocalGrid
 from fedunlearn.study.command import main as study
-from strategies.local_grid import LocalGrid
 
 STRATEGIES = ("subset", "ssd", "leave", "ascent", "pga", "federaser", "negate", "retrain")
 RUN = (

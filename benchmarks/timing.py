@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedunlearn import memory
+from fedunlearn import malloc as memory
 
 Work = dict[str, Callable[[], object]]
 

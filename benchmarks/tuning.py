@@ -22,10 +22,10 @@ import torch
 from benchmarks import timing
 from benchmarks.local import federation
 from fedunlearn.config import Config
-from fedunlearn.ledger import State
+from fedunlearn.federation.local_grid import LocalGrid
+from fedunlearn.federation.requests import Forgetting
+from fedunlearn.runs.ledger import State
 from fedunlearn.study.federated.settings import load
-from strategies.forgetting import Forgetting
-from strategies.local_grid import LocalGrid
 from strategies.ssd import SelectiveDampening, nearest
 
 SPLITS = {"iid": ("iid", 0.6), "Dirichlet 0.6": ("dirichlet", 0.6), "Dirichlet 0.1": ("dirichlet", 0.1)}

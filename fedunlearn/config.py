@@ -9,8 +9,10 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from pathlib import Path
 from typing import Any
 
-from fedunlearn import datasets, fisher, model, partition, precision, train
+from fedunlearn.data import datasets, partition
 from fedunlearn.errors import UserError
+from fedunlearn.nn import model, precision, schedule
+from fedunlearn.unlearning import fisher
 
 
 def number(default: float, low: float, high: float, text: str) -> Any:
@@ -74,7 +76,7 @@ class Train:
     epochs: int = number(1, 1, 1000, "local epochs a round")
     batch_size: int = number(128, 2, 10**6, "examples a step")
     lr: float = number(0.05, 0, 100, "SGD learning rate at the start")
-    schedule: str = choice("steps", train.SCHEDULES, "of the learning rate over the rounds")
+    schedule: str = choice("steps", schedule.SCHEDULES, "of the learning rate over the rounds")
     lr_end: float = number(0.0, 0, 1, "share of lr that schedule=cosine ends with, and goes on with in further rounds")
     momentum: float = number(0.9, 0, 1, "of SGD, within one client and round")
     server_momentum: float = number(0.0, 0, 0.99, "of the server, over rounds")

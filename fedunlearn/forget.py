@@ -14,12 +14,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedunlearn import checkpoint
 from fedunlearn.config import check_clients, state_home
 from fedunlearn.errors import UserError
-from fedunlearn.ledger import OPEN, Ledger, Request, State
-from fedunlearn.report import gap
-from fedunlearn.runs import HeldError, all_runs, is_live, runs_folder, stored_config
+from fedunlearn.runs import checkpoint
+from fedunlearn.runs.ledger import OPEN, Ledger, Request, State
+from fedunlearn.runs.report import gap
+from fedunlearn.runs.run import HeldError, all_runs, is_live, runs_folder, stored_config
 
 POLL_SECONDS = 0.5
 
@@ -177,8 +177,8 @@ def serve(folder: Path, options: argparse.Namespace) -> None:
 
     from flwr.simulation import run_simulation
 
-    from fedunlearn.client_app import app
-    from fedunlearn.server_app import forget_app
+    from fedunlearn.apps.client_app import app
+    from fedunlearn.apps.server_app import forget_app
 
     # run_simulation is deprecated in favour of `flwr run`, which needs an app folder and a background SuperLink
     logging.getLogger("flwr").setLevel(logging.ERROR)

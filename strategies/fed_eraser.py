@@ -11,11 +11,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedunlearn import checkpoint
-from fedunlearn.runs import Run
-from strategies import wire
-from strategies.federation import Answer
-from strategies.forgetting import Forgetting
+from fedunlearn.federation import messages as wire
+from fedunlearn.federation.nodes import Answer
+from fedunlearn.federation.requests import Forgetting
+from fedunlearn.runs import checkpoint
+from fedunlearn.runs.run import Run
 
 FOLDER = "updates"
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from strategies.forgetting import Forgetting
+from fedunlearn.federation.requests import Forgetting
 
 
 class LeaveAndContinue(Forgetting):

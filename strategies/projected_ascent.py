@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from fedunlearn.worker import model_of
+from fedunlearn.build import model_of
 from strategies.gradient_ascent import GradientAscent
 
 RANDOM = 1  # where its draws are used, beside the run's own initial weights

@@ -6,10 +6,10 @@ from typing import Any
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedunlearn import unlearn
-from fedunlearn.dampening import largest_alpha, selected_share
-from fedunlearn.evaluate import Counts
-from strategies.forgetting import Forgetting
+from fedunlearn.federation.requests import Forgetting
+from fedunlearn.nn.evaluate import Counts
+from fedunlearn.unlearning import dampening
+from fedunlearn.unlearning.dampening import largest_alpha, selected_share
 
 Tensors = dict[str, Tensor]
 BISECTED = {1.0: 4, 0.1: 3}  # values of lambda, and how many of alpha are tried with each
@@ -54,7 +54,7 @@ class SelectiveDampening(Forgetting):
     def dampen(self, leaving: list[int], full: Tensors, forget: Tensors, *, alpha: float, lambda_: float) -> None:
         """`unlearn.step` of the model, at the run's exponent; it prunes the neurons of `leaving`."""
         exponent = self.config.unlearn.exponent
-        unlearn.step(self.model, full, forget, leaving, alpha=alpha, lambda_=lambda_, exponent=exponent)
+        dampening.step(self.model, full, forget, leaving, alpha=alpha, lambda_=lambda_, exponent=exponent)
 
     def search(
         self,

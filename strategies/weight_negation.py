@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from strategies.forgetting import Forgetting
+from fedunlearn.federation.requests import Forgetting
 
 
 class WeightNegation(Forgetting):

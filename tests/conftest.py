@@ -8,9 +8,9 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedunlearn import config as configuration
-from fedunlearn.runs import Run
-from fedunlearn.server_app import server_app
-from fedunlearn.worker import Worker
+from fedunlearn.apps.server_app import server_app
+from fedunlearn.federation.client import Worker
+from fedunlearn.runs.run import Run
 from local_grid import LocalGrid
 
 DIGITS = Path(__file__).parent.parent / "simulations" / "digits" / "conf"
@@ -75,13 +75,13 @@ class Federate:
 def known(monkeypatch):
     """After two rounds no client is known better than unseen images are: `subset` would have nothing to do. Here it
     teaches."""
-    monkeypatch.setattr("strategies.subset_unlearning.is_known", lambda *found: True)
+    monkeypatch.setattr("strategies.subset.is_known", lambda *found: True)
 
 
 @pytest.fixture
 def pictures(monkeypatch):
     """None in reports: they take longer to draw than these rounds to train. The tests of the report have them."""
-    monkeypatch.setattr("fedunlearn.report._embedded", lambda figure: "data:,")
+    monkeypatch.setattr("fedunlearn.runs.report._embedded", lambda figure: "data:,")
 
 
 @pytest.fixture

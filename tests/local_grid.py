@@ -7,8 +7,9 @@ import torch
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fedunlearn.client_app import app
-from strategies import local_grid, wire
+from fedunlearn.apps.client_app import app
+from fedunlearn.federation import local_grid
+from fedunlearn.federation import messages as wire
 
 
 class LocalGrid(local_grid.LocalGrid):

@@ -2,10 +2,10 @@
 
 from torch.testing import assert_close
 
-from fedunlearn import unseen
-from fedunlearn.ledger import State
-from fedunlearn.pruning import prune_clients
-from strategies import wire
+from fedunlearn.federation import messages as wire
+from fedunlearn.runs.ledger import State
+from fedunlearn.unlearning import retrain_estimate
+from fedunlearn.unlearning.pruning import prune_clients
 
 SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.recover=1 unlearn.recalibrate=false"
 LEAVES = "forget.schedule={2:[3]}"
@@ -70,4 +70,4 @@ def foretold(federate, worker, leaving):
     said, everybody = worker.predict_test(), worker.class_mix(range(4))
     answers = {1: federate.beside("before")["answers.1"], 2: said.class_probs}
     staying = worker.class_mix(set(range(4)) - set(leaving))
-    return said._replace(class_probs=unseen.foretold(answers, said.class_labels, everybody, staying))
+    return said._replace(class_probs=retrain_estimate.foretold(answers, said.class_labels, everybody, staying))

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import torch
 
-from fedunlearn.model import TwoHeadResNet18
-from fedunlearn.study.pool import Examples, Pool
-from fedunlearn.study.training import Recipe
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.study.pooled.pool import Examples, Pool
+from fedunlearn.study.pooled.training import Recipe
 
 LOSS = {"class_weight": 1.0, "client_weight": 1.0, "disentangle_weight": 0.1}
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedunlearn.runs import Run
-from fedunlearn.train import generator_of
-from fedunlearn.worker import model_of
+from fedunlearn.apps.registry import STRATEGIES
+from fedunlearn.build import model_of
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.runs.run import Run
 from naive import SETTINGS, assert_same, before, foretold, forgotten, pruned, trained
-from strategies.catalogue import STRATEGIES
 
 
 def naive_ascent(worker, client, state, *, radius=torch.inf):
@@ -36,7 +36,7 @@ ASCENT = "unlearn.recover=0 unlearn.ascent_epochs=1 unlearn.ascent_lr=0.05"
 
 
 def test_ascent_climbs_the_leaving_clients_loss(federate, monkeypatch):
-    monkeypatch.setattr("strategies.forgetting.Forgetting.foretold_accuracy", lambda self, clients: -1.0)
+    monkeypatch.setattr("fedunlearn.federation.requests.Forgetting.foretold_accuracy", lambda self, clients: -1.0)
     worker = before(federate, ASCENT)
     state = {name: value.clone() for name, value in worker.model.state_dict().items()}
     losses = [worker.evaluate(3).mean_loss]
@@ -56,7 +56,7 @@ def test_an_ascent_ends_when_the_accuracy_is_that_of_unseen_images(federate):
 
 
 def test_projected_ascent_stays_in_its_ball_around_the_others_mean(federate, monkeypatch):
-    monkeypatch.setattr("strategies.forgetting.Forgetting.foretold_accuracy", lambda self, clients: -1.0)
+    monkeypatch.setattr("fedunlearn.federation.requests.Forgetting.foretold_accuracy", lambda self, clients: -1.0)
     monkeypatch.setattr("strategies.projected_ascent.ProjectedAscent.radius", lambda self: 0.02)
     worker = before(federate, ASCENT)
     state = {name: value.clone() for name, value in worker.model.state_dict().items()}

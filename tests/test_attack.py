@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import reference
-from fedunlearn.attack import logistic_mia
+from fedunlearn.audit.membership_inference import logistic_mia
 
 
 def probabilities(count, shift, seed):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedunlearn.batches import batches, scale, shifted
-from fedunlearn.datasets import Split
-from fedunlearn.train import generator_of
+from fedunlearn.data.batches import batches, scale, shifted
+from fedunlearn.data.datasets import Split
+from fedunlearn.nn.rng import generator_of
 
 CPU = torch.device("cpu")
 

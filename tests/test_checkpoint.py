@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from fedunlearn import checkpoint
 from fedunlearn.errors import UserError
-from fedunlearn.model import TwoHeadResNet18
-from fedunlearn.pruning import prune_clients
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.runs import checkpoint
+from fedunlearn.unlearning.pruning import prune_clients
 
 
 def test_round_trip_keeps_every_bit_and_the_pruning(tmp_path):

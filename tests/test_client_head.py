@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fedunlearn.client_head import embedding_moments, train_client_head
+from fedunlearn.nn.client_head import embedding_moments, train_client_head
 
 
 def test_moments_by_hand():

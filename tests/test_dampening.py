@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from fedunlearn.dampening import dampen, largest_alpha, selected_share
+from fedunlearn.unlearning.dampening import dampen, largest_alpha, selected_share
 
 
 def case(seed=0):

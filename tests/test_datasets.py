@@ -10,7 +10,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from fedunlearn import datasets
+from fedunlearn.data import datasets
 from fedunlearn.errors import UserError
 
 

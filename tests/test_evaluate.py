@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedunlearn.evaluate import Counts, evaluate, predict
-from fedunlearn.model import Outputs, TwoHeadResNet18
+from fedunlearn.nn.evaluate import Counts, evaluate, predict
+from fedunlearn.nn.model import Outputs, TwoHeadResNet18
 
 
 class Fixed(nn.Module):

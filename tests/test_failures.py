@@ -6,9 +6,9 @@ from flwr.app import ArrayRecord, Message
 from torch.testing import assert_close
 
 from fedunlearn.errors import UserError
-from fedunlearn.ledger import State
+from fedunlearn.federation import messages as wire
+from fedunlearn.runs.ledger import State
 from local_grid import LocalGrid, kinds
-from strategies import wire
 from test_federation import ONE_STEP
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedunlearn import checkpoint
-from fedunlearn.ledger import State
+from fedunlearn.runs import checkpoint
+from fedunlearn.runs.ledger import State
 from naive import SETTINGS, assert_same, average, forgotten, pruned, trained
 from strategies import fed_eraser
 

@@ -8,15 +8,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from fedunlearn import unlearn
-from fedunlearn.client_head import train_client_head
-from fedunlearn.fisher import diagonal_fisher
-from fedunlearn.ledger import State
-from fedunlearn.pruning import prune_clients
-from fedunlearn.train import generator_of
+from fedunlearn.federation import messages as wire
+from fedunlearn.federation.server_state import HEAD
+from fedunlearn.nn.client_head import train_client_head
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.runs.ledger import State
+from fedunlearn.unlearning import batch_norm, dampening
+from fedunlearn.unlearning.fisher import diagonal_fisher
+from fedunlearn.unlearning.pruning import prune_clients
 from local_grid import LocalGrid, equal, kinds
-from strategies import wire
-from strategies.server_model import HEAD
 
 ONE_STEP = (
     "rounds=1 model.norm=group train.batch_size=1000 train.crop_padding=0 loss.client_weight=0 "
@@ -84,9 +84,9 @@ def test_the_federated_step_is_the_pooled_one(federate, head):
     of = {c: list(worker.batches(c)) for c in range(4)}
     full = diagonal_fisher(worker.model, [b for c in range(4) for b in of[c]], head=head)
     forget = diagonal_fisher(worker.model, [*of[0], *of[2]], head=head)
-    unlearn.step(worker.model, full, forget, [0, 2], alpha=2, lambda_=0.5)
-    moments = unlearn.batch_moments(worker.model, [b for c in (1, 3) for b in worker.shuffled_images(c, 1)])
-    unlearn.recalibrate(worker.model, moments)
+    dampening.step(worker.model, full, forget, [0, 2], alpha=2, lambda_=0.5)
+    moments = batch_norm.batch_moments(worker.model, [b for c in (1, 3) for b in worker.shuffled_images(c, 1)])
+    batch_norm.recalibrate(worker.model, moments)
     assert not equal(dict(worker.model.state_dict()), before)
     assert_close(federate.state("forgets"), dict(worker.model.state_dict()), rtol=1e-4, atol=1e-5)
 
@@ -188,8 +188,8 @@ def test_a_request_for_a_client_without_examples_too_is_served_for_the_others(fe
 
 def test_a_client_of_one_example_does_not_break_batch_norm(federate, monkeypatch):
     split = [np.arange(60), np.arange(60, 119), np.array([119]), np.array([], int)]
-    monkeypatch.setattr("fedunlearn.partition.partition", lambda *args, **kwargs: split)
-    from fedunlearn.client_app import resident
+    monkeypatch.setattr("fedunlearn.data.partition.partition", lambda *args, **kwargs: split)
+    from fedunlearn.apps.client_app import resident
 
     resident.cache_clear()
     grid = federate("rounds=1 seed=5")

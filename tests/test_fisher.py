@@ -4,8 +4,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import reference
-from fedunlearn.fisher import diagonal_fisher
-from fedunlearn.model import Outputs, TwoHeadResNet18
+from fedunlearn.nn.model import Outputs, TwoHeadResNet18
+from fedunlearn.unlearning.fisher import diagonal_fisher
 
 
 def two_head(norm="batch", clients=4):
@@ -46,7 +46,7 @@ def test_does_not_depend_on_the_batch_size():
 def test_tiles_of_a_layer_change_nothing(monkeypatch):
     model = two_head()
     whole = diagonal_fisher(model, batches(11))
-    monkeypatch.setattr("fedunlearn.fisher.TILE_ELEMENTS", 100)
+    monkeypatch.setattr("fedunlearn.unlearning.fisher.TILE_ELEMENTS", 100)
     assert_close(diagonal_fisher(model, batches(11)), whole)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_weight
 
-from fedunlearn import fisher_triton
-from fedunlearn.fisher_triton import available, choose_tile, conv_squares, examples_per_program
+from fedunlearn.unlearning import fisher_triton
+from fedunlearn.unlearning.fisher_triton import available, choose_tile, conv_squares, examples_per_program
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from flwr.common.config import parse_config_args
 
-from fedunlearn import simulate
+from fedunlearn.apps import simulate
 from fedunlearn.errors import UserError
 
 APP = Path(__file__).parent.parent / "simulations" / "digits"

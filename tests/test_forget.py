@@ -9,8 +9,8 @@ import time
 from flwr.app import Context, RecordDict
 
 from fedunlearn import forget
-from fedunlearn.ledger import Ledger, State
-from fedunlearn.runs import hold
+from fedunlearn.runs.ledger import Ledger, State
+from fedunlearn.runs.run import hold
 from local_grid import LocalGrid
 
 

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from fedunlearn.ledger import Ledger, State
+from fedunlearn.runs.ledger import Ledger, State
 
 
 @pytest.fixture

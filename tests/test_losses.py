@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from fedunlearn.losses import disentanglement_loss, multi_task_loss
+from fedunlearn.nn.losses import disentanglement_loss, multi_task_loss
 
 
 def random_batch(n=40, clients=6, classes=4, seed=0):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedunlearn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadResNet18
 
 
 def parameters(model):

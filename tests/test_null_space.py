@@ -5,9 +5,9 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from fedunlearn import null_space
-from fedunlearn.model import TwoHeadResNet18
-from fedunlearn.train import teach
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.unlearning import null_space
+from fedunlearn.unlearning.distill import teach
 
 
 def images(n=6, side=16, seed=0):

@@ -2,8 +2,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedunlearn.federation.ordered_grid import OrderedGrid
 from local_grid import LocalGrid
-from strategies.ordered_grid import OrderedGrid
 
 echo = ClientApp()
 

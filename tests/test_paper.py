@@ -4,7 +4,7 @@ from math import isnan
 
 import pytest
 
-from fedunlearn.study.tables import paper
+from fedunlearn.study.pooled.tables import paper
 
 TABLES = {table["number"]: table for table in paper()}
 

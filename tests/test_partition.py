@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from fedunlearn.data.partition import class_partition, dirichlet_partition, hosted, iid_partition, partition
 from fedunlearn.errors import UserError
-from fedunlearn.partition import class_partition, dirichlet_partition, hosted, iid_partition, partition
 
 TABLE_1 = {
     "CIFAR-10": (10, 5000, [2575, 5913, 3263, 5538, 6895, 2359, 7847, 7200, 3226, 5184]),

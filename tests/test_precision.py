@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedunlearn.precision import autocast, precision_on
+from fedunlearn.nn.precision import autocast, precision_on
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedunlearn.errors import UserError
-from fedunlearn.model import TwoHeadResNet18
-from fedunlearn.pruning import prune_clients
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.unlearning.pruning import prune_clients
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import torch
 from flwr.app import Context, RecordDict
 from torch.testing import assert_close
 
-from fedunlearn import datasets
-from fedunlearn.partition import dirichlet_partition
-from fedunlearn.runs import Run, stored_config
-from fedunlearn.server_app import server_app
-from fedunlearn.worker import Worker
+from fedunlearn.apps.server_app import server_app
+from fedunlearn.data import datasets
+from fedunlearn.data.partition import dirichlet_partition
+from fedunlearn.federation.client import Worker
+from fedunlearn.runs.run import Run, stored_config
 from local_grid import LocalGrid
 
 REPOSITORY = Path(__file__).parent.parent

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from fedunlearn import report
+from fedunlearn.runs import report
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import pytest
 
 from fedunlearn import forget
 from fedunlearn.errors import UserError
-from fedunlearn.ledger import State
+from fedunlearn.federation import messages as wire
+from fedunlearn.runs.ledger import State
 from local_grid import LocalGrid, equal, kinds
-from strategies import wire
 
 SCHEDULE = "rounds=3 train.server_momentum=0.5 forget.schedule={2:[3]}"
 
@@ -116,7 +116,9 @@ def test_what_a_crash_left_beside_the_checkpoint_is_deleted_and_the_timeout_may_
     assert [file.name for file in (federate.folder() / "checkpoints").iterdir()] == ["round-00001.safetensors"]
 
 
-@pytest.mark.parametrize("where", ["fedunlearn.checkpoint.save", "fedunlearn.ledger.Ledger.commit", "os.fsync"])
+@pytest.mark.parametrize(
+    "where", ["fedunlearn.runs.checkpoint.save", "fedunlearn.runs.ledger.Ledger.commit", "os.fsync"]
+)
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_a_run_that_is_stopped_while_committing_applies_the_request_once(federate, monkeypatch, where, number):
     federate(f"{SCHEDULE} run=whole")
@@ -163,7 +165,7 @@ def test_a_finished_run_is_left_as_it_is(federate, capsys):
 
 
 def test_a_run_keeps_its_settings_its_data_and_its_holder(federate):
-    from fedunlearn.runs import hold
+    from fedunlearn.runs.run import hold
 
     federate("seed=1")
     with pytest.raises(UserError, match="run test has seed=1, not 2: use another run name"):

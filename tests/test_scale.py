@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedunlearn import scale, simulate
+from fedunlearn.apps import scale, simulate
 from fedunlearn.errors import UserError
-from fedunlearn.runs import Run
+from fedunlearn.runs.run import Run
 from test_flower import APP
 
 SCALING = APP.parent / "scaling"
@@ -108,6 +108,6 @@ def test_on_two_ray_nodes_a_study_is_measured_once(home, ray_folder, monkeypatch
 
 
 def scale_model(run):
-    from fedunlearn.worker import Worker
+    from fedunlearn.federation.client import Worker
 
     return Worker(run.config).model.parameters()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedunlearn import checkpoint
-from strategies.server_model import ServerModel
+from fedunlearn.federation.server_state import ServerModel
+from fedunlearn.runs import checkpoint
 
 SETTINGS = "rounds=2 train.client_head=local train.server_momentum=0.5 unlearn.recalibrate=false"
 LEAVES = "forget.schedule={2:[3]}"

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from fedunlearn.dampening import largest_alpha
-from fedunlearn.ledger import State
+from fedunlearn.apps.registry import STRATEGIES
+from fedunlearn.federation.ordered_grid import OrderedGrid
+from fedunlearn.runs.ledger import State
+from fedunlearn.unlearning.dampening import largest_alpha
 from local_grid import LocalGrid, kinds
 from naive import LEAVES, SETTINGS, assert_same, before
-from strategies.catalogue import STRATEGIES
-from strategies.ordered_grid import OrderedGrid
 from strategies.ssd import BISECTED, EVALUATIONS, nearest
 
 

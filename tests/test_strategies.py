@@ -6,13 +6,13 @@ from dataclasses import fields
 import pytest
 import torch
 
+from fedunlearn.apps.registry import STRATEGIES, strategy_of
 from fedunlearn.config import STRATEGIES as NAMES
 from fedunlearn.config import Unlearn
 from fedunlearn.errors import UserError
-from fedunlearn.ledger import Ledger, State
+from fedunlearn.runs.ledger import Ledger, State
 from local_grid import equal
 from naive import LEAVES, SETTINGS, assert_same, average, before, forgotten, pruned, trained
-from strategies.catalogue import STRATEGIES, strategy_of
 
 pytestmark = pytest.mark.usefixtures("known")
 

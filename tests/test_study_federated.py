@@ -10,16 +10,16 @@ from dataclasses import replace
 
 import pytest
 
-from fedunlearn import checkpoint
-from fedunlearn.runs import BESIDE
+from fedunlearn.federation.client import Worker
+from fedunlearn.runs import checkpoint
+from fedunlearn.runs.run import BESIDE
 from fedunlearn.study.command import main, study_folder
 from fedunlearn.study.federated.figures import frontier
 from fedunlearn.study.federated.plan import Plan
 from fedunlearn.study.federated.settings import load
 from fedunlearn.study.federated.tables import Results
-from fedunlearn.study.laboratory import Laboratory
-from fedunlearn.study.scores import score
-from fedunlearn.worker import Worker
+from fedunlearn.study.pooled.laboratory import Laboratory
+from fedunlearn.study.pooled.scores import score
 from strategies import fed_eraser
 
 SMALL = [

@@ -4,9 +4,9 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import study_data
-from fedunlearn.pruning import prune_clients
-from fedunlearn.study.finetuning import FineTuning, adversarial_weight
-from fedunlearn.train import generator_of
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.study.pooled.finetuning import FineTuning, adversarial_weight
+from fedunlearn.unlearning.pruning import prune_clients
 
 
 def tuning(model, pool, **options):

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 import reference
-from fedunlearn.evaluate import Counts, Predictions
-from fedunlearn.study.scores import Answers, accuracies, column_weights, deviation, score
-from fedunlearn.study.settings import Search
+from fedunlearn.nn.evaluate import Counts, Predictions
+from fedunlearn.study.pooled.scores import Answers, accuracies, column_weights, deviation, score
+from fedunlearn.study.pooled.settings import Search
 
 
 def answers(per_client=6, clients=3, client_head=True):

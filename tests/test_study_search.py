@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from fedunlearn.study.search import best, read_trials, search
+from fedunlearn.study.pooled.search import best, read_trials, search
 
 RANGES = {"alpha": (0.1, 100.0), "lambda_": (0.01, 10.0)}
 

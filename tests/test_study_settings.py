@@ -5,7 +5,7 @@ import pytest
 
 from fedunlearn.config import settings
 from fedunlearn.errors import UserError
-from fedunlearn.study.settings import PIPELINES, Settings, load
+from fedunlearn.study.pooled.settings import PIPELINES, Settings, load
 
 REPOSITORY = Path(__file__).parent.parent
 

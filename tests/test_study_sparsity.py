@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedunlearn.study.sparsity import METHODS, most_sensitive, prune_weights
+from fedunlearn.study.pooled.sparsity import METHODS, most_sensitive, prune_weights
 
 
 def named(stem, head):

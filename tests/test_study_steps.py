@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from fedunlearn.errors import UserError
-from fedunlearn.report import duration
-from fedunlearn.runs import hold
-from fedunlearn.study import steps
-from fedunlearn.study.steps import PARTIAL, Step, check_needs, time_left, work_on
+from fedunlearn.runs.report import duration
+from fedunlearn.runs.run import hold
+from fedunlearn.study.dag import steps
+from fedunlearn.study.dag.steps import PARTIAL, Step, check_needs, time_left, work_on
 
 
 def step(name, work, needs=(), settings=None):

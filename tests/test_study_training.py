@@ -4,9 +4,9 @@ from torch.testing import assert_close
 
 import reference
 import study_data
-from fedunlearn.batches import draws
-from fedunlearn.study.training import Training
-from fedunlearn.train import generator_of
+from fedunlearn.data.batches import draws
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.study.pooled.training import Training
 
 
 def test_two_steps_are_those_of_the_naive_pipeline():

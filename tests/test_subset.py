@@ -7,18 +7,19 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from fedunlearn import client_app, unseen
-from fedunlearn.evaluate import Counts
-from fedunlearn.ledger import State
-from fedunlearn.null_space import no_products
-from fedunlearn.pruning import prune_clients
-from fedunlearn.train import generator_of
-from fedunlearn.unseen import match_answers
+from fedunlearn.apps import client_app
+from fedunlearn.apps.registry import STRATEGIES
+from fedunlearn.federation import messages as wire
+from fedunlearn.nn.evaluate import Counts
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.runs.ledger import State
+from fedunlearn.unlearning import retrain_estimate
+from fedunlearn.unlearning.null_space import no_products
+from fedunlearn.unlearning.pruning import prune_clients
+from fedunlearn.unlearning.soft_labels import match_answers
 from local_grid import LocalGrid, kinds
 from naive import LEAVES, SETTINGS, asked, assert_same, average, before, foretold, forgotten, trained
-from strategies import wire
-from strategies.catalogue import STRATEGIES
-from strategies.subset_unlearning import corrected, is_known
+from strategies.subset import corrected, is_known
 
 pytestmark = pytest.mark.usefixtures("known")
 
@@ -55,7 +56,7 @@ def test_rounds_of_unseen_answers_correct_each_other(federate, monkeypatch, leav
     monkeypatch.setattr(STRATEGIES["subset"], "counts_of", lambda *asked: counts)
     # what a model says after two rounds is all alike, and last bits would decide who gets which answer
     sharp = torch.randn(40, 10, generator=torch.Generator().manual_seed(1)).softmax(1)
-    monkeypatch.setattr(unseen, "foretold", lambda *asked: sharp)
+    monkeypatch.setattr(retrain_estimate, "foretold", lambda *asked: sharp)
     state = {n: value.clone() for n, value in worker.model.state_dict().items()}
     said = foretold(federate, worker, leaving)
     predicted = {c: said.expected_accuracy(worker.class_mix([c])) for c in leaving}
@@ -81,7 +82,7 @@ def test_rounds_of_unseen_answers_correct_each_other(federate, monkeypatch, leav
 
 def test_foretold_is_from_what_was_answered_since_the_first_round(federate, monkeypatch):
     worker, asked = before(federate), []
-    monkeypatch.setattr(unseen, "foretold", lambda *given: asked.append(given) or given[0][2])
+    monkeypatch.setattr(retrain_estimate, "foretold", lambda *given: asked.append(given) or given[0][2])
     _, detail = forgotten(federate, "subset")
     ((answers, labels, everybody, staying),) = asked
     assert answers.keys() == {1, 2}
@@ -102,7 +103,7 @@ def test_whoever_was_set_aside_was_trained_on_all_the_same(federate):
     strategy, asked = STRATEGIES["subset"](run, worker), []
     strategy.federation.examples = {client: worker.examples(client) for client in range(4)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unseen, "foretold", lambda *given: asked.append(given) or given[0][2])
+        patch.setattr(retrain_estimate, "foretold", lambda *given: asked.append(given) or given[0][2])
         strategy.foretold(worker.predict_test())
     ((_, _, everybody, staying),) = asked
     assert torch.equal(everybody, worker.class_mix(range(4)))
@@ -190,7 +191,7 @@ def test_by_hand_what_was_too_high_is_aimed_lower_within_what_answers_can_do(aim
 
 
 def test_of_clients_that_leave_together_only_those_that_are_known_are_taught(federate, monkeypatch, capsys):
-    monkeypatch.setattr("strategies.subset_unlearning.is_known", lambda found, *what: found.examples == examples)
+    monkeypatch.setattr("strategies.subset.is_known", lambda found, *what: found.examples == examples)
     examples = federate.worker(SETTINGS).examples(3)
     grid = federate(f"{SETTINGS} strategy=subset forget.schedule={{2:[1,3]}}", grid=LocalGrid(4))
     assert {client for kind, client in asked(grid) if kind == "train.unlearn"} == {3}
@@ -236,7 +237,7 @@ def test_by_hand_known_is_what_is_surer_and_more_often_right_than_foretold(hits,
 
 
 def test_a_client_that_is_known_no_better_than_unseen_images_is_not_taught(federate, monkeypatch):
-    monkeypatch.setattr("strategies.subset_unlearning.is_known", lambda *found: False)
+    monkeypatch.setattr("strategies.subset.is_known", lambda *found: False)
     grid = federate(f"{SETTINGS} strategy=subset {LEAVES}", grid=LocalGrid(4))
     assert not [kind for kind, _ in kinds(grid) if kind == "train.unlearn"]
     (request,) = federate.requests()

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedunlearn.losses import multi_task_loss
-from fedunlearn.model import TwoHeadResNet18
-from fedunlearn.train import LocalSGD, generator_of, learning_rate, loss_weights
+from fedunlearn.nn.losses import multi_task_loss
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.nn.schedule import learning_rate, loss_weights
+from fedunlearn.nn.sgd import LocalSGD
 
 WEIGHTS = {"class_weight": 1.0, "client_weight": 0.5, "disentangle_weight": 0.1}
 SGD = {"momentum": 0.9, "weight_decay": 1e-3}

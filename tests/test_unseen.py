@@ -6,7 +6,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from fedunlearn.unseen import calibrated, foretold, match_answers
+from fedunlearn.unlearning.retrain_estimate import calibrated, foretold
+from fedunlearn.unlearning.soft_labels import match_answers
 
 
 def generator(seed=0):

@@ -2,8 +2,8 @@ import torch
 from flwr.app import ArrayRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedunlearn.evaluate import Counts
-from strategies import wire
+from fedunlearn.federation import messages as wire
+from fedunlearn.nn.evaluate import Counts
 
 
 def message(content):

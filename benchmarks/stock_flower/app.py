@@ -17,9 +17,9 @@ from flwr.serverapp.strategy import FedAvg
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from fedunlearn.losses import multi_task_loss
-from fedunlearn.model import TwoHeadResNet18
-from fedunlearn.partition import partition
+from fedunlearn.data.partition import partition
+from fedunlearn.nn.losses import multi_task_loss
+from fedunlearn.nn.model import TwoHeadResNet18
 
 client_app = ClientApp()
 server_app = ServerApp()

@@ -15,17 +15,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedunlearn import checkpoint, memory
+from fedunlearn import malloc as memory
 from fedunlearn.config import state_home
 from fedunlearn.errors import UserError
-from fedunlearn.precision import precision_on
-from fedunlearn.report import duration
-from fedunlearn.study import report
-from fedunlearn.study.laboratory import Laboratory
-from fedunlearn.study.plan import Plan
-from fedunlearn.study.settings import Settings, load
-from fedunlearn.study.steps import Step, check_needs, log, seconds_a_cost, work_on
-from fedunlearn.study.training import Training
+from fedunlearn.nn.precision import precision_on
+from fedunlearn.runs import checkpoint
+from fedunlearn.runs.report import duration
+from fedunlearn.study.dag.steps import Step, check_needs, log, seconds_a_cost, work_on
+from fedunlearn.study.pooled import report
+from fedunlearn.study.pooled.laboratory import Laboratory
+from fedunlearn.study.pooled.plan import Plan
+from fedunlearn.study.pooled.settings import Settings, load
+from fedunlearn.study.pooled.training import Training
 
 UNFINISHED = 3
 

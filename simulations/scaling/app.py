@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from fedunlearn import client_app as on_the_nodes
-from fedunlearn import server_app as on_the_server
+from fedunlearn.apps import client_app as on_the_nodes
+from fedunlearn.apps import server_app as on_the_server
 
 client_app = on_the_nodes.app
 server_app = on_the_server.server_app(Path(__file__).parent / "conf")

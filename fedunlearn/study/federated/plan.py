@@ -8,12 +8,12 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
+from fedunlearn.apps.registry import STRATEGIES, strategy_of
+from fedunlearn.study.dag.steps import Step
 from fedunlearn.study.federated.runs import Start, federate
 from fedunlearn.study.federated.settings import Settings, what
-from fedunlearn.study.laboratory import Laboratory
-from fedunlearn.study.settings import PIPELINES
-from fedunlearn.study.steps import Step
-from strategies.catalogue import STRATEGIES, strategy_of
+from fedunlearn.study.pooled.laboratory import Laboratory
+from fedunlearn.study.pooled.settings import PIPELINES
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import Any
 
 from jinja2 import Environment
 
-from fedunlearn.checkpoint import write_atomically
 from fedunlearn.config import settings
-from fedunlearn.report import duration
+from fedunlearn.runs.checkpoint import write_atomically
+from fedunlearn.runs.report import duration
+from fedunlearn.study.dag.steps import log
 from fedunlearn.study.federated.figures import frontier, story
 from fedunlearn.study.federated.plan import Case, Plan
 from fedunlearn.study.federated.tables import COSTS, MEASURES, Results, Row, label, number, title
-from fedunlearn.study.report import svg
-from fedunlearn.study.settings import PIPELINES
-from fedunlearn.study.steps import log
+from fedunlearn.study.pooled.report import svg
+from fedunlearn.study.pooled.settings import PIPELINES
 
 CSV = ("case", "pipeline", "strategy", "forgotten", "after", "measure", "mean", "sd", "seeds", "gold", "distance")
 

@@ -10,20 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedunlearn import checkpoint, client_app
+from fedunlearn.apps import client_app
+from fedunlearn.apps.registry import strategy_of
 from fedunlearn.errors import UserError
-from fedunlearn.evaluate import Counts
-from fedunlearn.ledger import FORGOTTEN, Ledger
-from fedunlearn.runs import BESIDE, Run
+from fedunlearn.federation.client import Worker
+from fedunlearn.federation.local_grid import LocalGrid
+from fedunlearn.federation.requests import Forgetting
+from fedunlearn.nn.evaluate import Counts
+from fedunlearn.runs import checkpoint
+from fedunlearn.runs.ledger import FORGOTTEN, Ledger
+from fedunlearn.runs.run import BESIDE, Run
+from fedunlearn.study.dag.steps import Desk, Step, log
 from fedunlearn.study.federated.settings import TRACE
-from fedunlearn.study.laboratory import Laboratory
-from fedunlearn.study.scores import Answers, Scores, score
-from fedunlearn.study.steps import Desk, Step, log
-from fedunlearn.worker import Worker
+from fedunlearn.study.pooled.laboratory import Laboratory
+from fedunlearn.study.pooled.scores import Answers, Scores, score
 from strategies import fed_eraser
-from strategies.catalogue import strategy_of
-from strategies.forgetting import Forgetting
-from strategies.local_grid import LocalGrid
 
 RUN = "run"
 

@@ -22,8 +22,8 @@ from fedunlearn.config import (
     plain,
 )
 from fedunlearn.errors import UserError
-from fedunlearn.study.settings import DATASETS, PIPELINES, check_lists, composed, several
-from fedunlearn.study.training import Recipe
+from fedunlearn.study.pooled.settings import DATASETS, PIPELINES, check_lists, composed, several
+from fedunlearn.study.pooled.training import Recipe
 
 STAGES = ("train", "gold", "forget", "report")
 STRATEGIES = tuple(name for name in config.STRATEGIES if name != "retrain")  # retraining is gold, and measured as such
@@ -115,7 +115,7 @@ def load(words: Iterable[str]) -> Settings:
     Raises:
         UserError: an unknown name, a value of the wrong type or out of range.
     """
-    return check(composed(Settings, "federated.yaml", words))
+    return check(composed(Settings, "fedunlearn.study.federated", words))
 
 
 def check(chosen: Settings) -> Settings:

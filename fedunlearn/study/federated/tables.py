@@ -8,9 +8,9 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
+from fedunlearn.study.dag.steps import Step
 from fedunlearn.study.federated.plan import Case, Plan
-from fedunlearn.study.settings import PIPELINES
-from fedunlearn.study.steps import Step
+from fedunlearn.study.pooled.settings import PIPELINES
 
 NAMES = {
     "subset": "unseen answers (ours)",

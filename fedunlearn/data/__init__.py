@@ -1,0 +1,1 @@
+"""Images: data sets, whose they are, batches."""

@@ -1,0 +1,1 @@
+"""The server, the clients, and what they say to each other."""

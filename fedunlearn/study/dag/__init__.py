@@ -1,0 +1,1 @@
+"""Steps whose results are files, made once by any number of processes."""

@@ -1,0 +1,1 @@
+"""What unlearning is made of, as functions of tensors."""
