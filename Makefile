@@ -1,18 +1,26 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer; the first of them installs everything into .venv.
+# These targets need nothing but Python 3.11 or newer; the first of them installs everything into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint lock clean
+.PHONY: demo check test lint lock clean
 
 demo: .venv/installed
-	$(BIN)/python -m fedunlearn.simulate simulations/digits run=demo-$$(date +%Y%m%d-%H%M%S) 'forget.schedule={20:[3]}'
+	$(BIN)/fedunlearn run digits run=demo-$$(date +%Y%m%d-%H%M%S) 'forget.schedule={20:[3]}'
+
+# The quick loop: no Ray, no process of its own
+check: .venv/installed lint
+	$(PYTEST) -m "not ray and not slow"
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/deptry --no-ansi .
+	$(BIN)/pyright
 
 # plain pip may pick a torch beside which torchvision cannot be imported; uv installs the pair that is pinned.
 # Compiled once here, since where Python writes no bytecode every process would compile torch's sources for itself

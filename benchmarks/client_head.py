@@ -7,18 +7,17 @@ much its loss counts; work and bytes beside those of plain federated averaging.
 import argparse
 import logging
 import statistics
-from dataclasses import replace
+from dataclasses import fields
 
 import numpy as np
 import torch
 
 from benchmarks import timing
 from benchmarks.local import federation
-from fedunlearn.config import Config
-from fedunlearn.nn.evaluate import Counts
-from fedunlearn.study.federated.settings import Settings, load
-from fedunlearn.study.pooled.laboratory import Laboratory
-from fedunlearn.study.pooled.training import Training
+from fedunlearn.runs.home import with_values
+from fedunlearn.study.federated.settings import FederatedSettings, load
+from fedunlearn.study.pooled.training import Recipe, Training
+from fedunlearn.study.pooled.workspace import Workspace
 
 VARIANTS = {  # who trains the head, and lambda_2
     "plain FedAvg, no client loss": ("local", 0.0),
@@ -57,8 +56,8 @@ def main() -> None:
             (train, test, client_id), work, size = federated(settings, seed, *VARIANTS[name])
             first = first or (work, size)
             at_test, at_train = pooled_id(path, 1, test), pooled_id(path, 0, train)
-            shares = [client_id / at_test, client_id / at_train]
-            row = [train, test, client_id, *shares, work / first[0], size / first[1]]
+            ratios = [client_id / at_test, client_id / at_train]
+            row = [train, test, client_id, *ratios, work / first[0], size / first[1]]
             print(f"seed {seed}  {name}  ", *(f"{value:.3f}" for value in row), flush=True)
             found.setdefault(name, []).append(row)
     columns = ("class, train", "class, test", "client ID", "÷ pooled's, equal test", "equal train", "work", "bytes")
@@ -66,36 +65,45 @@ def main() -> None:
     timing.table(f"{options.rounds} rounds, {len(options.seeds)} seeds", ("", *columns), rows)
 
 
-def federated(settings: Settings, seed: int, head: str, weight: float) -> tuple[list[float], float, float]:
-    """Class (train, test) and client-ID accuracy in the end, seconds of all workers and bytes of a round."""
-    config: Config = settings.config("ce", "leave", seed)
-    config = replace(config, train=replace(config.train, client_head=head))
-    config = replace(config, loss=replace(config.loss, client_weight=weight, disentangle_weight=0.0))
-    with federation(config) as (strategy, _):
-        total = sum((strategy.worker.evaluate(client) for client in strategy.active), Counts())
-        accuracies = [total.class_accuracy, strategy.accuracy_on_test(), total.client_accuracy]
-        costs = [row["train"] for row in strategy.run.metrics() if row["kind"] == "round"]
-    return accuracies, *(statistics.median(cost[name] for cost in costs) for name in ("work", "bytes"))
+def federated(settings: FederatedSettings, seed: int, head_by: str, weight: float) -> tuple[list[float], float, float]:
+    """Give class (train, test) and client-ID accuracy in the end, processor seconds and bytes of a round."""
+    values = {"train.client_head_by": head_by, "loss.client_weight": weight, "loss.disentangle_weight": 0.0}
+    with federation(with_values(settings.config("ce", "leave", seed), values)) as trained:
+        total = trained.evaluate(trained.federation.retain)
+        accuracies = [total.class_accuracy, trained.test_accuracy, total.client_accuracy]
+        costs = [row["train"] for row in trained.run.metrics() if row["kind"] == "round"]
+    work, size = (statistics.median(cost[name] for cost in costs) for name in ("work", "bytes"))
+    return accuracies, work, size
 
 
-def pooled(settings: Settings, seed: int, epochs: int) -> list[list[float]]:
-    """Class (train, test) and client-ID accuracy of pooled training with the paper's loss, every few epochs."""
-    lab = Laboratory(settings)
-    loss = {"class_weight": 1.0, "client_weight": 1.0, "disentangle_weight": 0.1}
-    recipe = replace(settings.recipe("ce"), epochs=epochs, warmup=0.0, loss=loss)
-    model = lab.new_model("ce", seed)
-    training, path = Training(model, lab.pool.train, lab.pool.train.all(), recipe, seed), []
+def pooled(settings: FederatedSettings, seed: int, epochs: int) -> list[list[float]]:
+    """Give class (train, test) and client-ID accuracy of pooled training with the paper's loss, every few epochs."""
+    workspace = Workspace(settings, precision=settings.train.precision, attacked=settings.attacked)
+    model, pool = workspace.new_model("ce", seed), workspace.pool
+    training = Training(model, pool.train, pool.train.all(), pooled_recipe(settings, epochs), seed)
+    path: list[list[float]] = []
     while training.epoch < epochs:
         training.run_epoch()
         if training.epoch % EVERY == 0:
-            answers = lab.answers(model)
-            total = answers.train.total
-            path.append([total.class_accuracy, answers.test.class_accuracy, total.client_accuracy])
+            predictions = workspace.predictions(model)
+            total = predictions.train.total
+            path.append([total.class_accuracy, predictions.test.class_accuracy, total.client_accuracy])
     return path
 
 
+def pooled_recipe(settings: FederatedSettings, epochs: int) -> Recipe:
+    """Give local training's recipe for pooled data, with the paper's loss from the first epoch on."""
+    train = settings.train.model_dump()
+    kept = {field.name: train[field.name] for field in fields(Recipe) if field.name in train}
+    loss = {"class_weight": 1.0, "client_weight": 1.0, "disentangle_weight": 0.1}
+    return Recipe(**kept | {"epochs": epochs, "warmup": 0.0, "loss": loss})
+
+
 def pooled_id(path: list[list[float]], column: int, accuracy: float) -> float:
-    """Pooled training's client-ID accuracy when its accuracy in `column` was first that; its last, if it never was."""
+    """Give pooled training's client-ID accuracy when its accuracy in `column` was first that.
+
+    Its last, if it never was.
+    """
     best = np.maximum.accumulate([row[column] for row in path])
     return float(np.interp(accuracy, best, [row[2] for row in path]))
 

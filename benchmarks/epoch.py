@@ -12,16 +12,17 @@ import torch
 from torch import nn
 
 from benchmarks import timing
+from fedunlearn.build import on_device
 from fedunlearn.data.batches import batches
 from fedunlearn.data.datasets import Split
 from fedunlearn.nn.evaluate import evaluate, predict
 from fedunlearn.nn.losses import multi_task_loss
-from fedunlearn.nn.model import Batch, TwoHeadResNet18
+from fedunlearn.nn.model import Batch, Outputs, TwoHeadResNet18
 from fedunlearn.nn.precision import PASSES, autocast
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.nn.sgd import LocalSGD
 
-SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     random = np.random.default_rng(0)
     images = random.integers(256, size=(options.images, 32, 32, 3), dtype=np.uint8)
     split = Split(images, random.integers(10, size=options.images))
-    model = TwoHeadResNet18(10, 10, width=options.width).to(device, memory_format=torch.channels_last)
+    model = on_device(TwoHeadResNet18(10, 10, width=options.width), device)
     owned = partial(batches, split, np.arange(options.images), 3, batch_size=options.batch, device=device)
     seconds = timing.in_turns(work(model, owned, options.precision, options.batch), options.repeats)
     rows, unit = [], ""
@@ -55,18 +56,16 @@ def main() -> None:
 
 
 def work(model: TwoHeadResNet18, owned: partial, precision: str, batch: int) -> timing.Work:
-    """An epoch bare and ours, one of mixed clients without and with disentanglement, an evaluation bare and ours."""
+    """Give an epoch bare and ours, two of mixed clients without and with disentanglement, evaluations bare and ours."""
     alone = list(owned())
     mixed = [(images, labels, torch.arange(len(labels), device=labels.device) % 10) for images, labels, _ in alone]
-    optimiser = torch.optim.SGD(model.parameters(), fused=True, **SGD)
+    optimiser = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     bare = partial(bare_epoch, model, optimiser, precision=precision)
-    local = LocalSGD(
-        model, momentum=SGD["momentum"], weight_decay=SGD["weight_decay"], precision=precision, batch_size=batch
-    )
+    local = LocalSGD(model, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, precision=precision, batch_size=batch)
 
     def ours() -> None:
         shuffled = owned(generator=generator_of(0), crop_padding=4, flip=True)
-        local.fit([shuffled], lr=SGD["lr"], loss={})
+        local.fit([shuffled], lr=LR, loss={})
 
     return {
         "bare epoch": partial(bare, alone),
@@ -80,20 +79,25 @@ def work(model: TwoHeadResNet18, owned: partial, precision: str, batch: int) -> 
 
 
 def bare_epoch(
-    model: nn.Module, optimiser: torch.optim.SGD, epoch: list[Batch], *, precision: str, **loss: float
+    model: nn.Module,
+    optimiser: torch.optim.SGD,
+    epoch: list[Batch],
+    *,
+    precision: str,
+    disentangle_weight: float = 0.1,
 ) -> None:
-    """Forward, backward, step."""
+    """Go forward and backward, and make a step, for each batch."""
     model.train()
     for images, labels, clients in epoch:
         with autocast(images.device, precision):
-            outputs = model(images)
+            outputs: Outputs = model(images)
         optimiser.zero_grad()
-        multi_task_loss(*outputs, labels, clients, **loss).backward()
+        multi_task_loss(*outputs, labels, clients, disentangle_weight=disentangle_weight).backward()
         optimiser.step()
 
 
 def predictions(model: nn.Module, epoch: Iterable[Batch], precision: str) -> None:
-    """Every client's counts and what an attacker looks at, from one pass."""
+    """Collect every client's counts and what membership inference looks at, from one pass."""
     found = predict(model, epoch, precision=precision)
     found.counts()
     found.features()
@@ -101,7 +105,7 @@ def predictions(model: nn.Module, epoch: Iterable[Batch], precision: str) -> Non
 
 @torch.no_grad()
 def bare_evaluation(model: nn.Module, epoch: list[Batch], precision: str) -> None:
-    """Forward."""
+    """Go forward for each batch."""
     model.eval()
     for images, _, _ in epoch:
         with autocast(images.device, precision):

@@ -2,7 +2,7 @@
 
 All train the same images for one local epoch a round, in two workers of one thread, and evaluate nothing. The first
 round, which starts the workers, is not counted. pfl needs an environment of its own (`benchmarks/peer_pfl.py` says
-how): its Python is `--pfl`. Its clients have equal shares, and it does not augment.
+how): its Python is `--pfl`. Its clients have equally many images, and it does not augment.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import timing
-from fedunlearn.apps import simulate
+from benchmarks import superlink, timing
 from fedunlearn.build import open_dataset
 from fedunlearn.config import compose
-from fedunlearn.runs.run import Run, runs_folder
+from fedunlearn.runs.home import runs_folder
+from fedunlearn.runs.run import Run
 
 HERE = Path(__file__).parent
 SCALING = HERE.parent / "simulations" / "scaling"
@@ -28,29 +28,36 @@ SCALING = HERE.parent / "simulations" / "scaling"
 
 @dataclass
 class Rounds:
-    """The counted rounds: their seconds, how many clients each trained, the server's peak memory."""
+    """The counted rounds.
+
+    Attributes:
+        seconds: of each.
+        clients: that each trained.
+        mebibytes: peak memory of the server.
+        idle: seconds of each in which even the busiest worker had nothing to do.
+    """
 
     seconds: list[float]
     clients: int
     mebibytes: float
-    idle: list[float]  # seconds in which even the busiest worker had nothing to do
+    idle: list[float]
 
     @property
     def clients_per_second(self) -> float:
-        """Median."""
+        """Give the median."""
         return self.clients / statistics.median(self.seconds)
 
     def row(self, options: argparse.Namespace, stock: "Rounds | None") -> list[str]:
-        """Cells of the table."""
+        """Give the cells of the table."""
         rate = self.clients_per_second
-        shares = [i / s for i, s in zip(self.idle, self.seconds, strict=False)]
+        idle = [i / s for i, s in zip(self.idle, self.seconds, strict=False)]
         return [
             str(self.clients),
             *timing.spread(self.seconds),
             f"{rate * options.images / options.clients:,.0f}",
             f"{rate:,.2f}",
             f"{rate / stock.clients_per_second:.2f}" if stock else "",
-            f"{100 * statistics.median(shares):.1f} %" if shares else "",
+            f"{100 * statistics.median(idle):.1f} %" if idle else "",
             f"{self.mebibytes:,.0f}",
         ]
 
@@ -69,7 +76,7 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Make the parser of the command line."""
     p = argparse.ArgumentParser("python -m benchmarks.federation", description=__doc__)
     p.add_argument("--clients", type=int, default=10)
     p.add_argument("--images", type=int, default=2000)
@@ -81,15 +88,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--root", default="", help="absolute path of an archive of images; without one: random images")
     p.add_argument("--nodes", type=int, nargs="*", default=[10, 2], help="virtual nodes of ours, one row each")
     p.add_argument("--precisions", nargs="*", default=["fp32", "bf16"], help="of ours")
-    p.add_argument("--stock-clients", type=int, help="clients of the stock run (default: all; each keeps its share)")
+    p.add_argument(
+        "--stock-clients", type=int, help="clients of the stock run (default: all; each keeps as many images)"
+    )
     p.add_argument("--no-stock", action="store_true")
-    p.add_argument("--gpus", type=float, default=0.0, help="GPU share of a worker")
+    p.add_argument("--gpus", type=float, default=0.0, help="GPU fraction of a worker")
     p.add_argument("--pfl", default="", help="the Python that has pfl")
     return p
 
 
 def candidates(options: argparse.Namespace, home: Path) -> dict[str, Callable[[], Rounds]]:
-    """What is to be run, by the name of its row."""
+    """Give what is to be run, by the name of its row."""
     found: dict[str, Callable[[], Rounds]] = {}
     if not options.no_stock:
         found["stock Flower, fp32"] = lambda: stock_flower(options, home)
@@ -102,7 +111,7 @@ def candidates(options: argparse.Namespace, home: Path) -> dict[str, Callable[[]
 
 
 def overrides(options: argparse.Namespace, clients: int) -> str:
-    """The settings of ours, which also say which images all train."""
+    """Give the settings of ours, which also say which images all train."""
     images = options.images * clients // options.clients
     source = f"data.name=folder data.root={options.root}" if options.root else "data.name=random"
     return (
@@ -113,7 +122,7 @@ def overrides(options: argparse.Namespace, clients: int) -> str:
 
 
 def ours(options: argparse.Namespace, home: Path, precision: str, nodes: int) -> Rounds:
-    """A run of `simulations/scaling`; its last round, which evaluates, is not counted either."""
+    """Run `simulations/scaling`; its last round, which evaluates, is not counted either."""
     name = f"{precision}-{nodes}"
     words = f"{overrides(options, options.clients)} run={name} train.precision={precision}"
     simulated(SCALING, f"overrides={json.dumps(words)}", nodes, options.gpus)
@@ -124,12 +133,12 @@ def ours(options: argparse.Namespace, home: Path, precision: str, nodes: int) ->
 
 
 def stock_flower(options: argparse.Namespace, home: Path) -> Rounds:
-    """A run of `benchmarks/stock_flower` on the same decoded images."""
+    """Run `benchmarks/stock_flower` on the same decoded images."""
     clients = options.stock_clients or options.clients
     dataset = open_dataset(compose(SCALING / "conf", overrides(options, clients)))
-    result, store = home / "stock.json", Path(dataset.train.images.filename).parent
+    result = home / "stock.json"
     settings = {"rounds": options.rounds, "clients": clients, "width": options.width, "batch": options.batch}
-    words = [f'{name}="{value}"' for name, value in {"store": store, "result": result}.items()]
+    words = [f'{name}="{value}"' for name, value in {"store": dataset.store, "result": result}.items()]
     words += [f'partition="{options.partition}"', *(f"{name}={value}" for name, value in settings.items())]
     simulated(HERE / "stock_flower", " ".join(words), clients, options.gpus)
     found = json.loads(result.read_text())
@@ -141,16 +150,16 @@ def simulated(app: Path, run_config: str, nodes: int, gpus: float) -> None:
     federation = (
         f"num-supernodes={nodes} init-args-num-cpus=2 client-resources-num-cpus=1 client-resources-num-gpus={gpus}"
     )
-    with tempfile.TemporaryDirectory() as flower_home, simulate.superlink(Path(flower_home)) as environment:
-        simulate.run_app(app, run_config, federation, environment=environment)
+    with tempfile.TemporaryDirectory() as flower_home, superlink.superlink(Path(flower_home)) as environment:
+        if superlink.run_app(app, run_config, federation, environment=environment):
+            sys.exit(f"the run of {app.name} failed (see above)")
 
 
 def pfl(options: argparse.Namespace, home: Path) -> Rounds:
-    """`benchmarks/peer_pfl.py` in its own environment."""
+    """Run `benchmarks/peer_pfl.py` in its own environment."""
     dataset = open_dataset(compose(SCALING / "conf", overrides(options, options.clients)))
-    store = Path(dataset.train.images.filename).parent
     command = [str(Path(options.pfl).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "peer_pfl.py"), "--data", str(store), "--image-size", str(options.image_size)]
+    command += [str(HERE / "peer_pfl.py"), "--data", str(dataset.store), "--image-size", str(options.image_size)]
     for name in ("clients", "rounds", "width", "images", "batch"):
         command += [f"--{name}", str(getattr(options, name))]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}

@@ -1,14 +1,14 @@
-"""What a federated study's models at its end say, image by image: compared with gold's answers, and on other images.
+"""What a federated study's last models predict, image by image: `python -m benchmarks.final_models SETTINGS`.
 
-`python -m benchmarks.final_models SETTINGS`, the settings being those of a study that is done. Two models of equal
-accuracy may err on other images: here every strategy's answers are compared with those of gold, and gold's with those
-of gold models of the other seeds, on the forgotten clients' images and on test images. And since `subset` teaches
-answers to the server's unseen images, on which the study measures test accuracy and memory gap, both are measured on
-the test images beyond `data.test_limit` too.
+The settings are those of a study that is done. Two models of equal accuracy may err on other images. So every
+strategy's predictions are compared with those of the retrained model, and the retrained model's with those of retrained
+models of the other seeds, on the forgotten clients' images and on test images. `subset` relabels with predictions on
+the server's held-out images, which are test images, and on these the study measures test accuracy and memorisation gap.
+So both are measured on the test images beyond `data.test_limit` too, which nobody has used.
 """
 
 import argparse
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,25 +19,35 @@ from torch import Tensor
 
 from benchmarks import timing
 from fedunlearn.build import open_dataset
+from fedunlearn.config import Config
 from fedunlearn.data.datasets import Split
-from fedunlearn.federation.client import Worker
+from fedunlearn.nn.evaluate import predict
+from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.run import Run
-from fedunlearn.study.command import study_folder
-from fedunlearn.study.federated.plan import Plan
+from fedunlearn.study.dag.command import study_folder
 from fedunlearn.study.federated.runs import RUN
-from fedunlearn.study.federated.settings import load
-from fedunlearn.study.pooled.laboratory import Laboratory
+from fedunlearn.study.federated.study import FederatedStudy
+from fedunlearn.study.pooled.pool import NOBODY, Examples
+from fedunlearn.study.pooled.workspace import Workspace
 
+RETRAINED = "retrained"
 COLUMNS = (
-    "request", "pipeline", "seed", "model", "round", "forgotten", "gap: server's", "others", "test: server's", "others",
-    "same answer as gold: forgotten", "test", "divergence: forgotten", "test",
+    "request", "pipeline", "seed", "model", "round", "forgotten", "gap: server's", "unused", "test: server's", "unused",
+    "agreement: forgotten", "test", "divergence: forgotten", "test",
 )  # fmt: skip
 
 
-class Said(NamedTuple):
-    """What a model says: probabilities of classes, [N, K], of the forgotten clients' images and of all test images;
-    after how many rounds; and its accuracies."""
+class Final(NamedTuple):
+    """What a run's last model predicts.
+
+    Attributes:
+        forgotten: class probabilities of the forgotten clients' images, [N, K].
+        test: of all test images, [T, K].
+        round: rounds that are in the model.
+        accuracies: on the forgotten clients' images; memorisation gaps against the server's held-out images and the
+            unused test images; accuracies on these two.
+    """
 
     forgotten: Tensor
     test: Tensor
@@ -49,70 +59,83 @@ def main() -> None:
     """Print a row for every model."""
     p = argparse.ArgumentParser("python -m benchmarks.final_models", description=__doc__)
     p.add_argument("settings", nargs="+")
-    settings = load(p.parse_args().settings)
+    study = FederatedStudy(p.parse_args().settings)
+    settings, plan, root = study.settings, study.plan, study_folder(study)  # type: ignore[arg-type]
     if not settings.data.test_limit:
-        p.error("data.test_limit=0: the server has all test images, and there are no others")
+        p.error("data.test_limit=0: the server has all test images, and none is unused")
     torch.set_num_threads(settings.train.threads)
-    plan, root, rows = Plan(settings, Laboratory(settings)), study_folder(settings), []
+    rows: list[list[str]] = []
     for case in plan.cases():
-        left, found = case.left(case.last), {}
+        forgotten = case.forgotten(case.last)
+        found: dict[tuple[str, int, str], Final] = {}
         for pipeline, seed in plan.each():
-            worker = Worker(settings.config(pipeline, "leave", seed))
-            everything = replace(worker.config, data=replace(settings.data, test_limit=0))
-            others = beyond(open_dataset(everything).test, settings.data.test_limit)
-            steps = {"gold": plan.gold(pipeline, left, seed)}
-            steps |= {name: plan.forget(name, pipeline, case, seed) for name in settings.study.strategies}
-            for name, step in steps.items():
-                if step.is_done(root):
-                    found[pipeline, seed, name] = said(worker, step.folder(root) / RUN, left, others)
+            config = settings.config(pipeline, "leave", seed)
+            everything = settings.data.model_copy(update={"test_limit": 0})
+            test = open_dataset(config.model_copy(update={"data": everything})).test
+            unused = beyond(test, settings.data.test_limit)
+            tasks = {RETRAINED: plan.retrained(pipeline, forgotten, seed)}
+            tasks |= {name: plan.forget(name, pipeline, case, seed) for name in settings.study.strategies}
+            for name, task in tasks.items():
+                if task.is_done(root):
+                    model = study.workspace.new_model(pipeline, seed)
+                    round_ = load(model, task.folder(root) / RUN, config)
+                    found[pipeline, seed, name] = final(study.workspace, model, round_, forgotten, unused)
         for (pipeline, seed, name), ours in found.items():
-            of_seed = {s: gold for (p, s, n), gold in found.items() if (p, n) == (pipeline, "gold")}
-            golds = [gold for s, gold in of_seed.items() if (s != seed if name == "gold" else s == seed)]
-            distances = np.mean([apart(ours, gold) for gold in golds] or [[np.nan] * 4], axis=0)
+            of_seed = {s: one for (p, s, n), one in found.items() if (p, n) == (pipeline, RETRAINED)}
+            others = [one for s, one in of_seed.items() if (s != seed if name == RETRAINED else s == seed)]
+            distances = np.mean([apart(ours, one) for one in others] or [[np.nan] * 4], axis=0)
             numbers = [f"{value:.3f}".replace("nan", "–") for value in (*ours.accuracies, *distances)]
             rows.append([case.name, pipeline, str(seed), name, str(ours.round), *numbers])
-    timing.table(f"models at the end of {root.name}", COLUMNS, rows)
+    title = f"last models of {root.name}; agreement with the retrained model and divergence from it"
+    timing.table(title, COLUMNS, rows, width=170)
 
 
-def said(worker: Worker, run: Path, left: tuple[int, ...], others: Split) -> Said:
-    """By the model that a run ends with."""
-    ledger = Ledger(run / "ledger.sqlite")
+def load(model: TwoHeadResNet18, folder: Path, config: Config) -> int:
+    """Load the model that a run ends with; returns after how many rounds."""
+    ledger = Ledger(folder / "ledger.sqlite")
     try:
-        round_, _ = Run(run, worker.config, ledger).restore(worker.model)
+        return Run(folder, config, ledger).restore(model, beside=None)[0]
     finally:
         ledger.close()
-    train = worker.dataset.train
-    theirs = np.concatenate([worker.slices[client] for client in left])
-    forgotten = worker.predict(Split(train.images[theirs], train.labels[theirs]))
-    found = [worker.predict_test(), worker.predict(others)]
-    accuracy, mix = forgotten.total.class_accuracy, worker.class_mix(left)
-    gaps = [accuracy - unseen.expected_accuracy(mix) for unseen in found]
-    tests = [unseen.total.class_accuracy for unseen in found]
-    probs = torch.cat([unseen.class_probs for unseen in found])
-    return Said(forgotten.class_probs, probs, round_, [accuracy, *gaps, *tests])
+
+
+def final(workspace: Workspace, model: TwoHeadResNet18, round_: int, forgotten: Sequence[int], unused: Split) -> Final:
+    """Predict with a run's last model."""
+    pool, precision = workspace.pool, workspace.precision
+    theirs = pool.predict(model, pool.of_clients(forgotten), precision)
+    nobody = np.full(len(unused.labels), NOBODY)
+    both = [pool.test, Examples.of(unused, nobody, workspace.device)]
+    found = [predict(model, examples.batches(examples.all()), precision=precision) for examples in both]
+    counts = torch.stack([workspace.class_counts(client) for client in forgotten]).sum(0)
+    accuracy = theirs.total.class_accuracy
+    gaps = [accuracy - predictions.expected_accuracy(counts) for predictions in found]
+    tests = [predictions.total.class_accuracy for predictions in found]
+    probs = torch.cat([predictions.class_probs for predictions in found])
+    return Final(theirs.class_probs, probs, round_, [accuracy, *gaps, *tests])
 
 
 def beyond(split: Split, limit: int) -> Split:
-    """All images but those that `datasets.first_per_class` keeps."""
+    """Give all images but those that `datasets.first_per_class` keeps."""
     classes = np.unique(split.labels)
     rest = np.sort(np.concatenate([np.flatnonzero(split.labels == k)[limit // len(classes) :] for k in classes]))
     return Split(split.images[rest], split.labels[rest])
 
 
-def apart(ours: Said, gold: Said) -> list[float]:
-    """How often a model's answer is gold's, and their mean divergence; of the forgotten and of the test images each."""
-    pairs = ((ours.forgotten, gold.forgotten), (ours.test, gold.test))
+def apart(ours: Final, retrained: Final) -> list[float]:
+    """Compare with a retrained model: agreement, then divergence, each of the forgotten and of the test images."""
+    pairs = ((ours.forgotten, retrained.forgotten), (ours.test, retrained.test))
     return [measure(p, q) for measure in (agreement, divergence) for p, q in pairs]
 
 
 def agreement(p: Tensor, q: Tensor) -> float:
-    """The share of images of which two models find the same class likeliest."""
+    """Give the fraction of images of which two models find the same class likeliest."""
     return (p.argmax(1) == q.argmax(1)).double().mean().item()
 
 
 def divergence(p: Tensor, q: Tensor) -> float:
-    """Mean over images of the Jensen-Shannon divergence of what two models say, in bits: 0 to 1."""
-    return float(np.square(jensenshannon(p.double(), q.double(), base=2, axis=1)).mean())
+    """Give the mean over images of the Jensen-Shannon divergence of two models' predictions, in bits: 0 to 1."""
+    distances = jensenshannon(p.double().numpy(), q.double().numpy(), base=2, axis=1)  # type: ignore[call-overload]
+    return float(np.square(distances).mean())
 
 
 if __name__ == "__main__":

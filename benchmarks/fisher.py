@@ -5,7 +5,7 @@ BackPACK is left out where it is not installed (`uv pip install backpack-for-pyt
 
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks import timing
+from fedunlearn.build import on_device
 from fedunlearn.nn.losses import multi_task_loss
-from fedunlearn.nn.model import Batch, TwoHeadResNet18
+from fedunlearn.nn.model import Batch, Outputs, TwoHeadResNet18
 from fedunlearn.nn.precision import PRECISIONS, autocast
 from fedunlearn.unlearning.fisher import diagonal_fisher
 
 Fisher = dict[str, Tensor]
+Work = Mapping[str, Callable[[TwoHeadResNet18, Batch], object]]
 
 
 def main() -> None:
@@ -38,11 +40,11 @@ def main() -> None:
     if options.as_worker:
         timing.be_a_worker()
     torch.set_num_threads(options.threads)
-    functions = ours() | ({} if options.no_peers else peers(options.peer_batch))
+    functions = {**ours(), **({} if options.no_peers else peers(options.peer_batch))}
     model, batch = problem(options.width, options.batch, options.device)
     seconds = timing.in_turns({name: partial(f, model, batch) for name, f in functions.items()}, options.repeats)
     wanted = {name for name in functions if "Fisher" in name and "bf16" not in name}
-    errors = errors_of({name: functions[name] for name in wanted}, model, [part[:8] for part in batch])
+    errors = errors_of({name: functions[name] for name in wanted}, model, first(8, batch))
     rows = []
     for name, function in functions.items():
         unit = seconds[f"training step, {'bf16' if 'bf16' in name else 'fp32'}"]
@@ -53,15 +55,15 @@ def main() -> None:
     timing.table(f"width {options.width}, batch {options.batch}, {options.repeats} turns", columns, rows)
 
 
-def ours() -> dict[str, Callable[[nn.Module, Batch], object]]:
-    """Training steps and our Fisher, in both precisions."""
+def ours() -> Work:
+    """Give training steps and our Fisher, in both precisions."""
     steps = {f"training step, {p}": partial(training_step, precision=p) for p in PRECISIONS}
     fishers = {f"Fisher, {p}": partial(our_fisher, precision=p) for p in PRECISIONS}
-    return steps | fishers
+    return {**steps, **fishers}
 
 
-def peers(size: int) -> dict[str, Callable[[nn.Module, Batch], Fisher]]:
-    """Other ways to the same numbers."""
+def peers(size: int) -> Work:
+    """Give other ways to the same numbers."""
     found: dict[str, Callable] = {
         "Fisher, loop over examples": loop,
         "Fisher, torch.func": partial(torch_func, size=size),
@@ -71,10 +73,10 @@ def peers(size: int) -> dict[str, Callable[[nn.Module, Batch], Fisher]]:
     return found
 
 
-def problem(width: int, batch: int, device: str) -> tuple[nn.Module, Batch]:
-    """A model with running statistics other than 0 and 1, and random images."""
+def problem(width: int, batch: int, device: str) -> tuple[TwoHeadResNet18, Batch]:
+    """Make a model with running statistics other than 0 and 1, and random images."""
     torch.manual_seed(0)
-    model = TwoHeadResNet18(10, 10, width=width).to(device, memory_format=torch.channels_last)
+    model = on_device(TwoHeadResNet18(10, 10, width=width), torch.device(device))
     images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         model(images)
@@ -82,23 +84,29 @@ def problem(width: int, batch: int, device: str) -> tuple[nn.Module, Batch]:
     return model.eval(), (images, labels, labels)
 
 
+def first(count: int, batch: Batch) -> Batch:
+    """Give the first examples of a batch."""
+    images, labels, clients = batch
+    return images[:count], labels[:count], clients[:count]
+
+
 def training_step(model: nn.Module, batch: Batch, *, precision: str) -> None:
-    """Forward and backward of the whole objective, in training mode."""
+    """Go forward and backward with the whole objective, in training mode."""
     images, labels, clients = batch
     model.train().zero_grad()
     with autocast(images.device, precision):
-        outputs = model(images)
+        outputs: Outputs = model(images)
     multi_task_loss(*outputs, labels, clients).backward()
     model.eval()
 
 
 def our_fisher(model: nn.Module, batch: Batch, *, precision: str = "fp32") -> Fisher:
-    """`fedunlearn.fisher`."""
+    """Call `unlearning.fisher.diagonal_fisher`."""
     return diagonal_fisher(model, [batch], precision=precision)
 
 
 def loop(model: nn.Module, batch: Batch) -> Fisher:
-    """One backward pass an example."""
+    """Make one backward pass an example."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     sums = [torch.zeros_like(p) for p in parameters]
     for image, label in zip(batch[0].split(1), batch[1].split(1), strict=True):
@@ -111,7 +119,7 @@ def loop(model: nn.Module, batch: Batch) -> Fisher:
 
 
 def torch_func(model: nn.Module, batch: Batch, *, size: int) -> Fisher:
-    """`vmap(grad)` over chunks of examples."""
+    """Call `vmap(grad)` on chunks of examples."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
 
@@ -128,10 +136,10 @@ def torch_func(model: nn.Module, batch: Batch, *, size: int) -> Fisher:
 
 
 def backpack(model: TwoHeadResNet18, batch: Batch, *, size: int) -> Fisher:
-    """BackPACK's first-order extension; it cannot pass by a head that the loss does not reach, which is taken off."""
-    from backpack import backpack as extensions
-    from backpack import extend
-    from backpack.extensions import SumGradSquared
+    """Use BackPACK's first-order extension, without the client head: it cannot pass by what the loss does not reach."""
+    from backpack import backpack as extensions  # type: ignore[import-not-found]
+    from backpack import extend  # type: ignore[import-not-found]
+    from backpack.extensions import SumGradSquared  # type: ignore[import-not-found]
 
     images, labels, _ = batch
     sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -143,28 +151,28 @@ def backpack(model: TwoHeadResNet18, batch: Batch, *, size: int) -> Fisher:
         with extensions(SumGradSquared()), warnings.catch_warnings(action="ignore"):
             criterion(extended(x)[0], y).backward()
         for name, parameter in one_head.named_parameters():
-            sums[name] += parameter.sum_grad_squared
+            sums[name] += parameter.sum_grad_squared  # type: ignore[attr-defined]
     return {name: total / len(images) for name, total in sums.items()}
 
 
-def errors_of(functions: dict[str, Callable], model: nn.Module, batch: Batch) -> dict[str, str]:
-    """||F - reference|| / ||reference|| over all weights, the reference being the loop in fp64."""
-    reference = flat(loop(model.double(), (batch[0].double(), *batch[1:])))
+def errors_of(functions: Mapping[str, Callable], model: TwoHeadResNet18, batch: Batch) -> dict[str, str]:
+    """Give ||F - reference|| / ||reference|| over all weights, the reference being the loop in fp64."""
+    reference = flat(loop(model.double(), (batch[0].double(), batch[1], batch[2])))
     model.float()
     found = {name: flat(function(model, batch)) for name, function in functions.items()}
     return {name: f"{float((f - reference).norm() / reference.norm()):.1e}" for name, f in found.items()}
 
 
 def flat(fisher: Fisher) -> Tensor:
-    """All entries, fp64."""
+    """Give all entries, fp64."""
     return torch.cat([value.double().flatten() for value in fisher.values()])
 
 
 def memory_work(function: Callable, options: argparse.Namespace) -> Callable[[], object]:
-    """What `timing.peak_mebibytes` runs, after two examples that bring in code and scratch space."""
+    """Prepare what `timing.peak_mebibytes` runs, with two examples that bring in code and scratch space."""
     torch.set_num_threads(options.threads)
     model, batch = problem(options.width, options.batch, options.device)
-    function(model, [part[:2] for part in batch])
+    function(model, first(2, batch))
     return partial(function, model, batch)
 
 

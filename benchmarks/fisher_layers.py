@@ -7,6 +7,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -58,28 +59,29 @@ def main() -> None:
 
 
 def tensors(layer: tuple[int, ...], batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Random activation, gradient of the output, and a weight of the layer's shape."""
+    """Make a random activation, gradient of the output, and weight of the layer's shape."""
     channels, filters, size, kernel, stride, _ = layer
     activation = torch.randn(batch, channels, size, size, device="cuda", dtype=dtype)
     weight = torch.empty(filters, channels, kernel, kernel, device="cuda", dtype=dtype)
     delta = torch.randn_like(conv2d(activation, weight, None, stride, kernel // 2))
-    channels_last = (x.contiguous(memory_format=torch.channels_last) for x in (activation, delta))
-    return *channels_last, weight
+    activation, delta = (x.contiguous(memory_format=torch.channels_last) for x in (activation, delta))
+    return activation, delta, weight
 
 
 def error(layer: tuple[int, ...], dtype: torch.dtype) -> float:
-    """||S - reference|| / ||reference||, the reference in fp64."""
+    """Give ||S - reference|| / ||reference||, the reference in fp64."""
     _, _, _, kernel, stride, _ = layer
     activation, delta, weight = tensors(layer, 9, dtype)
     pairs = zip(activation.double().split(1), delta.double().split(1), strict=True)
-    expected = sum(conv2d_weight(a, weight.shape, d, stride, kernel // 2).square() for a, d in pairs)
-    geometry = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2)}
-    found = fisher_triton.conv_squares(activation, delta, kernel_size=(kernel, kernel), **geometry)
+    squares = [conv2d_weight(a, weight.shape, d, stride, kernel // 2).square() for a, d in pairs]
+    expected = torch.stack(squares).sum(0)
+    sides, padding = (kernel, kernel), (kernel // 2, kernel // 2)
+    found = fisher_triton.conv_squares(activation, delta, kernel_size=sides, stride=(stride, stride), padding=padding)
     return float((found.double() - expected).norm() / expected.norm())
 
 
 def best_tiles(squares: Callable[[], Tensor], layer: tuple[int, ...], delta: Tensor) -> Iterator[str]:
-    """The four fastest tiles, or how many could not be compiled."""
+    """Find the four fastest tiles, and how many could not be compiled."""
     channels, filters, _, kernel, _, _ = layer
     rule, results, failed = fisher_triton.choose_tile, [], 0
     choices = itertools.product((64, 128), (64, 128), (16, 32, 64), (4, 8), (3, 4, 5))
@@ -100,10 +102,10 @@ def best_tiles(squares: Callable[[], Tensor], layer: tuple[int, ...], delta: Ten
 
 
 def milliseconds(function: Callable[[], Tensor]) -> float:
-    """Median by events on the GPU."""
+    """Time the function: the median by events on the GPU."""
     from triton.testing import do_bench
 
-    return do_bench(function, warmup=10, rep=40, return_mode="median")
+    return cast(float, do_bench(function, warmup=10, rep=40, return_mode="median"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """BatchNorm, with and without recalibration, beside GroupNorm, stage by stage: `python -m benchmarks.norms`.
 
-Three clients are forgotten one after the other from a base of all, without training in between, on handwritten digits;
-gold of each stage is trained from scratch without them. Accuracies of the last one forgotten, of the others and on the
-test images when the model is served.
+Three clients are forgotten one after the other from a base of all, without training in between, on handwritten digits.
+The retrained model of each stage is trained from scratch without them. Printed are class accuracies of the model right
+after a request: on the client that was forgotten last, on the retain clients and on the test images.
 """
 
 import argparse
@@ -12,10 +12,9 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import timing
-from benchmarks.local import federation
+from benchmarks.local import Trained, federation
 from fedunlearn.config import Config
-from fedunlearn.federation.requests import Forgetting
-from fedunlearn.nn.evaluate import Counts
+from fedunlearn.runs.home import with_values
 from fedunlearn.study.federated.settings import load
 
 VARIANTS = {
@@ -24,11 +23,12 @@ VARIANTS = {
     "GroupNorm": ("group", False),
 }
 ORDER = (0, 1, 2)
-Row = tuple[float, float, float]  # the client that left last, the others, test
+RETRAINED = "retrained"
+Row = tuple[float, float, float]  # the client that was forgotten last, the retain clients, test
 
 
 def main() -> None:
-    """Print one table: means over seeds, gold beside."""
+    """Print one table: means over seeds, the retrained model beside."""
     p = argparse.ArgumentParser("python -m benchmarks.norms", description=__doc__)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--strategies", nargs="*", default=["subset", "ssd"])
@@ -36,41 +36,43 @@ def main() -> None:
     options = p.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    settings = load(options.settings)
     found: dict[tuple[str, str, int], list[Row]] = {}
     for seed in range(options.seeds):
         for name, (norm, again) in VARIANTS.items():
-            words = [*options.settings, f"model.norm={norm}", f"unlearn.recalibrate={str(again).lower()}"]
-            for strategy in [*options.strategies, "gold"]:
-                config = load(words).config("ce_dl", "leave" if strategy == "gold" else strategy, seed)
-                rows = golds(config) if strategy == "gold" else stages(config)
+            for strategy in [*options.strategies, RETRAINED]:
+                if strategy == RETRAINED:
+                    rows = retrained(with_values(settings.config("ce_dl", "leave", seed), {"model.norm": norm}))
+                else:
+                    values = {"model.norm": norm, "unlearn.recalibrate": again}
+                    rows = stages(with_values(settings.config("ce_dl", strategy, seed), values))
                 for stage, row in enumerate(rows, 1):
                     print(f"seed {seed}  {name}  {strategy}  stage {stage} ", *(f"{x:.3f}" for x in row), flush=True)
                     found.setdefault((name, strategy, stage), []).append(row)
-    columns = ("normalisation", "strategy", "stage", "forgotten", "others", "test")
+    columns = ("normalisation", "strategy", "stage", "forgotten", "retain clients", "test")
     table = [[*map(str, key), *map(timing.mean_spread, zip(*rows, strict=True))] for key, rows in found.items()]
     timing.table(f"{options.seeds} seeds, mean ± standard deviation", columns, table)
 
 
 def stages(config: Config) -> Iterator[Row]:
-    """After each of the requests."""
-    with federation(config) as (strategy, grid):
+    """Measure a strategy's model after each of the requests."""
+    with federation(config) as trained:
         for client in ORDER:
-            strategy.run.ledger.file([client])
-            strategy.serve_requests(grid, no_more_rounds=True)
-            yield measured(strategy, client)
+            trained.forget(client)
+            yield measured(trained, client)
 
 
-def golds(config: Config) -> Iterator[Row]:
-    """Of the models that never knew them."""
+def retrained(config: Config) -> Iterator[Row]:
+    """Measure the models that never knew the clients of each stage."""
     for stage, client in enumerate(ORDER, 1):
-        with federation(config, without=ORDER[:stage]) as (strategy, _):
-            yield measured(strategy, client)
+        with federation(config, without=ORDER[:stage]) as trained:
+            yield measured(trained, client)
 
 
-def measured(strategy: Forgetting, client: int) -> Row:
-    """Of the current model."""
-    others = sum((strategy.worker.evaluate(c) for c in strategy.active), Counts())
-    return strategy.worker.evaluate(client).class_accuracy, others.class_accuracy, strategy.accuracy_on_test()
+def measured(trained: Trained, client: int) -> Row:
+    """Measure the present model."""
+    retain = trained.evaluate(trained.federation.retain)
+    return trained.evaluate([client]).class_accuracy, retain.class_accuracy, trained.test_accuracy
 
 
 if __name__ == "__main__":

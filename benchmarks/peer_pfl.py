@@ -12,6 +12,7 @@ and local SGD are fedunlearn's, in fp32; updates are averaged by examples. pfl c
 after it trains, and always does so in round 0: here it evaluates in no round, or with --evaluate in all of them.
 """
 
+# pyright: reportMissingImports=false
 import argparse
 import dataclasses
 import json
@@ -38,7 +39,7 @@ from pfl.model.pytorch import PyTorchModel
 
 from fedunlearn.data.partition import partition
 from fedunlearn.nn.losses import multi_task_loss
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import Outputs, TwoHeadResNet18
 
 DEFAULTS = {"clients": 10, "rounds": 3, "width": 8, "images": 1000, "batch": 32, "image-size": 32, "threads": 1}
 
@@ -47,17 +48,18 @@ class PflResNet18(TwoHeadResNet18):
     """The model with the two methods that pfl calls; images are uint8 [N, H, W, channels]."""
 
     def forward(self, images):
-        """Scaled as by fedunlearn.batches.scale."""
+        """Scale as `fedunlearn.data.batches.scale` does, and compute."""
         return super().forward(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     def loss(self, images, class_ids, client_ids):
-        """The objective of one local step."""
+        """Give the objective of one local step."""
         self.train()
-        return multi_task_loss(*self(images), class_ids, client_ids)
+        outputs: Outputs = self(images)
+        return multi_task_loss(*outputs, class_ids, client_ids)
 
     @torch.no_grad()
     def metrics(self, images, class_ids, client_ids):
-        """What is evaluated."""
+        """Give what is evaluated."""
         self.eval()
         return {"hits": Weighted(int((self(images).class_logits.argmax(1) == class_ids).sum()), len(images))}
 
@@ -66,13 +68,13 @@ class WithoutEvaluation(FederatedAveraging):
     """Federated averaging that evaluates no client, not even in round 0."""
 
     def get_next_central_contexts(self, *args, **kwargs):
-        """The round's instructions, without evaluation; None after the last round."""
+        """Give the round's instructions, without evaluation; None after the last round."""
         contexts, model, metrics = super().get_next_central_contexts(*args, **kwargs)
         return contexts and tuple(dataclasses.replace(c, do_evaluation=False) for c in contexts), model, metrics
 
 
 class Seconds(TrainingProcessCallback):
-    """When training began and each round ended (pfl's StopwatchCallback rounds)."""
+    """Notes when training began and each round ended (pfl's StopwatchCallback rounds)."""
 
     def on_train_begin(self, *, model):
         """Start."""
@@ -93,15 +95,15 @@ def main() -> None:
     p.add_argument("--data", help="folder of train_images.npy and train_labels.npy; without: random images")
     p.add_argument("--evaluate", action="store_true", help="every client, before and after training, in every round")
     options = p.parse_args()
-    share = options.images // options.clients
+    each = options.images // options.clients
     if options.clients % distributed.world_size:
         p.error("--clients is no multiple of the processes: pfl would train some clients twice and some not at all")
-    if share < 1 or share % options.batch == 1:
-        p.error(f"{share} images a client: no client, and no last batch, may have fewer than two")
+    if each < 1 or each % options.batch == 1:
+        p.error(f"{each} images a client: no client, and no last batch, may have fewer than two")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     np.random.seed(0)
-    images, labels = load(options, share * options.clients)
+    images, labels = load(options, each * options.clients)
     seconds = run(options, images, labels)
     peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     peak = distributed.all_reduce([peak])[0]  # the sum over the processes
@@ -113,7 +115,7 @@ def main() -> None:
 
 
 def load(options: argparse.Namespace, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random choice of the decoded examples, or random bytes."""
+    """Choose some of the decoded examples at random, or draw random bytes."""
     rng, size = np.random.default_rng(0), options.image_size
     if options.data is None:
         return rng.integers(256, size=(count, size, size, 3), dtype=np.uint8), rng.integers(10, size=count)
@@ -123,17 +125,19 @@ def load(options: argparse.Namespace, count: int) -> tuple[np.ndarray, np.ndarra
 
 
 def run(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Seconds of each round."""
+    """Train, and give the seconds of each round."""
     slices = [torch.from_numpy(own) for own in partition("iid", labels, options.clients)]
     network = PflResNet18(int(labels.max()) + 1, options.clients, width=options.width, channels=images.shape[-1])
-    network = network.to(get_default_device(), memory_format=torch.channels_last)
+    network = network.to(get_default_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     local_sgd = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
     model = PyTorchModel(network, local_sgd, central_optimizer=torch.optim.SGD(network.parameters(), lr=1.0))
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    all_images, all_labels = torch.from_numpy(images), torch.from_numpy(labels)
 
     def shuffled(client: int) -> PyTorchTensorDataset:
         order = slices[client][torch.randperm(len(slices[client]))]
-        return PyTorchTensorDataset((images[order], labels[order], torch.full_like(order, client)), user_id=client)
+        return PyTorchTensorDataset(
+            (all_images[order], all_labels[order], torch.full_like(order, client)), user_id=client
+        )
 
     clients = FederatedDataset(shuffled, get_user_sampler("minimize_reuse", range(options.clients)))
     backend = SimulatedBackend(clients, clients, postprocessors=[WeightByDatapoints()])

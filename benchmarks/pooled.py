@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from benchmarks.timing import be_a_worker, in_turns, ratio, spread, table
+from fedunlearn.build import on_device
 from fedunlearn.data.batches import scale
-from fedunlearn.data.datasets import Dataset, Split
+from fedunlearn.data.datasets import Split
 from fedunlearn.data.partition import iid_partition
 from fedunlearn.nn.losses import multi_task_loss
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import Outputs, TwoHeadResNet18
 from fedunlearn.nn.precision import autocast, precision_on
-from fedunlearn.study.pooled.pool import Pool
+from fedunlearn.study.pooled.pool import NOBODY, Examples, Pool
 from fedunlearn.study.pooled.roofline import matrix_rate, training_operations
 from fedunlearn.study.pooled.training import Recipe, Training
 
@@ -47,38 +48,53 @@ def main() -> None:
     first, rows = next(iter(seconds.values())), []
     for name, own in seconds.items():
         speed = [options.images / s for s in own]
-        share = operations / min(own) / matrix_rate(device, "auto")
-        rows.append([name, *spread(speed, digits=0), ratio(own, first), f"{share:.1%}"])
+        fraction = operations / min(own) / matrix_rate(device, "auto")
+        rows.append([name, *spread(speed, digits=0), ratio(own, first), f"{fraction:.1%}"])
     peak = f"{precision_on(device, 'auto')}, {matrix_rate(device, 'auto') / 1e12:.2f} TFLOP/s"
     title = f"training, width {options.width}, batch {options.batch}, {peak}"
     table(title, ["", "images/s", "min", "max", "time / bare", "of the matrix rate"], rows)
 
 
 def random_pool(count: int, device: torch.device) -> Pool:
-    """Noise, shared among ten clients."""
+    """Make noise, dealt out to ten clients."""
     random = np.random.default_rng(0)
     split = Split(random.integers(0, 256, (count, 32, 32, 3), np.uint8), np.arange(count) % 10)
-    names = [str(k) for k in range(10)]
-    return Pool.of(Dataset(split, split, names, ""), iid_partition(split.labels, 10), device)
+    owner = np.full(count, NOBODY)
+    for client, owned in enumerate(iid_partition(split.labels, 10)):
+        owner[owned] = client
+    examples = Examples.of(split, owner, device)
+    return Pool(examples, examples, 10)
 
 
 def study_epoch(pool: Pool, width: int, batch: int, *, compiled: bool) -> Callable[[], None]:
-    """One epoch of `study.training`."""
+    """Give one epoch of `study.pooled.training`."""
     weights = {"class_weight": 1.0, "client_weight": 1.0, "disentangle_weight": 0.1}
-    recipe = Recipe(10**6, batch, 0.01, "constant", 0.9, 5e-4, 4, True, "auto", 0.0, weights)
+    recipe = Recipe(
+        epochs=10**6,
+        batch_size=batch,
+        lr=0.01,
+        schedule="constant",
+        momentum=0.9,
+        weight_decay=5e-4,
+        crop_padding=4,
+        flip=True,
+        precision="auto",
+        warmup=0.0,
+        loss=weights,
+    )
     model = new_model(pool, width)
     return Training(model, pool.train, pool.train.all(), recipe, 0, compiled=compiled).run_epoch
 
 
 def bare_epoch(pool: Pool, width: int, batch: int) -> Callable[[], None]:
-    """The least that trains the same model on the same images."""
+    """Give the least that trains the same model on the same images."""
     model, device = new_model(pool, width).train(), pool.train.images.device
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
 
     def epoch() -> None:
         for images, labels, clients in pool.train.batches(pool.train.all(), batch):
             with autocast(device, "auto"):
-                outputs = model(images)
+                outputs: Outputs = model(images)
             optimiser.zero_grad(set_to_none=True)
             multi_task_loss(*outputs, labels, clients).backward()
             optimiser.step()
@@ -87,9 +103,8 @@ def bare_epoch(pool: Pool, width: int, batch: int) -> Callable[[], None]:
 
 
 def new_model(pool: Pool, width: int) -> TwoHeadResNet18:
-    """With random weights, in the memory order that convolutions like."""
-    model = TwoHeadResNet18(10, 10, width=width)
-    return model.to(pool.train.images.device, memory_format=torch.channels_last)
+    """Make a model with random weights, where the images are."""
+    return on_device(TwoHeadResNet18(10, 10, width=width), pool.train.images.device)
 
 
 if __name__ == "__main__":

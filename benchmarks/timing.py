@@ -6,20 +6,20 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedunlearn import malloc as memory
+from fedunlearn import malloc
 
-Work = dict[str, Callable[[], object]]
+Work = Mapping[str, Callable[[], object]]
 
 
 def in_turns(work: Work, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call: once without counting, then `repeats` times in turns, so that all see the same machine."""
+    """Time each call: once without counting, then `repeats` times in turns, so that all see the same machine."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
         for name, function in work.items():
@@ -33,42 +33,46 @@ def in_turns(work: Work, repeats: int) -> dict[str, list[float]]:
 
 
 def spread(seconds: Sequence[float], scale: float = 1, digits: int = 2) -> list[str]:
-    """Median, minimum and maximum, each times `scale`, as words for a table."""
+    """Give median, minimum and maximum, each times `scale`, as words for a table."""
     return [f"{f(seconds) * scale:,.{digits}f}" for f in (statistics.median, min, max)]
 
 
 def ratio(seconds: Sequence[float], unit: Sequence[float]) -> str:
-    """The median of the ratios turn by turn."""
+    """Give the median of the ratios turn by turn."""
     return f"{statistics.median(a / b for a, b in zip(seconds, unit, strict=True)):.2f}"
 
 
 def peak_mebibytes(function: Callable, *arguments: object) -> float:
-    """By how much `function(*arguments)`, in a process of its own, raises the peak of resident (on a GPU: of allocated)
-    memory over what importing and its own `setup` had taken; it returns a callable that does the work.
+    """Measure by how much some work raises the peak of resident memory (on a GPU: of allocated memory).
+
+    The work is done in a process of its own. What importing and preparing it has taken does not count.
+
+    Args:
+        function: prepares the work, and returns a callable that does it.
     """
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (function, arguments))
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, width: int = 130) -> None:
     """Print rows under the machine's name; all columns but the first are numbers."""
     view = Table(title=f"{title}\n{machine()}", title_justify="left")
     for i, column in enumerate(columns):
         view.add_column(column, justify="right" if i else "left")
     for row in rows:
         view.add_row(*map(str, row))
-    Console(width=130).print(view)
+    Console(width=width).print(view)
 
 
 def be_a_worker() -> None:
-    """Start this process anew with `memory.ENVIRONMENT`, unless it has it."""
-    if not memory.ENVIRONMENT.items() <= os.environ.items():
-        os.execve(sys.executable, sys.orig_argv, os.environ | memory.ENVIRONMENT)
+    """Start this process anew with `malloc.ENVIRONMENT`, unless it has it."""
+    if not malloc.ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, os.environ | malloc.ENVIRONMENT)
 
 
 def machine() -> str:
-    """What was measured on."""
+    """Name what was measured on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -77,7 +81,7 @@ def machine() -> str:
 
 
 def mean_spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, where there are two or more."""
+    """Give mean ± standard deviation, where there are two or more."""
     text = f"{statistics.mean(values):.3f}"
     return f"{text} ± {statistics.stdev(values):.3f}" if len(values) > 1 else text
 

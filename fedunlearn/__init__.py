@@ -1,3 +1,58 @@
-"""Federated unlearning: a shared two-head model that can forget one of its clients."""
+"""Federated unlearning: ten clients train one model together, and it forgets the one that withdraws.
 
-__version__ = "0.1.0"
+The public names are loaded when they are first used, so that a look at a run does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0.dev0"
+
+if TYPE_CHECKING:
+    from fedunlearn.config import Config, Settings, compose
+    from fedunlearn.errors import NotNowError, UserError
+    from fedunlearn.federation.client import Client
+    from fedunlearn.federation.handle import Federation, ForgetSet
+    from fedunlearn.federation.strategy import Strategy
+    from fedunlearn.federation.tasks import Update, client_task
+    from fedunlearn.runs.home import open_run
+    from fedunlearn.runs.run import Run
+
+_PUBLIC = {
+    "Client": "fedunlearn.federation.client",
+    "Config": "fedunlearn.config",
+    "Federation": "fedunlearn.federation.handle",
+    "ForgetSet": "fedunlearn.federation.handle",
+    "NotNowError": "fedunlearn.errors",
+    "Run": "fedunlearn.runs.run",
+    "Settings": "fedunlearn.config",
+    "Strategy": "fedunlearn.federation.strategy",
+    "Update": "fedunlearn.federation.tasks",
+    "UserError": "fedunlearn.errors",
+    "client_task": "fedunlearn.federation.tasks",
+    "compose": "fedunlearn.config",
+    "open_run": "fedunlearn.runs.home",
+}
+
+__all__ = [
+    "Client",
+    "Config",
+    "Federation",
+    "ForgetSet",
+    "NotNowError",
+    "Run",
+    "Settings",
+    "Strategy",
+    "Update",
+    "UserError",
+    "__version__",
+    "client_task",
+    "compose",
+    "open_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'fedunlearn' has no attribute {name!r}")

@@ -1,30 +1,30 @@
-"""From settings to a data set, the clients' slices of it, and a model."""
+"""From settings to images, the clients' slices of them, a model, and the learning rate of a round."""
 
 import numpy as np
 import torch
 
-from fedunlearn import config as configuration
+from fedunlearn.config import Config, state_home
 from fedunlearn.data import datasets, partition
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.nn.rng import generator_of
+from fedunlearn.nn.schedule import learning_rate
 
 
-def open_dataset(config: configuration.Config, **options) -> datasets.Dataset:
-    """The data set of a configuration."""
+def open_dataset(config: Config) -> datasets.Dataset:
+    """Open the images of a run, downloading and decoding them on first use."""
     data = config.data
     return datasets.load(
         data.name,
-        cache=configuration.state_home(config.home) / "data",
+        cache=state_home(config.home) / "data",
         root=data.root,
         limit=data.limit,
         test_limit=data.test_limit,
         image_size=data.image_size,
-        **options,
     )
 
 
-def slices_of(config: configuration.Config, dataset: datasets.Dataset) -> list[np.ndarray]:
-    """Every client's indices into the training images."""
+def slices_of(config: Config, dataset: datasets.Dataset) -> list[np.ndarray]:
+    """Compute every client's indices into the training images."""
     split = config.partition
     labels = np.asarray(dataset.train.labels)
     return partition.partition(
@@ -32,8 +32,8 @@ def slices_of(config: configuration.Config, dataset: datasets.Dataset) -> list[n
     )
 
 
-def model_of(config: configuration.Config, dataset: datasets.Dataset, *place: int) -> TwoHeadResNet18:
-    """A new model, its weights drawn with the run's seed (and with `place`, for another one than the run's)."""
+def model_of(config: Config, dataset: datasets.Dataset, *place: int) -> TwoHeadResNet18:
+    """Make a new model, its weights drawn with the run's seed (and with `place`, for another one than the run's)."""
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_of(config.seed, *place).initial_seed())
@@ -41,7 +41,29 @@ def model_of(config: configuration.Config, dataset: datasets.Dataset, *place: in
             len(dataset.class_names),
             config.clients if model.client_head else 0,
             width=model.width,
-            head=model.head,
+            head_size=model.head_size,
             norm=model.norm,
-            channels=dataset.train.images.shape[-1],
+            channels=dataset.channels,
         )
+
+
+def on_device(model: TwoHeadResNet18, device: torch.device) -> TwoHeadResNet18:
+    """Move a model to a device, its weights in the memory order that convolutions are fastest in."""
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def progress_of(config: Config, round_: int) -> float:
+    """Say which fraction of training lies before a round (from 1); after the last round, still that of the last."""
+    rounds = config.train.schedule_rounds or config.rounds
+    return min(round_ - 1, rounds - 1) / rounds
+
+
+def learning_rate_of(config: Config, round_: int) -> float:
+    """Give the schedule's learning rate in a round (from 1); after the last round, still that of the last."""
+    train = config.train
+    return learning_rate(progress_of(config, round_), lr=train.lr, schedule=train.schedule, end=train.lr_end)
+
+
+def server_trains_client_head(config: Config) -> bool:
+    """Say whether the client head is the server's to train, from statistics of the clients' embeddings."""
+    return config.model.client_head and config.train.client_head_by == "server"

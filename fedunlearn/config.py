@@ -1,206 +1,200 @@
-"""Every setting, its type, its range and what it means; Hydra composes them, this module checks them."""
+"""Every setting of a run: its type, its range and what it means. Hydra composes them, pydantic checks them.
 
+Nothing here imports torch, so that a command that only reads a run answers at once.
+"""
+
+import difflib
 import json
-import math
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from fedunlearn.data import datasets, partition
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
 from fedunlearn.errors import UserError
-from fedunlearn.nn import model, precision, schedule
-from fedunlearn.unlearning import fisher
+
+Passes = Literal["auto", "bf16", "fp32"]
+Precision = Literal["bf16", "fp32"]
+Scale = Literal["auto", "full", "laptop"]
 
 
-def number(default: float, low: float, high: float, text: str) -> Any:
-    """A number in low..high (both included)."""
-    return field(default=default, metadata={"range": (low, high), "text": text})
+class Settings(BaseModel):
+    """Settings that are checked when made and never changed: `settings.model_copy(update={...})` gives others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def choice(default: str, options: tuple[str, ...], text: str) -> Any:
-    """One of some words."""
-    return field(default=default, metadata={"options": options, "text": text})
-
-
-def plain(default: Any, text: str) -> Any:
-    """A value that its type alone restricts."""
-    return field(default=default, metadata={"text": text})
-
-
-INF = math.inf
-SCALES = ("auto", "full", "laptop")
-TUNINGS = ("auto", "fixed")
-STRATEGIES = ("subset", "ssd", "leave", "ascent", "pga", "federaser", "negate", "retrain")
-OWN = "module:Class"  # among a setting's options: anything of that form
-
-
-@dataclass
-class Data:
+class Data(Settings):
     """Which images."""
 
-    name: str = choice(
-        "digits", datasets.NAMES, "data set; random: ten noisy patterns, to measure speed where no images are at hand"
+    name: Literal["digits", "cifar10", "cifar100", "folder", "random"] = Field(
+        default="digits",
+        description="data set; random: ten noisy patterns, to measure speed where no images are at hand",
     )
-    root: str = plain("", "for folder: absolute path of an ImageFolder tree, or of an archive of one")
-    limit: int = number(0, 0, 10**9, "training images to keep, the first of each class; 0 keeps all")
-    test_limit: int = number(0, 0, 10**9, "test images to keep; 0 keeps all")
-    image_size: int = number(32, 8, 1024, "for folder and random: pixels a side")
+    root: str = Field(
+        default="", description="for folder: absolute path of an ImageFolder tree, or of an archive of one"
+    )
+    limit: int = Field(
+        default=0, ge=0, le=10**9, description="training images to keep, the first of each class; 0 keeps all"
+    )
+    test_limit: int = Field(default=0, ge=0, le=10**9, description="test images to keep; 0 keeps all")
+    image_size: int = Field(default=32, ge=8, le=1024, description="for folder and random: pixels a side")
+    mirror: bool = Field(
+        default=True, description="whether an image that is mirrored is still one of its class (digits: no)"
+    )
 
 
-@dataclass
-class Partition:
+class Partition(Settings):
     """Who owns which image."""
 
-    kind: str = choice("dirichlet", partition.KINDS, "dirichlet a class, iid, or one class a client")
-    dirichlet_alpha: float = number(0.6, 1e-6, 1e6, "concentration of the Dirichlet split; lower is less even")
-    seed: int = number(42, 0, 2**32 - 1, "of the split")
+    kind: Literal["dirichlet", "iid", "class"] = Field(
+        default="dirichlet", description="dirichlet a class, iid, or one class a client"
+    )
+    dirichlet_alpha: float = Field(
+        default=0.6, ge=1e-6, le=1e6, description="concentration of the Dirichlet split; lower is less even"
+    )
+    seed: int = Field(default=42, ge=0, le=2**32 - 1, description="of the split")
 
 
-@dataclass
-class Model:
+class Model(Settings):
     """The network."""
 
-    width: int = number(64, 8, 512, "channels of the first stage (the paper: 64)")
-    head: str = choice("medium", model.HEADS, "size of projection and heads")
-    norm: str = choice("batch", model.NORMS, "BatchNorm or GroupNorm")
-    client_head: bool = plain(True, "false: the single-head baseline")
+    width: int = Field(default=64, ge=8, le=512, description="channels of the first stage (the paper: 64)")
+    head_size: Literal["large", "medium", "small"] = Field(default="medium", description="size of projection and heads")
+    norm: Literal["batch", "group"] = Field(default="batch", description="BatchNorm or GroupNorm")
+    client_head: bool = Field(default=True, description="false: the single-head baseline")
 
 
-@dataclass
-class Train:
+class Train(Settings):
     """Local training."""
 
-    epochs: int = number(1, 1, 1000, "local epochs a round")
-    batch_size: int = number(128, 2, 10**6, "examples a step")
-    lr: float = number(0.05, 0, 100, "SGD learning rate at the start")
-    schedule: str = choice("steps", schedule.SCHEDULES, "of the learning rate over the rounds")
-    lr_end: float = number(0.0, 0, 1, "share of lr that schedule=cosine ends with, and goes on with in further rounds")
-    momentum: float = number(0.9, 0, 1, "of SGD, within one client and round")
-    server_momentum: float = number(0.0, 0, 0.99, "of the server, over rounds")
-    weight_decay: float = number(5e-4, 0, 10, "of SGD")
-    crop_padding: int = number(4, 0, 64, "random crops after zero-padding by so many pixels")
-    flip: bool = plain(True, "random horizontal flips")
-    client_head: str = choice(
-        "server", ("server", "local"), "who trains it; server: from moments of clients' embeddings"
+    epochs: int = Field(default=1, ge=1, le=1000, description="local epochs a round")
+    batch_size: int = Field(default=128, ge=2, le=10**6, description="examples a step")
+    lr: float = Field(default=0.05, ge=0, le=100, description="SGD learning rate at the start")
+    schedule: Literal["steps", "cosine", "constant"] = Field(
+        default="steps", description="of the learning rate over the rounds"
     )
-    head_share: float = number(0.5, 1e-6, 1, "of a client's images, at random, that the moments are of")
-    head_steps: int = number(300, 1, 10**6, "of the server on the client head, after every round")
-    precision: str = choice(
-        "auto", precision.PASSES, "of forward and backward passes; auto: bf16 where the hardware has it (weights: fp32)"
+    schedule_rounds: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="rounds over which the learning rate falls; 0: all (a run given more keeps its own)",
     )
-    threads: int = number(1, 1, 1024, "CPU threads a worker; more change the last bits of the results")
+    lr_end: float = Field(
+        default=0.0, ge=0, le=1, description="fraction of lr that schedule=cosine ends with and keeps in further rounds"
+    )
+    momentum: float = Field(default=0.9, ge=0, le=1, description="of SGD, within one client and round")
+    server_momentum: float = Field(default=0.0, ge=0, le=0.99, description="of the server, over rounds")
+    weight_decay: float = Field(default=5e-4, ge=0, le=10, description="of SGD")
+    crop_padding: int = Field(default=4, ge=0, le=64, description="random crops after zero-padding by so many pixels")
+    flip: bool = Field(default=True, description="random horizontal flips")
+    client_head_by: Literal["server", "local"] = Field(
+        default="server", description="who trains the client head; server: from statistics of the clients' embeddings"
+    )
+    embedding_fraction: float = Field(
+        default=0.5,
+        ge=1e-6,
+        le=1,
+        description="of a client's images, at random, that embedding statistics are taken of",
+    )
+    client_head_steps: int = Field(
+        default=300, ge=1, le=10**6, description="of the server on the client head, after every round"
+    )
+    precision: Passes = Field(
+        default="auto",
+        description="of forward and backward passes; auto: bf16 where the hardware has it (weights stay fp32)",
+    )
+    threads: int = Field(
+        default=1, ge=1, le=1024, description="CPU threads a worker; more change the last bits of the results"
+    )
 
 
-@dataclass
-class Loss:
+class Loss(Settings):
     """Eq. 4-7 of the paper."""
 
-    class_weight: float = number(1.0, 0, INF, "lambda_1")
-    client_weight: float = number(1.0, 0, INF, "lambda_2")
-    disentangle_weight: float = number(0.1, 0, INF, "lambda_dis")
-    pull: float = number(1.0, 0, INF, "lambda_pull")
-    push: float = number(1.0, 0, INF, "lambda_push")
-    margin: float = number(1.0, 0, INF, "m")
-    within_class: bool = plain(False, "take the disentanglement loss within each class")
-    warmup: float = number(0.1, 0, 1, "share of training with the class loss alone")
+    class_weight: float = Field(default=1.0, ge=0, description="lambda_1")
+    client_weight: float = Field(default=1.0, ge=0, description="lambda_2")
+    disentangle_weight: float = Field(default=0.1, ge=0, description="lambda_dis")
+    pull: float = Field(default=1.0, ge=0, description="lambda_pull")
+    push: float = Field(default=1.0, ge=0, description="lambda_push")
+    margin: float = Field(default=1.0, ge=0, description="m")
+    within_class: bool = Field(default=False, description="take the disentanglement loss within each class")
+    warmup: float = Field(default=0.1, ge=0, le=1, description="fraction of training with the class loss alone")
 
 
-@dataclass
-class Unlearn:
-    """What a forget request does (Eq. 8-9)."""
+class Forget(Settings):
+    """Forget requests: those known in advance, and what holds for all of them."""
 
-    alpha: float = number(
-        2.0, 0, INF, "selection threshold; at N/n_f of the leaving clients and above nothing is selected (ssd, fixed)"
+    schedule: dict[int, list[int]] = Field(
+        default_factory=dict, description="round -> clients forgotten after it, as {6:[3]}"
     )
-    lambda_: float = number(1.0, 0, INF, "dampening strength; 0 zeroes what is selected (ssd, fixed)")
-    exponent: float = number(1.0, 0, 100, "power of the dampening factor (ssd)")
-    head: str = choice("class", fisher.HEADS, "whose loss the Fisher is of (ssd)")
-    estimator: str = choice("per_example", fisher.ESTIMATORS, "of the Fisher (ssd)")
-    precision: str = choice("fp32", precision.PRECISIONS, "of the Fisher's forward and backward passes (ssd)")
-    share: float = number(
-        1.0, 1e-6, 1, "of each retained client's images, at random, that the Fisher is taken of (ssd)"
-    )
-    recalibrate: bool = plain(True, "estimate BatchNorm statistics again on the retained clients (subset, ssd)")
-    recovery_rounds: int = number(
-        0, 0, 10**6, "rounds of training on the retained clients, if the run has any, until a request counts as done"
-    )
-    tune: str = choice("auto", TUNINGS, "auto: α and λ by what unseen data gets; fixed: as set (ssd)")
-    rounds: int = number(2, 1, 10**6, "of unlearning: the leaving clients teach, the others mend (subset)")
-    round_share: float = number(
-        0.3, 1e-6, 1, "of each retained client's images that mend, or give candidates statistics (subset, ssd)"
-    )
-    input_share: float = number(
-        0.05, 1e-6, 1, "of each retained client's images, at random, whose inputs to the layers are looked at (subset)"
-    )
-    ridge: float = number(
-        0.02, 1e-9, INF, "directions of layers' inputs with less than this share of the mean are free to teach (subset)"
-    )
-    forget_epochs: int = number(4, 1, 1000, "of the leaving clients in such a round (subset)")
-    flip: bool = plain(True, "match answers by mirrored versions of their images too (subset)")
-    hold: float = number(0.9, 0, 1, "share of the weights, those it moved most, that hardly move from then on (subset)")
-    lr: float = number(
-        0.06, 0, 100, "learning rate of the leaving clients, up to twice that while the schedule's has still to fall "
-        "(subset)",
-    )  # fmt: skip
-    mend_lr: float = number(
-        0.005, 0, 100, "learning rate of the others in these rounds, or the schedule's if higher (subset)"
-    )
-    recover: int = number(3, 0, 10**6, "rounds of the retained clients until it is served (ascent, pga, negate)")
-    recover_lr: float = number(0.01, 0, 100, "learning rate of these rounds (ascent, pga, negate)")
-    ascent_epochs: int = number(5, 1, 1000, "at most, of the leaving clients (ascent, pga)")
-    ascent_lr: float = number(0.05, 0, 100, "of their steps (ascent, pga)")
-    clip: float = number(1.0, 0, INF, "norm that their gradients are clipped to (ascent, pga)")
-    every: int = number(2, 1, 10**6, "rounds between stored updates (federaser)")
-    calibration: float = number(0.5, 1e-6, 1, "share of each client's images that calibrates them (federaser)")
-    attempts: int = number(3, 1, 100, "times a request is tried before it is set aside")
-
-
-@dataclass
-class Forget:
-    """Requests known in advance."""
-
-    schedule: dict[int, list[int]] = field(
-        default_factory=dict, metadata={"text": "round -> clients forgotten after it, as {6:[3]}"}
+    attempts: int = Field(default=3, ge=1, le=100, description="times a request is tried before it is set aside")
+    rounds_until_completed: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="rounds of training on the retain clients, if the run has any, until COMPLETED",
     )
 
 
-@dataclass
-class Config:
-    """Everything one run depends on."""
+class Config(Settings):
+    """Everything that one run depends on."""
 
-    run: str = plain("", "name of the run; the same name again resumes it; empty takes a new one")
-    home: str = plain("", "state folder; empty takes $FEDUNLEARN_HOME or ~/.fedunlearn")
-    strategy: str = choice("subset", (*STRATEGIES, OWN), "how a client is forgotten")
-    seed: int = number(0, 0, 2**32 - 1, "of weights, shuffling, augmentation and client sampling")
-    scale: str = choice(
-        "auto", SCALES, "size of the study, where the app has several; auto is laptop without a GPU, else full"
+    run: str = Field(default="", description="name of the run; the same name again resumes it; empty takes a new one")
+    fork: str = Field(
+        default="", description="name of a run to go on from, with its settings but for those that are named"
     )
-    clients: int = number(10, 2, 10**6, "clients")
-    rounds: int = number(200, 1, 10**6, "rounds of training")
-    fraction: float = number(1.0, 0, 1, "share of the clients that train in a round (at least one)")
-    evaluate_every: int = number(1, 1, 10**6, "rounds between evaluations (always after the last and around a request)")
-    wire: str = choice(
-        "fp32", precision.PRECISIONS, "of the tensors in messages; sums and the server's model stay fp32"
+    home: str = Field(default="", description="state folder; empty takes $FEDUNLEARN_HOME or ~/.fedunlearn")
+    strategy: str = Field(
+        default="subset", description="how a client is forgotten: the name of an installed strategy, or module:Class"
     )
-    window: int = number(8, 1, 10**6, "messages in flight at once")
-    timeout: float = number(3600, 0.1, 10**6, "seconds without any reply after which silent nodes are left out")
-    data: Data = field(default_factory=Data)
-    partition: Partition = field(default_factory=Partition)
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
-    loss: Loss = field(default_factory=Loss)
-    unlearn: Unlearn = field(default_factory=Unlearn)
-    forget: Forget = field(default_factory=Forget)
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="of weights, shuffling, augmentation and client sampling"
+    )
+    scale: Scale = Field(
+        default="auto",
+        description="size of the study, where the app has several; auto is laptop without a GPU, else full",
+    )
+    clients: int = Field(default=10, ge=2, le=10**6, description="clients")
+    rounds: int = Field(default=200, ge=1, le=10**6, description="rounds of training")
+    fraction: float = Field(default=1.0, ge=0, le=1, description="of the clients that train in a round (at least one)")
+    evaluate_every: int = Field(
+        default=1, ge=1, le=10**6, description="rounds between evaluations (always after the last and around a request)"
+    )
+    message_dtype: Precision = Field(
+        default="fp32", description="of the tensors in messages; sums and the server's model stay fp32"
+    )
+    window: int = Field(default=8, ge=1, le=10**6, description="messages in flight at once")
+    timeout: float = Field(
+        default=3600.0, ge=0.1, le=10**6, description="seconds without any reply after which silent nodes are left out"
+    )
+    data: Data = Data()
+    partition: Partition = Partition()
+    model: Model = Model()
+    train: Train = Train()
+    loss: Loss = Loss()
+    unlearn: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the strategy: `fedunlearn config STRATEGY` lists them"
+    )
+    forget: Forget = Forget()
 
 
-def compose(folder: Path, overrides: str = "") -> Config:
-    """The configuration `config.yaml` of `folder` with `overrides` such as `"rounds=40 strategy=ssd"`.
+def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
+    """The settings of `config.yaml` in `folder` with `words` such as `["rounds=40", "strategy=ssd"]` on top.
+
+    Args:
+        folder: the Hydra configuration folder of an app, such as `simulations/digits/conf`.
+        words: `name=value` each, or one string of them.
 
     Raises:
         UserError: an unknown name, a value of the wrong type, or one out of range.
+
+    Example:
+        >>> compose(Path("simulations/digits/conf"), "rounds=8 strategy=ssd").rounds
+        8
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -211,37 +205,79 @@ def compose(folder: Path, overrides: str = "") -> Config:
 
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml: is {folder.parent} an app such as simulations/digits?")
-    ConfigStore.instance().store(name="schema", node=Config)
-    words = _resolve_scale(split_overrides(overrides), folder)
+    words = split_words(words) if isinstance(words, str) else list(words)
+    check_names(words, Config)
+    ConfigStore.instance().store(name="schema", node=Config().model_dump())
+    words = _resolve_scale(words, folder)
+    typed = _typed(words)
+    words = [_for_hydra(word) for word in words if name_of(word) not in typed]
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            config = OmegaConf.to_object(hydra_compose("config", words))
+            values: Any = OmegaConf.to_container(hydra_compose("config", words), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"overrides={overrides!r}: {reason} (settings and their ranges: README.md)") from None
-    return check(config)
+        raise UserError(f"{' '.join(words)}: {reason} (`fedunlearn config` lists all settings)") from None
+    for name, text in typed.items():
+        group, _, leaf = name.rpartition(".")
+        target = values[group] if group else values
+        if isinstance(target, dict):  # else `data=3` was typed too, which is refused below
+            target[leaf] = text
+    return check(validated(Config, values))
 
 
-def split_overrides(text: str) -> list[str]:
-    """`"a=1 b={6: [3]} c=x"` -> `["a=1", "b={6: [3]}", "c=x"]`: words begin where `name=` does.
+def split_words(text: str) -> list[str]:
+    """`"a=1 b={6: [3]} c=x"` -> `["a=1", "b={6: [3]}", "c=x"]`: words begin where `name=` does."""
+    return [word for word in re.split(r"\s+(?=[~+]*[\w./@]+=)", text.strip()) if word]
 
-    Hydra takes new keys of a mapping only behind `++`, so a bare `forget.schedule=` gets that.
+
+def name_of(word: str) -> str:
+    """The setting that a word such as `++unlearn.alpha=2` names."""
+    return word.lstrip("+~").split("=")[0]
+
+
+def check_names(words: Iterable[str], schema: type[BaseModel], *, also: Iterable[str] = ()) -> None:
+    """Raise UserError for the first word that names no setting of `schema` (or of `also`), with the nearest that is.
+
+    Settings below a free mapping, such as `unlearn.`, are checked by whoever knows them.
     """
-    words = [word for word in re.split(r"\s+(?=[~+]*[\w./@]+=)", text.strip()) if word]
-    return [f"++{word}" if word.startswith("forget.schedule=") else word for word in words]
+    known = [*setting_names(schema), *also]
+    free = tuple(f"{name}." for name, declared in fields_of(schema) if is_mapping(declared))
+    for word in words:
+        name = name_of(word)
+        if "=" not in word:
+            raise UserError(f"{word!r} is no setting of the form name=value")
+        if name not in known and not name.startswith(free):
+            raise UserError(f"{name} is no setting{nearest_of(name, known)}")
+
+
+def nearest_of(name: str, known: Iterable[str]) -> str:
+    """`: did you mean rounds?`, or where to look if nothing is near."""
+    known = list(known)
+    leaves = {option.rpartition(".")[2]: option for option in known}
+    close = difflib.get_close_matches(name, known, 1, 0.6)
+    close = close or [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, 1, 0.8)]
+    return f": did you mean {close[0]}?" if close else " (`fedunlearn config` lists all of them)"
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def validated(schema: type[S], values: Any, *, prefix: str = "") -> S:
+    """The settings, or a UserError of one line for the first value that is wrong."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_in_one_line(error, schema, prefix)) from None
 
 
 def check(config: Config) -> Config:
-    """The config itself, where every value is in its range.
+    """The config itself, where its values agree with each other.
 
     Raises:
-        UserError: naming the first that is not, and its range.
+        UserError: naming the first that does not.
     """
-    check_ranges(config)
     if config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
         raise UserError(f"run={config.run!r} is no name: a letter or digit, then also '.', '_' and '-'")
-    if config.unlearn.head == "client" and not config.model.client_head:
-        raise UserError("unlearn.head=client needs model.client_head=true")
     for round_, clients in config.forget.schedule.items():
         if not 1 <= round_ <= config.rounds:
             raise UserError(f"forget.schedule: round {round_} is not in 1..{config.rounds}")
@@ -249,23 +285,7 @@ def check(config: Config) -> Config:
     return config
 
 
-def check_ranges(config: Any) -> None:
-    """Raise UserError for the first setting that is out of its range or none of its options, and name them."""
-    for name, declared, value in settings(config):
-        low, high = declared.metadata.get("range", (-INF, INF))
-        if isinstance(value, float | int) and not low <= value <= high:
-            raise UserError(f"{name}={value} is not in {low}..{high}")
-        options = declared.metadata.get("options")
-        if options and not is_among(options, value):
-            raise UserError(f"{name}={value} is not one of {', '.join(options)}")
-
-
-def is_among(options: tuple[str, ...], value: str) -> bool:
-    """Whether the value is one of the options, or of the form of `OWN` where that is one."""
-    return value in options or (OWN in options and re.fullmatch(r"[\w.]+:\w+", value) is not None)
-
-
-def check_clients(clients: list[int], num_clients: int) -> None:
+def check_clients(clients: Sequence[int], num_clients: int) -> None:
     """Raise UserError for the first client that is not in 0..C-1, and for an empty request."""
     if not clients:
         raise UserError(f"no client to forget: name one in 0..{num_clients - 1}")
@@ -274,28 +294,94 @@ def check_clients(clients: list[int], num_clients: int) -> None:
             raise UserError(f"client {client} is not in 0..{num_clients - 1}")
 
 
-def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Field, Any]]:
-    """Every setting below `config`, as (dotted name, field, value)."""
-    for declared in fields(config):
-        value = getattr(config, declared.name)
-        if is_dataclass(value):
-            yield from settings(value, f"{prefix}{declared.name}.")
+def is_group(declared: FieldInfo) -> bool:
+    """Whether a field holds settings of its own."""
+    return isinstance(declared.annotation, type) and issubclass(declared.annotation, BaseModel)
+
+
+def is_mapping(declared: FieldInfo) -> bool:
+    """Whether a field is a mapping with free keys."""
+    return getattr(declared.annotation, "__origin__", None) is dict
+
+
+def fields_of(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting of a schema, as (dotted name, field)."""
+    for name, declared in schema.model_fields.items():
+        if is_group(declared):
+            yield from fields_of(declared.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            yield f"{prefix}{declared.name}", declared, value
+            yield f"{prefix}{name}", declared
+
+
+def setting_names(schema: type[BaseModel]) -> list[str]:
+    """Every setting and group of a schema that a word can name."""
+    names = [name for name, _ in fields_of(schema)]
+    return [*names, *dict.fromkeys(name.rpartition(".")[0] for name in names if "." in name)]
+
+
+def settings(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Every setting below `config`, as (dotted name, field, value)."""
+    for name, declared in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", declared, value
+
+
+def values_of(config: BaseModel) -> dict[str, Any]:
+    """Every value by its dotted name, those below a free mapping too."""
+    found: dict[str, Any] = {}
+    for name, declared, value in settings(config):
+        below = {f"{name}.{key}": entry for key, entry in value.items()} if name == "unlearn" else {}
+        found |= below if is_mapping(declared) and below else {name: value}
+    return found
+
+
+def range_of(declared: FieldInfo) -> str:
+    """`0..100`, `one of iid, class`, or nothing where the type alone restricts the value."""
+    options = getattr(declared.annotation, "__args__", ()) if _is_literal(declared) else ()
+    if options:
+        return f"one of {', '.join(map(str, options))}"
+    bounds = {
+        kind: getattr(m, kind) for m in declared.metadata for kind in ("ge", "gt", "le", "lt") if hasattr(m, kind)
+    }
+    if not bounds:
+        return ""
+    low = bounds.get("ge", bounds.get("gt", "-inf"))
+    return f"{low}..{bounds.get('le', bounds.get('lt', 'inf'))}"
 
 
 def to_json(config: Config) -> str:
-    """One line of JSON, the same for equal configs."""
-    return json.dumps(asdict(config), sort_keys=True)
+    """One line of JSON, the same for equal settings."""
+    return json.dumps(config.model_dump(), sort_keys=True)
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote; settings that did not exist then have their defaults.
+    """The settings that `to_json` wrote; settings that did not exist then have their defaults.
 
     Raises:
         UserError: it has a setting that no longer exists.
     """
-    return _build(Config, json.loads(text))
+    return stored(json.loads(text))
+
+
+def stored(values: Mapping[str, Any]) -> Config:
+    """The settings of a mapping that was written by this version or an earlier one.
+
+    Raises:
+        UserError: it has a setting that no longer exists.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            reason = f"{name} is no setting of this version: start a new run, or go on with the version before"
+        else:
+            reason = _in_one_line(error, Config, "")
+        raise UserError(reason) from None
 
 
 def state_home(home: str = "") -> Path:
@@ -303,18 +389,47 @@ def state_home(home: str = "") -> Path:
     return Path(home or os.environ.get("FEDUNLEARN_HOME") or "~/.fedunlearn").expanduser().absolute()
 
 
-def _build(kind: type, values: dict[str, Any]) -> Any:
-    declared = {f.name: f for f in fields(kind)}
-    arguments = {}
-    for name, value in values.items():
-        if name not in declared:
-            raise UserError(f"{name} is no setting of this version: start a new run, or go on with the version before")
-        factory = declared[name].default_factory
-        nested = factory is not MISSING and is_dataclass(factory)
-        arguments[name] = _build(factory, value) if nested else value
-    if kind is Forget:  # JSON has no integer keys
-        arguments["schedule"] = {int(round_): clients for round_, clients in arguments["schedule"].items()}
-    return kind(**arguments)
+def _in_one_line(error: ValidationError, schema: type[BaseModel], prefix: str) -> str:
+    first = error.errors()[0]
+    place = [part for part in first["loc"] if isinstance(part, str)]
+    name, known = prefix + ".".join(map(str, first["loc"])), dict(fields_of(schema))
+    if first["type"] == "extra_forbidden":
+        return f"{name} is no setting{nearest_of(name, [prefix + option for option in known])}"
+    declared = known.get(".".join(place))
+    limits = range_of(declared) if declared else ""
+    if first["type"] == "literal_error":
+        return f"{name}={first['input']} is not {limits or first['msg']}"
+    if first["type"] in ("greater_than_equal", "greater_than", "less_than_equal", "less_than", "finite_number"):
+        return f"{name}={first['input']} is not in {limits}"
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "string": "text"}
+    kind = kinds.get(first["type"].split("_")[0])
+    if kind:
+        return f"{name}={first['input']} is not {kind}{f' in {limits}' if limits else ''}"
+    return f"{name}={first['input']}: {first['msg']}"
+
+
+def _is_literal(declared: FieldInfo) -> bool:
+    return getattr(declared.annotation, "__origin__", None) is Literal
+
+
+def _typed(words: list[str]) -> dict[str, str]:
+    """The settings that are text, as they were typed: Hydra would read 1.10 as a number, and ${x} as something else."""
+    texts = {name for name, declared in fields_of(Config) if declared.annotation is str}
+    pairs = [word.partition("=")[::2] for word in words]
+    return {name: _unquoted(value) for name, value in pairs if name in texts}
+
+
+def _unquoted(text: str) -> str:
+    """The text without the quotes around it, if there are any: a shell has left those to Flower's run config."""
+    quoted = re.fullmatch(r"(['\"])(.*)\1", text, re.DOTALL)
+    return quoted[2] if quoted else text
+
+
+def _for_hydra(word: str) -> str:
+    """A word as Hydra reads it, with `++` before keys that no default has; pydantic knows better which there may be."""
+    name, _, value = word.partition("=")
+    free = name.startswith(("unlearn.", "forget.schedule")) or (value.startswith("{") and name.isidentifier())
+    return f"{'++' if free else ''}{word}"
 
 
 def _resolve_scale(words: list[str], folder: Path) -> list[str]:
@@ -322,8 +437,9 @@ def _resolve_scale(words: list[str], folder: Path) -> list[str]:
     rest = [word for word in words if not word.startswith("scale=")]
     named = [word.removeprefix("scale=") for word in words if word not in rest]
     scale = named[-1] if named else "auto"
-    if scale not in SCALES:
-        raise UserError(f"scale={scale} is not one of {', '.join(SCALES)}")
+    options = Scale.__args__  # type: ignore[attr-defined]
+    if scale not in options:
+        raise UserError(f"scale={scale} is not one of {', '.join(options)}")
     if not (folder / "scale").is_dir():
         return rest
     if scale == "auto":

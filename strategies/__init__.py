@@ -1,1 +1,1 @@
-"""Flower server strategies of fedunlearn, one algorithm a file, and what they share."""
+"""Unlearning strategies, one algorithm a file: what it does on the server and what it does on the clients."""

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from flwr.serverapp import Grid
+from fedunlearn.federation.handle import Federation, ForgetSet
+from fedunlearn.federation.strategy import Strategy
 
-from fedunlearn.federation.requests import Forgetting
 
+class LeaveAndContinue(Strategy):
+    """Prune the forget clients' output neurons and train on without them; what the model knows may fade."""
 
-class LeaveAndContinue(Forgetting):
-    """The leaving clients' output neurons are pruned, and they train no more; what the model knows may fade."""
+    label, colour, marker = "leave and continue", "#8d99ae", "v"
 
-    def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Nothing."""
+    def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
+        """Change nothing: pruning is the run's own."""
         return {}

@@ -1,19 +1,23 @@
-"""Retraining from scratch: the gold standard, and what it costs."""
+"""Retraining from scratch: what forgetting is measured against, and what it costs."""
 
 from typing import Any
 
-from flwr.serverapp import Grid
+from fedunlearn.federation import tasks
+from fedunlearn.federation.handle import Federation, ForgetSet
+from fedunlearn.federation.rounds import sample
+from fedunlearn.federation.strategy import Strategy
 
-from fedunlearn.federation.requests import Forgetting
 
+class Retraining(Strategy):
+    """Train all rounds so far again, from the run's initial weights, on the retain clients alone."""
 
-class Retraining(Forgetting):
-    """All rounds so far are trained again from the run's initial weights, by the retained clients alone."""
+    label, colour, marker = "retraining", "#222222", "*"
 
-    def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Begin anew; the model is that of a run in which the leaving clients never took part."""
-        self.server.begin_anew(leaving)
-        for round_ in range(1, self.round + 1):
-            answer = self.ask_to_train("train", grid, self.sample(round_), costs, "retraining", round_=round_)
-            self.server.step(self.federation.mean(answer), answer.moments, round_)
-        return {"retrained": self.round}
+    def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
+        """Begin anew; the model becomes that of a run in which the forget clients never took part."""
+        federation.begin_anew()
+        for round_ in range(1, federation.round + 1):
+            clients = sample(federation.retain, federation.config, round_)
+            results = federation.run(tasks.train, on=clients, at_round=round_)
+            federation.apply_round(results.mean(), results.statistics, round_)
+        return {"retrained": federation.round}

@@ -1,92 +1,169 @@
 """Selective Synaptic Dampening, as the paper uses it (its Section 4.2 and Algorithm 1, lines 4 and 5)."""
 
 import math
-from typing import Any
+from logging import getLogger
+from typing import Any, Literal
 
-from flwr.serverapp import Grid
-from torch import Tensor
+from pydantic import Field
 
-from fedunlearn.federation.requests import Forgetting
+from fedunlearn.config import Config, Precision
+from fedunlearn.config import Settings as CheckedSettings
+from fedunlearn.errors import UserError
+from fedunlearn.federation.client import Client
+from fedunlearn.federation.handle import Federation, ForgetSet
+from fedunlearn.federation.messages import Tensors
+from fedunlearn.federation.strategy import Strategy
+from fedunlearn.federation.tasks import client_task, parameters
 from fedunlearn.nn.evaluate import Counts
-from fedunlearn.unlearning import dampening
-from fedunlearn.unlearning.dampening import largest_alpha, selected_share
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.unlearning.dampening import dampen, largest_alpha, selected_fraction
+from fedunlearn.unlearning.fisher import diagonal_fisher
 
-Tensors = dict[str, Tensor]
 BISECTED = {1.0: 4, 0.1: 3}  # values of lambda, and how many of alpha are tried with each
-EVALUATIONS = 1 + sum(BISECTED.values())  # by the leaving clients: of the model as it is, and of these
 CLOSE = 0.02  # candidates as near to the target as this are told apart by the test accuracy
 
+log = getLogger("fedunlearn")
 
-class SelectiveDampening(Forgetting):
+
+class SelectiveDampening(Strategy):
     """theta_i *= min((lambda F_D,i / F_f,i)^e, 1) where F_f,i > alpha F_D,i (Eq. 8-9; Foster et al., 2024).
 
-    Fishers of the retained clients and of the leaving ones at the current model, F_D = sum of n_c F_c / sum of n_c,
-    `unlearn.step`, and (`unlearn.recalibrate`) BatchNorm statistics again from the retained clients; then the server
-    trains the client head anew, where it does so.
+    The clients send Fisher diagonals at the present model: F_f of the forget clients, and F_D = sum of n_c F_c / sum of
+    n_c of all. The server dampens. Then BatchNorm statistics are estimated again from the retain clients
+    (`recalibrate`), and the server trains the client head anew, where it does so.
     """
 
-    reads = (
-        "tune", "alpha", "lambda_", "exponent", "head", "estimator", "precision", "share", "round_share",
-        "recalibrate",
-    )  # fmt: skip
+    label, colour, marker = "SSD", "#6a994e", "s"
 
-    def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Dampen, recalibrate, and train the client head."""
-        settings, said = self.config.unlearn, {}
-        full, forget = self.fishers(leaving, grid, costs)
+    class Settings(CheckedSettings):
+        """Settings of SSD."""
+
+        tune: Literal["auto", "fixed"] = Field(
+            default="auto", description="auto: alpha and lambda by what held-out images get"
+        )
+        alpha: float = Field(
+            default=2.0,
+            ge=0,
+            description="selection threshold (fixed); at N/n_f of the forget clients and above it selects nothing",
+        )
+        lambda_: float = Field(default=1.0, ge=0, description="dampening strength (fixed); 0 zeroes what is selected")
+        exponent: float = Field(default=1.0, ge=0, le=100, description="power of the dampening factor")
+        loss_head: Literal["class", "client"] = Field(default="class", description="whose loss the Fisher is of")
+        estimator: Literal["per_example", "batch"] = Field(default="per_example", description="of the Fisher")
+        precision: Precision = Field(default="fp32", description="of the Fisher's forward and backward passes")
+        retain_fraction: float = Field(
+            default=1.0,
+            ge=1e-6,
+            le=1,
+            description="of each retain client's images, at random, that the Fisher is taken of",
+        )
+        trial_fraction: float = Field(
+            default=0.3,
+            ge=1e-6,
+            le=1,
+            description="of each retain client's images that give candidates BatchNorm statistics",
+        )
+        recalibrate: bool = Field(default=True, description="estimate BatchNorm statistics again on the retain clients")
+
+    def check(self, config: Config) -> None:
+        """Refuse the client head's Fisher where there is no client head."""
+        if self.settings.loss_head == "client" and not config.model.client_head:
+            raise UserError("unlearn.loss_head=client needs model.client_head=true")
+
+    @client_task(sends=parameters)
+    @staticmethod
+    def fisher(
+        client: Client, model: TwoHeadResNet18, settings: "SelectiveDampening.Settings", *, fraction: float = 1.0
+    ) -> Tensors:
+        """Its diagonal Fisher: the mean over its images of the squared gradient, a parameter."""
+        return diagonal_fisher(
+            model,
+            client.sample(fraction),
+            loss_head=settings.loss_head,
+            estimator=settings.estimator,
+            precision=settings.precision,
+        )
+
+    def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
+        """Collect Fishers, dampen, estimate BatchNorm statistics again, and train the client head."""
+        settings, search = self.settings, {}
+        full, forget_fisher = self.fishers(federation, forget)
         strength = {"alpha": settings.alpha, "lambda_": settings.lambda_}
         if settings.tune == "auto":
-            predicted = self.foretold_accuracy(leaving)
-            trials = self.search(leaving, full, forget, predicted, grid, costs)
+            predicted = federation.estimated_accuracy(forget)
+            trials = self.search(federation, forget, full, forget_fisher, predicted)
             chosen = nearest(trials, predicted)
             strength = {name: chosen[name] for name in strength}
-            said = {"predicted": predicted, "trials": trials}
-        self.dampen(leaving, full, forget, **strength)
-        self.recalibrate(grid, costs)
-        self.renew_head(grid, costs)
-        return {
-            **strength,
-            "exponent": settings.exponent,
-            **said,
-            "selected": selected_share(full, forget, alpha=strength["alpha"]),
-        }
+            search = {"predicted": predicted, "trials": trials}
+        self.dampen(federation, full, forget_fisher, **strength)
+        self.recalibrate(federation)
+        federation.recalibrate_client_head()
+        selected = selected_fraction(full, forget_fisher, alpha=strength["alpha"])
+        return {**strength, "exponent": settings.exponent, **search, "selected": selected}
 
-    def dampen(self, leaving: list[int], full: Tensors, forget: Tensors, *, alpha: float, lambda_: float) -> None:
-        """`unlearn.step` of the model, at the run's exponent; it prunes the neurons of `leaving`."""
-        exponent = self.config.unlearn.exponent
-        dampening.step(self.model, full, forget, leaving, alpha=alpha, lambda_=lambda_, exponent=exponent)
+    def fishers(self, federation: Federation, forget: ForgetSet) -> tuple[Tensors, Tensors]:
+        """Collect F_D over all clients and F_f over the forget clients, means over examples.
+
+        With `retain_fraction` < 1 the retain clients' part of F_D is estimated from that fraction of their examples.
+        """
+        asked = federation.run(self.fisher, on=forget)
+        retain = federation.run(self.fisher, on=federation.retain, fraction=self.settings.retain_fraction)
+        n_forget, n = asked.weight, retain.weight + asked.weight
+        limit = largest_alpha(round(n), round(n_forget))
+        if self.settings.tune == "fixed" and self.settings.alpha >= limit:
+            log.warning(
+                "── unlearn.alpha=%g selects nothing: for this forget set, of %d of %d examples, take less than %.2f",
+                self.settings.alpha, n_forget, n, limit,
+            )  # fmt: skip
+        device = federation.server.device
+        full = {name: ((retain.tensors[name] + f) / n).to(device) for name, f in asked.tensors.items()}
+        return full, {name: value.to(device) for name, value in asked.mean().items()}
+
+    def dampen(
+        self, federation: Federation, full: Tensors, forget_fisher: Tensors, *, alpha: float, lambda_: float
+    ) -> None:
+        """Dampen the present model (Eq. 8-9)."""
+        with federation.editing() as model:
+            params = {name: value.detach() for name, value in model.named_parameters()}
+            exponent = self.settings.exponent
+            dampened = dampen(params, full, forget_fisher, alpha=alpha, lambda_=lambda_, exponent=exponent)
+            model.load_state_dict(dampened, strict=False)
+
+    def recalibrate(self, federation: Federation, *, fraction: float = 1.0) -> None:
+        """Estimate BatchNorm statistics again, unless switched off."""
+        if self.settings.recalibrate:
+            federation.recalibrate_batch_norm(fraction=fraction)
 
     def search(
-        self,
-        leaving: list[int],
-        full: Tensors,
-        forget: Tensors,
-        target: float,
-        grid: Grid,
-        costs: dict[str, Any],
+        self, federation: Federation, forget: ForgetSet, full: Tensors, forget_fisher: Tensors, target: float
     ) -> list[dict[str, float]]:
-        """Dampen nothing; then with each lambda of `BISECTED` bisect alpha (its logarithm) for a forgotten accuracy of
-        `target`.
+        """Try strengths: nothing at all, then with each lambda of `BISECTED` a bisection of log alpha for `target`.
 
         Alpha is between lambda, below which nothing changes (no factor is above 1), and where nothing is selected. What
-        the model knows well has small gradients, and is reached by an alpha below 1 only. What is known no better than
-        the target is best left alone.
-        The leaving clients count their accuracy `EVALUATIONS` times in all, and that is all that they are asked.
-        BatchNorm statistics, where they are made again, are of a share of the retained clients' images; the accuracy on
-        unseen images is noted too. The model is as before in the end.
+        the model knows well has small gradients, and is reached by an alpha below 1 only. The forget clients count
+        their accuracy once a trial, and that is all that they are asked. BatchNorm statistics, where they are made
+        again, are of a fraction of the retain clients' images. The state is as before in the end.
+
+        Returns:
+            A row a trial: alpha, lambda_, class accuracy and loss on the forget clients' images, test accuracy.
         """
-        before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        n_forget = sum(self.federation.examples[c] for c in leaving)
-        n = n_forget + sum(self.federation.examples[c] for c in self.active)
-        nothing = largest_alpha(n, n_forget)
+        before = federation.state
+        n_forget = federation.examples(forget)
+        nothing = largest_alpha(n_forget + federation.examples(federation.retain), n_forget)
 
         def tried(alpha: float, lambda_: float) -> dict[str, float]:
-            self.model.load_state_dict(before)
-            self.dampen([], full, forget, alpha=alpha, lambda_=lambda_)
-            self.recalibrate(grid, costs, share=self.config.unlearn.round_share)
-            found = sum(self.counts_of(leaving, grid, costs).values(), Counts())
-            said = {"forgotten": found.class_accuracy, "loss": found.mean_loss, "test": self.accuracy_on_test()}
-            return {"alpha": alpha, "lambda_": lambda_, **said}
+            federation.state = before
+            self.dampen(federation, full, forget_fisher, alpha=alpha, lambda_=lambda_)
+            self.recalibrate(federation, fraction=self.settings.trial_fraction)
+            found = sum(federation.evaluate(forget).values(), Counts())
+            test = federation.predictions().total.class_accuracy
+            return {
+                "alpha": alpha,
+                "lambda_": lambda_,
+                "forgotten": found.class_accuracy,
+                "loss": found.mean_loss,
+                "test": test,
+            }
 
         trials = [tried(nothing, 1.0)]
         for lambda_, times in BISECTED.items():
@@ -95,29 +172,11 @@ class SelectiveDampening(Forgetting):
                 middle = (low + high) / 2
                 trials.append(tried(math.exp(middle), lambda_))
                 low, high = (middle, high) if trials[-1]["forgotten"] < target else (low, middle)
-        self.model.load_state_dict(before)
+        federation.state = before
         return trials
-
-    def fishers(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> tuple[Tensors, Tensors]:
-        """F_D over the retained and the leaving clients, F_f over the leaving ones; means over examples.
-
-        With `unlearn.share` < 1 the retained clients' part of F_D is estimated from that share of their examples.
-        """
-        like, share = dict(self.model.named_parameters()), self.config.unlearn.share
-        forget = self.ask("query.fisher", grid, leaving, costs, "fisher_forget", like=like, everybody=True)
-        retain = self.ask("query.fisher", grid, self.active, costs, "fisher_retain", like=like, share=share)
-        n_forget, n_retain, device = forget.total.examples, retain.total.examples, self.worker.device
-        limit = largest_alpha(n_retain + n_forget, n_forget)
-        if self.config.unlearn.tune == "fixed" and self.config.unlearn.alpha >= limit:
-            self.log(
-                f"── unlearn.alpha={self.config.unlearn.alpha:g} selects nothing: for this forget set, of "
-                f"{n_forget} of {n_retain + n_forget} examples, take less than {limit:.2f}"
-            )
-        full = {n: ((retain.sums[n] + forget.sums[n]) / (n_retain + n_forget)).to(device) for n in like}
-        return full, {n: (total / n_forget).to(device) for n, total in forget.sums.items()}
 
 
 def nearest(trials: list[dict[str, float]], target: float) -> dict[str, float]:
-    """The trial of a forgotten accuracy nearest to `target`; of those within `CLOSE`, the best on the test images."""
+    """Choose the trial of a forget accuracy nearest to `target`; of those within `CLOSE`, the best on test images."""
     close = [trial for trial in trials if abs(trial["forgotten"] - target) <= CLOSE]
     return max(close, key=lambda t: t["test"]) if close else min(trials, key=lambda t: abs(t["forgotten"] - target))

@@ -1,138 +1,262 @@
-"""The project's own strategy: the leaving clients teach the model what it would say had it never seen their images."""
+"""The project's own strategy: relabel the forget clients' images with what a retrained model is estimated to say."""
 
 import math
+from collections.abc import Mapping
+from logging import getLogger
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord
-from flwr.serverapp import Grid
+from pydantic import Field
 from torch import Tensor
 
-from fedunlearn.federation import messages as wire
-from fedunlearn.federation.requests import Forgetting
+from fedunlearn.build import learning_rate_of
+from fedunlearn.config import Config
+from fedunlearn.config import Settings as CheckedSettings
+from fedunlearn.federation import tasks
+from fedunlearn.federation.client import Client
+from fedunlearn.federation.handle import Federation, ForgetSet, total_counts
+from fedunlearn.federation.messages import Tensors
+from fedunlearn.federation.server_state import ServerState
+from fedunlearn.federation.strategy import Strategy
+from fedunlearn.federation.tasks import Update, client_task
 from fedunlearn.nn.evaluate import Counts, Predictions
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.rng import generator_of
 from fedunlearn.unlearning import null_space
+from fedunlearn.unlearning.distill import distill
+from fedunlearn.unlearning.soft_labels import assign_soft_labels, augmented_views
 
-KNOWN = 0.95  # of the loss of unseen images: below that, D_f is known
+MEMORISED = 0.95  # of the loss on held-out images: with less than that, images are memorised
+
+log = getLogger("fedunlearn")
 
 
-class SubsetUnlearning(Forgetting):
-    """theta += sum of (theta_f - theta), then theta += mean of (theta_r - theta), `unlearn.rounds` times.
+def covariance_triangles(model: TwoHeadResNet18) -> Tensors:
+    """Give the shapes of input covariances as they travel."""
+    return null_space.upper(null_space.zero_covariances(model))
 
-    The server shows the leaving clients f what the model would say of its own, unseen images had it never seen theirs
-    (`foretold`). Each of them matches these answers to its images (`unseen.match_answers`) and trains the
-    model to give them, as much as it would alone, along directions that the retained clients' images hardly use
-    (`null_space.projectors`): what the model says of those stays almost as it was. The rest the retained clients r
-    mend, by a little training, and make BatchNorm statistics again. Both bring back some of what was right before, of
-    D_f as of unseen images: the next round shows answers of which as many fewer are right. So D_f gets the answers
-    that unseen data would get, no fewer right and no surer, while the loss on D_r stays near zero: no gradient is left
-    that would bring the old answers back when training goes on. In the end the client head is trained anew, and the
-    leaving clients' neurons are pruned.
 
-    When training goes on, nobody asks for these answers any more, and they would fade: the weights that unlearning
-    moved most are held (`ServerModel.hold`). One bit a weight says which they are, and nothing else is kept: neither
-    where they were before nor what the clients sent.
+class SubsetUnlearning(Strategy):
+    """theta += sum of (theta_f - theta), then theta += mean of (theta_r - theta), `rounds` times.
+
+    The server estimates what the retrained model would predict on its held-out images. Each forget client f matches
+    these predictions to its own images as soft labels. It fine-tunes the model on them, along directions that the
+    retain clients' inputs hardly have (`null_space.projectors`), so that their predictions stay almost as they were.
+    The retain clients r repair the rest by a little training. Both steps bring back some of what was right before. So
+    the next round has as many fewer correct soft labels as the last one left too many.
+
+    D_f ends with the predictions that unseen data would get, no fewer right and no surer, while the loss on D_r stays
+    near zero. No gradient is left that would bring the old predictions back when training goes on. In the end BatchNorm
+    statistics are estimated again, the client head is trained anew, and the weights that changed most are frozen
+    (`Federation.freeze`): one bit a weight, and nothing else is kept.
     """
 
-    reads = (
-        "rounds", "round_share", "input_share", "ridge", "forget_epochs", "flip", "hold", "lr", "mend_lr",
-        "recalibrate",
-    )  # fmt: skip
+    label, colour, marker = "relabelling (ours)", "#2a6f97", "o"
 
-    def forget(self, leaving: list[int], grid: Grid, costs: dict[str, Any]) -> dict[str, Any]:
-        """Teach those clients that the model knows (`is_known`), in `unlearn.rounds` rounds; each of these is corrected
-        by what the one before it missed. Of the others there is nothing to take back: teaching would only show the
-        model their images once more.
+    class Settings(CheckedSettings):
+        """Settings of relabelling."""
+
+        rounds: int = Field(
+            default=2, ge=1, le=10**6, description="of relabelling by the forget clients and repair by the rest"
+        )
+        epochs: int = Field(default=4, ge=1, le=1000, description="of the forget clients in such a round")
+        lr: float = Field(
+            default=0.06,
+            ge=0,
+            le=100,
+            description="learning rate of the forget clients, up to twice that while the schedule's has still to fall",
+        )
+        covariance_fraction: float = Field(
+            default=0.05,
+            ge=1e-6,
+            le=1,
+            description="of each retain client's images that input covariances are taken of",
+        )
+        ridge: float = Field(
+            default=0.02,
+            ge=1e-9,
+            description="damping of the projectors, relative to the mean input variance; smaller spares retain clients",
+        )
+        repair_fraction: float = Field(
+            default=0.3, ge=1e-6, le=1, description="of each retain client's images that it repairs with"
+        )
+        repair_lr: float = Field(
+            default=0.005, ge=0, le=100, description="learning rate of the repair, or the schedule's if that is higher"
+        )
+        recalibrate: bool = Field(default=True, description="estimate BatchNorm statistics again on the retain clients")
+        freeze_fraction: float = Field(
+            default=0.9,
+            ge=0,
+            le=1,
+            description="of the weights, those that changed most, that hardly move from then on",
+        )
+
+    @client_task(sends=covariance_triangles, exact=True)
+    @staticmethod
+    def input_covariance(client: Client, model: TwoHeadResNet18, settings: Settings) -> Tensors:
+        """The covariance of each layer's inputs on a few of its images."""
+        sample = client.sample(settings.covariance_fraction, batch_size=client.evaluation_batch)
+        images = (images for images, _, _ in sample)
+        return null_space.upper(null_space.input_covariances(model, images, precision=client.precision))
+
+    @client_task(kind="train", trains=True)
+    @staticmethod
+    def relabel(
+        client: Client,
+        model: TwoHeadResNet18,
+        settings: Settings,
+        *,
+        predictions: Tensor,
+        prediction_labels: Tensor,
+        correct_fraction: dict[str, float],
+        projectors: Tensors,
+        lr: float,
+        last: bool,
+        before: Tensors | None = None,
+    ) -> Update:
+        """Its model's update after fine-tuning on soft labels for its images, and how many of these it gets right.
+
+        Args:
+            predictions: estimated of the retrained model on held-out images, [T, K].
+            prediction_labels: classes of these images, [T].
+            correct_fraction: by client, how many soft labels are to be correct, relative to held-out images.
+            projectors: what layers move along, as triangles.
+            before: the model as it was before the request; by default the broadcast one, as in the first round.
+            last: whether this is the last round of the request.
+        """
+
+        def make_views() -> Tensor:
+            model.load_state_dict(client.broadcast() if before is None else before)
+            versions = augmented_views(torch.from_numpy(client.images), mirror=client.config.data.mirror)
+            return torch.stack([client.predict(model, view.numpy()).class_probs for view in versions]).mean(0)
+
+        views = client.once_a_request("views", make_views, last=last)
+        soft_labels = assign_soft_labels(
+            views,
+            client.labels,
+            predictions,
+            prediction_labels,
+            correct_fraction.get(str(client.id), 1.0),
+            generator=generator_of(client.config.seed, client.id),
+        ).to(client.device)
+        model.load_state_dict(client.broadcast())
+        distill(
+            model,
+            (
+                ((images, soft_labels[place]) for images, place in client.own_batches(client.generator(epoch)))
+                for epoch in range(settings.epochs)
+            ),
+            lr=lr,
+            momentum=client.config.train.momentum,
+            precision=client.precision,
+            projectors=null_space.symmetric({name: p.to(client.device) for name, p in projectors.items()}),
+        )
+        return Update(client.changes(model), 1, client.evaluate(model))
+
+    def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
+        """Relabel the memorised forget clients, in rounds; each corrects what the one before it missed.
+
+        Images that are not memorised are left alone: relabelling would only show them to the model once more.
 
         Returns:
-            `predicted`, the foretold accuracy on all their images, and `rounds`, how many were made.
+            `predicted`, the estimated accuracy on all forget clients' images, and `rounds`, how many were made.
         """
-        settings, unseen = self.config.unlearn, self.worker.predict_test()
-        foretold, found = self.foretold(unseen), self.counts_of(leaving, grid, costs)
-        mixes = {client: self.worker.class_mix([client]) for client in leaving}
-        predicted = {client: foretold.expected_accuracy(mix) for client, mix in mixes.items()}
-        known = [c for c in leaving if is_known(found[c], predicted[c], unseen.expected_loss(mixes[c]))]
-        for client in sorted({*leaving} - {*known}):
-            self.log(
-                f"── client {client} is not taught: its images are known no better than gold is foretold to know them"
-            )
-        before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        rounds, aims = settings.rounds if known else 0, predicted
+        settings, before = self.settings, federation.state
+        held_out = federation.predictions()
+        estimate, found = federation.estimate_retrained(held_out), federation.evaluate(forget)
+        counts = federation.class_counts(forget)
+        predicted = {client: estimate.expected_accuracy(counts[client]) for client in forget}
+        memorised = [
+            client
+            for client in forget
+            if is_memorised(found[client], predicted[client], held_out.expected_loss(counts[client]))
+        ]
+        for client in sorted({*forget} - {*memorised}):
+            log.info("── client %d is not relabelled: the model has not memorised its images", client)
+        rounds, targets = settings.rounds if memorised else 0, predicted
         for number in range(1, rounds + 1):
-            self.log(f"── round {number} of {rounds} of unlearning")
+            log.info("── round %d of %d of relabelling", number, rounds)
             if number > 1:
-                self.recalibrate(grid, costs, share=settings.round_share)
-                found = self.counts_of(known, grid, costs)
-                aims = {c: corrected(aims[c], predicted[c], found[c].class_accuracy) for c in known}
-            shares = {c: aims[c] / predicted[c] for c in known if predicted[c]}
-            teacher, last = self.teacher(before, foretold, shares), number == rounds
-            self.teach(known, self.round + number, grid, costs, teacher, last=last)
-            self.mend(self.round + number, grid, costs)
-        self.recalibrate(grid, costs)
-        self.renew_head(grid, costs)
-        self.server.hold(before, settings.hold)
-        return {"predicted": foretold.expected_accuracy(sum(mixes.values())), "rounds": rounds}
+                self.recalibrate(federation, fraction=settings.repair_fraction)
+                found = federation.evaluate(memorised)
+                targets = {c: corrected(targets[c], predicted[c], found[c].class_accuracy) for c in memorised}
+            correct = {str(c): targets[c] / predicted[c] for c in memorised if predicted[c]}
+            self.relabel_round(federation, memorised, number, before, estimate, correct)
+            self.repair_round(federation, number)
+        self.recalibrate(federation)
+        federation.recalibrate_client_head()
+        federation.freeze(since=before, fraction=settings.freeze_fraction)
+        return {"predicted": estimate.expected_accuracy(total_counts(counts.values())), "rounds": rounds}
 
-    def teach(
-        self, known: list[int], round_: int, grid: Grid, costs: dict[str, Any], teacher: ArrayRecord, *, last: bool
+    def relabel_round(
+        self,
+        federation: Federation,
+        memorised: list[int],
+        number: int,
+        before: ServerState,
+        estimate: Predictions,
+        correct_fraction: Mapping[str, float],
     ) -> None:
-        """The clients change what the model says of their images, along what those who stay hardly use."""
-        beside = {"teacher": teacher, "projectors": self.projectors(round_, grid, costs)}
-        how = {"beside": beside, "lr": self.rate(), "last": last}
-        answer = self.ask_to_train("train.unlearn", grid, known, costs, "leaving", round_=round_, everybody=True, **how)
-        self.server.move(answer.sums)
+        """Let the clients fine-tune on soft labels, along what the retain clients' inputs hardly have."""
+        results = federation.run(
+            self.relabel,
+            on=memorised,
+            at_round=federation.round + number,
+            predictions=estimate.class_probs,
+            prediction_labels=estimate.class_labels,
+            correct_fraction=dict(correct_fraction),
+            projectors=self.projectors(federation, number),
+            lr=self.relabel_lr(federation.config, federation.round),
+            last=number == self.settings.rounds,
+            before=before.params if number > 1 else None,
+        )
+        federation.apply(results.sum())
 
-    def projectors(self, round_: int, grid: Grid, costs: dict[str, Any]) -> ArrayRecord:
-        """Of the retained clients' inputs to the model as it is (`null_space`)."""
-        like = null_space.upper(null_space.no_products(self.model))
-        answer = self.ask("query.inputs", grid, self.active, costs, "inputs", like=like, round_=round_)
-        means = {name: value.to(self.worker.device) for name, value in self.federation.mean(answer).items()}
-        products = null_space.symmetric(means)
-        free = null_space.projectors(products, ridge=self.config.unlearn.ridge)
-        return wire.packed(null_space.upper(free), "fp32")
+    def projectors(self, federation: Federation, number: int) -> Tensors:
+        """Give projectors from the retain clients' input covariances at the present model, as triangles."""
+        results = federation.run(self.input_covariance, on=federation.retain, at_round=federation.round + number)
+        means = {name: value.to(federation.server.device) for name, value in results.mean().items()}
+        return null_space.upper(null_space.projectors(null_space.symmetric(means), ridge=self.settings.ridge))
 
-    def mend(self, round_: int, grid: Grid, costs: dict[str, Any]) -> None:
-        """The retained clients train on a share of their images, at `mend_rate`."""
-        how = {"lr": self.mend_rate(), "share": self.config.unlearn.round_share, "embeddings": False}
-        answer = self.ask_to_train("train", grid, self.active, costs, "retained", round_=round_, **how)
-        self.server.move(self.federation.mean(answer))
+    def repair_round(self, federation: Federation, number: int) -> None:
+        """Let the retain clients train on a fraction of their images."""
+        results = federation.run(
+            tasks.train,
+            on=federation.retain,
+            at_round=federation.round + number,
+            lr=self.repair_lr(federation.config, federation.round),
+            fraction=self.settings.repair_fraction,
+            embeddings=False,
+        )
+        federation.apply(results.mean())
 
-    def rate(self) -> float:
-        """`unlearn.lr`, up to twice of it where the schedule's rate has still to fall by as much.
+    def recalibrate(self, federation: Federation, *, fraction: float = 1.0) -> None:
+        """Estimate BatchNorm statistics again, unless switched off."""
+        if self.settings.recalibrate:
+            federation.recalibrate_batch_norm(fraction=fraction)
 
-        What is taught gently is lost in rounds of a higher rate.
+    def relabel_lr(self, config: Config, round_: int) -> float:
+        """Give `lr`, up to twice of it where the schedule's rate has still to fall by as much.
+
+        What is relabelled gently is lost in rounds of a higher rate.
         """
-        now, last = self.worker.learning_rate(self.round + 1), self.worker.learning_rate(self.config.rounds)
-        return self.config.unlearn.lr * (min(2.0, now / last) if last else 1.0)
+        now, last = learning_rate_of(config, round_ + 1), learning_rate_of(config, config.rounds)
+        return self.settings.lr * (min(2.0, now / last) if last else 1.0)
 
-    def mend_rate(self) -> float:
-        """`unlearn.mend_lr`, or in the middle of training the schedule's present rate, where that is higher."""
-        return max(self.config.unlearn.mend_lr, self.worker.learning_rate(self.round + 1))
-
-    def teacher(self, before: dict[str, Tensor], foretold: Predictions, shares: dict[int, float]) -> ArrayRecord:
-        """The state of the model before it forgets, what is to be said of images like the server's unseen ones, and how
-        many times as often right as foretold it is to be for each client."""
-        of_clients = torch.ones(self.config.clients)
-        for client, share in shares.items():
-            of_clients[client] = share
-        answers = {
-            "answers": foretold.class_probs,
-            "answer_labels": foretold.class_labels,
-            "answer_shares": of_clients,
-        }
-        return wire.packed(before | answers, "fp32")
+    def repair_lr(self, config: Config, round_: int) -> float:
+        """Give `repair_lr`, or in the middle of training the schedule's present rate, where that is higher."""
+        return max(self.settings.repair_lr, learning_rate_of(config, round_ + 1))
 
 
-def is_known(found: Counts, predicted: float, unseen_loss: float) -> bool:
-    """Whether the loss of D_f is well below that of unseen images of its mix, and its accuracy above the predicted one
-    by more than a standard error of so many images."""
-    error = math.sqrt(predicted * (1 - predicted) / found.examples)
-    return found.mean_loss < KNOWN * unseen_loss and found.class_accuracy > predicted + error
+def is_memorised(found: Counts, predicted: float, held_out_loss: float) -> bool:
+    """Say whether the model knows images better than held-out ones of the same class counts.
 
-
-def corrected(aim: float, predicted: float, found: float) -> float:
-    """The accuracy to aim at after `aim` brought `found` in place of `predicted`: as much lower as that was too high.
-
-    Where that was too low it is higher again, up to `predicted`: more often right than foretold no answers are.
+    The loss is well below, and the accuracy above the predicted one by more than a standard error of so many images.
     """
-    return min(max(aim + predicted - found, 0.0), predicted)
+    error = math.sqrt(predicted * (1 - predicted) / found.examples)
+    return found.mean_loss < MEMORISED * held_out_loss and found.class_accuracy > predicted + error
+
+
+def corrected(target: float, predicted: float, found: float) -> float:
+    """Give the next target accuracy: lower by the last overshoot (integral control), within 0..predicted."""
+    return min(max(target + predicted - found, 0.0), predicted)

@@ -8,8 +8,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from fedunlearn.apps.client_app import app
-from fedunlearn.federation import local_grid
-from fedunlearn.federation import messages as wire
+from fedunlearn.federation import local_grid, messages
 
 
 class LocalGrid(local_grid.LocalGrid):
@@ -42,6 +41,10 @@ class LocalGrid(local_grid.LocalGrid):
     def get_node_ids(self) -> list[int]:
         return list(reversed(self.nodes))
 
+    def sent_for(self, task: str) -> list[Message]:
+        """The messages that asked for a client task."""
+        return [message for message in self.sent if messages.task_of(message).name == task]
+
 
 def equal(a, b):
     """Whether two state dicts have the same bits."""
@@ -49,6 +52,12 @@ def equal(a, b):
 
 
 def kinds(grid, client=None):
-    """(type, round) of every message sent, or of those that name `client`."""
-    tasks = [(m.metadata.message_type, wire.task_of(m)) for m in grid.sent]
-    return [(kind, task.round) for kind, task in tasks if client is None or client in task.clients]
+    """(client task, round) of every message sent, or of those that name `client`."""
+    tasks = [messages.task_of(message) for message in grid.sent]
+    return [(task.name, task.round) for task in tasks if client is None or client in task.clients]
+
+
+def asked(grid):
+    """(client task, client) of every message, for each client that it names."""
+    tasks = [messages.task_of(message) for message in grid.sent]
+    return [(task.name, client) for task in tasks for client in task.clients]

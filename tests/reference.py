@@ -1,4 +1,4 @@
-"""Slow and obvious versions of the formulas, to hold the fast ones against."""
+"""Slow and obvious versions of the formulas, which the fast ones are compared with."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def disentanglement_loss(z, client_ids, *, margin=1.0, pull=1.0, push=1.0, class
     return pull * sum(pulls) / len(pulls) + push * (sum(pushes) / len(pairs) if pairs else 0.0)
 
 
-def fisher(model, batches, *, head="class", estimator="per_example"):
+def fisher(model, batches, *, loss_head="class", estimator="per_example"):
     """One backward pass an example (or a batch), squared and averaged."""
     names, params = zip(*model.named_parameters(), strict=True)
     total, count = {name: torch.zeros_like(p) for name, p in zip(names, params, strict=True)}, 0
@@ -32,7 +32,7 @@ def fisher(model, batches, *, head="class", estimator="per_example"):
         size = 1 if estimator == "per_example" else len(images)
         for i in range(0, len(images), size):
             out = model(images[i : i + size])
-            logits, labels = (out[0], class_labels) if head == "class" else (out[1], client_ids)
+            logits, labels = (out[0], class_labels) if loss_head == "class" else (out[1], client_ids)
             loss = cross_entropy(logits, labels[i : i + size])
             grads = torch.autograd.grad(loss, params, allow_unused=True)
             for name, grad in zip(names, grads, strict=True):
@@ -89,9 +89,9 @@ def logistic_mia(retain, forget, *, folds=5, seed=42):
     return 100 * right / len(y)
 
 
-def input_products(model, images):
-    """Mean of x x^T over images and places, image by image and place by place, in fp64."""
-    seen, products = {}, {}
+def input_covariances(model, images):
+    """Mean of x x^T over images and positions, one by one, in fp64."""
+    seen, covariances = {}, {}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
     hooks = [m.register_forward_hook(lambda m, i, o, n=n: seen.update({n: i[0].detach()})) for n, m in layers.items()]
     model.eval()
@@ -108,39 +108,56 @@ def input_products(model, images):
                 continue
             k, pad, step = layer.kernel_size[0], layer.padding[0], layer.stride[0]
             wide = torch.nn.functional.pad(x, (pad, pad, pad, pad))
-            apart = step * max(1, x.shape[1] // step // 8)
-            corners = range(0, wide.shape[1] - k + 1, apart)
+            distance = step * max(1, x.shape[1] // step // 8)
+            corners = range(0, wide.shape[1] - k + 1, distance)
             rows += [wide[:, i : i + k, j : j + k].flatten() for i in corners for j in corners]
-        products[name] = sum(torch.outer(row, row) for row in rows) / len(rows)
-    return products
+        covariances[name] = sum(torch.outer(row, row) for row in rows) / len(rows)
+    return covariances
 
 
-def projectors(products, *, ridge):
+def projectors(covariances, *, ridge):
     """By eigenvalues: tau / (tau + lambda) along each direction."""
     found = {}
-    for name, a in products.items():
+    for name, a in covariances.items():
         values, vectors = map(torch.from_numpy, np.linalg.eigh(a.double().numpy()))
         tau = ridge * a.double().diagonal().mean()
         found[name] = vectors @ torch.diag(tau / (tau + values.clamp(min=0))) @ vectors.T
     return found
 
 
-def teach(model, images, wanted, by, *, steps, lr, momentum):
-    """Steps down the cross-entropy to wanted answers, each layer's step times its projector, written out."""
-    layers = {name: layer for name, layer in model.named_modules() if name in by}
-    speed = dict.fromkeys(by, 0.0)
+def distill(model, images, soft_labels, projectors, *, steps, lr, momentum):
+    """Steps down the cross-entropy to soft labels, each layer's step times its projector, written out."""
+    layers = {name: layer for name, layer in model.named_modules() if name in projectors}
+    speed = dict.fromkeys(projectors, 0.0)
     model.eval()
     for chosen in steps:
         model.zero_grad()
         logits = model(images[chosen]).class_logits
-        (-(wanted[chosen] * logits.log_softmax(1)).sum(1).mean()).backward()
+        (-(soft_labels[chosen] * logits.log_softmax(1)).sum(1).mean()).backward()
         for name, layer in layers.items():
             gradient = layer.weight.grad.flatten(1)
             if layer.bias is not None:
                 gradient = torch.cat([gradient, layer.bias.grad[:, None]], 1)
-            speed[name] = momentum * speed[name] + gradient.double() @ by[name].double()
+            speed[name] = momentum * speed[name] + gradient.double() @ projectors[name].double()
             with torch.no_grad():
                 size = layer.weight[0].numel()
                 layer.weight -= (lr * speed[name][:, :size].reshape(layer.weight.shape)).float()
                 if layer.bias is not None:
                     layer.bias -= (lr * speed[name][:, -1]).float()
+
+
+def ascend(model, batches, *, lr, clip, radius=float("inf")):
+    """Clipped steps up the class loss, each projected into the ball, without an early end."""
+    start = [p.detach().clone() for p in model.parameters()]
+    for images, labels, _ in batches:
+        model.train()
+        model.zero_grad()
+        cross_entropy(model(images).class_logits, labels).backward()
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p += lr * g * min(1, clip / norm)
+            distance = torch.cat([(p - s).flatten() for p, s in zip(model.parameters(), start, strict=True)]).norm()
+            for p, s in zip(model.parameters(), start, strict=True):
+                p.copy_(s + (p - s) * min(1, radius / distance))

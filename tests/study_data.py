@@ -1,12 +1,17 @@
 """A pool of a few noisy patterns, and short studies of digits."""
 
 import json
+import sys
 
 import numpy as np
 import torch
 
+from fedunlearn.errors import UserError
+from fedunlearn.log import set_up
 from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.study.dag.command import run_study
 from fedunlearn.study.pooled.pool import Examples, Pool
+from fedunlearn.study.pooled.study import PaperStudy
 from fedunlearn.study.pooled.training import Recipe
 
 LOSS = {"class_weight": 1.0, "client_weight": 1.0, "disentangle_weight": 0.1}
@@ -47,6 +52,27 @@ SHORT = ["dataset=digits", "scale=laptop", "study.workers=1", "study.seeds=[0]",
 TRAIN = [*SHORT, "study.stages=[train]", "study.pipelines=[ce_dl]", "learning.epochs=3"]
 
 
+def study(kind, words, *, only_plan=False):
+    """Run a study as the command line does; returns the exit status."""
+    set_up()
+    try:
+        if kind == "paper":
+            return run_study(PaperStudy(words), only_plan=only_plan)
+        from fedunlearn.study.federated.study import FederatedStudy
+
+        return run_study(FederatedStudy(words), only_plan=only_plan)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return 130
+
+
 def results(home, study="digits-laptop"):
-    found = [json.loads(file.read_text()) for file in (home / "studies" / study / "steps").glob("*/result.json")]
-    return {result["step"]: result for result in found}
+    found = [json.loads(file.read_text()) for file in (home / "studies" / study / "tasks").glob("*/result.json")]
+    return {result["task"]: result for result in found}
+
+
+if __name__ == "__main__":
+    sys.exit(study(sys.argv[1], sys.argv[2:]))

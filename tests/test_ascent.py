@@ -1,101 +1,67 @@
-"""Gradient ascent and projected gradient ascent beside naive versions, on four clients of handwritten digits."""
-
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
 
-from fedunlearn.apps.registry import STRATEGIES
-from fedunlearn.build import model_of
-from fedunlearn.nn.rng import generator_of
-from fedunlearn.runs.run import Run
-from naive import SETTINGS, assert_same, before, foretold, forgotten, pruned, trained
+import reference
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.unlearning.ascent import ascend
 
 
-def naive_ascent(worker, client, state, *, radius=torch.inf):
-    """Clipped steps up the class loss, each projected; without an early end."""
-    worker.model.load_state_dict(state)
-    model, settings = worker.model, worker.config.unlearn
-    start = [p.detach().clone() for p in model.parameters()]
-    for epoch in range(settings.ascent_epochs):
-        for images, labels, _ in worker.batches(client, generator_of(worker.config.seed, 2, client, epoch)):
-            model.train()
-            model.zero_grad()
-            cross_entropy(model(images).class_logits, labels).backward()
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
-            norm = torch.cat([g.flatten() for g in gradients]).norm()
-            with torch.no_grad():
-                for p, g in zip(model.parameters(), gradients, strict=True):
-                    p += settings.ascent_lr * g * min(1, settings.clip / norm)
-                away = torch.cat([(p - s).flatten() for p, s in zip(model.parameters(), start, strict=True)]).norm()
-                for p, s in zip(model.parameters(), start, strict=True):
-                    p.copy_(s + (p - s) * min(1, radius / away))
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-ASCENT = "unlearn.recover=0 unlearn.ascent_epochs=1 unlearn.ascent_lr=0.05"
-
-
-def test_ascent_climbs_the_leaving_clients_loss(federate, monkeypatch):
-    monkeypatch.setattr("fedunlearn.federation.requests.Forgetting.foretold_accuracy", lambda self, clients: -1.0)
-    worker = before(federate, ASCENT)
-    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
-    losses = [worker.evaluate(3).mean_loss]
-    found, _ = forgotten(federate, "ascent", ASCENT)
-    climbed = naive_ascent(worker, 3, state)
-    losses.append(worker.evaluate(3).mean_loss)
-    assert_same(found, pruned(worker, climbed))
-    assert losses[1] > losses[0]
-
-
-def test_an_ascent_ends_when_the_accuracy_is_that_of_unseen_images(federate):
-    worker = before(federate)
-    predicted = foretold(federate, worker, [3]).expected_accuracy(worker.class_mix([3]))
-    _, detail = forgotten(federate, "ascent", "unlearn.recover=0 unlearn.ascent_epochs=1000 unlearn.ascent_lr=0.01")
-    assert detail["until"] == pytest.approx(predicted)
-    assert detail["after"]["forgotten"]["3"]["class"] < 1
-
-
-def test_projected_ascent_stays_in_its_ball_around_the_others_mean(federate, monkeypatch):
-    monkeypatch.setattr("fedunlearn.federation.requests.Forgetting.foretold_accuracy", lambda self, clients: -1.0)
-    monkeypatch.setattr("strategies.projected_ascent.ProjectedAscent.radius", lambda self: 0.02)
-    worker = before(federate, ASCENT)
-    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
-    found, _ = forgotten(federate, "pga", ASCENT)
-    own = trained(worker, 3, state, 2)
-    n, rest = worker.examples(3), sum(worker.examples(c) for c in range(3))
-    reference = {
-        name: ((n + rest) * value - n * own[name]) / rest if value.is_floating_point() else value
-        for name, value in state.items()
-    }
-    expected = naive_ascent(worker, 3, reference, radius=0.02)
-    assert_same(found, pruned(worker, expected))
-
-
-def test_the_balls_radius_is_of_the_others_mean(federate, monkeypatch):
-    asked = []
-
-    def radius(strategy):
-        asked.append({name: value.clone() for name, value in strategy.model.state_dict().items()})
-        return 0.02
-
-    monkeypatch.setattr("strategies.projected_ascent.ProjectedAscent.radius", radius)
-    worker = before(federate)
-    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
-    own, share = trained(worker, 3, state, 2), worker.examples(3) / sum(worker.examples(c) for c in range(3))
-    forgotten(federate, "pga", "unlearn.recover=0 unlearn.ascent_epochs=1")
-    floating = {name for name, value in state.items() if value.is_floating_point()}
-    assert_same(asked[0], {n: v - share * (own[n] - v) if n in floating else v for n, v in state.items()})
-
-
-def test_the_ball_is_a_third_of_the_way_to_random_models(federate):
-    worker = before(federate)
-    run = Run.opened(federate.folder("before"))
-    strategy = STRATEGIES["pga"](run, federate.worker(SETTINGS))
-    own = torch.cat([p.detach().flatten() for p in worker.model.parameters()])
-    distances = [
-        torch.cat([p.detach().flatten() for p in model_of(worker.config, worker.dataset, 1, i).parameters()])
-        .sub(own)
-        .norm()
-        for i in range(10)
+def batches(count=3):
+    draws = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(6, 3, 8, 8, generator=draws), torch.randint(3, (6,), generator=draws), torch.zeros(6).long())
+        for _ in range(count)
     ]
-    assert strategy.radius() == pytest.approx(float(torch.stack(distances).mean()) / 3, rel=1e-4)
+
+
+def two_models():
+    torch.manual_seed(0)
+    model, twin = (TwoHeadResNet18(3, 2, width=8) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
+def climb(model, epochs, *, radius=torch.inf, finished=lambda: False):
+    return ascend(model, epochs, lr=0.05, clip=1.0, radius=radius, precision="fp32", finished=finished)
+
+
+def distance(model, twin):
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    return float(torch.cat([(p - q).detach().flatten() for p, q in pairs]).norm())
+
+
+@pytest.mark.parametrize("radius", [torch.inf, 0.02])
+def test_equals_clipped_and_projected_steps_written_out(radius):
+    model, twin = two_models()
+    climb(model, [batches(), batches()], radius=radius)
+    reference.ascend(twin, [*batches(), *batches()], lr=0.05, clip=1.0, radius=radius)
+    assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_grows():
+    model, _ = two_models()
+    losses = [climb(model, [batches()]).mean_loss for _ in range(3)]
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_the_model_stays_in_its_ball_and_no_step_is_longer_than_the_clip():
+    model, twin = two_models()
+    climb(model, [batches()] * 4, radius=0.03)
+    assert distance(model, twin) == pytest.approx(0.03, rel=1e-3)
+    model, twin = two_models()
+    climb(model, [batches(1)])
+    assert distance(model, twin) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_it_ends_at_the_first_fourth_of_an_epoch_that_is_finished():
+    model, _ = two_models()
+    checks = []
+
+    def finished():
+        checks.append(len(checks))
+        return len(checks) == 6
+
+    counts = climb(model, [batches(8)] * 5, finished=finished)
+    assert counts.examples == 6 * (8 + 4)
+    assert len(checks) == 6

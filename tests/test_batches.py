@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedunlearn.data.batches import batches, scale, shifted
+from fedunlearn.data.batches import batches, cuts, scale
 from fedunlearn.data.datasets import Split
 from fedunlearn.nn.rng import generator_of
 
@@ -44,18 +46,6 @@ def test_a_generator_shuffles_and_the_same_one_shuffles_the_same():
     assert sorted(orders[0]) == list(range(20))
 
 
-def test_shifted_moves_all_images_alike_with_zeros_behind():
-    images = torch.arange(1, 2 * 5 * 5 + 1, dtype=torch.uint8).reshape(2, 5, 5, 1)
-    assert torch.equal(shifted(images, 0, 0, 0), images)
-    assert torch.equal(shifted(images, 0, 0, 1), images.flip(2))
-    down = shifted(images, 2, 0, 0)
-    assert torch.equal(down[:, 2:], images[:, :3])
-    assert not down[:, :2].any()
-    left = shifted(images, 0, -1, 0)
-    assert torch.equal(left[:, :, :4], images[:, :, 1:])
-    assert not left[:, :, 4].any()
-
-
 def test_augmented_images_are_shifted_and_mirrored_originals():
     padding, found = 2, set()
     for images, labels, _ in all_batches(range(20), generator=generator_of(0), crop_padding=padding, flip=True):
@@ -72,3 +62,13 @@ def test_augmented_images_are_shifted_and_mirrored_originals():
             found.add(matches[0])
     assert len({top for top, _, _ in found}) > 2
     assert {mirrored for _, _, mirrored in found} == {False, True}
+
+
+@settings(deadline=None)
+@given(count=st.integers(0, 500), batch_size=st.integers(2, 40))
+def test_cuts_never_make_a_batch_of_a_single_example_and_lose_none(count, batch_size):
+    sizes = [len(part) for part in np.split(np.arange(count), cuts(count, batch_size))]
+    assert sum(sizes) == count
+    assert 1 not in sizes or count == 1
+    assert max(sizes) <= batch_size + 1
+    assert all(size == batch_size for size in sizes[:-1])

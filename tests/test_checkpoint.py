@@ -4,6 +4,7 @@ import torch
 from fedunlearn.errors import UserError
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.runs import checkpoint
+from fedunlearn.runs.files import write_atomically
 from fedunlearn.unlearning.pruning import prune_clients
 
 
@@ -16,11 +17,11 @@ def test_round_trip_keeps_every_bit_and_the_pruning(tmp_path):
     assert other.pruned.tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("left", [0, 5, 1000, -1])
-def test_a_checkpoint_cut_short_is_named(tmp_path, left):
+@pytest.mark.parametrize("size", [0, 5, 1000, -1])
+def test_a_checkpoint_cut_short_is_named(tmp_path, size):
     model, path = TwoHeadResNet18(3, 4, width=8), tmp_path / "model.safetensors"
     checkpoint.save(path, model.state_dict())
-    path.write_bytes(path.read_bytes()[:left])
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match="was cut short"):
         checkpoint.load(path, model)
 
@@ -39,9 +40,27 @@ def test_a_missing_changed_or_foreign_checkpoint_is_named(tmp_path):
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"old")
+    write_atomically(path, b"old")
     monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_lies_beside_the_model_comes_back_and_must_be_expected(tmp_path):
+    model, path = TwoHeadResNet18(3, 4, width=8), tmp_path / "model.safetensors"
+    momentum = {"momentum.a": torch.arange(3.0)}
+    checkpoint.save(path, model.state_dict() | momentum)
+    for beside in (("momentum.",), None):
+        rest = checkpoint.load(path, model, beside=beside)
+        assert list(rest) == ["momentum.a"]
+        assert torch.equal(rest["momentum.a"], momentum["momentum.a"])
+    with pytest.raises(UserError, match=r"momentum.a is \(3,\) there, absent in this run's model"):
+        checkpoint.load(path, model)
+
+
+def test_words_about_the_tensors_are_kept(tmp_path):
+    sha256 = checkpoint.save(tmp_path / "file", {"a": torch.ones(2)}, {"round": "3"})
+    tensors, about = checkpoint.read_tensors(tmp_path / "file", sha256=sha256)
+    assert (tensors["a"].tolist(), about) == ([1, 1], {"round": "3"})

@@ -3,18 +3,20 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fedunlearn.nn.client_head import embedding_moments, train_client_head
+from fedunlearn.nn.client_head import embedding_statistics, train_client_head
 
 
-def test_moments_by_hand():
+def test_statistics_by_hand():
     z = torch.tensor([[1.0, 2.0], [3.0, -1.0], [5.0, 0.0]])
-    found = embedding_moments(z, torch.tensor([0, 2, 0]), 3)
+    found = embedding_statistics(z, torch.tensor([0, 2, 0]), 3)
     assert_close(found, torch.tensor([[2.0, 6, 2, 26, 4], [0, 0, 0, 0, 0], [1, 3, -1, 9, 1]]))
 
 
-def test_moments_add_up_over_batches():
+def test_statistics_add_up_over_batches():
     z, y = torch.randn(20, 4), torch.arange(20) % 3
-    assert_close(embedding_moments(z[:7], y[:7], 3) + embedding_moments(z[7:], y[7:], 3), embedding_moments(z, y, 3))
+    assert_close(
+        embedding_statistics(z[:7], y[:7], 3) + embedding_statistics(z[7:], y[7:], 3), embedding_statistics(z, y, 3)
+    )
 
 
 def clouds(clients=3, classes=2, d=4, n=100):
@@ -35,8 +37,8 @@ def head(clients=3, d=4):
 
 
 def train(network, data, steps=300):
-    moments = {c: embedding_moments(z, y, 2) for c, (z, y) in data.items()}
-    train_client_head(network, moments, steps=steps, generator=torch.Generator().manual_seed(2))
+    statistics = {c: embedding_statistics(z, y, 2) for c, (z, y) in data.items()}
+    train_client_head(network, statistics, steps=steps, generator=torch.Generator().manual_seed(2))
     return network
 
 
@@ -56,7 +58,7 @@ def test_it_tells_clients_apart_whose_embeddings_differ_as_a_head_trained_on_all
     assert accuracies[0] > 0.8
 
 
-def test_clients_that_did_not_answer_keep_their_outputs():
+def test_clients_without_statistics_keep_their_outputs():
     data, network = clouds(), head()
     before = [p.clone() for p in network[2].parameters()]
     train(network, {c: data[c] for c in (0, 2)})

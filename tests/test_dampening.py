@@ -3,7 +3,9 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from fedunlearn.unlearning.dampening import dampen, largest_alpha, selected_share
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.unlearning.dampening import dampen, dampen_and_prune, largest_alpha, selected_fraction
+from fedunlearn.unlearning.fisher import diagonal_fisher
 
 
 def case(seed=0):
@@ -44,7 +46,7 @@ def test_no_weight_grows():
     assert_close(after, theta)
 
 
-def test_weights_that_matter_to_nobody_stay():
+def test_weights_that_matter_to_no_example_stay():
     zero = {"w": torch.zeros(3)}
     theta = {"w": torch.ones(3)}
     assert_close(dampen(theta, zero, zero, alpha=1, lambda_=0), theta)
@@ -80,10 +82,26 @@ def test_no_ratio_exceeds_the_largest_alpha():
     full = {"w": (90 * retain + 10 * forget) / 100}
     limit = largest_alpha(100, 10)
     assert limit == 10
-    assert selected_share(full, {"w": forget}, alpha=limit * 1.001) == 0
-    assert selected_share(full, {"w": forget}, alpha=limit * 0.999) == 0.01
+    assert selected_fraction(full, {"w": forget}, alpha=limit * 1.001) == 0
+    assert selected_fraction(full, {"w": forget}, alpha=limit * 0.999) == 0.01
 
 
-def test_selected_share():
+def test_selected_fraction():
     full, forget = {"w": torch.ones(4)}, {"w": torch.tensor([0.5, 1.5, 2.5, 3.5])}
-    assert selected_share(full, forget, alpha=2) == 0.5
+    assert selected_fraction(full, forget, alpha=2) == 0.5
+
+
+def test_a_step_dampens_every_parameter_and_prunes():
+    images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    few = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = TwoHeadResNet18(3, 4, width=8)
+    labels = torch.arange(24)
+    full = diagonal_fisher(model, [(images, labels % 3, labels % 4)])
+    forget = diagonal_fisher(model, [(few, labels[:6] % 3, labels[:6] * 0)])
+    expected = dampen({n: p.detach().clone() for n, p in model.named_parameters()}, full, forget, alpha=1, lambda_=0.5)
+    dampen_and_prune(model, full, forget, [0], alpha=1, lambda_=0.5)
+    for row in ("client_head.out.weight", "client_head.out.bias"):
+        expected[row][0] = 0
+    assert_close({n: p.detach() for n, p in model.named_parameters()}, expected)
+    assert model.pruned.tolist() == [True, False, False, False]

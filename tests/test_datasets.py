@@ -1,3 +1,5 @@
+import json
+import logging
 import pickle
 import tarfile
 import threading
@@ -31,6 +33,25 @@ def test_digits_are_embedded_and_memory_mapped(tmp_path):
     assert data.train.images.max() == 255
     assert isinstance(data.train.images, np.memmap)
     assert len(data.class_names) == 10
+
+
+def test_who_asks_for_test_images_alone_never_touches_the_training_images(tmp_path):
+    store = datasets.load("digits", cache=tmp_path).store
+    for file in store.glob("train_*"):
+        file.unlink()
+    data = datasets.load("digits", cache=tmp_path)
+    assert data.test.images.shape == (360, 8, 8, 1)
+    assert (data.channels, len(data.class_names), len(data.fingerprint)) == (1, 10, 64)
+    with pytest.raises(FileNotFoundError):
+        _ = data.train
+
+
+def test_stores_of_earlier_versions_have_channels_too(tmp_path):
+    data = datasets.load("random", cache=tmp_path, limit=20, test_limit=20)
+    meta = json.loads((data.store / "meta.json").read_text())
+    assert meta.pop("channels") == data.channels == 3
+    (data.store / "meta.json").write_text(json.dumps(meta))
+    assert datasets.Dataset(data.store).channels == 3
 
 
 def test_is_decoded_once(tmp_path, monkeypatch):
@@ -73,22 +94,22 @@ def test_folder_with_splits(tmp_path):
         assert (data.train.images[6] == np.asarray(image)).all()
 
 
-def test_folder_without_splits_holds_out_every_sixth_of_a_class(tmp_path):
+def test_folder_without_splits_takes_every_sixth_of_a_class_for_testing(tmp_path):
     image_tree(tmp_path / "tree", per_class=12)
     data = datasets.load("folder", root=str(tmp_path / "tree"), cache=tmp_path / "cache")
     assert (len(data.train.labels), data.test.labels.tolist()) == (20, [0, 0, 1, 1])
 
 
-def test_archive_of_a_folder_is_unpacked_once(tmp_path):
+def test_archive_of_a_folder_is_unpacked_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="fedunlearn")
     tree = image_tree(tmp_path / "tree")
     with tarfile.open(tmp_path / "images.tar.xz", "w:xz") as archive:
         for child in tree.iterdir():
             archive.add(child, child.name)
-    lines = []
     for _ in range(2):
-        data = datasets.load("folder", root=str(tmp_path / "images.tar.xz"), cache=tmp_path / "cache", log=lines.append)
+        data = datasets.load("folder", root=str(tmp_path / "images.tar.xz"), cache=tmp_path / "cache")
     assert data.train.labels.tolist() == [0] * 5 + [1] * 5
-    assert len(lines) == 2  # unpacking, decoding
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["unpacking", "decoding"]
 
 
 def test_changed_folder_is_decoded_again(tmp_path):
@@ -142,7 +163,7 @@ def cifar_archive(folder, name, labels_key, classes):
     for file, data in contents.items():
         (base / file).write_bytes(data)
         checksums[file] = md5(data).hexdigest()
-    archive = folder / "served" / source.filename
+    archive = folder / "web" / source.filename
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(base, source.base_folder)
@@ -167,7 +188,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 
 def serve(monkeypatch, web, source, archive, checksums):
-    monkeypatch.setattr(source, "url", f"{web}/made/served/{archive.name}")
+    monkeypatch.setattr(source, "url", f"{web}/made/web/{archive.name}")
     monkeypatch.setattr(source, "tgz_md5", md5(archive.read_bytes()).hexdigest())
     for part in ("train_list", "test_list"):
         monkeypatch.setattr(source, part, [[file, checksums[file]] for file, _ in getattr(source, part)])
@@ -180,7 +201,7 @@ def serve(monkeypatch, web, source, archive, checksums):
 def test_cifar_is_downloaded_verified_and_decoded(tmp_path, monkeypatch, web, name, labels_key, classes, train):
     source, archive, checksums = cifar_archive(tmp_path / "made", name, labels_key, classes)
     serve(monkeypatch, web, source, archive, checksums)
-    data = datasets.load(name, cache=tmp_path / "cache", log=lambda line: None)
+    data = datasets.load(name, cache=tmp_path / "cache")
     assert data.train.images.shape == (train, 32, 32, 3)
     assert data.class_names == [f"class {k}" for k in range(classes)]
     rows = pickle.loads((tmp_path / "made" / source.base_folder / source.train_list[0][0]).read_bytes())
@@ -193,8 +214,10 @@ def test_corrupt_download_and_no_network_are_named(tmp_path, monkeypatch, web):
     serve(monkeypatch, web, source, archive, checksums)
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"cifar100 could not be loaded .*put a good cifar-100-python.tar.gz into"):
-        datasets.load("cifar100", cache=tmp_path / "cache", log=lambda line: None)
+        datasets.load("cifar100", cache=tmp_path / "cache")
     archive.unlink()
-    with pytest.raises(UserError, match="or use images of your own"):
-        datasets.load("cifar100", cache=tmp_path / "other", log=lambda line: None)
+    with pytest.raises(
+        UserError, match=r"or use images of your own with data\.name=folder data\.root=/path/to/images$"
+    ):
+        datasets.load("cifar100", cache=tmp_path / "other")
     assert not list(tmp_path.glob("*/cifar100-*"))

@@ -37,7 +37,7 @@ def test_uses_running_statistics_and_a_single_head_has_no_client_hits():
     assert together.client_correct == 0
 
 
-def test_one_pass_gives_every_clients_counts_and_what_an_attacker_sees():
+def test_one_pass_gives_every_clients_counts_and_the_features_of_membership_inference():
     torch.manual_seed(0)
     batches = [(torch.randn(7, 6), torch.randint(4, (7,)), torch.randint(2, (7,))) for _ in range(3)]
     found = predict(Fixed(), batches)
@@ -62,20 +62,20 @@ def test_predictions_of_a_single_head_have_the_class_probabilities_alone():
     assert [counts.client_correct for counts in found.counts().values()] == [0] * 5
 
 
-def test_the_expected_accuracy_weighs_classes_by_the_mix():
+def test_the_expected_accuracy_weighs_classes_by_their_counts():
     logits = torch.tensor([[9.0, 0, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0], [0, 9, 0, 0, 0, 0], [0, 0, 0, 9, 0, 0]])
-    said = predict(Fixed(), [(logits, torch.tensor([0, 1, 1, 2]), torch.full((4,), -1))])
+    predictions = predict(Fixed(), [(logits, torch.tensor([0, 1, 1, 2]), torch.full((4,), -1))])
     # classes 0, 1 and 2 have accuracies 1, 0.5 and 0; class 3 is not among them: the mean of all, 0.5
-    assert said.expected_accuracy(torch.tensor([1, 1, 1, 1])) == pytest.approx(0.5)
-    assert said.expected_accuracy(torch.tensor([3, 1, 0, 0])) == pytest.approx(3.5 / 4)
-    assert said.expected_accuracy(torch.tensor([0, 0, 2, 2])) == pytest.approx(0.25)
+    assert predictions.expected_accuracy(torch.tensor([1, 1, 1, 1])) == pytest.approx(0.5)
+    assert predictions.expected_accuracy(torch.tensor([3, 1, 0, 0])) == pytest.approx(3.5 / 4)
+    assert predictions.expected_accuracy(torch.tensor([0, 0, 2, 2])) == pytest.approx(0.25)
 
 
-def test_the_expected_loss_weighs_classes_by_the_mix():
+def test_the_expected_loss_weighs_classes_by_their_counts():
     logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 1, 2, 2])
-    said = predict(Fixed(), [(logits, labels, torch.full((5,), -1))])
+    predictions = predict(Fixed(), [(logits, labels, torch.full((5,), -1))])
     losses = torch.nn.functional.cross_entropy(logits[:, :4], labels, reduction="none")
     of_class = torch.stack([losses[:1].mean(), losses[1:3].mean(), losses[3:].mean(), losses.mean()])
-    mix = torch.tensor([3, 1, 0, 2])
-    assert said.expected_loss(mix) == pytest.approx(float((mix * of_class).sum() / 6), rel=1e-5)
+    counts = torch.tensor([3, 1, 0, 2])
+    assert predictions.expected_loss(counts) == pytest.approx(float((counts * of_class).sum() / 6), rel=1e-5)

@@ -1,23 +1,23 @@
-"""Nodes that fail, answer nonsense or are silent: what is left out, what is tried again, what ends a run."""
+"""Nodes that fail, reply with nonsense or are silent: what is left out, what is tried again, what ends a run."""
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Error, Message
 from torch.testing import assert_close
 
 from fedunlearn.errors import UserError
-from fedunlearn.federation import messages as wire
+from fedunlearn.federation import messages
 from fedunlearn.runs.ledger import State
 from local_grid import LocalGrid, kinds
 from test_federation import ONE_STEP
 
 
-def broken(grid, damage, *, kind="train", node=1, times=1):
-    """Let the first `times` messages of `kind` to node number `node` be answered by `damage(reply)`."""
+def broken(grid, damage, *, task="train", node=1, times=1):
+    """Let the first `times` messages of a client task to node number `node` be answered by `damage(reply)`."""
     left = [times]
 
     def deliver(message):
-        mine = grid.nodes[message.metadata.dst_node_id] == node and message.metadata.message_type == kind
+        mine = grid.nodes[message.metadata.dst_node_id] == node and messages.task_of(message).name == task
         if mine and left[0]:
             left[0] -= 1
             return damage(grid.call(message), message)
@@ -29,53 +29,69 @@ def broken(grid, damage, *, kind="train", node=1, times=1):
 TWO_NODES = [[0, 3], [1, 2]]  # who hosts whom, of four clients with about equally many examples each node
 
 
-def change(**arrays):
+def change(record="arrays", **arrays):
     def damage(reply, message):
-        tensors = wire.tensors_of(reply)
+        tensors = messages.unpack(reply, record)
         for name, function in arrays.items():
-            tensors[name.replace("__", ".")] = function(tensors.pop(name.replace("__", ".")))
-        reply.content["arrays"] = ArrayRecord(tensors)
+            name = name.replace("__", ".").removeprefix("client_")
+            tensors[name] = function(tensors.pop(name))
+        reply.content[record] = ArrayRecord(tensors)
         return reply
 
     return damage
 
 
 def renamed(reply, message):
-    tensors = wire.tensors_of(reply)
+    tensors = messages.unpack(reply)
     tensors["else"] = tensors.pop("class_head.out.bias")
     reply.content["arrays"] = ArrayRecord(tensors)
     return reply
 
 
-def failed(reply, message):
-    from flwr.app import Error
+def of_others(reply, message):
+    reply.content["metrics"]["client"] = [0, 3]
+    return reply
 
+
+def failed(reply, message):
     return Message(Error(0, "the node ran\nout of memory"), reply_to=message)
 
 
 DAMAGES = {
     "error": (failed, "out of memory"),
     "silence": (lambda reply, message: None, "no reply within 0.3 s"),
-    "NaN": (change(class_head__out__bias=lambda t: t * torch.nan), "NaN or infinite values in class_head.out.bias"),
-    "shape": (change(class_head__out__bias=lambda t: t[:-1]), r"class_head.out.bias of shape [9], not [10]"),
-    "names": (renamed, "wrong names: class_head.out.bias, else"),
+    "NaN": (
+        change(class_head__out__bias=lambda t: t * torch.nan),
+        "it sent NaN or infinite values in class_head.out.bias",
+    ),
+    "shape": (change(class_head__out__bias=lambda t: t[:-1]), "it sent class_head.out.bias of shape [9], not [10]"),
+    "names": (renamed, "it sent wrong names: class_head.out.bias, else"),
+    "clients": (of_others, "it answered for clients 0, 3"),
+    "statistics": (change("statistics", client_1=lambda t: t[1:]), "it sent statistics of client 1 of shape [9, "),
+    "NaN statistics": (
+        change("statistics", client_2=lambda t: t * torch.nan),
+        "it sent NaN or infinite statistics of client 2",
+    ),
 }
 
 
 @pytest.mark.parametrize(("times", "clients"), [(2, [0, 1, 2, 3]), (3, TWO_NODES[0])])
 def test_a_node_that_does_not_say_whom_it_hosts_is_asked_three_times(federate, capsys, times, clients):
     grid = LocalGrid(2)
-    broken(grid, failed, kind="query.identify", times=times)
-    federate("rounds=1 forget.schedule={1:[2]} unlearn.attempts=1", grid=grid)
-    assert f"attempt {times} of 3: out of memory" in capsys.readouterr().out
+    broken(grid, failed, task="identify", times=times)
+    federate("rounds=1 forget.schedule={1:[2]} forget.attempts=1", grid=grid)
+    assert f"attempt {times} of 3: out of memory" in capsys.readouterr().err
     assert federate.run().metrics()[0]["clients"] == clients
     expected = State.COMPLETED if times == 2 else State.QUARANTINED
-    assert [request.state for request in federate.requests()] == [expected]
+    (request,) = federate.requests()
+    assert request.state == expected
+    if times == 3:
+        assert request.detail["reason"] == "client 2 did not reply to fisher"
 
 
 def test_without_any_node_that_works_the_run_ends_with_one_line(federate):
     grid = LocalGrid(1)
-    broken(grid, failed, kind="query.identify", node=0, times=100)
+    broken(grid, failed, task="identify", node=0, times=100)
     with pytest.raises(UserError, match="no node works"):
         federate(grid=grid)
 
@@ -84,48 +100,46 @@ def test_without_any_node_that_works_the_run_ends_with_one_line(federate):
 def test_a_node_that_fails_is_named_and_left_out_of_that_round(federate, capsys, damage, reason):
     grid = LocalGrid(2)
     broken(grid, damage)
-    federate("timeout=0.3", grid=grid)
-    assert f"round 1: node 1 (clients 1, 2) is left out: {'it sent ' if 'of shape' in reason else ''}" in (
-        out := capsys.readouterr().out
-    )
-    assert reason in out
-    assert [row["clients"] for row in federate.run().metrics()] == [TWO_NODES[0], [0, 1, 2, 3], [0, 1, 2, 3]]
+    federate("rounds=2 timeout=0.3 evaluate_every=2", grid=grid)
+    assert f"round 1: node 1 (clients 1, 2) is left out: {reason}" in capsys.readouterr().err
+    assert [row["clients"] for row in federate.run().metrics()] == [TWO_NODES[0], [0, 1, 2, 3]]
 
 
-def test_what_is_left_of_a_round_is_the_mean_of_those_who_answered(federate):
+def test_what_is_left_of_a_round_is_the_mean_of_those_who_replied(federate):
     grid = LocalGrid(4)
     broken(grid, failed, node=2)
-    federate(f"{ONE_STEP} forget.schedule={{}}", grid=grid)
-    worker = federate.worker(ONE_STEP)
-    examples = [worker.examples(c) for c in range(4)]
-    sent = [message for message in grid.sent if message.metadata.message_type == "train"]
-    assert [wire.task_of(m).clients for m in sent] == [[c] for c in sorted(range(4), key=lambda c: -examples[c])]
-    sums = {wire.task_of(m).clients[0]: wire.tensors_of(grid.call(m))["class_head.out.bias"] for m in sent}
-    moved = (sums[0] + sums[1] + sums[3]) / (sum(examples) - examples[2])
-    before = worker.model.state_dict()["class_head.out.bias"]
-    assert_close(federate.state()["class_head.out.bias"], before + moved)
+    federate(ONE_STEP, grid=grid)
+    pooled = federate.pooled(ONE_STEP)
+    examples = [pooled.examples(c) for c in range(4)]
+    sent = grid.sent_for("train")
+    assert [messages.task_of(m).clients for m in sent] == [[c] for c in sorted(range(4), key=lambda c: -examples[c])]
+    sums = {messages.task_of(m).clients[0]: messages.unpack(grid.call(m))["class_head.out.bias"] for m in sent}
+    update = (sums[0] + sums[1] + sums[3]) / (sum(examples) - examples[2])
+    before = pooled.state()["class_head.out.bias"]
+    assert_close(federate.state()["class_head.out.bias"], before + update)
 
 
-def test_a_round_without_any_answer_ends_the_run_with_the_way_on(federate):
+def test_a_round_without_any_reply_ends_the_run_with_the_way_on(federate):
     grid = LocalGrid(1)
     broken(grid, failed, node=0, times=100)
-    with pytest.raises(UserError, match=r'round 1: no client answered; .*overrides="run=test"'):
-        federate(grid=grid)
-    federate()
-    assert federate.run().ledger.head().finished
+    with pytest.raises(UserError, match=r"round 1: no client answered; continue from round 0 with run=test"):
+        federate("rounds=1", grid=grid)
+    federate("rounds=1")
+    assert federate.run().ledger.current().finished
 
 
 def test_a_failed_fisher_query_is_tried_again_and_then_set_aside(federate, capsys):
     grid = LocalGrid(4)
-    broken(grid, failed, kind="query.fisher", node=3, times=1)
-    federate("forget.schedule={1:[3]}", grid=grid)
+    broken(grid, failed, task="fisher", node=3, times=1)
+    federate("rounds=2 forget.schedule={1:[3]}", grid=grid)
     (request,) = federate.requests()
     assert (request.state, request.detail["round"]) == (State.COMPLETED, 2)
     assert not [kind for kind in kinds(grid, client=3) if kind == ("train", 2)]
 
     grid = LocalGrid(4)
-    broken(grid, failed, kind="query.fisher", node=3, times=100)
-    federate("run=set_aside forget.schedule={1:[3]}", grid=grid)
-    out = capsys.readouterr().out
-    assert "request r1, attempt 3: client 3 did not answer query.fisher; set aside" in out
+    broken(grid, failed, task="fisher", node=3, times=100)
+    federate("run=set_aside rounds=2 evaluate_every=2 forget.schedule={1:[3]}", grid=grid)
+    (request,) = federate.requests("set_aside")
+    assert (request.state, request.detail["attempts"]) == (State.QUARANTINED, 3)
+    assert "request r1, attempt 3: client 3 did not reply to fisher; set aside" in capsys.readouterr().err
     assert not [kind for kind in kinds(grid, client=3) if kind[0] == "train" and kind[1] > 1]

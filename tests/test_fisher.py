@@ -30,12 +30,12 @@ def batches(size, n=11):
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("head", ["class", "client"])
+@pytest.mark.parametrize("loss_head", ["class", "client"])
 @pytest.mark.parametrize("estimator", ["per_example", "batch"])
-def test_equals_one_backward_pass_an_example(norm, head, estimator):
+def test_equals_one_backward_pass_an_example(norm, loss_head, estimator):
     model = two_head(norm)
-    fast = diagonal_fisher(model, batches(4), head=head, estimator=estimator)
-    assert_close(fast, reference.fisher(model, batches(4), head=head, estimator=estimator))
+    fast = diagonal_fisher(model, batches(4), loss_head=loss_head, estimator=estimator)
+    assert_close(fast, reference.fisher(model, batches(4), loss_head=loss_head, estimator=estimator))
 
 
 def test_does_not_depend_on_the_batch_size():
@@ -74,7 +74,7 @@ def test_batch_estimator_shrinks_as_batches_grow():
     assert large < small / 2
 
 
-def test_the_other_head_has_none_and_the_model_is_left_as_it_was():
+def test_the_other_head_has_none_and_the_model_is_as_before():
     model = two_head()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fisher = diagonal_fisher(model, batches(4))
@@ -109,7 +109,7 @@ def test_no_examples_no_client_head_and_unknown_words_are_refused():
     with pytest.raises(ValueError, match="no examples"):
         diagonal_fisher(two_head(), [])
     with pytest.raises(ValueError, match="needs a model with a client head"):
-        diagonal_fisher(two_head(clients=0), batches(4), head="client")
+        diagonal_fisher(two_head(clients=0), batches(4), loss_head="client")
     with pytest.raises(ValueError, match="estimator='exact'"):
         diagonal_fisher(two_head(), batches(4), estimator="exact")
 

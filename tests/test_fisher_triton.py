@@ -124,7 +124,7 @@ def test_runs_on_gpus_only():
     assert not available(torch.device("cpu"))
 
 
-def test_shares_fill_the_gpu_and_large_weights_are_not_split():
+def test_programs_fill_the_gpu_and_large_weights_are_not_split():
     assert examples_per_program(128, tiles=5, positions=1024, slots=264) == 3  # 5 * 43 programs
     assert examples_per_program(128, tiles=50 * 264, positions=16, slots=264) == 128
     assert examples_per_program(5, tiles=1, positions=64, slots=2) == 3

@@ -1,37 +1,46 @@
-"""The whole thing as a user runs it: `flwr run` in processes of its own, Ray, two actors, a worker that is killed."""
+"""The whole thing as a user runs it: processes of its own, Ray, two workers, one of which is killed."""
 
 import hashlib
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from flwr.common.config import parse_config_args
 
-from fedunlearn.apps import simulate
-from fedunlearn.errors import UserError
+from benchmarks.superlink import superlink as started
 
 APP = Path(__file__).parent.parent / "simulations" / "digits"
 SMALL = "rounds=4 data.limit=200 data.test_limit=40 forget.schedule={2:[3]}"
 
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
 
 @pytest.fixture
 def superlink(home):
-    with simulate.superlink(home / "flower") as environment:
+    with started(home / "flower") as environment:
         yield environment
 
 
-def flwr_run(environment, overrides, federation):
-    """`flwr run --stream`, ended; its output."""
+def flwr_command(words, federation="num-supernodes=2"):
+    """`flwr run --stream`."""
     command = ["flwr", "run", str(APP), "--stream", "--federation-config", federation]
-    command += ["--run-config", f"overrides={json.dumps(f'{SMALL} {overrides}')}"]
+    return [*command, "--run-config", f"overrides={json.dumps(f'{SMALL} {words}')}"]
+
+
+def flwr_run(environment, words, federation="num-supernodes=2"):
+    """Its output, when it has ended."""
+    command = flwr_command(words, federation)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280).stdout
+
+
+def fedunlearn_run(*words):
+    """`fedunlearn run digits` on Ray."""
+    return [sys.executable, "-m", "fedunlearn", "run", "digits", "--engine", "ray", *SMALL.split(), *words]
 
 
 def checkpoint(home, run):
@@ -39,13 +48,13 @@ def checkpoint(home, run):
     return hashlib.sha256(file.read_bytes()).hexdigest()  # of bytes, pytest would show the difference for minutes
 
 
-def workers(environment):
-    """Process ids of this SuperLink's Ray workers that run client apps."""
+def workers(home):
+    """Process ids of the Ray workers that run client apps for runs in this state folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             named = b"ray::RetryingActor" in (process / "cmdline").read_bytes()
-            ours = environment["FLWR_HOME"].encode() in (process / "environ").read_bytes()
+            ours = f"FEDUNLEARN_HOME={home}\0".encode() in (process / "environ").read_bytes()
         except OSError:
             continue
         if named and ours:
@@ -53,23 +62,20 @@ def workers(environment):
     return found
 
 
-@pytest.mark.timeout(600)
 def test_flwr_run_on_one_actor_on_two_and_with_a_killed_worker_gives_the_same_bits(home, superlink):
     output = flwr_run(superlink, "run=one", "num-supernodes=4 client-resources-num-cpus=2 init-args-num-cpus=2")
     assert "10 clients on 4 virtual nodes" in output
-    assert 'one each: --federation-config "num-supernodes=10"' in output
+    assert 'one each: --nodes 10, of flwr run --federation-config "num-supernodes=10"' in output
     assert re.search(r"request r1, forgotten after round 2 .* client 3: .* client-ID \S+ → 0\.000", output)
     assert re.search(r"round +4/4 .* left", output)
     assert (home / "runs" / "one" / "report" / "index.html").exists()
 
-    resources = "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=2"
-    command = ["flwr", "run", str(APP), "--stream", "--federation-config", resources]
-    command += ["--run-config", f"overrides={json.dumps(f'{SMALL} run=two')}"]
+    command = flwr_command("run=two", "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=2")
     killed = []
     with subprocess.Popen(command, env=superlink, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
             if line.startswith("round   1/4"):
-                killed = workers(superlink)
+                killed = workers(home)
                 environments = [Path(f"/proc/{pid}/environ").read_bytes() for pid in killed]
                 os.kill(killed[0], signal.SIGKILL)
     assert len(killed) == 2
@@ -77,11 +83,9 @@ def test_flwr_run_on_one_actor_on_two_and_with_a_killed_worker_gives_the_same_bi
     assert checkpoint(home, "one") == checkpoint(home, "two")
 
 
-@pytest.mark.timeout(600)
 def test_a_killed_run_goes_on_to_the_same_bits(home, superlink):
-    flwr_run(superlink, "run=whole", "num-supernodes=2")
-    command = ["flwr", "run", str(APP), "--stream", "--run-config", f"overrides={json.dumps(f'{SMALL} run=killed')}"]
-    with subprocess.Popen(command, env=superlink, stdout=subprocess.PIPE, text=True) as run:
+    flwr_run(superlink, "run=whole")
+    with subprocess.Popen(flwr_command("run=killed"), env=superlink, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
             if line.startswith("round   1/4"):
                 time.sleep(0.1)  # into round 2
@@ -89,44 +93,52 @@ def test_a_killed_run_goes_on_to_the_same_bits(home, superlink):
                 run.terminate()
                 break
     assert checkpoint(home, "whole") != checkpoint(home, "killed")
-    output = flwr_run(superlink, "run=killed", "num-supernodes=2")
+    output = flwr_run(superlink, "run=killed")
     assert "run killed goes on after round " in output
     assert checkpoint(home, "whole") == checkpoint(home, "killed")
 
 
-def test_a_terminated_process_ends_its_superlink(home):
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom fedunlearn import simulate\n"
-        "with simulate.superlink(Path(sys.argv[1])) as environment:\n"
-        "    print(environment['FLWR_LOCAL_SUPERLINK_HTTP_API_PORT'], flush=True)\n    time.sleep(100)\n"
-    )
-    command = [sys.executable, "-c", code, str(home / "flower")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        port = int(process.stdout.readline())
-        process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port), timeout=5)
-
-
-@pytest.mark.parametrize("text", ["a=1 b='x y'", 'a=1 b="x y"', "strategy=ssd forget.schedule={2:[3]}", "a=ü"])
-def test_settings_reach_flower_as_they_are(text):
-    assert parse_config_args([f"overrides={simulate.quoted(text)}"]) == {"overrides": text}
-
-
-def test_quotes_of_both_kinds_are_refused():
-    with pytest.raises(UserError, match="both kinds of quotes"):
-        simulate.quoted("""a='x' b="y" """)
-
-
-def test_bad_settings_end_with_one_line_and_a_status(home, superlink, capfd):
-    assert simulate.main([str(APP), "bogus=1"]) == 2
-    assert simulate.main([str(APP.parent / "nothing")]) == 2
-    errors = capfd.readouterr().err.splitlines()
-    assert len(errors) == 2
-    assert "Key 'bogus' not in 'Config'" in errors[0]
-    assert "is an app such as" in errors[1] or "has no config.yaml" in errors[1]
-    output = flwr_run(superlink, "data.name=folder data.root=/nowhere", "num-supernodes=2")
-    assert "data.root=/nowhere does not exist" in output
+def test_settings_reach_the_server_and_mistakes_in_them_end_with_one_line(home, superlink):
+    output = flwr_run(superlink, "data.name=folder data.root=/no where/é")
+    assert "data.root=/no where/é does not exist" in output
+    assert "Traceback" not in output
+    output = flwr_run(superlink, "round=3")
+    assert "round is no setting: did you mean rounds?" in output
     assert "Traceback" not in output
     assert not (home / "runs").exists()
+
+
+def test_fedunlearn_run_on_ray_goes_on_after_a_kill_to_the_same_bits_as_with_a_killed_worker(home):
+    """A person's lines are on stderr, and Flower's and Ray's are not among them."""
+    two = ["--nodes", "2", "--workers", "2"]
+    killed = []
+    with subprocess.Popen(fedunlearn_run("run=worker", *two), stderr=subprocess.PIPE, text=True) as run:
+        lines = []
+        for line in run.stderr:
+            lines.append(line)
+            if line.startswith("round   1/4"):
+                killed = workers(home)
+                os.kill(killed[0], signal.SIGKILL)
+    assert run.returncode == 0, "".join(lines)
+    assert len(killed) == 2
+    assert any(line.startswith("10 clients on 2 virtual nodes; one each: --nodes 10") for line in lines)
+    assert any(line.startswith("report: ") for line in lines)
+    assert not [line for line in lines if "ROUND" in line or "ServerApp" in line]
+
+    with subprocess.Popen(fedunlearn_run("run=whole", *two), stderr=subprocess.PIPE, text=True) as run:
+        for line in run.stderr:
+            if line.startswith("round   1/4"):
+                os.kill(int((home / "runs" / "whole" / "lock").read_text()), signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+    done = subprocess.run(fedunlearn_run("run=whole", *two), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "run whole goes on after round " in done.stderr
+    assert checkpoint(home, "whole") == checkpoint(home, "worker")
+
+
+def test_a_mistake_that_shows_on_ray_only_ends_with_one_line_and_status_2(home):
+    command = fedunlearn_run("run=bad", "data.name=folder", "data.root=/nowhere", "--nodes", "2", "--workers", "1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: data.root=/nowhere does not exist")
+    assert "Traceback" not in done.stderr

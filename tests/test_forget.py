@@ -1,4 +1,4 @@
-"""The forget command: in this process where a run is live or nothing is to be served, through Ray where it serves."""
+"""Requests from outside a run: the command, and the door of `Run` that it goes through."""
 
 import json
 import subprocess
@@ -6,151 +6,268 @@ import sys
 import threading
 import time
 
-from flwr.app import Context, RecordDict
+import pytest
 
-from fedunlearn import forget
-from fedunlearn.runs.ledger import Ledger, State
-from fedunlearn.runs.run import hold
-from local_grid import LocalGrid
+from command_line import command
+from fedunlearn import cli, open_run
+from fedunlearn.errors import UserError
+from fedunlearn.runs import door
+from fedunlearn.runs.ledger import State
+from fedunlearn.runs.lock import LockedError, lock
+from local_grid import LocalGrid, equal
+
+FORGOTTEN = "forget.schedule={2:[3]}"
 
 
-def test_bad_input_gets_one_line_and_status_2(federate, capsys, monkeypatch):
+@pytest.fixture(autouse=True)
+def no_long_waits(monkeypatch):
+    monkeypatch.setattr(door, "POLL_SECONDS", 0.05)
+
+
+@pytest.fixture
+def finished(federate):
+    """A run of one round that nobody holds."""
+    federate.shared("rounds=1", name="test")
+    return federate
+
+
+def at_training(grid, ask):
+    """Call `ask` at the first message of training."""
+    asked = []
+
+    def deliver(message):
+        if message.metadata.message_type == "train" and not asked:
+            asked.append(1)
+            ask()
+        return grid.call(message)
+
+    grid.deliver = deliver
+    return grid
+
+
+def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert forget.main(["--client", "3"]) == 2
-    assert "start one with 'flwr run simulations/digits'" in capsys.readouterr().err
-    federate("rounds=1")
-    before = federate.folder().joinpath("ledger.sqlite").read_bytes()
+    before = finished.folder().joinpath("ledger.sqlite").read_bytes()
     cases = {
         ("--client", "4"): "client 4 is not in 0..3",
         ("--client", "-1"): "client -1 is not in 0..3",
         ("--client", "three"): "client 'three' is not a whole number in 0..3",
         (): "no client to forget: name one in 0..3",
         ("--client", "1", "--run", "other"): "no run other in",
-        ("--status", "r9"): "run test has no request r9: there are none",
+        ("--client", "1", "--home", str(tmp_path)): "start one with 'fedunlearn run digits'",
+        ("--status", "r9"): "there is no request r9: there are none",
         ("--client", "1", "--nodes", "0"): "--nodes 0 is too few",
         ("--client", "1", "--gpus", "0.5"): "--gpus 0.5: there is no GPU here",
+        ("--client", "1", "--engine", "nope"): "--engine nope is not one of ray, local",
     }
     for arguments, message in cases.items():
-        assert forget.main(list(arguments)) == 2
+        assert command("forget", *arguments) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    assert federate.folder().joinpath("ledger.sqlite").read_bytes() == before
+    assert finished.folder().joinpath("ledger.sqlite").read_bytes() == before
 
 
 def test_an_earlier_request_gives_its_receipt_and_status_0(federate, capsys):
-    federate("forget.schedule={1:[3]}")
+    federate.shared(FORGOTTEN, name="test")
     capsys.readouterr()
-    assert forget.main(["--client", "3"]) == 0
-    assert capsys.readouterr().out.startswith("r1  COMPLETED    clients 3  after round 1; class accuracy client 3 ")
-    assert forget.main(["--client", "3", "--json"]) == 0
+    assert command("forget", "--client", "3") == 0
+    assert capsys.readouterr().out.startswith("r1  COMPLETED    clients 3  after round 2; class accuracy client 3 ")
+    assert command("forget", "--client", "3", "--json") == 0
     (receipt,) = json.loads(capsys.readouterr().out)
     assert (receipt["id"], receipt["state"], receipt["clients"]) == ("r1", "COMPLETED", [3])
     assert receipt["detail"]["after"]["forgotten"]["3"]["client_id"] == 0
-    assert forget.main(["--list"]) == forget.main(["--status", "r1"]) == 0
+    assert command("forget", "--list") == command("forget", "--status", "r1") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == lines[1]
 
 
-def test_a_refused_request_gives_status_1(federate, capsys):
-    federate("forget.schedule={1:[0,1,2,3]}")
-    assert forget.main(["--status", "r1"]) == 1
+def test_a_refused_request_gives_status_1(finished, capsys):
+    assert command("forget", *(f"--client={client}" for client in range(4)), "--engine", "local") == 1
+    assert "no client would be left" in capsys.readouterr().out
+    assert command("forget", "--status", "r1") == 1
     assert "no client would be left" in capsys.readouterr().out
 
 
 def test_a_live_run_takes_the_request_at_its_next_round_boundary(federate, capsys):
-    grid, statuses = LocalGrid(2), []
-    waiter = threading.Thread(target=lambda: statuses.append(forget.main(["--client", "3", "--wait"])))
+    statuses = []
+    waiter = threading.Thread(target=lambda: statuses.append(command("forget", "--client", "3", "--wait")))
 
-    def deliver(message):
-        if message.metadata.message_type == "train" and not waiter.ident:
-            assert forget.main(["--client", "3"]) == 0  # it only files
-            waiter.start()
-        return grid.call(message)
+    def ask():
+        assert command("forget", "--client", "3") == 0  # it only files
+        waiter.start()
 
-    grid.deliver = deliver
-    federate("rounds=4", grid=grid)
+    federate("rounds=2", grid=at_training(LocalGrid(2), ask))
     waiter.join(timeout=60)
     assert statuses == [0]
     (request,) = federate.requests()
     assert (request.state, request.detail["round"]) == (State.COMPLETED, 1)
-    out = capsys.readouterr().out
-    assert "run test takes the request at its next round boundary" in out
+    out, err = capsys.readouterr()
+    assert "run test takes the request at its next round boundary" in err
+    assert "request r1: COMPLETED" in err
     assert "r1  COMPLETED    clients 3  after round 1" in out
 
 
-def test_a_run_that_has_closed_its_ledger_is_waited_for_and_then_served(federate, capsys, monkeypatch):
-    federate("rounds=1")
-    served = []
-    monkeypatch.setattr(forget, "serve", lambda folder, options: served.append(forget.is_live(folder)))
-    with hold(federate.folder()):
-        command = threading.Thread(target=forget.main, args=(["--client", "3"],))
-        command.start()
-        while "is closing: waiting" not in capsys.readouterr().out:
-            assert command.is_alive()
+def test_a_run_that_has_closed_its_ledger_is_waited_for_and_then_applied(finished, capsys, monkeypatch):
+    live = []
+    monkeypatch.setattr(cli, "serve", lambda found, resources, **options: live.append(found.is_live()))
+    with lock(finished.folder()):
+        asking = threading.Thread(target=command, args=("forget", "--client", "3"))
+        asking.start()
+        while "is closing: waiting" not in capsys.readouterr().err:
+            assert asking.is_alive()
             time.sleep(0.05)
-        assert served == []
-    command.join(timeout=30)
-    assert served == [False]
+        assert live == []
+    asking.join(timeout=30)
+    assert live == [False]
 
 
-def test_waiting_for_a_run_that_stops_says_how_to_go_on(federate, capsys, monkeypatch):
-    federate("rounds=1")
-    monkeypatch.setattr(forget, "taken_by_live_run", lambda *args: True)
-    assert forget.main(["--client", "3", "--wait"]) == 2
-    assert 'resume it with overrides="run=test"' in capsys.readouterr().err
+def test_who_comes_second_to_a_run_follows_the_first(finished, capsys, monkeypatch):
+    """Both commands saw no live run: one of them holds it, and applies every open request."""
+
+    def come_second(found, resources, **options):
+        first = threading.Thread(target=serve, args=(found, resources), kwargs=options)
+        first.start()
+        while first.is_alive() and not found.is_live():
+            time.sleep(0.02)
+        raise LockedError("the first holds it")
+
+    serve = cli.serve
+    monkeypatch.setattr(cli, "serve", come_second)
+    assert command("forget", "--client", "3", "--engine", "local") == 0
+    assert "request r1: COMPLETED" in capsys.readouterr().err
+    assert finished.requests()[0].state == State.COMPLETED
 
 
-def test_the_live_run_comes_first_then_the_newest_finished_one(federate):
-    for name in ("one", "two", "three"):
-        federate(f"rounds=1 run={name}")
-    ledger = Ledger(federate.folder("three") / "ledger.sqlite")
-    ledger.commit(0, "round-00000.safetensors", "00")  # as if it had been stopped before its first round
-    ledger.close()
-    assert forget.find_run(federate.home, None).name == "two"
-    with hold(federate.folder("one")):
-        assert forget.find_run(federate.home, None).name == "one"
-    assert forget.find_run(federate.home, "three").name == "three"
-    stored = federate.folder("two") / "run.json"
-    stored.write_text(stored.read_text().replace('"recover_lr"', '"of_an_older_version"'))
-    assert forget.find_run(federate.home, None).name == "one"
+def test_waiting_for_a_run_that_stops_says_how_to_go_on(finished, capsys, monkeypatch):
+    monkeypatch.setattr(door.RequestHandle, "is_taken", lambda *args, **options: True)
+    assert command("forget", "--client", "3", "--wait") == 2
+    assert "stopped before the request was applied: repeat this command, or resume the run with run=test" in (
+        capsys.readouterr().err
+    )
 
 
-def test_a_run_without_a_name_is_served_in_its_own_folder(federate, capsys, monkeypatch):
+def test_without_a_live_run_the_request_is_applied_here(finished, capsys):
+    """The same weights as from a request that was applied while training."""
+    finished("run=live rounds=1 forget.schedule={1:[1,3]}")
+    (file,) = (finished.folder() / "checkpoints").iterdir()
+    assert command("forget", "--client", "3", "--client", "1", "--run", "test", "--engine", "local") == 0
+    assert "no live run: the request is applied to run test here, on 2 virtual nodes" in capsys.readouterr().err
+    (request,) = finished.requests()
+    assert (request.state, request.clients) == (State.COMPLETED, [1, 3])
+    assert equal(finished.state(), finished.state("live"))
+    assert not file.exists()
+    assert [file.name for file in (finished.folder() / "checkpoints").iterdir()] == ["round-00001-r1.safetensors"]
+    assert finished.run().ledger.current().finished
+    assert (finished.folder() / "report" / "index.html").exists()
+
+
+def test_a_run_without_a_name_is_applied_in_its_own_folder(federate):
     federate("rounds=1 run=''")
     (folder,) = (federate.home / "runs").iterdir()
-
-    def serve_here(server_app, client_app, **options):
-        server_app(LocalGrid(options["num_supernodes"]), Context(1, 1, {}, RecordDict(), {}))
-
-    monkeypatch.setattr("flwr.simulation.run_simulation", serve_here)
-    assert forget.main(["--client", "3"]) == 0
+    assert command("forget", "--client", "3", "--engine", "local") == 0
     assert list((federate.home / "runs").iterdir()) == [folder]
     (request,) = federate.requests(folder.name)
     assert request.state == State.COMPLETED
 
 
-def test_a_damaged_checkpoint_is_named_before_anything_is_filed(federate, capsys):
-    federate("rounds=1")
-    (file,) = (federate.folder() / "checkpoints").iterdir()
+def test_a_run_in_another_state_folder_is_applied_there(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDUNLEARN_HOME", str(tmp_path / "empty"))
+    assert command("forget", "--client", "3", "--engine", "local", "--home", finished.home) == 0
+    assert finished.requests()[0].state == State.COMPLETED
+    assert not (tmp_path / "empty" / "runs").exists()
+
+
+def test_a_damaged_checkpoint_is_named_before_anything_is_filed(finished, capsys):
+    (file,) = (finished.folder() / "checkpoints").iterdir()
     file.write_bytes(file.read_bytes()[:-7])
-    assert forget.main(["--client", "3"]) == 2
+    assert command("forget", "--client", "3") == 2
     assert "was cut short or changed since it was written" in capsys.readouterr().err
-    assert federate.requests() == []
+    assert finished.requests() == []
 
 
-def test_without_a_live_run_the_request_is_served_in_a_flower_simulation(federate):
-    """Ray and all, in a process of its own: the same weights as from a request that was served while training."""
+# --- the door -----------------------------------------------------------------------------------------------------
+
+
+def test_the_door_refuses_what_cannot_be_asked(finished):
+    run = open_run("test")
+    for clients, message in (([], "no client to forget"), ([4], "client 4 is not in 0..3"), ([0, -1], "client -1")):
+        with pytest.raises(UserError, match=message):
+            run.request(clients)
+    assert run.ledger.requests() == []
+
+
+def test_a_handle_follows_a_request_through_its_states(finished):
+    run, states = open_run("test"), []
+    with lock(finished.folder()):
+        handle = run.request([3, 1, 3])
+        following = threading.Thread(target=handle.follow, args=(lambda request: states.append(request.state),))
+        following.start()
+        (request,) = handle.requests()
+        assert handle.is_open
+        for state in (State.COLLECTING, State.APPLIED, State.COMPLETED):
+            deadline = time.monotonic() + 20
+            while len(states) < len(State.__members__) and states[-1:] != [request.state]:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            request = run.ledger.advance(request, state)
+        following.join(timeout=20)
+    assert states == ["RECEIVED", "COLLECTING", "APPLIED", "COMPLETED"]
+    assert not handle.is_open
+    assert handle.requests()[0].clients == [1, 3]
+
+
+def test_a_handle_has_the_earlier_requests_that_cover_a_client(finished):
+    run = open_run("test")
+    first, both = run.request([1]), run.request([1, 2])
+    assert (first.ids, both.ids) == (("r1",), ("r1", "r2"))
+    assert [request.clients for request in both.requests()] == [[1], [2]]
+
+
+def test_nobody_can_be_followed_where_nobody_holds_the_run(finished):
+    handle = open_run("test").request([1])
+    assert not handle.is_taken()
+    with pytest.raises(UserError, match="run test stopped before the request was applied"):
+        handle.follow()
+
+
+def test_a_request_to_a_live_run_waits_for_the_end_of_its_round(finished):
+    run = open_run("test")
+    with lock(finished.folder()):
+        assert run.is_live()
+        (request,) = run.request([3]).requests()
+    assert request.detail["not_before"] == 2
+    assert not run.is_live()
+    (request,) = run.request([2]).requests()
+    assert request.detail["not_before"] == 0
+
+
+def test_a_model_comes_out_of_a_run(federate):
+    federate.shared(FORGOTTEN, name="test")
+    model = open_run("test").model()
+    assert not model.training
+    assert model.pruned.tolist() == [False, False, False, True]
+    assert equal(dict(model.state_dict()), federate.state())
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_the_module_that_people_know_serves_a_request_in_a_flower_simulation(federate):
+    """Ray and all, in a process of its own: the same weights as from a request that was applied while training."""
     federate("rounds=2 forget.schedule={2:[1,3]} run=live")
     federate("rounds=2")
-    command = [sys.executable, "-m", "fedunlearn.forget", "--client", "3", "--client", "1", "--run", "test"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    module = [sys.executable, "-m", "fedunlearn.forget"]
+    words = ["--client", "3", "--client", "1", "--run", "test", "--home", str(federate.home), "--nodes", "2"]
+    done = subprocess.run([*module, *words, "--gpus", "0", "--wait"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert "no live run: run test is served here" in done.stdout
+    assert "no live run: the request is applied to run test here, on 2 virtual nodes" in done.stderr
+    assert done.stdout.startswith("r1  COMPLETED    clients 1, 3  after round 2")
     (request,) = federate.requests()
     assert (request.state, request.clients) == (State.COMPLETED, [1, 3])
-    live, served = federate.state("live"), federate.state()
-    assert all((live[name] == value).all() for name, value in served.items())
+    assert equal(federate.state(), federate.state("live"))
     assert [file.name for file in (federate.folder() / "checkpoints").iterdir()] == ["round-00002-r1.safetensors"]
-    assert federate.run().ledger.head().finished
+    assert federate.run().ledger.current().finished
     assert (federate.folder() / "report" / "index.html").exists()
+    for option in (["--list"], ["--status", "r1"]):
+        again = subprocess.run([*module, *option, "--json"], capture_output=True, text=True, timeout=60)
+        assert [receipt["id"] for receipt in json.loads(again.stdout)] == ["r1"], again.stderr

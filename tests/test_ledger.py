@@ -3,6 +3,7 @@ import threading
 
 import pytest
 
+from fedunlearn.errors import UserError
 from fedunlearn.runs.ledger import Ledger, State
 
 
@@ -44,15 +45,15 @@ def test_details_of_steps_add_up_to_the_receipt(ledger):
     assert ledger.clients_in([State.COMPLETED]) == [3]
 
 
-def test_a_commit_is_head_and_request_or_neither(ledger):
+def test_a_commit_is_checkpoint_and_request_or_neither(ledger):
     (request,) = ledger.file([3])
     ledger.commit(5, "five", "55")
     with pytest.raises(TypeError):
         ledger.commit(6, "six", "66", request=request, impossible=object())
-    assert ledger.head().checkpoint == "five"
+    assert ledger.current().checkpoint == "five"
     assert ledger.request("r1").state == State.RECEIVED
     ledger.commit(6, "six", "66", request=request)
-    assert (ledger.head().round, ledger.request("r1").state) == (6, State.APPLIED)
+    assert (ledger.current().round, ledger.request("r1").state) == (6, State.APPLIED)
 
 
 def test_a_run_finishes_only_without_open_requests(ledger):
@@ -61,11 +62,40 @@ def test_a_run_finishes_only_without_open_requests(ledger):
     assert not ledger.finish()
     ledger.advance(request, State.COMPLETED)
     assert ledger.finish()
-    assert ledger.head().finished
+    assert ledger.current().finished
     (later,) = ledger.file([4])
-    assert ledger.head().finished  # whoever files now sees that nobody will look again
+    assert ledger.current().finished  # whoever files now sees that nobody will look again
     ledger.commit(1, "one-r2", "12", request=later)
-    assert not ledger.head().finished
+    assert not ledger.current().finished
+
+
+def test_a_run_that_goes_on_takes_its_mark_back(ledger):
+    ledger.commit(1, "one", "11")
+    assert ledger.finish()
+    ledger.reopen()
+    assert not ledger.current().finished
+    assert ledger.current().checkpoint == "one"
+
+
+def test_a_request_that_is_not_there_is_named_with_those_that_are(ledger):
+    with pytest.raises(UserError, match="there is no request r1: there are none"):
+        ledger.request("r1")
+    ledger.file([3])
+    ledger.file([4])
+    with pytest.raises(UserError, match="there is no request r9: there are r1, r2"):
+        ledger.request("r9")
+
+
+def test_a_copy_has_everything_and_goes_its_own_way(ledger, tmp_path):
+    ledger.file([3])
+    ledger.commit(1, "one", "11")
+    copy = Ledger(tmp_path / "copy" / "ledger.sqlite")
+    ledger.copy_to(copy)
+    assert (copy.requests(), copy.current(), copy.events()) == (ledger.requests(), ledger.current(), ledger.events())
+    copy.file([4])
+    assert copy.verify()
+    assert len(ledger.requests()) == 1
+    copy.close()
 
 
 def test_the_audit_chain_notices_a_changed_event(ledger, tmp_path):

@@ -38,7 +38,7 @@ def test_one_client_has_no_push():
     assert disentanglement_loss(z, torch.zeros(len(z), dtype=torch.long), pull=0) == 0
 
 
-def test_centroids_further_apart_than_the_margin_are_left_alone():
+def test_centroids_further_apart_than_the_margin_do_not_repel_each_other():
     z, ids = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([0, 1])
     assert disentanglement_loss(z, ids, margin=4.9) == 0
     assert disentanglement_loss(z, ids, margin=5.5) == pytest.approx(0.25)
@@ -50,7 +50,7 @@ def test_coinciding_centroids_give_finite_gradients():
     assert torch.isfinite(z.grad).all()
 
 
-def test_multi_task_loss_is_the_weighted_sum_and_zero_weights_leave_the_class_loss():
+def test_multi_task_loss_is_the_weighted_sum_and_zero_weights_keep_the_class_loss():
     z, clients, classes = random_batch()
     class_logits, client_logits = torch.randn(len(z), 4), torch.randn(len(z), 6)
     parts = {"class_weight": 0, "client_weight": 0, "disentangle_weight": 0}

@@ -8,12 +8,14 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("head", "size", "hidden"), [("large", 512, 256), ("medium", 256, 128), ("small", 128, 64)])
-def test_head_sizes_at_the_papers_width(head, size, hidden):
-    model = TwoHeadResNet18(10, 10, head=head)
+@pytest.mark.parametrize(
+    ("head_size", "size", "hidden"), [("large", 512, 256), ("medium", 256, 128), ("small", 128, 64)]
+)
+def test_head_sizes_at_the_papers_width(head_size, size, hidden):
+    model = TwoHeadResNet18(10, 10, head_size=head_size)
     assert model.class_head.hidden.in_features == size
     assert model.class_head.out.in_features == model.client_head.out.in_features == hidden
-    projection = 0 if head == "large" else 512 * size + size
+    projection = 0 if head_size == "large" else 512 * size + size
     heads = 2 * (size * hidden + hidden + hidden * 10 + 10)
     backbone = 11_168_832  # ResNet-18 with a 3x3 stem, without its fully connected layer
     assert parameters(model) == backbone + projection + heads
@@ -43,6 +45,6 @@ def test_group_norm_has_no_running_statistics():
     assert not [n for n in TwoHeadResNet18(10, 10, width=8, norm="group").state_dict() if "running" in n]
 
 
-def test_unknown_head_is_refused():
-    with pytest.raises(ValueError, match="head='huge'"):
-        TwoHeadResNet18(10, 10, head="huge")
+def test_an_unknown_head_size_is_refused():
+    with pytest.raises(ValueError, match="head_size='huge'"):
+        TwoHeadResNet18(10, 10, head_size="huge")

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedunlearn.data.partition import class_partition, dirichlet_partition, hosted, iid_partition, partition
-from fedunlearn.errors import UserError
+from fedunlearn.data.partition import KINDS, class_partition, dirichlet_partition, hosted, iid_partition, partition
 
 TABLE_1 = {
     "CIFAR-10": (10, 5000, [2575, 5913, 3263, 5538, 6895, 2359, 7847, 7200, 3226, 5184]),
@@ -47,7 +48,7 @@ def test_one_class_a_client():
 
 
 def test_fewer_than_two_clients_are_refused():
-    with pytest.raises(UserError, match="clients=1 is too few"):
+    with pytest.raises(ValueError, match="clients=1 is too few"):
         partition("iid", np.zeros(4), 1)
 
 
@@ -61,3 +62,27 @@ def test_nodes_host_about_equally_many_examples():
     assert hosted(sizes, 10) == [[client] for client in range(10)]
     assert hosted((5, 1, 1), 5) == [[0], [1], [2], [], []]
     assert hosted((5, 0, 4, 1), 2) == [[0, 1], [2, 3]]
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    labels=st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    clients=st.integers(2, 9),
+    alpha=st.floats(0.05, 100),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_partition_covers_every_index_once(kind, labels, clients, alpha, seed):
+    owned = partition(kind, np.array(labels), clients, dirichlet_alpha=alpha, seed=seed)
+    assert len(owned) == clients
+    assert np.sort(np.concatenate(owned)).tolist() == list(range(len(labels)))
+
+
+@settings(deadline=None)
+@given(examples=st.lists(st.integers(0, 1000), min_size=1, max_size=30), nodes=st.integers(1, 40))
+def test_every_client_has_one_node_and_no_node_much_more_than_the_mean(examples, nodes):
+    groups = hosted(tuple(examples), nodes)
+    assert len(groups) == nodes
+    assert sorted(client for group in groups for client in group) == list(range(len(examples)))
+    loads = [sum(max(1, examples[client]) for client in group) for group in groups]
+    assert max(loads) <= sum(loads) / nodes + max(1, *examples)

@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedunlearn.errors import UserError
 from fedunlearn.nn.model import TwoHeadResNet18
-from fedunlearn.unlearning.pruning import prune_clients
+from fedunlearn.unlearning.pruning import prune_clients, pruned
 
 
 @pytest.fixture
@@ -13,7 +12,7 @@ def model():
     return TwoHeadResNet18(3, 5, width=8)
 
 
-def test_pruned_logits_are_minus_infinity_and_others_are_untouched(model):
+def test_pruned_logits_are_minus_infinity_and_all_further_ones_untouched(model):
     images = torch.randn(4, 3, 8, 8)
     before = model.eval()(images).client_logits
     prune_clients(model, [1, 4])
@@ -23,7 +22,7 @@ def test_pruned_logits_are_minus_infinity_and_others_are_untouched(model):
     assert (after.softmax(1)[:, [1, 4]] == 0).all()
 
 
-def test_no_gradient_reaches_a_pruned_row_and_training_leaves_it_zero(model):
+def test_no_gradient_reaches_a_pruned_row_and_it_stays_zero_in_training(model):
     prune_clients(model, [2])
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     for _ in range(3):
@@ -46,7 +45,7 @@ def test_the_mark_survives_the_state_dict(model):
 
 
 def test_a_client_out_of_range_is_named(model):
-    with pytest.raises(UserError, match=r"client 5 is not in 0\.\.4"):
+    with pytest.raises(ValueError, match=r"client 5 is not in 0\.\.4"):
         prune_clients(model, [5])
 
 
@@ -55,3 +54,26 @@ def test_a_single_head_model_has_nothing_to_prune():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     prune_clients(model, [0])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_state_is_pruned_into_a_new_one(model):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = pruned(state, [1, 4])
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    prune_clients(model, [1, 4])
+    assert found.keys() == state.keys()
+    assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"client 12 is not in 0\.\.4"):
+        pruned(state, [12])
+
+
+def test_pruning_again_adds_to_the_mark(model):
+    state = dict(model.state_dict())
+    both, one_by_one = pruned(state, [0, 3]), pruned(pruned(state, [3]), [0])
+    assert both["pruned"].tolist() == [True, False, False, True, False]
+    assert all(torch.equal(value, one_by_one[name]) for name, value in both.items())
+
+
+def test_a_state_without_a_client_head_comes_back_unchanged():
+    state = dict(TwoHeadResNet18(3, 0, width=8).state_dict())
+    assert pruned(state, [7]).items() == state.items()

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from fedunlearn.apps.server_app import server_app
 from fedunlearn.data import datasets
 from fedunlearn.data.partition import dirichlet_partition
-from fedunlearn.federation.client import Worker
-from fedunlearn.runs.run import Run, stored_config
+from fedunlearn.federation.server_data import ServerData
+from fedunlearn.federation.server_state import ServerState
+from fedunlearn.runs.run import Run
 from local_grid import LocalGrid
 
 REPOSITORY = Path(__file__).parent.parent
@@ -46,10 +47,9 @@ def test_one_round_on_two_nodes_and_on_ten_gives_the_same_model(state, monkeypat
     for nodes in (2, 10):
         context = Context(1, 1, {}, RecordDict(), {"overrides": f"{settings} run=on-{nodes}"})
         server_app(REPOSITORY / "simulations" / "cifar10" / "conf")(LocalGrid(nodes), context)
-        folder = state / "runs" / f"on-{nodes}"
-        worker = Worker(stored_config(folder))
-        initial = {name: value.clone() for name, value in worker.model.state_dict().items()}
-        Run.opened(folder).restore(worker.model)
-        models.append(worker.model.state_dict())
+        run = Run.opened(state / "runs" / f"on-{nodes}")
+        model = ServerData(run.config).model
+        initial = {name: value.clone() for name, value in model.state_dict().items()}
+        models.append(ServerState.from_tensors(*run.restore(model, beside=None)).params)
     assert any(not torch.equal(value, initial[name]) for name, value in models[0].items())
-    assert_close(dict(models[0]), dict(models[1]), rtol=1e-5, atol=1e-6)
+    assert_close(models[0], models[1], rtol=1e-5, atol=1e-6)

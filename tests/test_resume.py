@@ -1,19 +1,70 @@
 """Runs that are stopped, killed or finished, and started again."""
 
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 
-from fedunlearn import forget
+from command_line import command
+from conftest import Federate
 from fedunlearn.errors import UserError
-from fedunlearn.federation import messages as wire
-from fedunlearn.runs.ledger import State
+from fedunlearn.federation import messages
+from fedunlearn.runs import checkpoint
+from fedunlearn.runs.ledger import Ledger, State
+from fedunlearn.runs.lock import lock
 from local_grid import LocalGrid, equal, kinds
 
-SCHEDULE = "rounds=3 train.server_momentum=0.5 forget.schedule={2:[3]}"
+SCHEDULE = (
+    "clients=2 data.limit=60 data.test_limit=20 train.client_head_steps=5 rounds=3 train.server_momentum=0.5 "
+    "forget.schedule={1:[1]}"
+)
+STRATEGIES = {"ssd": "strategy=ssd unlearn.tune=fixed", "subset": "strategy=subset unlearn.rounds=1"}
 
 
-def crash_at(grid, number):
+class Killed:
+    """What a kill would leave of a run: copies of its folder, of different content, taken while it goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stops: dict[str, list[str]] = {}  # name of the copy -> what was going on
+        self._names: dict[str, str] = {}
+
+    def here(self, stop: str) -> None:
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path.name != "lock")
+        content = b"".join(path.name.encode() + path.read_bytes() for path in files)
+        name = self._names.setdefault(hashlib.sha256(content).hexdigest(), f"killed-{len(self._names)}")
+        if name not in self.stops:
+            shutil.copytree(self.folder, self.folder.parent / name)
+        self.stops.setdefault(name, []).append(stop)
+
+    def at_messages(self, grid):
+        def deliver(message):
+            self.here(f"message {len(grid.sent)}, {kinds(grid)[-1]}")
+            return grid.call(message)
+
+        grid.deliver = deliver
+        return grid
+
+    def at_calls(self, patch, where, name, numbers):
+        original, calls = getattr(where, name), []
+
+        def called(*args, **kwargs):
+            calls.append(1)
+            if len(calls) in numbers:
+                self.here(f"{name}, call {len(calls)}")
+            return original(*args, **kwargs)
+
+        patch.setattr(where, name, called)
+
+
+def stopping(grid, when):
+    """A grid in which the process is interrupted at the first message of which `when` holds."""
+
     def deliver(message):
-        if len(grid.sent) == number:
+        task = messages.task_of(message)
+        if when(task):
             raise KeyboardInterrupt
         return grid.call(message)
 
@@ -21,27 +72,74 @@ def crash_at(grid, number):
     return grid
 
 
-@pytest.mark.parametrize(("strategy", "every"), [("strategy=ssd", 2), ("strategy=subset unlearn.rounds=1", 5)])
-def test_a_run_that_is_stopped_at_any_message_goes_on_to_the_same_weights(
-    federate, strategy, every, known, monkeypatch
-):
-    undisturbed = federate(f"{SCHEDULE} {strategy} run=whole")
-    expected = federate.state("whole")
-    for number in range(3, len(undisturbed.sent) + 1, every):
-        name = f"stopped-{number}"
+@pytest.fixture(scope="module", params=STRATEGIES)
+def whole(request, tmp_path_factory):
+    """(strategy, final state, folder of runs, what kills at every message and around commits would leave there)."""
+    words, home = STRATEGIES[request.param], tmp_path_factory.mktemp("whole")
+    federate, killed = Federate(home, home), Killed(home / "runs" / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDUNLEARN_HOME", str(home))
+        patch.setattr("fedunlearn.runs.report._embedded", lambda figure: "data:,")
+        patch.setattr("strategies.subset.is_memorised", lambda *found: True)
+        if request.param == "ssd":  # of the other one it would be the same
+            for where, name, calls in (
+                (checkpoint, "save", (2, 3, 4)),  # of the first round, of the request, of the second round
+                (Ledger, "commit", (2, 3, 4)),
+                (os, "fsync", (4, 6, 7, 8)),  # of the first round's checkpoint, of the request's, of its metrics
+            ):
+                killed.at_calls(patch, where, name, calls)
+        grid = federate(f"{SCHEDULE} {words} run=whole", grid=killed.at_messages(LocalGrid(2)))
+        assert sum(len(stops) for stops in killed.stops.values()) >= len(grid.sent)
+        return words, federate.server_state("whole").tensors(), home / "runs", killed.stops
+
+
+def test_a_run_that_is_killed_at_any_message_or_commit_goes_on_to_the_same_weights(federate, whole, memorised):
+    words, expected, runs, killed = whole
+    assert len(killed) >= 6  # a start, three rounds, a request that is being applied and one that is applied
+    for name, stops in killed.items():
+        shutil.copytree(runs / name, federate.folder(name))
+        federate(f"{SCHEDULE} {words} run={name}")
+        assert equal(federate.server_state(name).tensors(), expected), f"killed at {stops}"
+        run = federate.run(name)
+        assert len([event for event in run.ledger.events() if event.get("state") == State.APPLIED]) == 1
+        assert run.ledger.verify()
+        assert [row["round"] for row in run.metrics() if row["kind"] == "round"] == [1, 2, 3]
+        assert len(list((run.folder / "checkpoints").iterdir())) == 1
+
+
+def test_a_process_that_is_interrupted_can_go_on_itself(federate, whole, memorised, monkeypatch):
+    words, expected, _, _ = whole
+    original = Ledger.commit
+
+    def at_the_requests_commit(self, *args, request=None, **detail):
+        if request is not None:
+            raise KeyboardInterrupt
+        return original(self, *args, **detail)
+
+    with pytest.raises(KeyboardInterrupt):  # between two nodes of a round
+        federate(
+            f"{SCHEDULE} {words}",
+            grid=stopping(LocalGrid(2), lambda task: (task.name, task.clients) == ("train", [1])),
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "commit", at_the_requests_commit)
         with pytest.raises(KeyboardInterrupt):
-            federate(f"{SCHEDULE} {strategy} run={name}", grid=crash_at(LocalGrid(2), number))
-        federate(f"{strategy} run={name}")
-        assert equal(federate.state(name), expected), f"stopped at message {number}"
+            federate(f"{SCHEDULE} {words}")
+    with pytest.raises(KeyboardInterrupt):
+        federate(
+            f"{SCHEDULE} {words}", grid=stopping(LocalGrid(2), lambda task: (task.name, task.round) == ("evaluate", 3))
+        )
+    federate(f"{SCHEDULE} {words}")
+    assert equal(federate.server_state().tensors(), expected)
 
 
 def test_a_request_that_came_in_a_round_that_is_repeated_still_waits_for_its_end(federate):
     def asking(grid, run, stop):
         def deliver(message):
-            task = wire.task_of(message)
-            if (message.metadata.message_type, task.round) == ("train", 2):
+            task = messages.task_of(message)
+            if (task.name, task.round) == ("train", 1):
                 if not federate.requests(run):
-                    assert forget.main(["--client", "3", "--run", run]) == 0
+                    assert command("forget", "--client", "3", "--run", run) == 0
                 elif stop:
                     raise KeyboardInterrupt
             return grid.call(message)
@@ -49,57 +147,43 @@ def test_a_request_that_came_in_a_round_that_is_repeated_still_waits_for_its_end
         grid.deliver = deliver
         return grid
 
-    federate("run=whole", grid=asking(LocalGrid(2), "whole", stop=False))
+    federate("rounds=2 run=whole", grid=asking(LocalGrid(2), "whole", stop=False))
     with pytest.raises(KeyboardInterrupt):
-        federate("run=stopped", grid=asking(LocalGrid(2), "stopped", stop=True))
-    federate("run=stopped")
-    assert federate.requests("stopped")[0].detail["round"] == 2
+        federate("rounds=2 run=stopped", grid=asking(LocalGrid(2), "stopped", stop=True))
+    federate("rounds=2 run=stopped")
+    assert federate.requests("stopped")[0].detail["round"] == 1
     assert equal(federate.state("stopped"), federate.state("whole"))
 
 
 def test_who_asked_in_a_round_that_is_not_repeated_trains_no_more(federate):
-    federate("unlearn.recovery_rounds=2")
+    federate("rounds=1 forget.rounds_until_completed=2")
     ledger = federate.run().ledger
-    ledger.file([3], not_before=4)
+    ledger.file([3], not_before=2)
     ledger.close()
-    grid = federate()
-    assert [kind for kind in kinds(grid) if kind[0] == "train"] == [("train", 4)] * 2 + [("train", 5)] * 2
+    grid = federate("rounds=1")
+    assert [kind for kind in kinds(grid) if kind[0] == "train"] == [("train", 2)] * 2 + [("train", 3)] * 2
     assert not [kind for kind in kinds(grid, client=3) if kind[0] == "train"]
     (request,) = federate.requests()
-    assert (request.detail["round"], request.detail["completed_round"]) == (3, 5)
+    assert (request.detail["round"], request.detail["completed_round"]) == (1, 3)
 
 
 def test_a_request_that_recovers_ends_with_the_runs_rounds_also_when_it_was_stopped(federate):
-    settings = "rounds=4 forget.schedule={3:[2]} unlearn.recovery_rounds=5"
-    grid = LocalGrid(2)
-
-    def deliver(message):
-        if (message.metadata.message_type, wire.task_of(message).round) == ("train", 4):
-            raise KeyboardInterrupt
-        return grid.call(message)
-
-    grid.deliver = deliver
+    settings = "rounds=3 forget.schedule={2:[2]} forget.rounds_until_completed=5"
     with pytest.raises(KeyboardInterrupt):
-        federate(settings, grid=grid)
+        federate(settings, grid=stopping(LocalGrid(2), lambda task: (task.name, task.round) == ("train", 3)))
     federate(settings)
     (request,) = federate.requests()
-    assert (federate.run().ledger.head().round, request.detail["completed_round"]) == (4, 4)
-
-
-def test_settings_given_as_a_mapping_must_agree_too(federate):
-    federate("rounds=1")
-    with pytest.raises(UserError, match=r"train\.lr="):
-        federate("rounds=1 train={lr:0.123}")
+    assert (federate.run().ledger.current().round, request.detail["completed_round"]) == (3, 3)
 
 
 def test_while_a_finished_run_goes_on_it_takes_requests(federate):
-    federate("rounds=1")
-    assert federate.run().ledger.head().finished
+    federate.shared("rounds=1", name="test")
+    assert federate.run().ledger.current().finished
     federate.run().ledger.file([3])
     grid, finished = LocalGrid(2), []
 
     def deliver(message):
-        finished.append(federate.run().ledger.head().finished)
+        finished.append(federate.run().ledger.current().finished)
         return grid.call(message)
 
     grid.deliver = deliver
@@ -109,78 +193,46 @@ def test_while_a_finished_run_goes_on_it_takes_requests(federate):
 
 
 def test_what_a_crash_left_beside_the_checkpoint_is_deleted_and_the_timeout_may_change(federate):
-    federate("rounds=1")
+    federate.shared("rounds=1", name="test")
     for name in ("round-00000.safetensors", ".new-half-written"):
         (federate.folder() / "checkpoints" / name).write_bytes(b"of a model that knew the client")
     federate("rounds=1 timeout=7200")
     assert [file.name for file in (federate.folder() / "checkpoints").iterdir()] == ["round-00001.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "where", ["fedunlearn.runs.checkpoint.save", "fedunlearn.runs.ledger.Ledger.commit", "os.fsync"]
-)
-@pytest.mark.parametrize("number", [2, 3, 4])
-def test_a_run_that_is_stopped_while_committing_applies_the_request_once(federate, monkeypatch, where, number):
-    federate(f"{SCHEDULE} run=whole")
-    calls = []
-    with monkeypatch.context() as patch:
-        module, name = where.rsplit(".", 1)
-        original = _resolve(module, name)
-
-        def stopping(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == number:
-                raise KeyboardInterrupt
-            return original(*args, **kwargs)
-
-        patch.setattr(where, stopping)
-        with pytest.raises(KeyboardInterrupt):
-            federate(SCHEDULE)
-    federate("run=test")
-    assert equal(federate.state(), federate.state("whole"))
-    run = federate.run()
-    applied = [e for e in run.ledger.events() if e.get("state") == State.APPLIED]
-    assert len(applied) == 1
-    assert run.ledger.verify()
-    assert [row["round"] for row in run.metrics() if row["kind"] == "round"] == [1, 2, 3]
-
-
-def _resolve(module, name):
-    import importlib
-
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError:
-        parent, cls = module.rsplit(".", 1)
-        return getattr(_resolve(parent, cls), name)
-
-
 def test_a_finished_run_is_left_as_it_is(federate, capsys):
-    federate()
-    before = federate.state()
-    grid = federate("run=test")
-    assert equal(federate.state(), before)
+    federate.shared("rounds=1", name="test")
+    before = federate.server_state().tensors()
+    grid = federate("rounds=1")
+    assert equal(federate.server_state().tensors(), before)
     assert "train" not in [kind for kind, _ in kinds(grid)]
-    assert "report:" in capsys.readouterr().out
+    assert "report:" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_settings_its_data_and_its_holder(federate):
-    from fedunlearn.runs.run import hold
-
-    federate("seed=1")
-    with pytest.raises(UserError, match="run test has seed=1, not 2: use another run name"):
-        federate("seed=2")
-    with hold(federate.folder()), pytest.raises(UserError, match="run test is held by process"):
-        federate("seed=1")
+    federate.shared("rounds=1", name="test")
+    with pytest.raises(UserError, match="run test has seed=0, not 2: use another run name"):
+        federate("rounds=1 seed=2")
+    with pytest.raises(UserError, match=r"run test has train\.lr=0.02, not 0.123"):
+        federate("rounds=1 train={lr:0.123}")
+    with lock(federate.folder()), pytest.raises(UserError, match="run test is locked by process"):
+        federate("rounds=1")
     about = federate.folder() / "run.json"
     about.write_text(about.read_text().replace('"data": "', '"data": "0'))
     with pytest.raises(UserError, match="was trained on other data"):
-        federate("seed=1")
+        federate("rounds=1")
+
+
+def test_a_run_whose_folder_was_renamed_goes_on_under_its_new_name(federate):
+    federate.shared("rounds=1", name="test")
+    federate.folder().rename(federate.folder("renamed"))
+    federate("rounds=1 run=renamed")
+    assert not federate.folder().exists()
 
 
 def test_a_damaged_checkpoint_is_named(federate):
-    federate("rounds=2")
+    federate.shared("rounds=1", name="test")
     (file,) = (federate.folder() / "checkpoints").iterdir()
     file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(UserError, match=r"round-00002.safetensors was cut short or changed"):
-        federate("rounds=2")
+    with pytest.raises(UserError, match=r"round-00001.safetensors was cut short or changed"):
+        federate("rounds=1")

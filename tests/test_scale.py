@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fedunlearn.apps import scale, simulate
+from benchmarks.superlink import free_ports
+from command_line import command
+from fedunlearn.apps import scale
 from fedunlearn.errors import UserError
+from fedunlearn.federation.server_data import ServerData
 from fedunlearn.runs.run import Run
-from test_flower import APP
 
-SCALING = APP.parent / "scaling"
+SCALING = Path(__file__).parent.parent / "simulations" / "scaling"
 SMALL = "overrides='data.limit=40 data.test_limit=20 data.image_size=8 model.width=8 train.epochs=2'"
 
 
@@ -21,17 +23,32 @@ def study(*settings):
 
 
 def test_the_repositorys_study_is_complete_and_can_be_changed():
-    assert study() == scale.Study(clients=[10, 100], actors=[1, 2])
+    assert study() == scale.ScalingStudy(clients=[10, 100], actors=[1, 2])
     assert study("clients=[5]", "gpus=[0.5]").clients == [5]
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("bogus=1", "bogus"), ("clients=[x]", "x"), ("rounds=2", "take 3 or more"), ("actors=[]", "nothing to measure")],
+    [
+        ("bogus=1", "bogus is no setting"),
+        ("client=[1]", r"client is no setting: did you mean clients\?"),
+        ("clients=[x]", "clients.0=x is not a whole number"),
+        ("rounds=2", r"rounds=2 is not in 3\.\.inf"),
+        ("actors=[]", "actors="),
+        ("clients=[", "clients="),
+        ("rounds", "'rounds' is no setting of the form name=value"),
+    ],
 )
 def test_bad_settings_are_named(setting, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         study(setting)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_app_without_a_study_is_named():
+    with pytest.raises(UserError, match=r"conf/study.yaml does not exist: name an app with a study"):
+        scale.load_study(SCALING.parent / "digits", [])
+    assert command("scale", "--app", "digits") == command("scale", "bogus=1") == 2
 
 
 def test_every_combination_is_a_run_of_its_own_name(monkeypatch):
@@ -47,9 +64,10 @@ def test_every_combination_is_a_run_of_its_own_name(monkeypatch):
     names = {cell.run_name(wanted, SCALING) for cell in found}
     names |= {cell.run_name(study("overrides='model.width=8'"), SCALING) for cell in found}
     assert len(names) == 8
-    assert "init-args-num-cpus=2" in found[1].federation(wanted)
+    assert "--workers=2" in found[1].resources(wanted)
+    assert {"--nodes=5", "--cpus=1", "--gpus=0.0"} <= set(found[1].resources(wanted))
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert "init-args" not in found[1].federation(wanted)
+    assert "--workers=2" not in found[1].resources(wanted)
 
 
 def test_efficiency_is_by_the_fewest_actors_with_as_many_clients():
@@ -69,8 +87,8 @@ def ray_folder(monkeypatch):
 @contextmanager
 def ray_node(*options):
     """A Ray node with one CPU, for as long as the context."""
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1", *options]
-    node = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1", *options]
+    node = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for line in node.stdout:
             if "Ray runtime started" in line:
@@ -81,16 +99,19 @@ def ray_node(*options):
         node.communicate()
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_on_two_ray_nodes_a_study_is_measured_once(home, ray_folder, monkeypatch, capsys):
-    (port,) = simulate.free_ports(1)
-    arguments = ["--app", str(SCALING), "clients=[4]", "actors=[2]", SMALL]
+    (port,) = free_ports(1)
+    arguments = ["scale", "--app", SCALING, "clients=[4]", "actors=[2]", SMALL]
     with ray_node("--head", f"--port={port}", "--include-dashboard=false"), ray_node(f"--address=127.0.0.1:{port}"):
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        assert scale.main(arguments) == 0
-    assert "run 1 of 1: 4 clients on 4 nodes" in capsys.readouterr().out
-    assert scale.main(arguments) == 0  # without a cluster: nothing is left to do
-    assert "1 runs, 1 of them measured already" in capsys.readouterr().out
+        assert command(*arguments) == 0
+    out, err = capsys.readouterr()
+    assert "run 1 of 1: 4 clients on 4 nodes" in err
+    assert "retraining" in out
+    assert command(*arguments) == 0  # without a cluster: nothing is left to do
+    assert "1 runs, 1 of them measured already" in capsys.readouterr().err
 
     folder = home / "scaling" / "scaling"
     (row,) = csv.DictReader((folder / "results.csv").read_text().splitlines())
@@ -103,11 +124,5 @@ def test_on_two_ray_nodes_a_study_is_measured_once(home, ray_folder, monkeypatch
     assert float(row["request_seconds"]) == request["seconds"]
     seconds = sorted(r["seconds"] for r in rounds[1:3])
     assert float(row["retraining_seconds"]) == pytest.approx(200 * sum(seconds) / 2 * 0.75)
-    weights = 4 * sum(p.numel() for p in scale_model(run))
+    weights = 4 * sum(p.numel() for p in ServerData(run.config).model.parameters())
     assert 2 * 4 * weights < float(row["round_bytes"]) < 2 * 4 * weights * 1.1
-
-
-def scale_model(run):
-    from fedunlearn.federation.client import Worker
-
-    return Worker(run.config).model.parameters()

@@ -1,92 +1,148 @@
-"""What holds for every strategy, and those of a few lines beside naive versions."""
+"""What holds for every strategy, those of a few lines beside naive versions, and strategies of one's own."""
 
 import re
-from dataclasses import fields
 
 import pytest
 import torch
+from pydantic import Field
 
-from fedunlearn.apps.registry import STRATEGIES, strategy_of
-from fedunlearn.config import STRATEGIES as NAMES
-from fedunlearn.config import Unlearn
-from fedunlearn.errors import UserError
+from fedunlearn import NotNowError, Settings, Strategy, Update, UserError, client_task
+from fedunlearn.federation import messages, tasks
+from fedunlearn.federation.strategy import settings_for, strategy_class, strategy_names
 from fedunlearn.runs.ledger import Ledger, State
-from local_grid import equal
-from naive import LEAVES, SETTINGS, assert_same, average, before, forgotten, pruned, trained
+from local_grid import LocalGrid, asked, equal, kinds
+from naive import FORGETS, SETTINGS, assert_same, average, before, forgotten, pruned, trained
 
-pytestmark = pytest.mark.usefixtures("known")
-
-
-def test_every_name_has_its_strategy():
-    assert tuple(STRATEGIES) == NAMES
+EVERYTHING = {"ascent", "federaser", "leave", "negate", "pga", "retrain", "ssd", "subset"}
 
 
-def test_leaving_changes_nothing_but_the_neuron(federate):
-    worker = before(federate)
+def test_the_strategies_that_are_installed():
+    assert {*strategy_names()} == EVERYTHING
+    labels = {strategy_class(name).label for name in EVERYTHING}
+    assert len(labels) == len(EVERYTHING)
+
+
+def test_leave_changes_nothing_but_the_neuron(federate):
+    pooled = before(federate)
     found, _ = forgotten(federate, "leave")
-    assert equal(found, dict(pruned(worker, worker.model.state_dict())))
+    assert equal(found, pruned(pooled.state()))
 
 
 def test_retraining_is_the_run_in_which_the_client_never_took_part(federate):
-    found, detail = forgotten(federate, "retrain")
-    ledger = Ledger(federate.folder("gold") / "ledger.sqlite")
+    found, detail = forgotten(federate, "retrain", grid=LocalGrid(2))
+    ledger = Ledger(federate.folder("retrained") / "ledger.sqlite")
     ledger.file([3])
     ledger.close()
-    federate(f"{SETTINGS} strategy=leave run=gold")
-    assert equal(found, federate.state("gold"))
+    federate(f"{SETTINGS} strategy=leave run=retrained")
+    assert equal(found, federate.state("retrained"))
     assert detail["retrained"] == 2
 
 
 def test_negation_turns_the_first_layer_and_trains_on(federate):
-    worker = before(federate)
-    found, _ = forgotten(federate, "negate")
-    state = {name: value.clone() for name, value in worker.model.state_dict().items()}
+    pooled = before(federate)
+    found, _ = forgotten(federate, "negate", "unlearn.repair_lr=0.01")
+    state = pooled.state()
     state["stem.0.weight"] = -state["stem.0.weight"]
-    lr = worker.config.unlearn.recover_lr
-    state = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(3)})
-    assert_same(found, pruned(worker, state))
+    state = average(pooled, {c: trained(pooled, c, state, 3, lr=0.01) for c in range(3)})
+    assert_same(found, pruned(state))
 
 
-@pytest.mark.usefixtures("renewed")
-def test_a_strategy_of_ones_own(federate):
-    worker = before(federate)
-    initial = {n: v.clone() for n, v in federate.worker(SETTINGS).model.state_dict().items()}
-    federate(f"{SETTINGS} strategy=renewed:Renewed {LEAVES} run=own")
-    (request,) = federate.requests("own")
-    assert request.detail["renewed"] > 0
-    last = {name: value for name, value in initial.items() if name.startswith("stages.3.")}
-    state = {name: value.clone() for name, value in (worker.model.state_dict() | last).items()}
-    lr = worker.config.unlearn.recover_lr
-    state = average(worker, {c: trained(worker, c, state, 3, lr=lr) for c in range(3)})
-    assert_same(federate.state("own"), pruned(worker, state))
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(EVERYTHING))
+def test_a_strategy_takes_its_own_settings_and_no_others(name):
+    own = strategy_class(name).Settings.model_fields
+    assert settings_for(name, {}).model_dump().keys() == own.keys()
+    everything = {setting for other in EVERYTHING for setting in strategy_class(other).Settings.model_fields}
+    for setting in everything - own.keys():
+        with pytest.raises(UserError, match=rf"unlearn\.{setting} is no setting of strategy={name}"):
+            settings_for(name, {setting: 1})
+
+
+def test_every_setting_of_every_strategy_says_what_it_is():
+    for name in EVERYTHING:
+        for setting, declared in strategy_class(name).Settings.model_fields.items():
+            assert declared.description, f"{name}: unlearn.{setting}"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("strategy=subset unlearn.ridges=0.1", "strategy=subset: did you mean unlearn.ridge?"),
+        ("strategy=leave unlearn.alpha=2", "unlearn.alpha is no setting of strategy=leave"),
+        ("strategy=subset unlearn.freeze_fraction=2", "unlearn.freeze_fraction=2 is not in 0..1"),
+        ("strategy=ssd unlearn.tune=sometimes", "unlearn.tune=sometimes is not one of auto, fixed"),
+        ("strategy=ssd unlearn.loss_head=client model.client_head=false", "needs model.client_head=true"),
+        ("strategy=subsets", "strategy=subsets is not installed: did you mean subset?"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_end_the_run_before_it_begins(federate, words, reason):
+    with pytest.raises(UserError, match=re.escape(reason)):
+        federate(words)
+    assert not federate.folder().exists()
+
+
+# --- strategies of one's own ---------------------------------------------------------------------------------------
+
+
+def test_a_strategy_of_ones_own_in_one_file_with_settings_and_work_for_clients(federate, renewed):
+    grid = LocalGrid(2)
+    pooled, initial = before(federate), federate.pooled(SETTINGS).state()
+    found, detail = forgotten(federate, "renewed:Renewed", "unlearn.stage=2 unlearn.lr=0.03", grid=grid)
+    stage = {name: value for name, value in initial.items() if name.startswith("stages.2.")}
+    assert detail["renewed"] == len(stage) > 0
+    assert detail["costs"]["train_stage"]["queries"] == 1
+    assert federate.run("forgets").config.unlearn == {"stage": 2, "lr": 0.03}
+    assert [client for task, client in asked(grid) if task == "train_stage"] == [1, 2, 0]
+    state = pooled.state() | stage
+    after = average(pooled, {c: trained(pooled, c, state, 2, lr=0.03) for c in range(3)})
+    assert_same(found, pruned(state | {name: after[name] for name in stage}))
+
+
+def test_a_wrong_setting_of_ones_own_strategy_is_named_with_the_nearest(federate, renewed):
+    with pytest.raises(UserError, match=r"unlearn\.stages is no setting of strategy=renewed:Renewed: did you mean unl"):
+        federate("strategy=renewed:Renewed unlearn.stages=2")
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("nowhere:Strategy", "No module named 'nowhere'"),
-        ("strategies.leave:Strategy", "has no attribute 'Strategy'"),
-        ("fedunlearn.ledger:Ledger", "is no subclass of strategies.forgetting.Forgetting"),
+        ("nowhere:Strategy", "No module named 'nowhere' (is its folder in PYTHONPATH?)"),
+        ("strategies.leave:Nothing", "has no attribute 'Nothing'"),
+        ("fedunlearn.runs.ledger:Ledger", "is no subclass of fedunlearn.Strategy"),
+        ("test_strategies:Unfinished", "has no method forget(self, federation, forget)"),
+        ("broken:Strategy", "SyntaxError"),
     ],
 )
-def test_what_is_no_strategy_is_refused_with_the_reason(federate, name, reason):
+def test_what_is_no_strategy_is_refused_with_the_reason(federate, tmp_path, monkeypatch, name, reason):
+    (tmp_path / "broken.py").write_text("class Strategy(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=re.escape(reason)):
-        strategy_of(name)
+        strategy_class(name)
     with pytest.raises(UserError, match=re.escape(reason)):
         federate(f"strategy={name}")
 
 
+class Unfinished(Strategy):
+    """Lacks the method that counts."""
+
+
 @pytest.mark.parametrize(
-    ("said", "reason"),
-    [({"clients": [3]}, "returned 'clients', which a receipt says by itself"), ({"loss": torch.ones(1)}, "Tensor")],
+    ("returned", "reason"),
+    [
+        ({"clients": [3]}, "returned 'clients', which a receipt says by itself"),
+        ({"loss": torch.ones(1)}, "Tensor"),
+        (None, "returned NoneType, not a dict"),
+    ],
 )
 def test_what_no_receipt_can_hold_ends_the_run_before_the_commit_and_can_be_corrected(
-    federate, renewed, monkeypatch, said, reason
+    federate, renewed, monkeypatch, returned, reason
 ):
-    own = strategy_of("renewed:Renewed")
-    settings = f"{SETTINGS} strategy=renewed:Renewed {LEAVES}"
+    federate.shared(SETTINGS)
+    settings = f"{SETTINGS} strategy=renewed:Renewed {FORGETS} fork=before"
     with monkeypatch.context() as patch:
-        patch.setattr(own, "forget", lambda *_: said)
+        patch.setattr(strategy_class("renewed:Renewed"), "forget", lambda *_: returned)
         with pytest.raises(UserError, match=reason):
             federate(settings)
     assert federate.requests()[0].state == State.COLLECTING
@@ -94,22 +150,84 @@ def test_what_no_receipt_can_hold_ends_the_run_before_the_commit_and_can_be_corr
     assert federate.requests()[0].state == State.COMPLETED
 
 
-OTHERS = {
-    "alpha": 3.0, "lambda_": 0.2, "exponent": 2.0, "head": "client", "estimator": "batch", "precision": "bf16",
-    "share": 0.5, "tune": "fixed", "rounds": 1, "round_share": 0.7, "input_share": 0.3, "ridge": 0.5,
-    "forget_epochs": 1, "flip": "true", "hold": 0.1, "lr": 0.03, "mend_lr": 0.02, "recover": 2,
-    "recover_lr": 0.02, "ascent_epochs": 2, "ascent_lr": 0.01, "clip": 0.1, "every": 1, "calibration": 0.9,
-    "recalibrate": "true",
-}  # fmt: skip
+class Failing(Strategy):
+    """Spoils the model, and fails as many times as it is told to."""
+
+    class Settings(Settings):
+        error: str = Field(default="not now", description="what is raised")
+        times: int = Field(default=10**6, ge=0, description="how often")
+
+    calls = 0
+
+    @client_task
+    @staticmethod
+    def ones(client, model, settings):
+        """Ones for everything."""
+        return Update({name: torch.ones_like(value) for name, value in client.changes(model).items()})
+
+    def forget(self, federation, forget):
+        Failing.calls += 1
+        federation.apply(federation.run(self.ones, on=federation.retain).mean())
+        if Failing.calls <= self.settings.times:
+            raise {"not now": NotNowError, "bug": ValueError}[self.settings.error]("the moon is wrong")
+        return {"calls": Failing.calls}
 
 
-@pytest.mark.parametrize("strategy", NAMES)
-def test_a_strategy_depends_on_no_setting_that_it_does_not_name(federate, strategy):
-    assert {*OTHERS, "attempts", "recovery_rounds"} == {field.name for field in fields(Unlearn)}
-    assert set(STRATEGIES[strategy].reads) <= set(OTHERS)
-    tune = "unlearn.tune=fixed unlearn.rounds=2"
-    usual, _ = forgotten(federate, strategy, tune)
-    unread = {name: value for name, value in OTHERS.items() if name not in STRATEGIES[strategy].reads}
-    words = " ".join(f"unlearn.{name}={value}" for name, value in unread.items())
-    federate(f"{SETTINGS} {tune} {words} strategy={strategy} {LEAVES} run=changed")
-    assert equal(usual, federate.state("changed"))
+@pytest.fixture
+def failing():
+    Failing.calls = 0
+    return "strategy=test_strategies:Failing"
+
+
+def test_an_error_of_a_strategy_ends_the_run_and_the_model_on_disk_stays_as_it_was(federate, failing):
+    federate.shared(SETTINGS)
+    settings = f"{SETTINGS} {failing} unlearn.error=bug unlearn.times=1 {FORGETS} fork=before"
+    with pytest.raises(ValueError, match="the moon is wrong"):
+        federate(settings)
+    run = federate.run()
+    assert equal(federate.state(), federate.state("before"))
+    assert (run.ledger.requests()[0].state, run.ledger.current().finished) == (State.COLLECTING, False)
+    federate(settings)
+    (request,) = federate.requests()
+    assert (request.state, request.detail["calls"], request.detail.get("attempts")) == (State.COMPLETED, 2, None)
+    expected = {n: v + 1 if v.is_floating_point() else v for n, v in federate.state("before").items()}
+    assert_same(federate.state(), pruned(expected))
+
+
+def test_what_cannot_be_done_now_is_done_at_the_next_boundary_on_a_model_that_was_not_spoilt(federate, failing, capsys):
+    grid = federate(f"rounds=2 {failing} unlearn.times=1 forget.schedule={{1:[3]}}")
+    (request,) = federate.requests()
+    assert (request.state, request.detail["round"], request.detail["attempts"]) == (State.COMPLETED, 2, 1)
+    assert "request r1, attempt 1: the moon is wrong; tried again at the next boundary" in capsys.readouterr().err
+    assert [round_ for task, round_ in kinds(grid, client=3) if task == "train"] == [1]
+    evaluated, trained_from = (
+        [messages.unpack(m) for m in grid.sent_for(task) if messages.task_of(m).round == round_]
+        for task, round_ in (("evaluate", 1), ("train", 2))
+    )
+    assert equal(evaluated[0], trained_from[0])
+
+
+def test_what_can_never_be_done_is_set_aside_with_the_model_as_it_was(federate, failing, capsys):
+    federate.shared(SETTINGS)
+    federate(f"{SETTINGS} {failing} {FORGETS} fork=before forget.attempts=2")
+    (request,) = federate.requests()
+    assert (request.state, request.detail["attempts"]) == (State.QUARANTINED, 2)
+    assert request.detail["reason"] == "the moon is wrong"
+    assert "attempt 2: the moon is wrong; set aside, its clients stay out of training" in capsys.readouterr().err
+    assert equal(federate.state(), federate.state("before"))
+
+
+def test_a_task_of_ones_own_takes_no_built_in_name():
+    with pytest.raises(TypeError, match=r"Clashing\.train: a built-in client task has this name"):
+
+        class Clashing(Strategy):
+            @client_task
+            @staticmethod
+            def train(client, model, settings):
+                """What another task already does."""
+
+
+def test_every_task_says_what_a_client_shares():
+    for name in EVERYTHING:
+        for task in tasks.tasks_of(strategy_class(name)).values():
+            assert task.shares.endswith("."), f"{name}: {task.name}"

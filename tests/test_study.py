@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from fedunlearn.study.command import UNFINISHED, main
-from study_data import FEW, SHORT, TRAIN, results
+import study_data
+from fedunlearn.study.dag.command import UNFINISHED
+from study_data import FEW, SHORT, TRAIN, results, study
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def blocked(tmp_path):
 
 
 def command(*words):
-    return [sys.executable, "-m", "fedunlearn.study", *words]
+    return [sys.executable, study_data.__file__, "paper", *words]
 
 
 def without_times(result):
@@ -43,9 +44,10 @@ def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
     assert "flwr is blocked" in blocked_import.stderr
     done = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.index("with 2 processes at work") < done.stdout.index("train/no_mtl/seed0: done in")
+    assert done.stderr.index("with 2 processes at work") < done.stderr.index("train/no_mtl/seed0: done in")
+    assert "train/no_mtl" in done.stdout
     report = tmp_path / "home" / "studies" / "digits-laptop" / "report"
-    assert str(report / "index.html") in done.stdout
+    assert str(report / "index.html") in done.stderr
 
     for number in (*range(1, 4), *range(5, 11), 17, 18):
         with open(report / "tables" / f"table-{number:02d}.csv") as file:
@@ -54,7 +56,7 @@ def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
         assert ours == {row["column"] for row in rows}, number
         if 5 <= number <= 10 or number == 18:
             compared = [row for row in rows if row["ours"]]
-            assert all(row["gold"] and row["deviation"] and row["sd"] and row["paper"] for row in compared)
+            assert all(row["retrained"] and row["deviation"] and row["sd"] and row["paper"] for row in compared)
         assert "tabular" in (report / "tables" / f"table-{number:02d}.tex").read_text()
     page, text = (report / "index.html").read_text(), (report / "REPORT.md").read_text()
     assert page.count("<img") == page.count("data:image/svg+xml;base64,") >= 7
@@ -63,20 +65,20 @@ def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
     for picture in re.findall(r"\]\((figures/\w+\.svg)\)", text):
         assert "<svg" in (report / picture).read_text()
 
-    steps = results(tmp_path / "home")
-    assert len([name for name in steps if name.startswith(("train/", "gold/"))]) == 2 * 12
-    for name, result in steps.items():
+    tasks = results(tmp_path / "home")
+    assert len([name for name in tasks if name.startswith(("train/", "retrained/"))]) == 2 * 12
+    for name, result in tasks.items():
         if name.startswith(("ssd/ce", "finetune/ce")):
             assert all(value == 0 for key, value in result["scores"][0].items() if key.startswith("id_client_"))
-    check_cells(report, steps)
+    check_cells(report, tasks)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("result.json")}
     again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "done in" not in again.stdout
+    assert "done in" not in again.stdout + again.stderr
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("result.json")}
 
 
-def check_cells(report, steps):
+def check_cells(report, tasks):
     """Every measured cell of the stage tables, the learning phase, Table 2 and Table 18 against the results' files."""
 
     def cells(number):
@@ -84,54 +86,61 @@ def check_cells(report, steps):
             return {(row["row"], row["column"]): row for row in csv.DictReader(file) if row["ours"]}
 
     labels = {"no_mtl": "Without MTL (SSD)", "ce": "MTL with CE", "ce_dl": "MTL with CE + DL"}
-    for number, made, gold in (
-        (5, "finetune/{p}/stage1/seed{s}", "gold/{p}/0/seed{s}"),
-        (7, "finetune/{p}/stage3/seed{s}", "gold/{p}/0-1-2/seed{s}"),
-        (9, "ssd/{p}/plain/class-forgotten-threshold/stage2/seed{s}", "gold/{p}/0-1/seed{s}"),
+    for number, made, retrained in (
+        (5, "finetune/{p}/stage1/seed{s}", "retrained/{p}/0/seed{s}"),
+        (7, "finetune/{p}/stage3/seed{s}", "retrained/{p}/0-1-2/seed{s}"),
+        (9, "ssd/{p}/plain/class-forgotten-threshold/stage2/seed{s}", "retrained/{p}/0-1/seed{s}"),
     ):
         found, expected = cells(number), 0
         for pipeline, label in labels.items():
-            ours, golds = (
-                [steps[name.format(p=pipeline, s=seed)]["scores"][0] for seed in (0, 1)] for name in (made, gold)
+            ours, targets = (
+                [tasks[name.format(p=pipeline, s=seed)]["scores"][0] for seed in (0, 1)] for name in (made, retrained)
             )
             for column in ours[0]:
-                values = np.array([[scores[column] for scores in side] for side in (ours, golds)])
+                values = np.array([[scores[column] for scores in side] for side in (ours, targets)])
                 row, expected = found[label, column], expected + 1
                 assert float(row["ours"]) == pytest.approx(values[0].mean(), rel=1e-5)
                 assert float(row["sd"]) == pytest.approx(values[0].std(ddof=1), rel=1e-4, abs=1e-9)
-                assert float(row["gold"]) == pytest.approx(values[1].mean(), rel=1e-5)
+                assert float(row["retrained"]) == pytest.approx(values[1].mean(), rel=1e-5)
                 assert float(row["deviation"]) == pytest.approx(
                     np.abs(values[0] - values[1]).mean(), rel=1e-4, abs=1e-9
                 )
         assert expected == len(found)
-    learned = [steps[f"train/ce/seed{seed}"]["learning"] for seed in (0, 1)]
-    for column, name in (("train", "others"), ("id_train", "id_others"), ("test", "test")):
+    learned = [tasks[f"train/ce/seed{seed}"]["learning"] for seed in (0, 1)]
+    for column, name in (("train", "retain"), ("id_train", "id_retain"), ("test", "test")):
         assert float(cells(3)["MTL with CE", column]["ours"]) == pytest.approx(
             np.mean([one[name] for one in learned]), rel=1e-5
         )
-    rebound = [steps[f"rebound/ce_dl/seed{seed}"] for seed in (0, 1)]
+    rebound = [tasks[f"rebound/ce_dl/seed{seed}"] for seed in (0, 1)]
     for column, when in (("id_client_0", "after_ssd"), ("id_client_0_after_epoch", "after_epoch")):
         mean = np.mean([one[when]["id_client_0"] for one in rebound])
         assert float(cells(2)["MTL with CE + DL", column]["ours"]) == pytest.approx(mean, rel=1e-5, abs=1e-9)
-    pruned = [steps[f"prune/DeepClean/0.2-0/backbone/seed{seed}"]["curve"][1]["test"] for seed in (0, 1)]
+    pruned = [tasks[f"prune/DeepClean/0.2-0/backbone/seed{seed}"]["curve"][1]["test"] for seed in (0, 1)]
     assert float(cells(18)["DeepClean, 0.2, heads fixed", "test"]["ours"]) == pytest.approx(np.mean(pruned), rel=1e-5)
 
 
 def test_pieces_give_the_same_as_one_go(tmp_path, monkeypatch, capsys):
-    words = [*SHORT, "study.stages=[train,gold,unlearn]", "study.pipelines=[ce_dl]", "learning.epochs=2"]
+    words = [*SHORT, "study.stages=[train,retrain,unlearn]", "study.pipelines=[ce_dl]", "learning.epochs=2"]
     words += ["search.trials=3", "finetuning.epochs=2"]
     found = {}
     for kind, pieces in (("whole", []), ("pieces", ["study.minutes=0"])):
         monkeypatch.setenv("FEDUNLEARN_HOME", str(tmp_path / kind))
         statuses = []
         while not statuses or statuses[-1] == UNFINISHED:
-            statuses.append(main([*words, *pieces]))
+            statuses.append(study("paper", [*words, *pieces]))
             assert len(statuses) < 60
         assert statuses[-1] == 0
         assert (len(statuses) > 10) == (kind == "pieces")
         found[kind] = {name: without_times(result) for name, result in results(tmp_path / kind).items()}
-    assert "time is up: the same command continues" in capsys.readouterr().out
-    assert {name.split("/")[0] for name in found["whole"]} >= {"train", "gold", "fisher", "ssd", "finetune", "tsne"}
+    assert "time is up: the same command continues" in capsys.readouterr().err
+    assert {name.split("/")[0] for name in found["whole"]} >= {
+        "train",
+        "retrained",
+        "fisher",
+        "ssd",
+        "finetune",
+        "tsne",
+    }
     assert found["whole"] == found["pieces"]
 
 
@@ -157,13 +166,13 @@ def test_killed_in_the_midst_of_training_it_continues(tmp_path, blocked, workers
     """One worker is the command itself; of two, the command alone is killed, and they must not outlive it."""
     words = [*TRAIN, "learning.epochs=20", "study.seeds=[0,1]", f"study.workers={workers}"]
     process = subprocess.Popen(command(*words), env=blocked, stdout=subprocess.DEVNULL, start_new_session=True)
-    steps = tmp_path / "home" / "studies" / "digits-laptop" / "steps"
-    wait_until(lambda: len(list(steps.glob("*/partial.safetensors"))) == workers, process)
+    tasks = tmp_path / "home" / "studies" / "digits-laptop" / "tasks"
+    wait_until(lambda: len(list(tasks.glob("*/partial.safetensors"))) == workers, process)
     process.kill()
     process.wait()
     wait_until(lambda: not processes_of(process.pid))
     assert not results(tmp_path / "home")
-    partials = list(steps.glob("*/partial.safetensors"))
+    partials = list(tasks.glob("*/partial.safetensors"))
     with safe_open(partials[0], "pt") as file:
         kept = json.loads(file.metadata()["rows"])
     again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=200)

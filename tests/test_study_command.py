@@ -10,8 +10,7 @@ import pytest
 import torch
 import torchvision
 
-from fedunlearn.study.command import main
-from study_data import FEW, SHORT, TRAIN, results
+from study_data import FEW, SHORT, TRAIN, results, study
 
 
 @pytest.fixture
@@ -23,8 +22,8 @@ def home(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["study.stages=[table5]"], "study.stages: table5 is not one of train, gold"),
-        (["study.only=table-5"], "study.only=table-5 matches no step of train"),
+        (["study.stages=[table5]"], "study.stages: table5 is not one of train, retrain"),
+        (["study.only=table-5"], "study.only=table-5 matches no task of train"),
         (["data.limit=40"], r"client \d has \d images, too few for the attack's 5 folds"),
         (["data.limit=60", "partition.dirichlet_alpha=0.02"], r"client \d has (no image|\d images)"),
         (
@@ -34,30 +33,30 @@ def home(tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_gets_one_line(home, capsys, words, message):
-    assert main([*SHORT, *words]) == 2
+    assert study("paper", [*SHORT, *words]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(rf"error: .*{message}.*\n", error), error
 
 
 def test_a_folder_of_another_study_and_a_damaged_model_are_named_and_kept(home, capsys):
-    assert main(TRAIN) == 0
+    assert study("paper", TRAIN) == 0
     before = results(home)
-    assert main([*TRAIN, "model.width=16"]) == 2
+    assert study("paper", [*TRAIN, "model.width=16"]) == 2
     assert re.search(r"is a study with model=.*'width': 8.*: choose another study.name", capsys.readouterr().err)
     assert results(home) == before
     (model,) = home.rglob("model.safetensors")
     model.write_bytes(model.read_bytes()[:-1])
     words = [*SHORT, "study.pipelines=[ce_dl]", "learning.epochs=3", "study.stages=[unlearn]", "study.only=fisher/*"]
-    assert main(words) == 2
+    assert study("paper", words) == 2
     assert re.search(r"model.safetensors was cut short or changed .*: delete", capsys.readouterr().err)
     assert results(home) == before
 
 
 def test_other_settings_of_one_part_do_that_part_again(home, capsys):
-    assert main(TRAIN) == 0
-    assert main([*TRAIN, "learning.epochs=4"]) == 0
+    assert study("paper", TRAIN) == 0
+    assert study("paper", [*TRAIN, "learning.epochs=4"]) == 0
     assert len(list(home.rglob("result.json"))) == 2
-    assert main([*TRAIN, "search.trials=7"]) == 0
+    assert study("paper", [*TRAIN, "search.trials=7"]) == 0
     assert len(list(home.rglob("result.json"))) == 2
 
 
@@ -97,8 +96,8 @@ def test_cifar100(home, monkeypatch):
         "finetuning.epochs=1",
         "study.pipelines=[no_mtl]",
     ]
-    words += ["study.order=[0]", "study.stages=[train,gold,unlearn,report]", "partition.kind=iid"]
-    assert main(words) == 0
+    words += ["study.order=[0]", "study.stages=[train,retrain,unlearn,report]", "partition.kind=iid"]
+    assert study("paper", words) == 0
     tables = home / "studies" / "cifar100-laptop" / "report" / "tables"
     for number, filled in ((4, True), (14, True), (11, True), (5, False), (3, False)):
         with open(tables / f"table-{number:02d}.csv") as file:
@@ -134,19 +133,19 @@ def test_every_other_reading_in_another_order(home):
         "learning.epochs=1",
         *FEW,
     ]
-    words += ["study.pipelines=[ce]", "fisher.head=client", "fisher.full=base", "fisher.estimator=batch"]
+    words += ["study.pipelines=[ce]", "fisher.loss_head=client", "fisher.full=base", "fisher.estimator=batch"]
     words += ["search.reading=exponent", "search.recalibrate=true", "search.objective=weighted", "search.trials=2"]
-    words += ["study.stages=[train,gold,unlearn,report]", f"study.clip={home / 'clip.pt'}", "finetuning.epochs=1"]
-    assert main(words) == 0
-    steps = results(home)
-    chosen = steps["ssd/ce/plain/client-weighted-exponent/stage2/seed4"]
+    words += ["study.stages=[train,retrain,unlearn,report]", f"study.clip={home / 'clip.pt'}", "finetuning.epochs=1"]
+    assert study("paper", words) == 0
+    tasks = results(home)
+    chosen = tasks["ssd/ce/plain/client-weighted-exponent/stage2/seed4"]
     assert set(chosen["best"]) >= {"exponent", "lambda_"}
     assert "alpha" not in chosen["best"]
-    assert set(chosen["scores"][0]) >= {"client_7", "client_2", "id_client_7", "others", "mia"}
+    assert set(chosen["scores"][0]) >= {"client_7", "client_2", "id_client_7", "retain", "mia"}
     assert "mia" in chosen["best"]["scores"]
-    assert "alpha" in steps["ssd/ce/plain/client-weighted-threshold/stage1/seed4"]["best"]
-    assert "mia" not in steps["ssd/ce/plain/client-forgotten-exponent/stage1/seed4"]["best"]["scores"]
-    assert len(steps["tsne/clip/seed4"]["views"]) == 1
+    assert "alpha" in tasks["ssd/ce/plain/client-weighted-threshold/stage1/seed4"]["best"]
+    assert "mia" not in tasks["ssd/ce/plain/client-forgotten-exponent/stage1/seed4"]["best"]["scores"]
+    assert len(tasks["tsne/clip/seed4"]["views"]) == 1
     report = home / "studies" / "digits-laptop" / "report"
     with open(report / "tables" / "table-09.csv") as file:
         assert {row["column"] for row in csv.DictReader(file)} >= {"client_7", "client_2", "id_client_2"}
@@ -158,15 +157,18 @@ def test_a_report_of_what_is_there_and_no_clip_model(home, capsys):
         *SHORT,
         "study.pipelines=[ce_dl]",
         "learning.epochs=1",
-        "ablation.shares=[0.2]",
-        "ablation.retain_shares=[0.2]",
+        "ablation.fractions=[0.2]",
+        "ablation.retain_fractions=[0.2]",
     ]
-    assert main([*words, "study.stages=[train,ablation,report]"]) == 0
+    assert study("paper", [*words, "study.stages=[train,ablation,report]"]) == 0
     text = (home / "studies" / "digits-laptop" / "report" / "REPORT.md").read_text()
     assert "Not measured yet" in text
     (home / "no.pt").write_bytes(b"nothing")
     assert (
-        main([*words, "study.stages=[train,gold,unlearn]", f"study.clip={home / 'no.pt'}", "study.only=tsne/clip/*"])
+        study(
+            "paper",
+            [*words, "study.stages=[train,retrain,unlearn]", f"study.clip={home / 'no.pt'}", "study.only=tsne/clip/*"],
+        )
         == 2
     )
     assert re.search(r"error: study.clip=.* is no TorchScript CLIP model for cpu \(.*\)\n", capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""The federated study on a few digits: its command, its steps, its report."""
+"""The federated study on a few digits: its command, its tasks, its report."""
 
 import csv
 import itertools
@@ -6,26 +6,30 @@ import json
 import math
 import os
 import statistics
-from dataclasses import replace
 
 import pytest
 
-from fedunlearn.federation.client import Worker
+from fedunlearn.config import fields_of
+from fedunlearn.errors import UserError
+from fedunlearn.federation.client import Client
+from fedunlearn.federation.server_data import ServerData
+from fedunlearn.federation.server_state import ServerState
 from fedunlearn.runs import checkpoint
-from fedunlearn.runs.run import BESIDE
-from fedunlearn.study.command import main, study_folder
+from fedunlearn.study.dag.command import study_folder
 from fedunlearn.study.federated.figures import frontier
-from fedunlearn.study.federated.plan import Plan
-from fedunlearn.study.federated.settings import load
+from fedunlearn.study.federated.settings import FederatedSettings, load
+from fedunlearn.study.federated.study import FederatedStudy
 from fedunlearn.study.federated.tables import Results
-from fedunlearn.study.pooled.laboratory import Laboratory
 from fedunlearn.study.pooled.scores import score
-from strategies import fed_eraser
+from fedunlearn.study.pooled.workspace import Workspace
+from strategies import federaser
+from study_data import study
 
 SMALL = [
-    "federated=true", "dataset=digits", "scale=laptop", "clients=4", "data.limit=160", "data.test_limit=60", "rounds=4",
-    "train.head_steps=10", "unlearn.rounds=1", "unlearn.tune=fixed", "unlearn.recover=1", "study.after=[0,1]",
-    "study.apart=1", "study.order=[0,1]", "study.seeds=[0]", "study.workers=1",
+    "dataset=digits", "scale=laptop", "clients=4", "data.limit=160", "data.test_limit=60", "rounds=4",
+    "train.client_head_steps=10", "unlearn.subset.rounds=1", "unlearn.ssd.tune=fixed", "unlearn.ascent.repair_rounds=1",
+    "unlearn.pga.repair_rounds=1", "unlearn.negate.repair_rounds=1", "study.after=[0,1]", "study.apart=1",
+    "study.order=[0,1]", "study.seeds=[0]", "study.workers=1",
 ]  # fmt: skip
 
 
@@ -35,19 +39,23 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def results(home, study="*"):
-    found = [json.loads(file.read_text()) for file in home.glob(f"studies/{study}/steps/*/result.json")]
-    return {result["step"]: result for result in found}
+def main(words, **options):
+    return study("federated", words, **options)
+
+
+def results(home, name="*"):
+    found = [json.loads(file.read_text()) for file in home.glob(f"studies/{name}/tasks/*/result.json")]
+    return {result["task"]: result for result in found}
 
 
 def test_digits_have_one_size_that_of_a_machine_with_a_gpu_too():
-    laptop, full = (load(["federated=true", "dataset=digits", f"scale={scale}"]) for scale in ("laptop", "full"))
-    assert replace(full, scale="laptop") == laptop
+    laptop, full = (load(["dataset=digits", f"scale={scale}"]) for scale in ("laptop", "full"))
+    assert full.model_copy(update={"scale": "laptop"}) == laptop
 
 
 def test_updates_are_linked_also_where_that_was_stopped_before(home, monkeypatch):
     words = [*SMALL, "study.strategies=[federaser]"]
-    assert main([*words, "study.stages=[train,gold]"]) == 0
+    assert main([*words, "study.stages=[train,retrain]"]) == 0
     link = os.link
 
     def stops(source, target):
@@ -62,23 +70,27 @@ def test_updates_are_linked_also_where_that_was_stopped_before(home, monkeypatch
 
 
 def test_a_client_that_is_left_out_is_named(home, capsys, monkeypatch):
-    def breaks(worker, client, round_, **share):
+    def breaks(client, model, **options):
         raise RuntimeError("first line\nadvice")
 
-    monkeypatch.setattr(Worker, "fit", breaks)
+    monkeypatch.setattr(Client, "fit", breaks)
     assert main([*SMALL, "study.stages=[train]"]) == 2
-    said = capsys.readouterr()
+    logged = capsys.readouterr().err
     for node in range(4):
-        assert f"base/ce_dl/seed0: round 1: node {node} (clients {node}) is left out: first line" in said.out
-    assert "no client answered" in said.err
-    assert "overrides" not in said.err
+        assert f"base/ce_dl/seed0: round 1: node {node} (clients {node}) is left out: first line" in logged
+    assert "no client answered" in logged
+    assert "overrides" not in logged
 
 
-def test_every_strategy_from_one_base_beside_gold(home, capsys):
+def test_every_strategy_from_one_base_beside_the_retrained_model(home, capsys):
     assert main(SMALL) == 0
     found = results(home)
     strategies = ("subset", "ssd", "leave", "ascent", "pga", "federaser", "negate")
-    names = ["base/ce_dl/seed0", "gold/ce_dl/0/seed0", *(f"forget/{name}/ce_dl/at4/0/seed0" for name in strategies)]
+    names = [
+        "base/ce_dl/seed0",
+        "retrained/ce_dl/0/seed0",
+        *(f"forget/{name}/ce_dl/at4/0/seed0" for name in strategies),
+    ]
     assert sorted(found) == sorted(names)
     for name in strategies:
         result = found[f"forget/{name}/ce_dl/at4/0/seed0"]
@@ -89,27 +101,30 @@ def test_every_strategy_from_one_base_beside_gold(home, capsys):
         for name in strategies
     ]
     assert all(row == before[0] for row in before)
-    left = [row for row in found["gold/ce_dl/0/seed0"]["scores"] if row["round"] in (4, 5)]
-    assert all(row["forgotten"] == [0] and row["id_client_0"] == 0 for row in left)
+    retrained = [row for row in found["retrained/ce_dl/0/seed0"]["scores"] if row["round"] in (4, 5)]
+    assert all(row["forgotten"] == [0] and row["id_client_0"] == 0 for row in retrained)
 
-    said = capsys.readouterr().out
-    assert "forget/ssd/ce_dl/at4/0/seed0: ── request r1, forgotten after round 4" in said
-    assert "round   5/4" not in said
+    logged = capsys.readouterr().err
+    assert "forget/ssd/ce_dl/at4/0/seed0: ── request r1, forgotten after round 4" in logged
+    assert "round   5/4" not in logged
 
     report = next(home.glob("studies/*/report/REPORT.md")).read_text()
-    assert "| 0 | 1 | gold (retraining) |" in report
+    assert "| 0 | 1 | retrained |" in report
     with open(next(home.glob("studies/*/report/results.csv"))) as file:
         rows = {(row["strategy"], row["after"], row["measure"]): row for row in csv.DictReader(file)}
     scored = {row["round"]: row for row in found["forget/subset/ce_dl/at4/0/seed0"]["scores"] if "mia" in row}
-    gold = {row["round"]: row for row in left}
+    target = {row["round"]: row for row in retrained}
     for after in (0, 1):
-        cell = rows["subset", str(after), "forgotten"]
+        cell = rows["subset", str(after), "forget"]
         assert float(cell["mean"]) == pytest.approx(scored[4 + after]["client_0"], abs=1e-5)
-        distance = abs(scored[4 + after]["client_0"] - gold[4 + after]["client_0"])
+        distance = abs(scored[4 + after]["client_0"] - target[4 + after]["client_0"])
         assert float(cell["distance"]) == pytest.approx(distance, abs=1e-5)
-        gap = scored[4 + after]["client_0"] - scored[4 + after]["unseen_0"]
+        gap = scored[4 + after]["client_0"] - scored[4 + after]["held_out_0"]
         assert float(rows["subset", str(after), "gap"]["mean"]) == pytest.approx(gap, abs=1e-5)
+    costs = {name: float(rows[name, "0", "rounds"]["mean"]) for name in ("leave", "negate", "ascent", "federaser")}
+    assert costs == {"leave": 0, "negate": 1, "ascent": 1, "federaser": 2}
     assert next(home.glob("studies/*/report/story.svg")).stat().st_size > 1000
+    assert "| `unlearn.negate.repair_rounds` | 1 |" in report
 
 
 def test_a_strategy_of_ones_own_beside_the_others_and_anew_when_its_file_changes(home, renewed):
@@ -119,39 +134,41 @@ def test_a_strategy_of_ones_own_beside_the_others_and_anew_when_its_file_changes
     assert "| 0 | 1 | Renewed |" in next(home.glob("studies/*/report/REPORT.md")).read_text()
     renewed.write_text(renewed.read_text() + "# changed")
     assert main([*words, "study.stages=[forget]"]) == 0
-    assert len(list(home.glob("studies/*/steps/forget.renewed*/result.json"))) == 2
-    assert len(list(home.glob("studies/*/steps/forget.leave*/result.json"))) == 1
+    assert len(list(home.glob("studies/*/tasks/forget.renewed*/result.json"))) == 2
+    assert len(list(home.glob("studies/*/tasks/forget.leave*/result.json"))) == 1
 
 
 def test_the_base_is_the_run_of_the_app_and_stores_every_second_update(home):
     assert main([*SMALL, "study.stages=[train]"]) == 0
-    (folder,) = home.glob("studies/*/steps/base*")
+    (folder,) = home.glob("studies/*/tasks/base*")
     config = load(SMALL).config("ce_dl", "leave", 0)
-    stored = sorted((folder / "run" / fed_eraser.FOLDER).iterdir())
+    stored = sorted((folder / "run" / federaser.FOLDER).iterdir())
     assert len(stored) == 2 * 4
-    model, again = Worker(config).model, Worker(config).model
+    initial = ServerData(config).model.state_dict()
     for round_ in (1, 2, 3, 4):
-        kept = checkpoint.load(folder / f"round-0000{round_}.safetensors", model, beside=BESIDE)
-    assert "answers.4" in kept
-    assert any((a != b).any() for a, b in zip(model.parameters(), again.parameters(), strict=True))
+        tensors, _ = checkpoint.read_tensors(folder / f"round-0000{round_}.safetensors")
+        state = ServerState.from_tensors(round_, tensors)
+        assert state.params.keys() == initial.keys()
+    assert "4" in state.predictions
+    assert any((value != initial[name]).any() for name, value in state.params.items())
 
 
 def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
-    words = [*SMALL, "study.strategies=[leave,subset]", "study.scenarios=[sequential,together,moments]"]
+    words = [*SMALL, "study.strategies=[leave,subset]", "study.scenarios=[sequential,together,request_times]"]
     pieces = 0
     while (status := main([*words, "study.minutes=0.02"])) == 3:
         pieces += 1
         assert pieces < 100
     assert status == 0
     assert pieces > 1
-    inch = results(home)
-    rows = inch["forget/subset/ce_dl/at4/0,1/seed0"]["scores"]
+    by_inches = results(home)
+    rows = by_inches["forget/subset/ce_dl/at4/0,1/seed0"]["scores"]
     assert {tuple(row["forgotten"]) for row in rows if "mia" in row} == {(0,), (0, 1)}
-    assert [request["clients"] for request in inch["forget/leave/ce_dl/at4/0+1/seed0"]["forgets"]] == [[0, 1]]
-    assert "forget/leave/ce_dl/at1/0/seed0" in inch
+    assert [request["clients"] for request in by_inches["forget/leave/ce_dl/at4/0+1/seed0"]["forgets"]] == [[0, 1]]
+    assert "forget/leave/ce_dl/at1/0/seed0" in by_inches
     assert main([*words, "study.name=whole"]) == 0
-    whole = {file.parent.name: json.loads(file.read_text()) for file in home.glob("studies/whole/steps/*/result.json")}
-    for folder in (file.parent for file in home.glob("studies/digits*/steps/*/result.json")):
+    whole = {file.parent.name: json.loads(file.read_text()) for file in home.glob("studies/whole/tasks/*/result.json")}
+    for folder in (file.parent for file in home.glob("studies/digits*/tasks/*/result.json")):
         in_pieces, at_once = json.loads((folder / "result.json").read_text()), whole[folder.name]
         assert in_pieces["scores"] == at_once["scores"], folder.name
         assert in_pieces["files"] == at_once["files"]
@@ -159,21 +176,21 @@ def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
 
 def test_a_round_that_was_committed_and_not_measured_is_measured_by_the_next_start(home, monkeypatch):
     words = [*SMALL, "study.strategies=[leave]"]
-    answers, calls = Laboratory.answers, itertools.count(1)
+    predictions, calls = Workspace.predictions, itertools.count(1)
 
-    def killed(lab, model):
+    def killed(workspace, model):
         if next(calls) % 2 == 0:
             raise KeyboardInterrupt
-        return answers(lab, model)
+        return predictions(workspace, model)
 
-    monkeypatch.setattr(Laboratory, "answers", killed)
+    monkeypatch.setattr(Workspace, "predictions", killed)
     starts = 1
     while main(words) == 130:
         starts += 1
         assert starts < 20
     assert starts > 3
     in_pieces = results(home, "digits*")
-    monkeypatch.setattr(Laboratory, "answers", answers)
+    monkeypatch.setattr(Workspace, "predictions", predictions)
     assert main([*words, "study.name=whole"]) == 0
     for name, result in results(home, "whole").items():
         assert in_pieces[name]["scores"] == result["scores"], name
@@ -196,35 +213,35 @@ def test_every_client_in_turn_the_worst_is_named(home):
 
     distances = {}
     for client in range(3):
-        key, names = f"client_{client}", (f"forget/subset/ce_dl/at4/{client}", f"gold/ce_dl/{client}")
+        key, names = f"client_{client}", (f"forget/subset/ce_dl/at4/{client}", f"retrained/ce_dl/{client}")
         pairs = [[scores(name, seed, 5)[key] for name in names] for seed in (0, 1)]
-        distances[client] = statistics.mean(abs(ours - gold) for ours, gold in pairs)
+        distances[client] = statistics.mean(abs(ours - retrained) for ours, retrained in pairs)
     lines = next(home.glob("studies/*/report/results.csv")).read_text().splitlines()
     assert len(set(lines)) == len(lines)
     worst = max(distances, key=distances.get)
     mean, sd = statistics.mean(distances.values()), statistics.stdev(distances.values())
     report = next(home.glob("studies/*/report/REPORT.md")).read_text()
     cell = f"{mean:.3f} ± {sd:.3f}; client {worst}: {distances[worst]:.3f}"
-    assert f"| unseen answers (ours) | 1 | 3 | {cell} |" in report
-    golds = [scores("gold/ce_dl/2", seed, 5)["client_2"] for seed in (0, 1)]
-    cell = f"{statistics.mean(golds):.3f} ± {statistics.stdev(golds):.3f} ({abs(golds[0] - golds[1]):.3f})"
-    assert f"| 2 | 1 | gold (retraining) | {cell} |" in report
+    assert f"| relabelling (ours) | 1 | 3 | {cell} |" in report
+    targets = [scores("retrained/ce_dl/2", seed, 5)["client_2"] for seed in (0, 1)]
+    cell = f"{statistics.mean(targets):.3f} ± {statistics.stdev(targets):.3f} ({abs(targets[0] - targets[1]):.3f})"
+    assert f"| 2 | 1 | retrained | {cell} |" in report
     before = [
         next(row for row in found[f"forget/leave/ce_dl/at4/2/seed{seed}"]["scores"] if row["request"] == "before")
         for seed in (0, 1)
     ]
-    unseen = [row["unseen_2"] for row in before]
-    foretold = [found[f"forget/subset/ce_dl/at4/2/seed{seed}"]["forgets"][0]["predicted"] for seed in (0, 1)]
-    cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in (unseen, foretold)]
+    held_out = [row["held_out_2"] for row in before]
+    estimated = [found[f"forget/subset/ce_dl/at4/2/seed{seed}"]["forgets"][0]["predicted"] for seed in (0, 1)]
+    cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in (held_out, estimated)]
     assert f"| {cells[0]} | {cells[1]} |" in report
 
 
 def test_of_requests_in_turn_the_last_is_attacked_and_the_first_is_drawn(home, monkeypatch):
     attacked = []
 
-    def watched(answers, forgotten, *, seed):
+    def watched(predictions, forgotten, *, seed):
         attacked.append(list(forgotten))
-        return score(answers, forgotten, seed=seed)
+        return score(predictions, forgotten, seed=seed)
 
     monkeypatch.setattr("fedunlearn.study.federated.runs.score", watched)
     words = [*SMALL, "study.order=[1,0]", "study.scenarios=[sequential]", "study.strategies=[leave]"]
@@ -233,10 +250,9 @@ def test_of_requests_in_turn_the_last_is_attacked_and_the_first_is_drawn(home, m
     assert [0, 1] not in attacked
     assert results(home)["forget/leave/ce_dl/at4/1,0/seed0"]["scores"][-1]["forgotten"] == [0, 1]
 
-    settings = load(words)
-    plan = Plan(settings, Laboratory(settings))
-    (case,) = plan.cases()
-    drawn = frontier(Results(plan, study_folder(settings)), case, "ce_dl")
+    small = FederatedStudy(words)
+    (case,) = small.plan.cases()
+    drawn = frontier(Results(small.plan, study_folder(small)), case, "ce_dl")
     assert [len(axes.lines) for axes in drawn.axes] == [1, 1]  # of the first request alone
 
 
@@ -251,14 +267,18 @@ def test_a_picture_is_drawn_in_the_same_bytes(home):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("unlearn.recovery_rounds=1", "unlearn.recovery_rounds: a federated study measures"),
+        ("forget.rounds_until_completed=1", "forget.rounds_until_completed is no setting"),
+        ("unlearn.rounds=1", "settings of a strategy are named unlearn.STRATEGY.NAME"),
+        ("unlearn.ssd.alfa=1", "unlearn.ssd.alfa is no setting of strategy=ssd: did you mean unlearn.ssd.alpha?"),
+        ("unlearn.ssd.alpha=-1", "unlearn.ssd.alpha=-1 is not in 0"),
+        ("unlearn.sdd.alpha=1", "unlearn.sdd names no strategy: did you mean unlearn.ssd?"),
         ("study.strategies=[sdd]", "study.strategies: sdd is not one of subset, ssd"),
         ("study.after=[1]", "study.after=[1] are not rounds after a request, 0 among them"),
         ("study.order=[0,0]", "names a client twice"),
-        ("study.moments=[2]", "study.moments=[2.0] are not shares in 0..1"),
+        ("study.request_times=[2]", "study.request_times=[2.0] are not fractions in 0..1"),
         ("rounds=0", "rounds=0 is not in 1"),
         ("study.only=[bg]*", "study.only=[bg]*: a value cannot be read"),
-        ("search.trials=3", "search"),
+        ("search.trials=3", "search.trials is no setting"),
     ],
 )
 def test_bad_input_gets_one_line(home, capsys, word, message):
@@ -270,8 +290,8 @@ def test_bad_input_gets_one_line(home, capsys, word, message):
 
 def test_a_client_with_too_few_images_for_the_attack_is_named_where_everybody_is_forgotten(home, capsys):
     words = [*SMALL, "partition.dirichlet_alpha=0.2", "partition.seed=9", "study.order=[3]"]
-    assert main(["--plan", *words]) == 0
-    assert main(["--plan", *words, "study.scenarios=[everyone]"]) == 2
+    assert main(words, only_plan=True) == 0
+    assert main([*words, "study.scenarios=[everyone]"], only_plan=True) == 2
     assert "too few for the attack" in capsys.readouterr().err
 
 
@@ -279,8 +299,28 @@ def test_without_a_client_head_no_client_id_is_measured_and_the_picture_is_of_th
     assert main([*SMALL, "study.pipelines=[no_mtl,ce_dl]", "study.strategies=[subset]"]) == 0
     with open(next(home.glob("studies/*/report/results.csv"))) as file:
         measures = {(row["pipeline"], row["measure"]) for row in csv.DictReader(file)}
-    assert {("no_mtl", "forgotten"), ("ce_dl", "id")} <= measures
+    assert {("no_mtl", "forget"), ("ce_dl", "id")} <= measures
     assert ("no_mtl", "id") not in measures
     report = next(home.glob("studies/*/report/REPORT.md")).read_text()
     assert "mean over seeds (MTL with CE + DL" in report
     assert math.isfinite(results(home)["forget/subset/no_mtl/at4/0/seed0"]["scores"][-1]["mia"])
+
+
+def test_every_setting_has_a_description():
+    assert not [name for name, declared in fields_of(FederatedSettings) if not declared.description]
+
+
+def test_settings_of_a_strategy_do_its_tasks_again_and_no_others():
+    words = [*SMALL, "study.strategies=[ssd,negate]"]
+    keys = [
+        {task.name: task.key for task in FederatedStudy([*words, *more]).tasks(("train", "retrain", "forget"))}
+        for more in ([], ["unlearn.ssd.alpha=3"])
+    ]
+    assert keys[0].keys() == keys[1].keys()
+    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["forget/ssd/ce_dl/at4/0/seed0"]
+
+
+def test_two_strategies_that_keep_something_of_the_base_cannot_share_it(renewed):
+    renewed.write_text(f"{renewed.read_text()}\n    def carry_over(self, base, run, round_):\n        pass\n")
+    with pytest.raises(UserError, match="federaser and renewed:Renewed both keep something of the base run"):
+        load([*SMALL, "study.strategies=[federaser,renewed:Renewed]"])

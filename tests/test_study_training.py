@@ -63,7 +63,7 @@ def test_taken_up_again_it_gives_the_same_bits():
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-def test_those_who_left_are_not_looked_at():
+def test_forget_clients_are_not_looked_at():
     pool, models = study_data.pool(), []
     for _ in range(2):
         model = study_data.model()

@@ -7,6 +7,7 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torchvision import transforms
 
 from fedunlearn.data.partition import partition
 from fedunlearn.nn.losses import multi_task_loss
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import Outputs, TwoHeadResNet18
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -47,8 +48,8 @@ class Images(Dataset):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
-def load_data(client: int, config: dict) -> DataLoader:
-    """The client's part of the images."""
+def load_data(client: int, config: dict[str, Any]) -> DataLoader:
+    """Load the client's part of the images."""
     images, labels = (np.load(f"{config['store']}/train_{part}.npy", mmap_mode="r") for part in ("images", "labels"))
     own = partition(config["partition"], np.asarray(labels), config["clients"])[client]
     return DataLoader(Images(images[own], labels[own]), batch_size=config["batch"], shuffle=True)
@@ -56,24 +57,27 @@ def load_data(client: int, config: dict) -> DataLoader:
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """One local epoch."""
-    config, client = context.run_config, int(context.node_config["partition-id"])
+    """Train for one local epoch."""
+    config: dict[str, Any] = dict(context.run_config)
+    client = int(context.node_config["partition-id"])
     model = TwoHeadResNet18(10, config["clients"], width=config["width"])
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     model.to(device)
     loader = load_data(client, config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    running_loss = 0.0
+    running_loss, examples = 0.0, 0
     model.train()
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         optimizer.zero_grad()
-        loss = multi_task_loss(*model(images), labels, torch.full_like(labels, client))
+        outputs: Outputs = model(images)
+        loss = multi_task_loss(*outputs, labels, torch.full_like(labels, client))
         loss.backward()
         optimizer.step()
         running_loss += loss.item()
-    metrics = MetricRecord({"train_loss": running_loss / len(loader), "num-examples": len(loader.dataset)})
+        examples += len(labels)
+    metrics = MetricRecord({"train_loss": running_loss / len(loader), "num-examples": examples})
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
     return Message(content=content, reply_to=message)
 
@@ -86,12 +90,12 @@ class Timed(FedAvg):
         self.result, self.seconds = Path(result), []
 
     def configure_train(self, *args, **kwargs):
-        """A round begins."""
+        """Note that a round begins."""
         self.began = time.monotonic()
         return super().configure_train(*args, **kwargs)
 
     def aggregate_train(self, *args, **kwargs):
-        """A round ends."""
+        """Note that a round ends."""
         aggregated = super().aggregate_train(*args, **kwargs)
         self.seconds.append(time.monotonic() - self.began)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -102,7 +106,7 @@ class Timed(FedAvg):
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train all clients in every round, and evaluate nothing."""
-    config = context.run_config
+    config: dict[str, Any] = dict(context.run_config)
     model = TwoHeadResNet18(10, config["clients"], width=config["width"])
     strategy = Timed(
         config["result"],

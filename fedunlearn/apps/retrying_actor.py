@@ -11,12 +11,12 @@ import ray
 from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.simulation.ray_transport.ray_actor import VirtualClientEngineActor
 
-from fedunlearn import malloc as memory
+from fedunlearn import malloc
 
 
-@ray.remote(max_restarts=-1, max_task_retries=2, runtime_env={"env_vars": memory.ENVIRONMENT})
+@ray.remote(max_restarts=-1, max_task_retries=2, runtime_env={"env_vars": malloc.ENVIRONMENT})
 class RetryingActor(VirtualClientEngineActor):
-    """Flower's `ClientAppActor` with restarts and retries, in a process of our `memory.ENVIRONMENT`."""
+    """Flower's `ClientAppActor` with restarts and retries, in a process of our `malloc.ENVIRONMENT`."""
 
     def __init__(self, on_actor_init_fn: Callable[[], None] | None = None) -> None:
         super().__init__()
@@ -31,4 +31,4 @@ class RetryingActor(VirtualClientEngineActor):
 
 def install() -> None:
     """Have Flower's simulations of this process use it; Flower has no setting for its actor class."""
-    raybackend.ClientAppActor = RetryingActor
+    raybackend.ClientAppActor = RetryingActor  # pyright: ignore[reportPrivateImportUsage]

@@ -1,45 +1,47 @@
-"""What rounds and forget requests cost, by clients and workers: `python -m fedunlearn.scale clients=[10,100]`.
+"""What rounds and forget requests cost, by clients and workers: `fedunlearn scale clients=[10,100]`.
 
-Every combination is one run of a Flower app, named by its settings: the same command again measures only what is
-missing. CSV and plot are renewed after each run.
+Every combination is one run of a Flower app in a process of its own, named by its settings: the same command again
+measures only what is missing. CSV and plot are renewed after each run.
 """
 
-import argparse
 import csv
 import hashlib
 import itertools
 import os
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedunlearn.apps import simulate
-from fedunlearn.config import compose, state_home, to_json
+from fedunlearn.config import Settings, check_names, compose, split_words, to_json, validated
 from fedunlearn.errors import UserError
-from fedunlearn.runs.run import Run, runs_folder
+from fedunlearn.runs.home import runs_folder
+from fedunlearn.runs.run import Run
+
+log = getLogger("fedunlearn")
 
 
-@dataclass
-class Study:
-    """The settings in `conf/study.yaml`, which says what they mean."""
+class ScalingStudy(Settings):
+    """The settings in `conf/study.yaml` of an app."""
 
-    name: str = "scaling"
-    clients: list[int] = field(default_factory=lambda: [10])
-    actors: list[int] = field(default_factory=lambda: [1])
-    cpus: int = 1
-    gpus: list[float] = field(default_factory=lambda: [0.0])
-    nodes: int = 10
-    rounds: int = 4
-    recipe_rounds: int = 200
-    overrides: str = ""
+    name: str = Field(default="scaling", description="of the results' folder")
+    clients: list[int] = Field(default=[10], min_length=1, description="numbers of clients")
+    actors: list[int] = Field(default=[1], min_length=1, description="numbers of Ray actors")
+    cpus: int = Field(default=1, ge=1, description="of an actor")
+    gpus: list[float] = Field(default=[0.0], min_length=1, description="GPU fractions of an actor")
+    nodes: int = Field(default=10, ge=1, description="virtual nodes, at most one a client")
+    rounds: int = Field(default=4, ge=3, description="of a run; the first and the last are not counted")
+    recipe_rounds: int = Field(default=200, ge=1, description="that retraining would take")
+    overrides: str = Field(default="", description="settings of every run")
 
 
 @dataclass(frozen=True)
@@ -52,130 +54,108 @@ class Cell:
     nodes: int
 
     def __str__(self) -> str:
-        return f"{self.clients:,} clients on {self.nodes} nodes, {self.actors} actors, GPU share {self.gpus:g}"
+        return f"{self.clients:,} clients on {self.nodes} nodes, {self.actors} actors, GPU fraction {self.gpus:g}"
 
-    def overrides(self, study: Study) -> str:
-        """Settings of its run, without a name: messages enough for all actors; client 0 is forgotten at the end."""
-        return (
-            f"window={max(8, 2 * self.actors)} {study.overrides} clients={self.clients} rounds={study.rounds} "
-            f"evaluate_every={study.rounds} forget.schedule={{{study.rounds}:[0]}}"
-        )
+    def words(self, study: ScalingStudy) -> list[str]:
+        """Give the settings of its run: messages enough for all actors; client 0 is forgotten at the end."""
+        return [
+            f"window={max(8, 2 * self.actors)}",
+            *split_words(study.overrides),
+            f"clients={self.clients}",
+            f"rounds={study.rounds}",
+            f"evaluate_every={study.rounds}",
+            f"forget.schedule={{{study.rounds}:[0]}}",
+        ]
 
-    def federation(self, study: Study) -> str:
-        """The federation config; an existing Ray cluster has as many workers as its CPUs allow."""
-        words = [f"num-supernodes={self.nodes}", f"client-resources-num-cpus={study.cpus}"]
-        words.append(f"client-resources-num-gpus={self.gpus}")
-        if not os.environ.get("RAY_ADDRESS"):
-            words.append(f"init-args-num-cpus={self.actors * study.cpus}")
-        return " ".join(words)
+    def resources(self, study: ScalingStudy) -> list[str]:
+        """Give the options of its run; an existing Ray cluster has as many workers as its CPUs allow."""
+        options = [f"--nodes={self.nodes}", f"--cpus={study.cpus}", f"--gpus={self.gpus}"]
+        return options if os.environ.get("RAY_ADDRESS") else [*options, f"--workers={self.actors}"]
 
-    def run_name(self, study: Study, app: Path) -> str:
-        """The same for the same settings of the app and the same resources."""
-        config = to_json(compose(app / "conf", self.overrides(study)))
-        digest = hashlib.sha256(f"{config} {self.federation(study)}".encode()).hexdigest()
+    def run_name(self, study: ScalingStudy, app: Path) -> str:
+        """Name the run: the same for the same settings of the app and the same resources."""
+        config = to_json(compose(app / "conf", self.words(study)))
+        digest = hashlib.sha256(f"{config} {self.resources(study)}".encode()).hexdigest()
         return f"{study.name}-{self.clients}-clients-{self.actors}-actors-{digest[:8]}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 if everything was measured, 1 if a run failed, 2 for bad input."""
-    p = argparse.ArgumentParser("python -m fedunlearn.scale", description="Measure rounds and forget requests.")
-    p.add_argument("settings", nargs="*", help="of the study, as clients=[10,100] 'overrides=\"model.width=64\"'")
-    p.add_argument(
-        "--app", default="simulations/scaling", help="the Flower app's folder (default: simulations/scaling)"
-    )
-    p.add_argument("--home", default="", help="state folder (default: $FEDUNLEARN_HOME or ~/.fedunlearn)")
-    options = p.parse_args(arguments)
-    try:
-        app, home = Path(options.app), state_home(options.home) / "scaling"
-        study = load_study(app, options.settings)
-        return measure_all(study, app, home)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def load_study(app: Path, settings: Iterable[str]) -> Study:
-    """`conf/study.yaml` of the app with `settings` such as `clients=[10,100]`.
+def load_study(app: Path, words: Iterable[str]) -> ScalingStudy:
+    """Read `conf/study.yaml` of the app, with settings such as `clients=[10,100]` on top.
 
     Raises:
         UserError: no such file, an unknown name, a value of the wrong type or out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    file = app / "conf" / "study.yaml"
+    file, words = app / "conf" / "study.yaml", list(words)
     if not file.is_file():
-        raise UserError(f"{file} does not exist: run from the repository, or name the app's folder with --app")
+        raise UserError(f"{file} does not exist: name an app with a study, such as scaling, with --app")
+    check_names(words, ScalingStudy)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Study), OmegaConf.load(file), OmegaConf.from_dotlist([*settings]))
-        study = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from None
-    if study.rounds < 3:
-        raise UserError(f"rounds={study.rounds}: the first and the last are not counted, so take 3 or more")
-    for name in ("clients", "actors", "gpus"):
-        if not getattr(study, name):
-            raise UserError(f"{name}=[] leaves nothing to measure")
-    return study
+        values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(words)))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{' '.join(words)}: {str(error).splitlines()[0]}") from None
+    return validated(ScalingStudy, values)
 
 
-def cells(study: Study) -> list[Cell]:
+def cells(study: ScalingStudy) -> list[Cell]:
     """All combinations, small ones first."""
     combinations = itertools.product(sorted(study.clients), sorted(study.actors), sorted(study.gpus))
     return [Cell(clients, actors, gpus, min(study.nodes, clients)) for clients, actors, gpus in combinations]
 
 
-def measure_all(study: Study, app: Path, home: Path) -> int:
-    """Run what is missing, and renew the results after each run."""
+def measure_all(study: ScalingStudy, app: Path, home: Path) -> int:
+    """Run what is missing, and renew the results after each run; gives 1 if a run failed."""
     folder, runs = home / study.name, {cell.run_name(study, app): cell for cell in cells(study)}
     missing = [name for name in runs if not is_done(home, name)]
-    log(f"{len(runs)} runs, {len(runs) - len(missing)} of them measured already; results: {folder}")
+    log.info("%d runs, %d of them measured already; results: %s", len(runs), len(runs) - len(missing), folder)
     folder.mkdir(parents=True, exist_ok=True)
     started, failed = time.monotonic(), 0
-    with simulate.superlink(home / "flower") if missing else nullcontext({}) as environment:
-        for i, name in enumerate(missing):
-            left = f", about {(time.monotonic() - started) / i * (len(missing) - i):.0f} s left" if i else ""
-            log(f"run {i + 1} of {len(missing)}: {runs[name]}{left}")
-            failed += not measure(runs[name], name, study, app, home, environment)
-            write(rows_of(runs, study, home), folder)
+    for i, name in enumerate(missing):
+        left = f", about {(time.monotonic() - started) / i * (len(missing) - i):.0f} s left" if i else ""
+        log.info("run %d of %d: %s%s", i + 1, len(missing), runs[name], left)
+        failed += not measure(runs[name], name, study, app, home)
+        write(rows_of(runs, study, home), folder)
     rows = rows_of(runs, study, home)
     write(rows, folder)
     print_table(rows, study)
     return int(failed > 0)
 
 
-def measure(cell: Cell, name: str, study: Study, app: Path, home: Path, environment: dict[str, str]) -> bool:
-    """One run, its output in a log beside the results; says so where it fails."""
+def measure(cell: Cell, name: str, study: ScalingStudy, app: Path, home: Path) -> bool:
+    """Do one run in a process of its own, its output in a log beside the results; say so where it fails."""
     output = home / study.name / f"{name}.log"
+    command = [sys.executable, "-m", "fedunlearn", "run", str(app), *cell.resources(study)]
     with open(output, "a") as file:
-        words = f"{cell.overrides(study)} run={name} home={home}"
-        simulate.run(app, words, cell.federation(study), environment=environment, output=file)
+        subprocess.run([*command, *cell.words(study), f"run={name}", f"home={home}"], stdout=file, stderr=file)
     if is_done(home, name):
         return True
-    log(f"this run failed; its output is in {output}, and the same command tries it again")
+    log.error("this run failed; its output is in %s, and the same command tries it again", output)
     return False
 
 
-def rows_of(runs: dict[str, Cell], study: Study, home: Path) -> list[dict[str, Any]]:
+def rows_of(runs: dict[str, Cell], study: ScalingStudy, home: Path) -> list[dict[str, Any]]:
     """What the finished runs have measured."""
     return with_efficiency([row_of(cell, name, study, home) for name, cell in runs.items() if is_done(home, name)])
 
 
 def is_done(home: Path, name: str) -> bool:
-    """Whether the run has trained all rounds and served its request."""
+    """Say whether the run has trained all rounds and applied its request."""
     folder = runs_folder(home) / name
     return (folder / "run.json").exists() and any(row["kind"] == "forget" for row in Run.opened(folder).metrics())
 
 
-def row_of(cell: Cell, name: str, study: Study, home: Path) -> dict[str, Any]:
+def row_of(cell: Cell, name: str, study: ScalingStudy, home: Path) -> dict[str, Any]:
     """What a finished run has measured; times in seconds, memory in MiB."""
     metrics = Run.opened(runs_folder(home) / name).metrics()
     rounds = [row for row in metrics if row["kind"] == "round"][1:-1]
     (request,) = (row for row in metrics if row["kind"] == "forget")
     seconds = statistics.median(row["seconds"] for row in rounds)
     images, before = rounds[0]["examples"], request["before"]
-    staying, leaving = before["others"]["examples"], before["forgotten"]["0"]["examples"]
-    retraining = study.recipe_rounds * seconds * staying / (staying + leaving)
+    retain, forgotten = before["retain"]["examples"], before["forgotten"]["0"]["examples"]
+    retraining = study.recipe_rounds * seconds * retain / (retain + forgotten)
     return {
         **asdict(cell),
         "actors": rounds[-1]["train"]["workers"],
@@ -239,7 +219,7 @@ def figure(rows: list[dict[str, Any]]) -> Any:
     return drawing
 
 
-def print_table(rows: list[dict[str, Any]], study: Study) -> None:
+def print_table(rows: list[dict[str, Any]], study: ScalingStudy) -> None:
     """The results, for a person."""
     columns = {
         "clients": "{clients:,}", "actors": "{actors}", "GPU": "{gpus:g}", "nodes": "{nodes}",
@@ -256,13 +236,4 @@ def print_table(rows: list[dict[str, Any]], study: Study) -> None:
         megabytes = row["request_bytes"] / 1e6
         table.add_row(*(text.format(**row, request_megabytes=megabytes) for text in columns.values()))
     Console(width=150).print(table)
-    log(f"retraining: {study.recipe_rounds} rounds without the forgotten client, at the measured seconds a round")
-
-
-def log(line: str) -> None:
-    """Print at once."""
-    print(line, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    log.info(f"retraining: {study.recipe_rounds} rounds without the forgotten client, at the measured seconds a round")

@@ -1,1 +1,1 @@
-"""What a model still knows of those who left."""
+"""Measure what a model still reveals about the forget clients."""

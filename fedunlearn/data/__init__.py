@@ -1,1 +1,1 @@
-"""Images: data sets, whose they are, batches."""
+"""Provide images: data sets, who owns which image, batches."""

@@ -1,14 +1,17 @@
-"""From a client's stored images to batches of tensors: order, augmentation, scaling."""
+"""Make batches of tensors from a client's stored images: order, augmentation, scaling."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fedunlearn.data.datasets import Split
+from fedunlearn.nn.augment import augmented, draws
 from fedunlearn.nn.model import Batch
+
+EVALUATION_BATCH = 500
+"""Images at once on a GPU where nothing is learned from them."""
 
 
 def batches(
@@ -22,11 +25,30 @@ def batches(
     crop_padding: int = 0,
     flip: bool = False,
 ) -> Iterator[Batch]:
-    """The examples `indices` of `data`, once: `(images [N, channels, H, W] in -1..1, class_labels, client_ids)`.
+    """Give the examples at `indices` once, in batches.
 
-    With a `generator` they are shuffled and augmented (random crop after zero-padding, random horizontal flip), and
-    the draws depend on nothing else; without one they come in order, as they are. No batch has a single example
-    (which BatchNorm could not normalise) unless `indices` has. Images are in channels_last order.
+    With a `generator` they are shuffled and augmented: a random crop after zero-padding, and a random horizontal flip.
+    The draws depend on nothing else. Without one they come in order, as they are. No batch has a single example, which
+    BatchNorm could not normalise, unless `indices` has.
+
+    Args:
+        data: images and labels.
+        indices: into `data`, [N].
+        client: id that all examples get.
+        batch_size: examples a batch; the last one may have fewer, or one more.
+        device: that the batches are on.
+        generator: of shuffling and augmentation, or None.
+        crop_padding: pixels a side.
+        flip: whether half of the images are mirrored.
+
+    Returns:
+        An iterator of `(images, class_labels, client_ids)`: fp32 [n, channels, H, W] in -1..1, in channels_last order,
+        and int64 [n] twice.
+
+    Example:
+        >>> data = Split(np.zeros((5, 8, 8, 3), np.uint8), np.arange(5))
+        >>> [len(images) for images, _, _ in batches(data, np.arange(5), 0, batch_size=2, device=torch.device("cpu"))]
+        [2, 3]
     """
     if generator is not None:
         indices = indices[torch.randperm(len(indices), generator=generator).numpy()]
@@ -39,38 +61,43 @@ def batches(
         yield scale(images), labels, torch.full_like(labels, client)
 
 
+def evaluation_batch(batch_size: int, device: torch.device) -> int:
+    """Choose how many images go at once where nothing is learned from them, so that it matters for speed alone.
+
+    Args:
+        batch_size: as in training.
+        device: of the model.
+
+    Example:
+        >>> evaluation_batch(32, torch.device("cuda")), evaluation_batch(32, torch.device("cpu"))
+        (500, 32)
+    """
+    return max(batch_size, EVALUATION_BATCH) if device.type == "cuda" else batch_size
+
+
 def scale(images: Tensor) -> Tensor:
-    """Uint8 [N, H, W, channels] -> fp32 [N, channels, H, W] in -1..1: no statistic of anybody's data is involved."""
+    """Scale uint8 [N, H, W, channels] to fp32 [N, channels, H, W] in -1..1, by no statistic of any client's data.
+
+    Example:
+        >>> scale(torch.tensor([[[[0]], [[255]]]], dtype=torch.uint8)).flatten()
+        tensor([-1.,  1.])
+    """
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def cuts(count: int, batch_size: int) -> list[int]:
-    """Where `count` examples are cut into batches, so that none has a single one (unless `count` is 1)."""
+    """Choose where examples are cut into batches, so that no batch has a single one (unless there is only one).
+
+    Args:
+        count: examples.
+        batch_size: examples a batch.
+
+    Returns:
+        Positions between 0 and `count`, for `numpy.split`.
+
+    Example:
+        >>> cuts(10, 4), cuts(9, 4)
+        ([4, 8], [4])
+    """
     places = list(range(batch_size, count, batch_size))
     return places[:-1] if places and count - places[-1] == 1 else places
-
-
-def draws(count: int, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
-    """Top, left and whether mirrored, [3, count], for `augmented`."""
-    corners = torch.randint(2 * padding + 1, (2, count), generator=generator)
-    mirrored = torch.randint(2, (1, count), generator=generator) * flip
-    return torch.cat([corners, mirrored])
-
-
-def shifted(images: Tensor, down: int, right: int, mirrored: int) -> Tensor:
-    """Uint8 [N, H, W, channels], all moved alike, zeros moving in, then mirrored or not."""
-    most = max(abs(down), abs(right))
-    drawn = torch.tensor([[most - down], [most - right], [mirrored]]).expand(3, len(images))
-    return augmented(images, drawn, most)
-
-
-def augmented(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
-    """Uint8 [N, H, W, channels], padded with zeros, cropped to H x W at (top, left) and mirrored as drawn."""
-    count, height, width, _ = images.shape
-    top, left, mirrored = drawn[:, :, None]
-    across = torch.arange(width, device=images.device)
-    rows = top + torch.arange(height, device=images.device)
-    columns = left + torch.where(mirrored.bool(), across.flip(0), across)
-    example = torch.arange(count, device=images.device)[:, None, None]
-    padded = pad(images, (0, 0, padding, padding, padding, padding))
-    return padded[example, rows[:, :, None], columns[:, None, :]]

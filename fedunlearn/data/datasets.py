@@ -1,37 +1,84 @@
-"""Image data sets, decoded once into uint8 arrays on disk that every process memory-maps."""
+"""Decode image data sets once, into uint8 arrays on disk that every process memory-maps."""
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedunlearn.errors import UserError
 
 NAMES = ("digits", "cifar10", "cifar100", "folder", "random")
+"""The data sets that `load` knows."""
+
+log = logging.getLogger("fedunlearn")
 
 
 class Split(NamedTuple):
-    """Images [N, H, W, channels] uint8 and labels [N] int64."""
+    """Pair images with their labels.
+
+    Attributes:
+        images: uint8 [N, H, W, channels].
+        labels: int64 [N].
+    """
 
     images: np.ndarray
     labels: np.ndarray
 
 
-class Dataset(NamedTuple):
-    """A memory-mapped data set; `fingerprint` is the SHA-256 of all its bytes."""
+class Dataset:
+    """Open a decoded data set, and memory-map each split when it is first asked for.
 
-    train: Split
-    test: Split
-    class_names: list[str]
-    fingerprint: str
+    Who asks for the test images alone never touches the files of the training images.
+
+    Args:
+        store: the folder that `load` wrote.
+
+    Attributes:
+        store: the same.
+        class_names: K names.
+        fingerprint: SHA-256 of all images and labels.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as cache:
+        ...     dataset = load("digits", cache=Path(cache))
+        ...     dataset.test.images.shape, dataset.channels, len(dataset.class_names)
+        ((360, 8, 8, 1), 1, 10)
+    """
+
+    def __init__(self, store: Path) -> None:
+        self._meta = json.loads((store / "meta.json").read_text())
+        self.store = store
+        self.class_names: list[str] = self._meta["class_names"]
+        self.fingerprint: str = self._meta["fingerprint"]
+
+    @cached_property
+    def train(self) -> Split:
+        """Memory-map the training images and their labels."""
+        return self._split("train")
+
+    @cached_property
+    def test(self) -> Split:
+        """Memory-map the test images and their labels."""
+        return self._split("test")
+
+    @property
+    def channels(self) -> int:
+        """Count the channels of an image, 1 or 3."""
+        # stores of earlier versions do not name them
+        return self._meta["channels"] if "channels" in self._meta else self.test.images.shape[-1]
+
+    def _split(self, name: str) -> Split:
+        images, labels = (np.load(self.store / f"{name}_{part}.npy", mmap_mode="r") for part in ("images", "labels"))
+        return Split(images, labels)
 
 
 Decoded = tuple[Split, Split, list[str]]
@@ -45,9 +92,10 @@ def load(
     limit: int = 0,
     test_limit: int = 0,
     image_size: int = 32,
-    log: Callable[[str], None] = print,
 ) -> Dataset:
-    """Open the data set `name`, downloading and decoding it into `cache` on first use.
+    """Open a data set, downloading and decoding it into `cache` on first use.
+
+    Slow work is logged, at INFO, before it begins.
 
     Args:
         name: `digits` (scikit-learn's, embedded), `cifar10`, `cifar100` (through torchvision), `folder`, or `random`
@@ -58,30 +106,46 @@ def load(
             subfolders `train/` and `test/` these are the splits; otherwise every sixth image of a class is for testing.
         limit, test_limit: keep that many images, the first of each class in equal numbers; 0 keeps all.
         image_size: for `folder` and `random`: pixels a side.
-        log: told once before slow work.
 
     Raises:
         UserError: nothing usable is there: missing, empty, corrupt, one class, or no network and no cache.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as cache:
+        ...     np.bincount(load("digits", cache=Path(cache), limit=50).train.labels)
+        array([5, 5, 5, 5, 5, 5, 5, 5, 5, 5])
     """
     if name == "folder":
-        source = _unpacked(_existing(root), cache, log)
+        source = _unpacked(_existing(root), cache)
         key = _digest([str(source), image_size, *_listing(source)])[:16]
-        decode = partial(_decode_folder, source, image_size, limit, test_limit, log)
+        decode = partial(_decode_folder, source, image_size, limit, test_limit)
     elif name == "random":
         key, decode = str(image_size), partial(_decode_random, image_size, limit or 10_000, test_limit or 1_000)
     elif name == "digits":
         key, decode = "1", _decode_digits
     else:
-        key, decode = "1", partial(_decode_cifar, name, cache, log)
+        key, decode = "1", partial(_decode_cifar, name, cache)
     store = cache / f"{name}-{key}-{limit or 'all'}-{test_limit or 'all'}"
     if not store.is_dir():
         train, test, class_names = decode()
         _write(store, first_per_class(train, limit), first_per_class(test, test_limit), class_names)
-    return _open(store)
+    return Dataset(store)
 
 
 def first_per_class(split: Split, limit: int) -> Split:
-    """The first `limit // K` examples of each of the K classes, in data-set order; all of them for 0."""
+    """Keep the first `limit // K` examples of each of the K classes, in data-set order; all of them for 0.
+
+    Args:
+        split: to keep examples of.
+        limit: how many, at most.
+
+    Raises:
+        UserError: a limit of less than one example a class.
+
+    Example:
+        >>> first_per_class(Split(np.arange(6), np.array([0, 1, 0, 1, 0, 1])), 4).images
+        array([0, 1, 2, 3])
+    """
     if not limit:
         return split
     classes = np.unique(split.labels)
@@ -98,7 +162,7 @@ def _decode_digits() -> Decoded:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
     train, test = np.sort(train), np.sort(test)
@@ -118,23 +182,23 @@ def _decode_random(size: int, count: int, test_count: int) -> Decoded:
     return draw(count), draw(test_count), [f"pattern {k}" for k in range(10)]
 
 
-def _decode_cifar(name: str, cache: Path, log: Callable[[str], None]) -> Decoded:
+def _decode_cifar(name: str, cache: Path) -> Decoded:
     from torchvision.datasets import CIFAR10, CIFAR100
 
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     folder = cache / name
-    log(f"{name}: looking in {folder}, else downloading (170 MB)")
+    log.info("%s: looking in %s, else downloading (170 MB)", name, folder)
     try:
         train, test = (source(folder, train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{name} could not be loaded ({error}): put a good {source.filename} into {folder}, or use images of your "
-            'own with overrides="data.name=folder data.root=/path/to/images"'
+            "own with data.name=folder data.root=/path/to/images"
         ) from error
     return Split(train.data, np.array(train.targets)), Split(test.data, np.array(test.targets)), list(train.classes)
 
 
-def _decode_folder(source: Path, size: int, limit: int, test_limit: int, log: Callable[[str], None]) -> Decoded:
+def _decode_folder(source: Path, size: int, limit: int, test_limit: int) -> Decoded:
     from torchvision.datasets import ImageFolder
 
     try:
@@ -147,7 +211,7 @@ def _decode_folder(source: Path, size: int, limit: int, test_limit: int, log: Ca
             train = ImageFolder(source)
             is_test = _every_sixth([label for _, label in train.samples])
             parts = [
-                ([s for s, held_out in zip(train.samples, is_test, strict=True) if held_out == wanted], most)
+                ([sample for sample, for_test in zip(train.samples, is_test, strict=True) if for_test == wanted], most)
                 for wanted, most in ((False, limit), (True, test_limit))
             ]
     except FileNotFoundError as error:
@@ -158,8 +222,9 @@ def _decode_folder(source: Path, size: int, limit: int, test_limit: int, log: Ca
         raise UserError(
             f"data.root={source} has no images for testing: give train/ and test/, or six of a class and more"
         )
-    log(f"decoding {source} (once)")
-    return *(_read_images(samples, most, size) for samples, most in parts), train.classes
+    log.info("decoding %s (once)", source)
+    train_images, test_images = (_read_images(samples, most, size) for samples, most in parts)
+    return train_images, test_images, train.classes
 
 
 def _read_images(samples: list[tuple[str, int]], limit: int, size: int) -> Split:
@@ -172,18 +237,18 @@ def _read_images(samples: list[tuple[str, int]], limit: int, size: int) -> Split
         path = samples[position][0]
         try:
             with Image.open(path) as opened:
-                image[:] = opened.convert("RGB").resize((size, size))
+                image[:] = np.asarray(opened.convert("RGB").resize((size, size)))
         except OSError as error:
             raise UserError(f"{path} is not a readable image ({error})") from error
     return Split(images, labels[positions])
 
 
-def _every_sixth(labels: list[int]) -> np.ndarray:
-    labels = np.array(labels)
-    held_out = np.zeros(len(labels), bool)
+def _every_sixth(class_of: list[int]) -> np.ndarray:
+    labels = np.array(class_of)
+    is_test = np.zeros(len(labels), bool)
     for k in np.unique(labels):
-        held_out[np.flatnonzero(labels == k)[5::6]] = True
-    return held_out
+        is_test[np.flatnonzero(labels == k)[5::6]] = True
+    return is_test
 
 
 def _existing(root: str) -> Path:
@@ -195,8 +260,8 @@ def _existing(root: str) -> Path:
     return path
 
 
-def _unpacked(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
-    """The folder itself, or the folder that an archive is unpacked to, once."""
+def _unpacked(path: Path, cache: Path) -> Path:
+    """Give the folder itself, or the folder that an archive is unpacked to, once."""
     from torchvision.datasets.utils import extract_archive
 
     if path.is_dir():
@@ -204,7 +269,7 @@ def _unpacked(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
     stat = path.stat()
     target = cache / f"unpacked-{_digest([str(path), stat.st_size, stat.st_mtime_ns])[:16]}"
     if not target.is_dir():
-        log(f"unpacking {path} (once)")
+        log.info("unpacking %s (once)", path)
         with _new_folder(target) as folder:
             try:
                 extract_archive(str(path), str(folder))
@@ -237,23 +302,14 @@ def _write(store: Path, train: Split, test: Split, class_names: list[str]) -> No
     with _new_folder(store) as folder:
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array)
-        meta = {"class_names": class_names, "fingerprint": fingerprint.hexdigest()}
+        channels = test.images.shape[-1]
+        meta = {"class_names": class_names, "fingerprint": fingerprint.hexdigest(), "channels": channels}
         (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def _open(store: Path) -> Dataset:
-    meta = json.loads((store / "meta.json").read_text())
-    arrays = {
-        name: np.load(store / f"{name}.npy", mmap_mode="r")
-        for name in ("train_images", "train_labels", "test_images", "test_labels")
-    }
-    train = Split(arrays["train_images"], arrays["train_labels"])
-    return Dataset(train, Split(arrays["test_images"], arrays["test_labels"]), **meta)
 
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` in one step; a process that comes second drops its own."""
+    """Fill a temporary folder that becomes `target` in one step; a process that comes second drops its own."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
     try:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
@@ -24,7 +24,7 @@ class LocalGrid(Grid):
     def call(self, message: Message) -> Message:
         """What the node answers; an error where the app raises one, as Flower has it."""
         node_id = message.metadata.dst_node_id
-        config = {"partition-id": self.nodes[node_id], "num-partitions": len(self.nodes)}
+        config: UserConfig = {"partition-id": self.nodes[node_id], "num-partitions": len(self.nodes)}
         try:
             return self._client_app(message, Context(1, node_id, config, RecordDict(), {}))
         except Exception as error:

@@ -1,8 +1,9 @@
-"""What a message carries: tensors, a task, counts."""
+"""What a message carries: a task for some clients, tensors, and what the clients counted."""
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -10,79 +11,123 @@ from torch import Tensor
 
 from fedunlearn.nn.evaluate import Counts
 
+Tensors = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Task:
-    """What a node is to do: for which of its clients, in which round, under which settings (JSON of the config).
+    """What a node is to do, for which of its clients, in which round.
 
-    `share` is of each client's examples, as far as the work can do with fewer; `lr` replaces the schedule's learning
-    rate; `embeddings` asks for their moments beside the training; `until` (accuracy) and `radius` (distance from the
-    broadcast model) bound an ascent; after the `last` teaching of a request nothing of it is kept.
+    Attributes:
+        config: settings of the run, as JSON; who is forgotten is not among them.
+        name: of the client task.
+        round: that random draws depend on.
+        clients: for whom.
+        arguments: further arguments of the client task, as JSON; tensors travel beside it.
+        request: an opaque name of the forget request that is being applied; empty in rounds of training.
     """
 
     config: str
+    name: str
     round: int
     clients: list[int]
-    share: float = 1.0
-    lr: float = -1.0
-    embeddings: bool = True
-    until: float = 0.0
-    radius: float = math.inf
-    last: bool = False
+    arguments: str = "{}"
+    request: str = ""
 
 
-def packed(tensors: Mapping[str, Tensor], precision: str) -> ArrayRecord:
-    """Tensors as they travel: all that is fp32 rounded to bf16 for `precision="bf16"`, and as it is for `"fp32"`.
+def pack(tensors: Mapping[str, Tensor], dtype: str) -> ArrayRecord:
+    """Pack tensors as they travel: fp32 rounded to bf16 for `dtype="bf16"`, and everything as it is for `"fp32"`.
 
     Flower's arrays know no bf16, so that its bits travel as int16.
     """
-    if precision == "bf16":
+    if dtype == "bf16":
         tensors = {name: _bits(value) if value.dtype == torch.float32 else value for name, value in tensors.items()}
     return ArrayRecord(dict(tensors))
 
 
-def request(
-    task: Task, state: ArrayRecord | None = None, beside: Mapping[str, ArrayRecord] | None = None
-) -> RecordDict:
-    """The content of a message to a node; the same `state`, and further tensors `beside` it, may be shared by many."""
-    content = RecordDict({"task": ConfigRecord(asdict(task)), **(beside or {})})
-    if state is not None:
-        content["arrays"] = state
-    return content
-
-
-def task_of(message: Message) -> Task:
-    """The task of a message from the server."""
-    return Task(**message.content["task"])
-
-
-def tensors_of(message: Message, name: str = "arrays") -> dict[str, Tensor]:
-    """The tensors of a message, writable and in the sender's order; bf16 bits as fp32 again."""
-    sent = message.content.get(name, {})
+def unpack(message: Message, name: str = "arrays") -> Tensors:
+    """Give the tensors of a record of a message, writable and in the sender's order; bf16 bits as fp32 again."""
+    sent = cast(Mapping[str, Any], message.content.get(name, {}))
     arrays = {name: torch.from_numpy(array.numpy().copy()) for name, array in sent.items()}
     return {name: _from_bits(value) if value.dtype == torch.int16 else value for name, value in arrays.items()}
 
 
-def reply(message: Message, sums: ArrayRecord | None, counts: Mapping[int, Counts]) -> Message:
-    """Sums over clients, where there are any, and each client's own counts."""
-    columns = {"client": list(counts)}
+def request(task: Task, records: Mapping[str, ArrayRecord]) -> RecordDict:
+    """Make the content of a message to a node; the same `records` may be shared by many."""
+    return RecordDict({"task": ConfigRecord(asdict(task)), **records})
+
+
+def task_of(message: Message) -> Task:
+    """Read the task of a message from the server."""
+    return Task(**cast(dict[str, Any], dict(message.content.config_records["task"])))
+
+
+ONE, MANY = "tensor:", "tensors:"
+
+
+def pack_arguments(arguments: Mapping[str, Any]) -> tuple[str, dict[str, ArrayRecord]]:
+    """Split the arguments of a client task into JSON and records of tensors, which are never rounded."""
+    plain, records = {}, {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            records[f"{ONE}{name}"] = pack({name: value}, "fp32")
+        elif isinstance(value, dict) and value and all(isinstance(entry, Tensor) for entry in value.values()):
+            records[f"{MANY}{name}"] = pack(value, "fp32")
+        else:
+            plain[name] = value
+    return json.dumps(plain), records
+
+
+def arguments_of(message: Message) -> dict[str, Any]:
+    """Read what `pack_arguments` made."""
+    arguments = json.loads(task_of(message).arguments)
+    for record in message.content.array_records:
+        if record.startswith(ONE):
+            arguments[record.removeprefix(ONE)] = unpack(message, record)[record.removeprefix(ONE)]
+        elif record.startswith(MANY):
+            arguments[record.removeprefix(MANY)] = unpack(message, record)
+    return arguments
+
+
+def reply(
+    message: Message,
+    counts: Mapping[int, Counts],
+    sums: ArrayRecord | None = None,
+    *,
+    weight: float = 0.0,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> Message:
+    """Make the reply of a node: sums over its clients and their weight, each client's counts and statistics."""
+    columns: dict[str, Any] = {"client": list(counts), "weight": float(weight)}
     for field in fields(Counts):
         columns[field.name] = [getattr(count, field.name) for count in counts.values()]
     content = RecordDict({"metrics": MetricRecord(columns)})
     if sums is not None:
         content["arrays"] = sums
+    if statistics:
+        content["statistics"] = pack(statistics, "fp32")
     return Message(content, reply_to=message)
 
 
 def counts_of(message: Message) -> dict[int, Counts]:
-    """Each client's counts in a reply."""
-    columns = dict(message.content["metrics"])
-    clients = columns.pop("client")
-    return {c: Counts(*row) for c, row in zip(clients, zip(*columns.values(), strict=True), strict=True)}
+    """Read each client's counts from a reply."""
+    columns = cast(dict[str, Any], message.content.metric_records["metrics"])
+    rows = zip(*(columns[field.name] for field in fields(Counts)), strict=True)
+    return {client: Counts(*row) for client, row in zip(columns["client"], rows, strict=True)}
 
 
-def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: float = 1) -> None:
-    """`sums[name] += weight * values[name]` in place, starting from zero where `sums` has no such name."""
+def weight_of(message: Message) -> float:
+    """Read the weight of the sums in a reply."""
+    return float(cast(float, message.content.metric_records["metrics"]["weight"]))
+
+
+def statistics_of(message: Message) -> dict[int, Tensor]:
+    """Read each client's own statistics from a reply."""
+    return {int(client): value for client, value in unpack(message, "statistics").items()}
+
+
+def add_to(sums: Tensors, values: Mapping[str, Tensor], weight: float = 1) -> None:
+    """Do `sums[name] += weight * values[name]` in place, starting from zero where `sums` has no such name."""
     for name, value in values.items():
         if name in sums:
             sums[name].add_(value, alpha=weight)
@@ -90,13 +135,13 @@ def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: float 
             sums[name] = weight * value
 
 
-def averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a model's state that is averaged over clients: all that is floating-point."""
+def floating(state: Mapping[str, Tensor]) -> Tensors:
+    """Give the part of a model's state that is averaged over clients: all that is floating-point."""
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
 
 def bytes_of(message: Message) -> int:
-    """Of the tensors in a message."""
+    """Count the bytes of the tensors in a message."""
     return sum(record.count_bytes() for record in message.content.array_records.values())
 
 

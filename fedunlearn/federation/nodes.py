@@ -1,46 +1,66 @@
-"""The nodes behind a grid: who hosts whom, what they are sent, and the sums of what they answer."""
+"""The nodes behind a grid: which clients each hosts, what they are sent, and the sums of what they reply."""
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from logging import getLogger
+from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedunlearn.errors import UserError
-from fedunlearn.federation import messages as wire
+from fedunlearn.federation import messages
+from fedunlearn.federation.messages import Task, Tensors
+from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.nn.evaluate import Counts
+from fedunlearn.nn.model import TwoHeadResNet18
 
 WAIT_SECONDS = 600
 ATTEMPTS = 3
 MOST_LISTED = 100
 DIVERGED = "has training diverged? try a lower train.lr"
+LARGEST = ("workers", "worker_mebibytes")  # of a cost: does not add up over queries
 
-
-class NoAnswerError(Exception):
-    """Nobody, or not everybody who had to, answered a sweep."""
+log = getLogger("fedunlearn")
 
 
 @dataclass
-class Answer:
-    """What a sweep over nodes brought: one sum a name, the counts of every client that is in it, and what it cost.
+class Results:
+    """What a query of clients brought: sums over those who replied, and what it cost.
 
-    `moments` are embedding moments by client, where a client sent them. `worker_seconds` and `worker_mebibytes` (peak
-    memory) are by worker process, `work` is processor time of all of them, `bytes` those of all tensors sent.
+    Attributes:
+        tensors: by name, the sum over clients of weight times tensor.
+        weight: the sum of the clients' weights.
+        counts: by client.
+        statistics: by client, where the task sends any.
+        worker_seconds: wall-clock seconds by worker process.
+        worker_mebibytes: peak memory by worker process.
+        work: processor seconds of all workers together.
+        bytes: of all tensors sent in both directions.
+        seconds: wall-clock seconds of the query.
     """
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
+    weight: float = 0.0
     counts: dict[int, Counts] = field(default_factory=dict)
-    moments: dict[int, Tensor] = field(default_factory=dict)
+    statistics: dict[int, Tensor] = field(default_factory=dict)
     worker_seconds: Counter[int] = field(default_factory=Counter)
     worker_mebibytes: dict[int, float] = field(default_factory=dict)
     work: float = 0.0
     bytes: int = 0
     seconds: float = 0.0
+
+    def sum(self) -> Tensors:
+        """Give the sum of weight times tensor."""
+        return self.tensors
+
+    def mean(self) -> Tensors:
+        """Give the mean of the tensors, each client with its weight (its examples, if the task says nothing else)."""
+        return {name: total / self.weight for name, total in self.tensors.items()}
 
     @property
     def total(self) -> Counts:
@@ -60,30 +80,37 @@ class Answer:
         }
 
 
-class Federation:
+def add_cost(costs: dict[str, Any], name: str, cost: Mapping[str, float]) -> None:
+    """Book a query's cost under `name`: sums, but for numbers of workers and their memory."""
+    cost = {**cost, "queries": 1}
+    before = costs.get(name, dict.fromkeys(cost, 0))
+    costs[name] = {key: max(before[key], v) if key in LARGEST else before[key] + v for key, v in cost.items()}
+
+
+class Nodes:
     """Addresses clients through the nodes that host them.
 
     Args:
-        config: settings as JSON, sent along with every message.
+        config: settings as JSON, which travel with every message.
+        model: that says which shapes replies have.
+        dtype: of the tensors in messages, `fp32` or `bf16`.
         timeout: seconds of silence after which nodes are left out.
-        log: told of every node that is left out, and why.
     """
 
-    def __init__(self, config: str, *, timeout: float, log: Callable[[str], None] = print) -> None:
-        self._config = config
-        self._log = log
-        self._sent: list[Message] = []
-        self.timeout = timeout
+    def __init__(self, config: str, model: TwoHeadResNet18, *, dtype: str, timeout: float) -> None:
+        self._config, self._model, self._dtype, self._timeout = config, model, dtype, timeout
         self.nodes: list[int] = []  # Flower's node ids, by position in the federation
         self.clients_of: dict[int, list[int]] = {}  # Flower's node id -> clients, in order
         self.examples: dict[int, int] = {}  # client -> how many it has
         self.gpu = False
-        self.moments_shape: tuple[int, ...] = ()  # of each client's embedding moments, where they are wanted
 
     def identify(self, grid: Grid) -> None:
         """Learn which node hosts which clients, waiting until all nodes of the federation are there.
 
         A node that fails to say it three times is named in the log and left out.
+
+        Raises:
+            UserError: no node works, or not all are connected in time.
         """
         found: dict[int, Message] = {}
         failures: Counter[int] = Counter()
@@ -95,143 +122,158 @@ class Federation:
             unknown = [node for node in grid.get_node_ids() if node not in known and failures[node] < ATTEMPTS]
             if not unknown:
                 time.sleep(0.1)
-            content = wire.request(wire.Task(self._config, 0, []))
-            messages = [Message(content, node, "query.identify") for node in unknown]
-            for message, reply in zip(messages, grid.send_and_receive(messages, timeout=self.timeout), strict=True):
+            content = messages.request(Task(self._config, "identify", 0, []), {})
+            sent = [Message(content, node, "query.identify") for node in unknown]
+            for message, reply in zip(sent, grid.send_and_receive(sent, timeout=self._timeout), strict=True):
                 if reply.has_error():
                     node = message.metadata.dst_node_id
                     failures[node] += 1
-                    self._log(f"node {node}, attempt {failures[node]} of {ATTEMPTS}: {_reason(reply)}")
+                    log.warning("node %s, attempt %d of %d: %s", node, failures[node], ATTEMPTS, _reason(reply))
                     continue
-                metrics = reply.content["metrics"]
-                found[metrics["node"]] = reply
-                expected = metrics["nodes"]
+                about = cast(Mapping[str, int], reply.content["metrics"])
+                found[about["node"]] = reply
+                expected = about["nodes"]
         if not found:
             raise UserError("no node works: the reasons are in the log above")
         for _, reply in sorted(found.items()):
-            metrics = reply.content["metrics"]
-            self.nodes.append(reply.metadata.src_node_id)
-            self.clients_of[reply.metadata.src_node_id] = list(metrics["client"])
-            self.examples |= dict(zip(metrics["client"], metrics["examples"], strict=True))
-            self.gpu |= bool(metrics["gpu"])
+            counts, node = messages.counts_of(reply), reply.metadata.src_node_id
+            self.nodes.append(node)
+            self.clients_of[node] = list(counts)
+            self.examples |= {client: count.examples for client, count in counts.items()}
+            self.gpu |= bool(reply.content.metric_records["metrics"]["gpu"])
 
     def messages(
         self,
-        kind: str,
+        task: ClientTask,
         round_: int,
         clients: Iterable[int],
-        state: ArrayRecord,
+        state: Mapping[str, Tensor],
         *,
-        apart: bool = False,
-        beside: Mapping[str, ArrayRecord] | None = None,
-        **task: float,
+        arguments: Mapping[str, Any] | None = None,
+        request: str = "",
+        one_client_each: bool = False,
     ) -> list[Message]:
-        """One message of type `kind` to every node that hosts some of `clients`: those with most examples first.
+        """Make one message to every node that hosts some of `clients`: those with most examples first.
 
         So workers that take one message after another end at about the same time, and the order depends on the data
-        alone. With `apart` every client has a message of its own. `task` are further fields of `wire.Task`; tensors
-        `beside` the model's state go along.
+        alone.
+
+        Args:
+            state: of the model that is broadcast.
+            arguments: of the client task.
+            request: an opaque name of the forget request that is being applied.
+            one_client_each: give every client a message of its own.
         """
         wanted = set(clients)
         hosted = [(node, [c for c in self.clients_of[node] if c in wanted]) for node in self.nodes]
-        groups = [(node, [c]) for node, mine in hosted for c in mine] if apart else [pair for pair in hosted if pair[1]]
+        groups = [pair for pair in hosted if pair[1]]
+        if one_client_each:
+            groups = [(node, [client]) for node, own in hosted for client in own]
         groups.sort(key=lambda pair: -sum(self.examples[c] for c in pair[1]))
-        self._sent = [
+        text, records = messages.pack_arguments(arguments or {})
+        if task.needs_model:
+            records = {"arrays": self.packed(state), **records}
+        return [
             Message(
-                wire.request(wire.Task(self._config, round_, mine, **task), state, beside),
+                messages.request(Task(self._config, task.name, round_, own, text, request), records),
                 node,
-                kind,
+                task.kind,
                 group_id=str(round_),
             )
-            for node, mine in groups
+            for node, own in groups
         ]
-        return self._sent
 
     def add_up(
-        self, replies: Iterable[Message], like: dict[str, Tensor], each: Callable[[Answer], None] = lambda answer: None
-    ) -> Answer:
-        """Sum the replies to the last `messages`, as they come, in their order.
+        self,
+        task: ClientTask,
+        sent: Iterable[Message],
+        replies: Iterable[Message],
+        *,
+        on_reply: Callable[[Results], None] = lambda results: None,
+    ) -> Results:
+        """Sum the replies to `sent` as they come, in their order (`OrderedGrid`).
+
+        A reply that has other names or shapes than the task sends, is not finite, lacks a client or is an error is
+        named in the log and left out.
 
         Args:
-            replies: one a message, in their order (`OrderedGrid`).
-            like: names and shapes that every reply must have. A reply that has others, is not finite, lacks a client
-                or is an error is named in the log and left out.
-            each: shown every reply alone.
+            on_reply: is shown every reply alone.
         """
-        answer, started = Answer(), time.monotonic()
-        for message, reply in zip(self._sent, replies, strict=True):
-            self._add(answer, message, reply, like, each)
-        answer.seconds = time.monotonic() - started
-        return answer
+        results, started = Results(), time.monotonic()
+        shapes = task.sends(self._model)
+        apart = task.sends_apart(self._model) if task.sends_apart else None
+        for message, reply in zip(sent, replies, strict=True):
+            asked = messages.task_of(message)
+            try:
+                one = _checked(reply, asked.clients, shapes, apart)
+            except ValueError as error:
+                node = self.nodes.index(message.metadata.dst_node_id)
+                listed = _listed(asked.clients)
+                log.warning("round %d: node %d (clients %s) is left out: %s", asked.round, node, listed, error)
+                continue
+            on_reply(one)
+            _include(results, one, message, reply)
+        results.seconds = time.monotonic() - started
+        return results
 
-    def ask(
+    def query(
         self,
         grid: Grid,
-        kind: str,
+        task: ClientTask,
         round_: int,
         clients: Iterable[int],
-        state: ArrayRecord,
-        like: dict[str, Tensor],
+        state: Mapping[str, Tensor],
         *,
-        each: Callable[[Answer], None] = lambda answer: None,
+        on_reply: Callable[[Results], None] = lambda results: None,
         **content: Any,
-    ) -> Answer:
+    ) -> Results:
         """Send `messages` and `add_up` what comes back; `content` is further content of the messages."""
-        messages = self.messages(kind, round_, clients, state, **content)
-        return self.add_up(grid.send_and_receive(messages, timeout=self.timeout), like, each)
+        sent = self.messages(task, round_, clients, state, **content)
+        return self.add_up(task, sent, grid.send_and_receive(sent, timeout=self._timeout), on_reply=on_reply)
 
-    def mean(self, answer: Answer) -> dict[str, Tensor]:
-        """Sum of n_c (theta_c - theta) / sum of n_c over the clients of a sweep of training."""
-        examples = sum(self.examples[c] for c in answer.counts)
-        return {name: total / examples for name, total in answer.sums.items()}
-
-    def _add(
-        self, answer: Answer, message: Message, reply: Message, like: dict[str, Tensor], each: Callable[[Answer], None]
-    ) -> None:
-        task = wire.task_of(message)
-        try:
-            sums, counts, moments = _checked(reply, task.clients, like, self.moments_shape)
-        except ValueError as error:
-            node = self.nodes.index(message.metadata.dst_node_id)
-            self._log(f"round {task.round}: node {node} (clients {_listed(task.clients)}) is left out: {error}")
-            return
-        each(Answer(sums, counts))
-        answer.moments |= moments
-        wire.add_to(answer.sums, sums)
-        answer.counts |= counts
-        work = reply.content["work"]
-        answer.worker_seconds[work["worker"]] += work["seconds"]
-        answer.work += work["work"]
-        answer.worker_mebibytes[work["worker"]] = work["mebibytes"]
-        answer.bytes += wire.bytes_of(message) + wire.bytes_of(reply)
+    def packed(self, state: Mapping[str, Tensor]) -> ArrayRecord:
+        """Pack a model as it is broadcast."""
+        return messages.pack(state, self._dtype)
 
 
-def _checked(
-    reply: Message, clients: list[int], like: dict[str, Tensor], moments_shape: tuple[int, ...]
-) -> tuple[dict[str, Tensor], dict[int, Counts], dict[int, Tensor]]:
-    """Sums, counts and embedding moments of a reply that is as asked for; ValueError with the reason otherwise."""
+def _include(results: Results, one: Results, message: Message, reply: Message) -> None:
+    """Add one reply to the results, and what it cost."""
+    messages.add_to(results.tensors, one.tensors)
+    results.weight += one.weight
+    results.counts |= one.counts
+    results.statistics |= one.statistics
+    work = cast(MetricRecord, reply.content["work"])
+    worker, seconds = int(cast(int, work["worker"])), float(cast(float, work["seconds"]))
+    results.worker_seconds[worker] += seconds  # type: ignore[assignment]
+    results.worker_mebibytes[worker] = float(cast(float, work["mebibytes"]))
+    results.work += float(cast(float, work["work"]))
+    results.bytes += messages.bytes_of(message) + messages.bytes_of(reply)
+
+
+def _checked(reply: Message, clients: list[int], shapes: Mapping[str, Tensor], apart: Tensor | None) -> Results:
+    """What a reply says, if it is as asked for; ValueError with the reason otherwise."""
     if reply.has_error():
         raise ValueError(_reason(reply))
     try:
-        sums, counts, _ = wire.tensors_of(reply), wire.counts_of(reply), reply.content["work"]
+        tensors, counts, statistics = messages.unpack(reply), messages.counts_of(reply), messages.statistics_of(reply)
+        weight, _ = messages.weight_of(reply), reply.content["work"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"its reply is not in the expected form ({error!r})") from error
     if sorted(counts) != sorted(clients):
         raise ValueError(f"it answered for clients {_listed(counts)}")
-    if sums.keys() != like.keys():
-        raise ValueError(f"it sent wrong names: {_listed(sorted(sums.keys() ^ like.keys())[:3])}")
-    moments = {int(client): value for client, value in wire.tensors_of(reply, "moments").items()}
-    for client, value in moments.items():
-        if client not in clients or value.shape != moments_shape:
-            raise ValueError(f"it sent embedding moments of client {client} of shape {list(value.shape)}")
+    if tensors.keys() != shapes.keys():
+        raise ValueError(f"it sent wrong names: {_listed(sorted(tensors.keys() ^ shapes.keys())[:3])}")
+    for client, value in statistics.items():
+        if client not in clients or apart is None or value.shape != apart.shape:
+            raise ValueError(f"it sent statistics of client {client} of shape {list(value.shape)}")
         if not torch.isfinite(value).all():
-            raise ValueError(f"it sent NaN or infinite embedding moments of client {client} ({DIVERGED})")
-    for name, value in sums.items():
-        if value.shape != like[name].shape:
-            raise ValueError(f"it sent {name} of shape {list(value.shape)}, not {list(like[name].shape)}")
+            raise ValueError(f"it sent NaN or infinite statistics of client {client} ({DIVERGED})")
+    for name, value in tensors.items():
+        if value.shape != shapes[name].shape:
+            raise ValueError(f"it sent {name} of shape {list(value.shape)}, not {list(shapes[name].shape)}")
         if not torch.isfinite(value).all():
             raise ValueError(f"it sent NaN or infinite values in {name} ({DIVERGED})")
-    return sums, counts, moments
+    return Results(tensors, weight, counts, statistics)
 
 
 def _reason(reply: Message) -> str:
@@ -240,6 +282,6 @@ def _reason(reply: Message) -> str:
     return [line for line in lines if line][-1]
 
 
-def _listed(values: Iterable) -> str:
+def _listed(values: Iterable[Any]) -> str:
     words = list(map(str, values))
     return ", ".join(words[:MOST_LISTED] + ["..."] * (len(words) > MOST_LISTED)) or "none"

@@ -49,7 +49,9 @@ class OrderedGrid(Grid):
             if slots[0].reply is None:
                 time.sleep(self._pause)
             while slots and slots[0].reply is not None:
-                yield slots.popleft().reply
+                reply = slots.popleft().reply
+                assert reply is not None
+                yield reply
                 last_news = time.monotonic()
 
     def _push(self, message: Message) -> _Slot:
@@ -59,7 +61,7 @@ class OrderedGrid(Grid):
         return _Slot(message, None, _error(message, "the node is not connected"))
 
     def _pull(self, slots: Iterable[_Slot]) -> bool:
-        open_slots = {slot.id: slot for slot in slots if slot.reply is None}
+        open_slots = {slot.id: slot for slot in slots if slot.reply is None and slot.id is not None}
         replies = list(self._grid.pull_messages(open_slots)) if open_slots else []
         for reply in replies:
             open_slots[reply.metadata.reply_to_message_id].reply = reply

@@ -1,186 +1,205 @@
-"""Federated averaging that is resumed where it was stopped."""
+"""Federated averaging in Flower's loop, which is resumed where it was stopped."""
 
 import math
 import resource
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from logging import getLogger
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedunlearn.config import Forget, to_json
+from fedunlearn.config import Config, Forget, to_json
 from fedunlearn.errors import UserError
-from fedunlearn.federation import log_lines as lines
-from fedunlearn.federation import messages as wire
-from fedunlearn.federation.client import Worker
-from fedunlearn.federation.nodes import MOST_LISTED, Answer, Federation
+from fedunlearn.federation import server_state, tasks
+from fedunlearn.federation.auditor import Auditor
+from fedunlearn.federation.handle import Federation
+from fedunlearn.federation.nodes import MOST_LISTED, Nodes
 from fedunlearn.federation.ordered_grid import OrderedGrid
-from fedunlearn.federation.scores import Scores, scores
-from fedunlearn.federation.server_state import ServerModel
-from fedunlearn.nn.evaluate import Predictions
-from fedunlearn.runs.ledger import FORGOTTEN, State
+from fedunlearn.federation.requests import Requests
+from fedunlearn.federation.scores import Scorer
+from fedunlearn.federation.server_data import ServerData
+from fedunlearn.federation.server_state import ServerState
+from fedunlearn.federation.strategy import Strategy, strategy_of
+from fedunlearn.log import ROUNDS
+from fedunlearn.runs.formats import progress
 from fedunlearn.runs.run import Run
 
+log = getLogger("fedunlearn")
 
-class Rounds(FedAvg):
-    """FedAvg in Flower's loop, a round of which is one transaction: train, add up, evaluate, commit.
 
-    At every round boundary and after the last round it serves requests (`serve_requests`).
+class Rounds(FlowerStrategy):
+    """The strategy that Flower runs: FedAvg, a round of which is one transaction (train, add up, evaluate, commit).
 
-    Args:
-        run: where state is kept.
-        worker: the server's own model and data; it measures what no client can: the test images, and (as an auditor
-            that only a simulation can have) the forgotten clients' images.
-        log: told one line a round, and of everything out of the ordinary.
-        watch: called with the round after each commit of a round, and when a request has been served.
+    At every round boundary and after the last round it lets `Requests` serve what was asked for. Flower passes arrays
+    from hook to hook; they are a copy of what is broadcast. The truth is `federation.state`.
+
+    Attributes:
+        federation: the state, the nodes, and the server's data.
+        requests: the run's forget requests.
     """
 
     def __init__(
         self,
         run: Run,
-        worker: Worker,
+        federation: Federation,
+        requests: Requests,
+        strategy: Strategy,
+        scorer: Scorer,
         *,
-        log: Callable[[str], None] = print,
-        watch: Callable[[int], None] = lambda round_: None,
+        on_commit: Callable[[int], None] = lambda round_: None,
     ) -> None:
         super().__init__()
-        torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
-        self.run, self.worker, self.config, self.log, self.watch = run, worker, run.config, log, watch
-        self.model = worker.model
-        told = to_json(replace(run.config, forget=Forget()))  # who leaves is nobody's business
-        self.federation = Federation(told, timeout=run.config.timeout, log=log)
-        self.federation.moments_shape = worker.moments_shape
-        self.server = ServerModel(run, worker)
-        self.round = self.server.restore()
-        self.started_at = self.round
-        self.apart = False  # whether every client answers a round's training alone
+        self.federation, self.requests = federation, requests
+        self._run, self._config, self._strategy, self._scorer = run, run.config, strategy, scorer
+        self._on_commit = on_commit
+        self._started_at = federation.round
+        self._sent: list[Message] = []  # what the replies that Flower hands over next are to
         self._row: dict[str, Any] = {}
         self._clock = self._round_clock = time.monotonic()
 
-    def summary(self) -> None:
-        """Nothing: the server app has said it."""
+    @classmethod
+    def assemble(
+        cls, run: Run, *, auditor: Auditor | None = None, on_commit: Callable[[int], None] = lambda round_: None
+    ) -> "Rounds":
+        """Put together everything that trains and forgets in a run, from its last commit on.
 
-    def start(self, grid: Grid, num_rounds: int) -> Result:
+        Args:
+            auditor: scores the images of forgotten clients, which only a simulation can.
+            on_commit: called with the round after each commit of a round, and when a request is completed.
+        """
+        torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
+        strategy, server = strategy_of(run.config), ServerData(run.config)
+        state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(server_state.BESIDE.values())))
+        nodes = Nodes(for_clients(run.config), server.model, dtype=run.config.message_dtype, timeout=run.config.timeout)
+        federation = Federation(run, server, nodes, state)
+        scorer = Scorer(federation, auditor)
+        requests = Requests(run, federation, strategy, scorer, on_commit=on_commit)
+        return cls(run, federation, requests, strategy, scorer, on_commit=on_commit)
+
+    def summary(self) -> None:
+        """Say nothing: the server app has said it."""
+
+    def start(self, grid: Grid, num_rounds: int) -> Result:  # type: ignore[override]
         """Train `num_rounds` rounds, serving requests before each and until none is open after the last."""
-        self.run.ledger.reopen()
-        grid = OrderedGrid(grid, window=self.config.window)
-        self.federation.identify(grid)
+        num_rounds = self.requests.expect_rounds(num_rounds)
+        self._run.ledger.reopen()
+        grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
+        self.federation.nodes.identify(grid)
         self._announce()
-        if self.round == 0 and self.run.ledger.head() is None:
-            self.server.commit(0)
+        if self.federation.round == 0 and self._run.ledger.current() is None:
+            self._commit()
         self._clock = time.monotonic()
-        result = super().start(grid, self.broadcast(), num_rounds, timeout=self.config.timeout)
-        self.serve_requests(grid)
-        while not self.run.ledger.finish():
-            self.serve_requests(grid, no_more_rounds=True)
+        result = super().start(grid, self._broadcast(), num_rounds, timeout=self._config.timeout)
+        self.requests.serve()
+        while not self._run.ledger.finish():
+            self.requests.serve(no_more_rounds=True)
         return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Serve the requests of this round boundary, then ask a sample of the clients to train."""
-        self.serve_requests(grid)
+        self.requests.serve()
         self._round_clock = time.monotonic()
-        self.round += 1
-        clients = self.sample(self.round)
-        return self.federation.messages("train", self.round, clients, self.broadcast(), apart=self.apart)
+        round_ = self.federation.round + 1
+        self._sent = self.federation.nodes.messages(
+            tasks.train,
+            round_,
+            sample(self.federation.retain, self._config, round_),
+            self.federation.state.params,
+            one_client_each=self._strategy.one_reply_each(round_),
+        )
+        return self._sent
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Add up how the clients moved, and let the server's model follow (`ServerModel.step`)."""
-        answer = self.federation.add_up(replies, wire.averaged(self.model.state_dict()), self.seen)
-        if not answer.counts:
-            raise UserError(f"round {self.round}: no client answered")
-        self.server.step(self.federation.mean(answer), answer.moments, self.round)
-        total = answer.total
+        """Add up the clients' updates, and let the state follow."""
+        round_ = self.federation.round + 1
+        results = self.federation.nodes.add_up(
+            tasks.train,
+            self._sent,
+            replies,
+            on_reply=lambda one: self._strategy.after_reply(self.federation, self._run, round_, one),
+        )
+        if not results.counts:
+            raise UserError(f"round {round_}: no client answered")
+        self.federation.apply_round(results.mean(), results.statistics, round_)
+        self.federation.state = replace(self.federation.state, round=round_)
+        total, clients = results.total, sorted(results.counts)
         self._row = {
-            "round": self.round,
-            "clients": sorted(answer.counts) if len(answer.counts) <= MOST_LISTED else len(answer.counts),
+            "round": round_,
+            "clients": clients if len(clients) <= MOST_LISTED else len(clients),
             "examples": total.examples,
-            "train": answer.cost,
+            "train": results.cost,
             "loss": total.mean_loss,
             "class_accuracy": total.class_accuracy,
             "client_accuracy": total.client_accuracy,
         }
-        return self.broadcast(), None
+        return self._broadcast(), None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask every client to evaluate, in the rounds that are evaluated."""
-        due = self.round % self.config.evaluate_every == 0 or self.round == self.config.rounds
-        return self.federation.messages("evaluate", self.round, self.active if due else [], arrays)
+        """Ask every retain client to evaluate, in the rounds that are evaluated."""
+        federation = self.federation
+        due = federation.round % self._config.evaluate_every == 0 or federation.round == self._config.rounds
+        clients = federation.retain if due else []
+        self._sent = federation.nodes.messages(tasks.evaluate, federation.round, clients, federation.state.params)
+        return self._sent
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Close the round: measure, write the metrics, commit, and say how it went."""
-        others = self.federation.add_up(replies, {})
-        if others.counts:
-            said = self.worker.predict_test()
-            self.server.remember(said, self.round)
-            self._row |= self._scores(others, said) | {"evaluate": others.cost}
+        federation = self.federation
+        retain = federation.nodes.add_up(tasks.evaluate, self._sent, replies)
+        if retain.counts:
+            predictions = federation.predictions()
+            federation.state = server_state.remember(federation.state, predictions.class_probs)
+            self._row |= self._scorer.of(retain, predictions) | {"evaluate": retain.cost}
         self._row["server_mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self._row["seconds"] = time.monotonic() - self._round_clock
-        self.run.record("round", **self._row)
-        self.server.commit(self.round)
-        done = self.round - self.started_at
-        left = (time.monotonic() - self._clock) / done * max(0, self.config.rounds - self.round)
-        self.log(lines.progress(self._row, rounds=self.config.rounds, seconds_left=left))
-        self.watch(self.round)
+        self._run.record("round", **self._row)
+        self._commit()
+        done = federation.round - self._started_at
+        left = (time.monotonic() - self._clock) / done * max(0, self._config.rounds - federation.round)
+        getLogger(ROUNDS).info(progress(self._row, rounds=self._config.rounds, seconds_left=left))
+        self._on_commit(federation.round)
+        return None
 
-    def seen(self, answer: Answer) -> None:
-        """Told of every reply of a round's training; a strategy may keep something of it."""
+    def _broadcast(self) -> ArrayRecord:
+        return self.federation.nodes.packed(self.federation.state.params)
 
-    def serve_requests(self, grid: Grid, *, no_more_rounds: bool = False) -> None:
-        """Do what has been asked for meanwhile."""
-        raise NotImplementedError
-
-    # --- Who takes part, and how well ---------------------------------------------------------------------------
-
-    @property
-    def active(self) -> list[int]:
-        """The clients that take part: those that can be trained and have no request that was taken up."""
-        gone = self.run.ledger.clients_in(set(State) - {State.RECEIVED, State.REFUSED})
-        return sorted(self.federation.examples.keys() - self.never_trained - set(gone))
-
-    @property
-    def never_trained(self) -> set[int]:
-        """The clients without the two examples that BatchNorm needs."""
-        return {client for client, examples in self.federation.examples.items() if examples < 2}
-
-    def sample(self, round_: int) -> list[int]:
-        """A share of the active clients that depends on the seed and the round alone."""
-        active = self.active
-        if not active:
-            raise UserError(f"round {round_}: no client has two examples or more")
-        size = max(1, math.ceil(self.config.fraction * len(active)))
-        random = np.random.default_rng([self.config.seed, round_])
-        return sorted(random.choice(active, size, replace=False).tolist())
-
-    def broadcast(self) -> ArrayRecord:
-        """The model as it travels."""
-        return wire.packed(self.model.state_dict(), self.config.wire)
-
-    def evaluate(self, grid: Grid, *, forgotten: Iterable[int] = ()) -> Scores:
-        """Scores of the current model; `forgotten` are clients that are leaving just now."""
-        others = self.federation.ask(grid, "evaluate", self.round, self.active, self.broadcast(), {})
-        return self._scores(others, self.worker.predict_test(), forgotten)
-
-    def _scores(self, others: Answer, said: Predictions, leaving: Iterable[int] = ()) -> Scores:
-        left = {*leaving, *self.run.ledger.clients_in(FORGOTTEN)} - self.never_trained
-        return scores(self.worker, others, said, sorted(left))
+    def _commit(self) -> None:
+        self._run.commit(self.federation.state.tensors(), self.federation.round)
 
     def _announce(self) -> None:
-        clients, nodes = self.config.clients, len(self.federation.nodes)
-        more = f'; one each: --federation-config "num-supernodes={clients}", of other commands --nodes {clients}'
-        self.log(f"{clients} clients on {nodes} virtual nodes{more if nodes < clients else ''}")
-        if torch.cuda.is_available() and not self.federation.gpu:
-            share = '--federation-config "client-resources-num-gpus=0.1", of other commands --gpus 0.1'
-            self.log(f"clients run on CPUs; GPU shares: {share}")
-        for client in sorted(self.never_trained):
-            self.log(f"client {client} has {self.federation.examples[client]} examples: it takes no part")
+        clients, nodes = self._config.clients, self.federation.nodes
+        few = len(nodes.nodes) < clients
+        more = f'; one each: --nodes {clients}, of flwr run --federation-config "num-supernodes={clients}"'
+        log.info("%d clients on %d virtual nodes%s", clients, len(nodes.nodes), more if few else "")
+        if torch.cuda.is_available() and not nodes.gpu:
+            share = '--gpus 0.1, of flwr run --federation-config "client-resources-num-gpus=0.1"'
+            log.info("clients run on CPUs; GPU fractions: %s", share)
+        for client in sorted(nodes.examples.keys() - self.federation.trainable):
+            log.info("client %d has %d examples: it takes no part", client, nodes.examples[client])
+
+
+def for_clients(config: Config) -> str:
+    """Give the settings as clients get them: who is to be forgotten, and which run it is, is nobody's business."""
+    return to_json(config.model_copy(update={"forget": Forget(), "run": ""}))
+
+
+def sample(clients: list[int], config: Config, round_: int) -> list[int]:
+    """Draw a fraction of the clients, which depends on the seed and the round alone."""
+    if not clients:
+        raise UserError(f"round {round_}: no client has two examples or more")
+    size = max(1, math.ceil(config.fraction * len(clients)))
+    random = np.random.default_rng([config.seed, round_])
+    return sorted(random.choice(clients, size, replace=False).tolist())

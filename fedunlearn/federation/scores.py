@@ -1,36 +1,60 @@
-"""What the current model gets right: of those who stay, of those who left, and on the test images."""
+"""What the model gets right: on the retain clients' images, on those of forgotten clients, and on held-out images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from fedunlearn.federation.client import Worker
-from fedunlearn.federation.nodes import MOST_LISTED, Answer
+import torch
+
+from fedunlearn.federation import tasks
+from fedunlearn.federation.auditor import Auditor
+from fedunlearn.federation.handle import Federation
+from fedunlearn.federation.nodes import MOST_LISTED, Results
 from fedunlearn.nn.evaluate import Counts, Predictions
 
 Scores = dict[str, Any]
 
 
-def scores(worker: Worker, others: Answer, said: Predictions, forgotten: Sequence[int]) -> Scores:
-    """Accuracies of everybody; `unseen` of a forgotten client is what unseen images of its class mix get.
+class Scorer:
+    """Scores the model of a federation; of forgotten clients only an auditor can say anything.
 
     Args:
-        worker: holds the model and the forgotten clients' images.
-        others: what the clients who stay have counted.
-        said: of the test images.
+        auditor: None where there is none, as between real machines: then `forgotten` stays empty.
     """
-    each = others.counts if len(others.counts) <= MOST_LISTED else {}
-    left = {}
-    for client in forgotten:
-        unseen = said.expected_accuracy(worker.class_mix([client]))
-        left[str(client)] = accuracies(worker.evaluate(client)) | {"unseen": unseen}
-    return {
-        "staying": {str(client): accuracies(counts) for client, counts in each.items()},
-        "forgotten": left,
-        "others": accuracies(others.total),
-        "test": accuracies(said.total),
-    }
+
+    def __init__(self, federation: Federation, auditor: Auditor | None) -> None:
+        self._federation, self._auditor = federation, auditor
+
+    def now(self, forget: Iterable[int] = ()) -> Scores:
+        """Score the present model; `forget` are clients that are to be forgotten just now."""
+        federation = self._federation
+        retain = federation.nodes.query(
+            federation.grid, tasks.evaluate, federation.round, federation.retain, federation.state.params
+        )
+        return self.of(retain, federation.predictions(), forget)
+
+    def of(self, retain: Results, predictions: Predictions, forget: Iterable[int] = ()) -> Scores:
+        """Give accuracies from what retain clients counted and from predictions on held-out images.
+
+        Returns:
+            `retain_clients` and `forgotten` by client, `retain` and `test`: class and client-ID accuracy, 0..1, and
+            examples; `held_out` of a forgotten client is what held-out images of its class counts get.
+        """
+        each = retain.counts if len(retain.counts) <= MOST_LISTED else {}
+        forgotten = sorted({*forget, *self._federation.forgotten})
+        return {
+            "retain_clients": {str(client): accuracies(counts) for client, counts in each.items()},
+            "forgotten": {str(client): self._forgotten(client, predictions) for client in forgotten if self._auditor},
+            "retain": accuracies(retain.total),
+            "test": accuracies(predictions.total),
+        }
+
+    def _forgotten(self, client: int, predictions: Predictions) -> dict[str, float]:
+        assert self._auditor is not None
+        (counts,) = torch.from_numpy(self._auditor.class_counts([client]))
+        found = self._auditor.evaluate(self._federation.state.params, client)
+        return accuracies(found) | {"held_out": predictions.expected_accuracy(counts)}
 
 
 def accuracies(counts: Counts) -> dict[str, float]:
-    """Class and client-ID accuracy, and of how many examples."""
+    """Give class and client-ID accuracy, and of how many examples."""
     return {"class": counts.class_accuracy, "client_id": counts.client_accuracy, "examples": counts.examples}

@@ -1,1 +1,1 @@
-"""The model and how it is trained."""
+"""Provide the model, how it is trained and how it is evaluated."""

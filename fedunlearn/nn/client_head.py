@@ -1,37 +1,69 @@
-"""A client head that is trained where all clients meet: on the server, from what embeddings look like, class by class.
+"""Train the client head on the server, from statistics of every client's embeddings.
 
-A client sees its own ID alone, for which "everything is mine" is a perfect answer: a head that learns locally stays at
-chance. Count, mean and variance of its embeddings for each class are enough for the server to train the head on
-embeddings drawn from all clients' Gaussians; the clients train their features against that head, which they leave as it
-is.
+A client sees its own id alone, and "every image is mine" is then a perfect prediction. A client head that is trained
+locally therefore stays at chance. The server needs the count, mean and variance of each client's embeddings a class. It
+draws embeddings from these Gaussians and trains the client head on them. The clients train their features against that
+client head, which they freeze.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-DRAWS, RATE = 256, 0.01  # embeddings a step, and Adam's learning rate at its first step
+DRAWS = 256
+"""Embeddings a step."""
+RATE = 0.01
+"""Adam's learning rate at its first step."""
 
 
-def embedding_moments(embeddings: Tensor, class_labels: Tensor, num_classes: int) -> Tensor:
-    """Count, sum and sum of squares of embeddings [N, d] by class, [K, 1 + 2 d] in fp32; they add up over batches."""
+def embedding_statistics(embeddings: Tensor, class_labels: Tensor, num_classes: int) -> Tensor:
+    """Sum embeddings and their squares by class; statistics of several batches add up.
+
+    Args:
+        embeddings: z, [N, d].
+        class_labels: y, integers [N].
+        num_classes: K.
+
+    Returns:
+        Count, sums and sums of squares of each class, fp32 [K, 1 + 2 d].
+
+    Example:
+        >>> embedding_statistics(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 1, 0]), 2)
+        tensor([[ 2.,  6., 26.],
+                [ 1.,  3.,  9.]])
+    """
     z = embeddings.detach().float()
     rows = torch.cat([torch.ones_like(z[:, :1]), z, z.square()], 1)
     return torch.zeros(num_classes, rows.shape[1], device=z.device).index_add_(0, class_labels, rows)
 
 
-def train_client_head(head: nn.Module, moments: dict[int, Tensor], *, steps: int, generator: torch.Generator) -> None:
-    """Adam on CE(head(z), c), z ~ N(mean, variance) of client c's class k, drawn as often as c has examples of k.
+def train_client_head(
+    head: nn.Module, statistics: Mapping[int, Tensor], *, steps: int, generator: torch.Generator
+) -> None:
+    """Train a client head by Adam on embeddings drawn from the clients' Gaussians, in place.
 
-    In place. The softmax is over the clients in `moments` alone: a client that did not answer is neither learned nor
-    unlearned.
+    Each step minimises CE(head(z), c) over `DRAWS` pairs of z ~ N(mean, variance) of client c's class k. A pair (c, k)
+    is drawn as often as client c has examples of class k. The softmax is over the clients in `statistics` alone. The
+    outputs of a client that is not among them neither learn nor unlearn. The learning rate falls linearly from `RATE`
+    to 0.
 
     Args:
-        moments: `embedding_moments` by client, at least one with examples.
-        steps: of `DRAWS` embeddings each; the rate falls linearly to 0.
+        head: from embeddings [N, d] to logits of all clients [N, C].
+        statistics: `embedding_statistics` by client, at least one with examples.
+        steps: of `DRAWS` embeddings each.
+        generator: of the draws, on the CPU.
+
+    Example:
+        >>> head = nn.Linear(1, 2)
+        >>> statistics = {0: torch.tensor([[9.0, -9.0, 9.0]]), 1: torch.tensor([[9.0, 9.0, 9.0]])}
+        >>> train_client_head(head, statistics, steps=100, generator=torch.Generator().manual_seed(0))
+        >>> head(torch.tensor([[-1.0], [1.0]])).argmax(1)
+        tensor([0, 1])
     """
-    clients = sorted(moments)
-    rows = torch.cat([moments[c] for c in clients])
+    clients = sorted(statistics)
+    rows = torch.cat([statistics[c] for c in clients])
     device, classes = rows.device, len(rows) // len(clients)
     columns = torch.tensor(clients, device=device)
     count, (total, squares) = rows[:, :1], rows[:, 1:].chunk(2, 1)

@@ -1,8 +1,8 @@
-"""Work on a GPU that is recorded once and replayed: one launch for all its kernels."""
+"""Record work on a GPU once and replay it, with one launch for all its kernels."""
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -10,8 +10,24 @@ import torch
 from torch import Tensor
 
 
-def captured(work: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
-    """`work` as a CUDA graph to replay. It runs a few times before the capture, each time on the same `state`."""
+def captured(work: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
+    """Capture `work` as a CUDA graph, and return what replays it.
+
+    `work` runs three times before the capture, each time on the same `state`. The state is as before afterwards.
+
+    Args:
+        work: reads and writes tensors that stay where they are.
+        state: every tensor that `work` changes and reads again.
+
+    Returns:
+        A function without arguments that does `work` once.
+
+    Example:
+        >>> if torch.cuda.is_available():
+        ...     counter = torch.zeros((), device="cuda")
+        ...     replay = captured(lambda: counter.add_(1), [counter])
+        ...     replay()
+    """
     kept, stream, graph = [tensor.clone() for tensor in state], _side_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     try:
@@ -35,7 +51,7 @@ def captured(work: Callable[[], None], state: list[Tensor]) -> Callable[[], None
 
 @contextmanager
 def _fastest_algorithms() -> Iterator[None]:
-    """CuDNN looks for them: worth the time where the same shapes come again and again, as in a graph."""
+    """Let CuDNN look for the fastest algorithms, which pays where the same shapes come again and again."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield
@@ -45,5 +61,5 @@ def _fastest_algorithms() -> Iterator[None]:
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """One for all captures: gradients must not be accumulated on another than they were captured on."""
+    """Make one stream for all captures: gradients must accumulate on the stream that they were captured on."""
     return torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""Counting what a model gets right."""
+"""Count what a model gets right, and collect its predictions."""
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
@@ -14,7 +14,18 @@ from fedunlearn.nn.precision import at_least_fp32, autocast
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums over examples; they add up over batches and clients."""
+    """Sum loss and hits over examples; counts of batches and of clients add up.
+
+    Attributes:
+        examples: how many.
+        loss: summed over them.
+        class_correct: examples whose class is predicted.
+        client_correct: examples whose client is predicted.
+
+    Example:
+        >>> (Counts(2, 1.0, 1) + Counts(3, 0.5, 3)).class_accuracy
+        0.8
+    """
 
     examples: int = 0
     loss: float = 0.0
@@ -26,22 +37,30 @@ class Counts:
 
     @property
     def mean_loss(self) -> float:
-        """Loss an example."""
+        """Divide the loss by the number of examples; 0 for none."""
         return self.loss / max(self.examples, 1)
 
     @property
     def class_accuracy(self) -> float:
-        """Share of right classes, 0..1."""
+        """Give the fraction of examples whose class is predicted, 0..1; 0 for none."""
         return self.class_correct / max(self.examples, 1)
 
     @property
     def client_accuracy(self) -> float:
-        """Share of right client IDs, 0..1."""
+        """Give the fraction of examples whose client is predicted, 0..1; 0 for none."""
         return self.client_correct / max(self.examples, 1)
 
 
 def hits(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
-    """How many classes and client IDs of a batch are right; on its device."""
+    """Count the classes and the client ids of a batch that are predicted.
+
+    Args:
+        outputs: of the model on the batch.
+        batch: images, class labels, client ids.
+
+    Returns:
+        Two integer scalars on the batch's device; without a client head the second is 0.
+    """
     _, class_labels, client_ids = batch
     classes = (outputs.class_logits.argmax(1) == class_labels).sum()
     if outputs.client_logits is None:
@@ -50,12 +69,24 @@ def hits(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def count(outputs: Outputs, batch: Batch, loss: float) -> Counts:
-    """Counts of one batch whose summed loss is `loss`."""
+    """Make the counts of one batch whose summed loss is `loss`."""
     return Counts(len(batch[0]), loss, *map(int, hits(outputs, batch)))
 
 
 class Predictions(NamedTuple):
-    """What a model says of N examples, and what is right; on the CPU."""
+    """Collect a model's predictions on N examples and their labels, on the CPU.
+
+    Attributes:
+        class_probs: [N, K].
+        client_probs: [N, C], or None without a client head.
+        class_labels: int64 [N].
+        client_ids: int64 [N].
+
+    Example:
+        >>> labels = torch.tensor([0, 1])
+        >>> Predictions(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), None, labels, labels).total.class_accuracy
+        0.5
+    """
 
     class_probs: Tensor
     client_probs: Tensor | None
@@ -63,7 +94,7 @@ class Predictions(NamedTuple):
     client_ids: Tensor
 
     def counts(self) -> dict[int, Counts]:
-        """Of every client in it."""
+        """Count loss and hits of every client that has an example here."""
         class_hits = self.class_probs.argmax(1) == self.class_labels
         client_hits = torch.zeros_like(class_hits)
         if self.client_probs is not None:
@@ -80,39 +111,75 @@ class Predictions(NamedTuple):
 
     @property
     def total(self) -> Counts:
-        """Over all clients."""
+        """Add up the counts of all clients."""
         return sum(self.counts().values(), Counts())
 
-    def expected_accuracy(self, class_mix: Tensor) -> float:
-        """Sum of m_k a_k / sum of m_k, a_k the class accuracy on class k: what unseen data of mix m gets, where these
-        examples are unseen ones. A client's own accuracy less this is its *memory gap*, which needs no gold model.
+    def expected_accuracy(self, class_counts: Tensor) -> float:
+        """Weigh the accuracy on each class by how many examples of it another set has.
+
+        sum_k m_k a_k / sum_k m_k, with a_k the class accuracy on the examples of class k here. On held-out examples it
+        is the accuracy to expect of other held-out examples with class counts m. A client's own accuracy less this is
+        its *memorisation gap*, which needs no retrained model.
 
         Args:
-            class_mix: m, examples a class, [K]. A class without an example here has the mean accuracy of all.
-        """
-        return self._expected((self.class_probs.argmax(1) == self.class_labels).double(), class_mix)
+            class_counts: m, examples of each class, [K]. A class without an example here counts with the mean accuracy
+                of all examples.
 
-    def expected_loss(self, class_mix: Tensor) -> float:
-        """As `expected_accuracy`, of the class cross-entropy."""
-        return self._expected(self._losses(), class_mix)
+        Returns:
+            0..1.
+
+        Example:
+            >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4]])
+            >>> Predictions(probs, None, torch.tensor([0, 1]), torch.tensor([-1, -1])).expected_accuracy(
+            ...     torch.tensor([3, 1])
+            ... )
+            0.75
+        """
+        return self._expected((self.class_probs.argmax(1) == self.class_labels).double(), class_counts)
+
+    def expected_loss(self, class_counts: Tensor) -> float:
+        """Weigh the class cross-entropy on each class as `expected_accuracy` weighs the accuracy.
+
+        Args:
+            class_counts: m, examples of each class, [K].
+
+        Returns:
+            Nats an example.
+        """
+        return self._expected(self._losses(), class_counts)
 
     def _losses(self) -> Tensor:
         right = self.class_probs.gather(1, self.class_labels[:, None]).squeeze(1)
         return -right.clamp(min=torch.finfo(right.dtype).tiny).log().double()
 
-    def _expected(self, values: Tensor, class_mix: Tensor) -> float:
-        seen = torch.bincount(self.class_labels, minlength=len(class_mix))
-        of_class = torch.bincount(self.class_labels, values, minlength=len(class_mix)) / seen
-        return float((class_mix * of_class.nan_to_num(nan=float(values.mean()))).sum() / class_mix.sum())
+    def _expected(self, values: Tensor, class_counts: Tensor) -> float:
+        seen = torch.bincount(self.class_labels, minlength=len(class_counts))
+        of_class = torch.bincount(self.class_labels, values, minlength=len(class_counts)) / seen
+        return float((class_counts * of_class.nan_to_num(nan=float(values.mean()))).sum() / class_counts.sum())
 
     def features(self) -> Tensor:
-        """What `attack.logistic_mia` looks at, [N, K + C]: class probabilities, then client probabilities if any."""
+        """Concatenate class and client probabilities, for `audit.membership_inference.logistic_mia`.
+
+        Returns:
+            [N, K + C], or [N, K] without a client head.
+        """
         return self.class_probs if self.client_probs is None else torch.cat([self.class_probs, self.client_probs], 1)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: Iterable[Batch], *, precision: str = "fp32") -> Predictions:
-    """The model's probabilities for all examples, in eval mode and one pass: accuracies and attacks share it."""
+    """Collect the model's probabilities for all examples in one pass, in eval mode.
+
+    Accuracies and membership inference share that pass.
+
+    Args:
+        model: gives `Outputs`; it stays in eval mode.
+        batches: at least one, on the model's device.
+        precision: of the forward passes (`nn.precision`).
+
+    Returns:
+        Predictions in the order of the examples.
+    """
     model.eval()
     found = []
     for images, class_labels, client_ids in batches:
@@ -127,9 +194,14 @@ def predict(model: nn.Module, batches: Iterable[Batch], *, precision: str = "fp3
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, precision: str = "fp32") -> Counts:
-    """Class and client-ID hits, and the summed class cross-entropy, in eval mode.
+    """Count class and client hits, and sum the class cross-entropy, in eval mode.
 
-    The client of test images is nobody's: give them client -1, which is never right.
+    The test images belong to no client: give them client -1, which no model predicts.
+
+    Args:
+        model: gives `Outputs`; it stays in eval mode.
+        batches: on the model's device.
+        precision: of the forward passes (`nn.precision`).
     """
     model.eval()
     total = Counts()

@@ -1,4 +1,4 @@
-"""The training objective: two cross-entropies and the disentanglement loss (paper, Eq. 4-7)."""
+"""Compute the training objective: two cross-entropies and the disentanglement loss (paper, Eq. 4-7)."""
 
 import torch
 from torch import Tensor
@@ -16,36 +16,43 @@ def disentanglement_loss(
     push: float = 1.0,
     class_ids: Tensor | None = None,
 ) -> Tensor:
-    """pull * L_pull + push * L_push: clients are drawn to their centroids, centroids pushed apart (Eq. 5-7).
+    """Draw the embeddings of each client to their centroid, and push the centroids apart (paper, Eq. 5-7).
 
-    L_pull is the mean over the clients S in the batch of the mean squared distance to the client's centroid (Eq. 5);
-    L_push the mean over ordered pairs of different clients of max(0, margin - distance of centroids)^2 (Eq. 6), and 0
-    where the batch has one client. With `class_ids` both are taken within each class and averaged over the classes in
-    the batch.
+    pull * L_pull + push * L_push. L_pull is the mean, over the clients in the batch, of the mean squared distance to
+    the client's centroid (Eq. 5). L_push is the mean, over ordered pairs of different clients, of max(0, margin -
+    distance of their centroids)^2 (Eq. 6). It is 0 where the batch has one client. With `class_ids` both are taken
+    within each class and averaged over the classes in the batch.
 
     Args:
         embeddings: z, [N, d].
-        client_ids: s, [N], integers.
-        class_ids: y, [N], integers, or None for the paper's equations.
+        client_ids: s, integers [N].
+        margin: distance beyond which centroids do not repel each other, in the embedding's units.
+        pull, push: weights of the two terms.
+        class_ids: y, integers [N], or None for the paper's equations.
 
     Returns:
         A scalar, in fp32 or wider.
+
+    Example:
+        >>> z = torch.tensor([[0.0], [2.0], [1.5]])  # pull = (1 + 0) / 2, push = (1 - 0.5)^2
+        >>> disentanglement_loss(z, torch.tensor([0, 0, 1])).item()
+        0.75
     """
     z = at_least_fp32(embeddings)
-    same_class = _equal(class_ids) if class_ids is not None else torch.ones(len(z), len(z), dtype=bool, device=z.device)
+    same_class = _equal(class_ids) if class_ids is not None else _all_equal(z)
     same_group = same_class & _equal(client_ids)
-    # a group is one client (within one class): each of its members carries an equal share, so that sums over
+    # a group is one client (within one class): its members weigh as much as one example together, so that sums over
     # examples are sums over groups
-    share = 1 / same_group.sum(1).to(z.dtype)
-    centroids = (same_group.to(z.dtype) @ z) * share[:, None]
-    clients = (same_class.to(z.dtype) @ share).round()
-    classes = (share / clients).sum()
+    weight = 1 / same_group.sum(1).to(z.dtype)
+    centroids = (same_group.to(z.dtype) @ z) * weight[:, None]
+    clients = (same_class.to(z.dtype) @ weight).round()
+    classes = (weight / clients).sum()
 
-    pull_loss = (share / clients * (z - centroids).square().sum(1)).sum() / classes
+    pull_loss = (weight / clients * (z - centroids).square().sum(1)).sum() / classes
     distances = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
-    pair_share = share[:, None] * share / (clients * (clients - 1).clamp(min=1))
-    apart = (same_class & ~same_group) * pair_share
-    push_loss = (apart * (margin - distances).clamp(min=0).square()).sum() / classes
+    pair_weight = weight[:, None] * weight / (clients * (clients - 1).clamp(min=1))
+    pairs = (same_class & ~same_group) * pair_weight
+    push_loss = (pairs * (margin - distances).clamp(min=0).square()).sum() / classes
     return pull * pull_loss + push * push_loss
 
 
@@ -64,14 +71,28 @@ def multi_task_loss(
     push: float = 1.0,
     within_class: bool = False,
 ) -> Tensor:
-    """lambda_1 CE(class) + lambda_2 CE(client) + lambda_dis L_disentangle (Eq. 4); a term of weight 0 is not computed.
+    """Add up the class loss, the client loss and the disentanglement loss (paper, Eq. 4).
+
+    lambda_1 CE(class) + lambda_2 CE(client) + lambda_dis L_disentangle. A client or disentanglement term of weight 0
+    is not computed, nor is either for a model without a client head.
 
     Args:
         class_logits: [N, K].
         client_logits: [N, C], or None for a model without a client head.
         embeddings: z, [N, d].
-        class_ids, client_ids: [N], integers.
+        class_ids, client_ids: integers [N].
+        class_weight, client_weight, disentangle_weight: lambda_1, lambda_2, lambda_dis.
+        margin, pull, push: of `disentanglement_loss`.
         within_class: take the disentanglement loss within each class.
+
+    Returns:
+        A scalar, in fp32 or wider.
+
+    Example:
+        >>> logits, ids = torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])
+        >>> loss = multi_task_loss(logits, logits, torch.zeros(4, 3), ids, ids, disentangle_weight=0)
+        >>> round(loss.item(), 4)  # 2 log 2
+        1.3863
     """
     loss = class_weight * cross_entropy(at_least_fp32(class_logits), class_ids)
     if client_logits is not None and client_weight:
@@ -85,3 +106,7 @@ def multi_task_loss(
 
 def _equal(ids: Tensor) -> Tensor:
     return ids[:, None] == ids
+
+
+def _all_equal(z: Tensor) -> Tensor:
+    return torch.ones(len(z), len(z), dtype=torch.bool, device=z.device)

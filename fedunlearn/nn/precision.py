@@ -1,22 +1,44 @@
-"""In how many bits forward and backward passes run."""
+"""Choose in how many bits forward and backward passes run."""
 
 import torch
 from torch import Tensor
 
 PRECISIONS = ("bf16", "fp32")
 PASSES = ("auto", *PRECISIONS)
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and ARM CPUs
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+"""Names of CPU capabilities, of x86 and of ARM, each enough for bf16."""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Bf16 autocast where `precision_on` the device is `"bf16"`, a no-op for `"fp32"`."""
+    """Open bf16 autocast where the precision on the device is bf16, and nothing for fp32.
+
+    Args:
+        device: that the passes run on.
+        precision: one of `PASSES`.
+
+    Example:
+        >>> with autocast(torch.device("cpu"), "bf16"):
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.bfloat16
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(device, precision) == "bf16")
 
 
 def precision_on(device: torch.device, precision: str) -> str:
-    """The precision; for `"auto"` `bf16` where the device has instructions for it, else `fp32`.
+    """Resolve `auto` to `bf16` where the device has instructions for it, else to `fp32`.
 
-    Without them bf16 is emulated, and takes several times as long as fp32.
+    A device without them emulates bf16, which takes several times as long as fp32.
+
+    Args:
+        device: that the passes run on.
+        precision: one of `PASSES`; whatever is not `auto` comes back unchanged.
+
+    Returns:
+        `bf16` or `fp32`.
+
+    Example:
+        >>> precision_on(torch.device("cpu"), "fp32")
+        'fp32'
     """
     if precision != "auto":
         return precision
@@ -28,5 +50,10 @@ def precision_on(device: torch.device, precision: str) -> str:
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
-    """The values in fp32, or as they are where they are wider."""
+    """Widen values to fp32; wider ones stay as they are.
+
+    Example:
+        >>> at_least_fp32(torch.ones(1, dtype=torch.bfloat16)).dtype, at_least_fp32(torch.ones(1).double()).dtype
+        (torch.float32, torch.float64)
+    """
     return values.to(torch.promote_types(values.dtype, torch.float32))

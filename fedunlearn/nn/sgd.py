@@ -1,6 +1,7 @@
-"""Local training of one client, as a function of its arguments alone."""
+"""Train a model locally, as a function of arguments alone."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +14,25 @@ from fedunlearn.nn.precision import autocast
 
 
 class LocalSGD:
-    """SGD of one model on `losses.multi_task_loss`, each time as with a new optimiser.
+    """Train one model by SGD on `losses.multi_task_loss`, each time as with a new optimiser.
 
     On a GPU a step with a full batch is a CUDA graph, which further fits with the same loss replay.
 
     Args:
+        model: gives `nn.model.Outputs`.
+        momentum: of SGD, 0..1.
+        weight_decay: of SGD, added to the gradient.
+        precision: of forward passes (`nn.precision`).
         batch_size: of a full batch.
         frozen: parameters that stay as they are.
+
+    Example:
+        >>> from fedunlearn.nn.model import TwoHeadResNet18
+        >>> model = TwoHeadResNet18(2, 0, width=8)
+        >>> local = LocalSGD(model, momentum=0.9, weight_decay=0.0, precision="fp32", batch_size=4)
+        >>> batch = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]), torch.zeros(4, dtype=torch.int64)
+        >>> local.fit([[batch], [batch]], lr=0.1, loss={}).examples
+        8
     """
 
     def __init__(
@@ -32,26 +45,31 @@ class LocalSGD:
         batch_size: int,
         frozen: Iterable[nn.Parameter] = (),
     ) -> None:
-        kept = {id(parameter) for parameter in frozen}
-        moving = [parameter for parameter in model.parameters() if id(parameter) not in kept]
-        self.model, self.precision, self.device = model, precision, moving[0].device
+        excluded = {id(parameter) for parameter in frozen}
+        trained = [parameter for parameter in model.parameters() if id(parameter) not in excluded]
+        self.model, self.precision, self.device = model, precision, trained[0].device
         rate = torch.zeros((), device=self.device) if self.on_gpu else 0.0  # a graph reads it where it lies
-        self.optimiser = torch.optim.SGD(moving, lr=rate, momentum=momentum, weight_decay=weight_decay, fused=True)
-        self.momenta = [torch.zeros_like(parameter) for parameter in moving]
-        for parameter, buffer in zip(moving, self.momenta, strict=True):
+        self.optimiser = torch.optim.SGD(trained, lr=rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+        self.momenta = [torch.zeros_like(parameter) for parameter in trained]
+        for parameter, buffer in zip(trained, self.momenta, strict=True):
             self.optimiser.state[parameter]["momentum_buffer"] = buffer
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.batch_size, self.loss = batch_size, {}
         self.replay: Callable[[], None] | None = None
-        self.place: Batch = ()
+        self.place: Batch | None = None  # where a graph reads its batch
 
     @property
     def on_gpu(self) -> bool:
-        """Whether steps are graphs."""
+        """Tell whether steps are graphs."""
         return self.device.type == "cuda"
 
-    def fit(self, epochs: Iterable[Iterable[Batch]], *, lr: float, loss: dict[str, float]) -> Counts:
+    def fit(self, epochs: Iterable[Iterable[Batch]], *, lr: float, loss: Mapping[str, Any]) -> Counts:
         """Train over `epochs` of batches, in place.
+
+        Args:
+            epochs: of batches on the model's device, each of two examples or more where BatchNorm needs them.
+            lr: learning rate.
+            loss: keywords of `losses.multi_task_loss`.
 
         Returns:
             Loss and hits of every example at the moment it was trained on, summed over all epochs.
@@ -67,29 +85,32 @@ class LocalSGD:
         total, class_hits, client_hits = self.totals.tolist()
         return Counts(examples, total, int(class_hits), int(client_hits))
 
-    def _begin(self, lr: float, loss: dict[str, float]) -> None:
+    def _begin(self, lr: float, loss: Mapping[str, Any]) -> None:
         self.model.train()
         for buffer in (*self.momenta, self.totals):
             buffer.zero_()
         group = self.optimiser.param_groups[0]
         group["lr"] = group["lr"].fill_(lr) if self.on_gpu else lr
         if loss != self.loss:
-            self.replay, self.loss = None, loss
+            self.replay, self.loss = None, dict(loss)
 
     def _step(self, batch: Batch) -> None:
+        images, class_labels, client_ids = batch
         with autocast(self.device, self.precision):
-            outputs = self.model(batch[0])
-        objective = multi_task_loss(*outputs, *batch[1:], **self.loss)
+            outputs = self.model(images)
+        class_logits, client_logits, embedding = outputs
+        objective = multi_task_loss(class_logits, client_logits, embedding, class_labels, client_ids, **self.loss)
         self.model.zero_grad()
         objective.backward()
         self.optimiser.step()
-        self.totals += torch.stack([objective.detach().double() * len(batch[0]), *hits(outputs, batch)])
+        self.totals += torch.stack([objective.detach().double() * len(images), *hits(outputs, batch)])
 
     def _replay(self, batch: Batch) -> None:
-        if self.replay is None:
-            self.place = tuple(value.clone() for value in batch)
+        if self.replay is None or self.place is None:
+            images, class_labels, client_ids = batch
+            place = images.clone(), class_labels.clone(), client_ids.clone()
             state = [*self.model.state_dict().values(), *self.momenta, self.totals]
-            self.replay = captured(lambda: self._step(self.place), state)
+            self.place, self.replay = place, captured(lambda: self._step(place), state)
         for there, value in zip(self.place, batch, strict=True):
             there.copy_(value)
         self.replay()

@@ -1,8 +1,6 @@
-"""Atomic files: model states as safetensors, and small texts."""
+"""Checkpoints: tensors as safetensors files, written atomically and read with care."""
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,29 +9,9 @@ from safetensors.torch import save as serialise_tensors
 from torch import Tensor, nn
 
 from fedunlearn.errors import UserError
+from fedunlearn.runs.files import write_atomically
 
-CURE = "restore the file, or start a new run"
-NEW = ".new-"  # how names of files begin that are not written yet
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary file -> fsync -> rename -> fsync folder: after a crash `path` has its old or its new content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=NEW)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+HINT = "restore the file, or start a new run"
 
 
 def save(path: Path, state: dict[str, Tensor], about: dict[str, str] | None = None) -> str:
@@ -43,49 +21,53 @@ def save(path: Path, state: dict[str, Tensor], about: dict[str, str] | None = No
     return hashlib.sha256(data).hexdigest()
 
 
-def read(path: Path, *, sha256: str | None = None, cure: str = CURE) -> bytes:
+def read(path: Path, *, sha256: str | None = None, hint: str = HINT) -> bytes:
     """The bytes of `path`.
 
     Raises:
-        UserError: the file is missing, or not the one of that SHA-256; it ends with `cure`.
+        UserError: the file is missing, or not the one of that SHA-256; it ends with `hint`.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): {cure}") from error
+        raise UserError(f"{path} cannot be read ({error}): {hint}") from error
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} was cut short or changed since it was written: {cure}")
+        raise UserError(f"{path} was cut short or changed since it was written: {hint}")
     return data
 
 
 def read_tensors(
-    path: Path, *, sha256: str | None = None, cure: str = CURE
+    path: Path, *, sha256: str | None = None, hint: str = HINT
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of `path`, and the words about them.
 
     Raises:
         UserError: the file is missing, cut short or changed since it was written.
     """
-    data = read(path, sha256=sha256, cure=cure)
+    data = read(path, sha256=sha256, hint=hint)
     try:
         state = parse_tensors(data)
         with safe_open(path, "pt") as file:
             return state, file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(f"{path} was cut short ({error}): {cure}") from error
+        raise UserError(f"{path} was cut short ({error}): {hint}") from error
 
 
 def load(
-    path: Path, model: nn.Module, *, sha256: str | None = None, cure: str = CURE, beside: tuple[str, ...] = ()
+    path: Path, model: nn.Module, *, sha256: str | None = None, hint: str = HINT, beside: tuple[str, ...] | None = ()
 ) -> dict[str, Tensor]:
-    """Load `path` into `model`; returns what lies there beside it, under names that begin with one of `beside`.
+    """Load `path` into `model`; returns what lies there beside it.
+
+    Args:
+        beside: how names of tensors begin that are no part of the model; None for any.
 
     Raises:
         UserError: the file is missing, cut short, changed since it was written, or of another model.
     """
-    state, _ = read_tensors(path, sha256=sha256, cure=cure)
-    rest = {name: state.pop(name) for name in list(state) if name.startswith(beside)}
+    state, _ = read_tensors(path, sha256=sha256, hint=hint)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    also = [name for name in state if (name not in expected if beside is None else name.startswith(beside))]
+    rest = {name: state.pop(name) for name in also}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

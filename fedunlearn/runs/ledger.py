@@ -14,21 +14,24 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from fedunlearn.errors import UserError
+
 
 class State(StrEnum):
     """Where a request stands."""
 
     RECEIVED = "RECEIVED"
-    COLLECTING = "COLLECTING"  # the model forgets; from here on its clients do not train
+    COLLECTING = "COLLECTING"  # the strategy is at work; from here on its clients do not train
     APPLIED = "APPLIED"  # the unlearned model is the current checkpoint
-    RECOVERING = "RECOVERING"  # the retained clients train on for the rounds that were asked for
+    RECOVERING = "RECOVERING"  # the retain clients train on for the rounds that were asked for
     COMPLETED = "COMPLETED"
     REFUSED = "REFUSED"
-    QUARANTINED = "QUARANTINED"  # could not be served; its clients stay out of training
+    QUARANTINED = "QUARANTINED"  # could not be applied; its clients stay out of training
 
 
 OPEN = (State.RECEIVED, State.COLLECTING, State.APPLIED, State.RECOVERING)
 FAILED = (State.REFUSED, State.QUARANTINED)
+TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED))
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
 
@@ -44,7 +47,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Head:
+class Current:
     """The last committed model: after `round` rounds, in the file `checkpoint` of this SHA-256."""
 
     round: int
@@ -57,7 +60,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     number INTEGER PRIMARY KEY, clients TEXT NOT NULL, state TEXT NOT NULL, received_at TEXT NOT NULL,
     detail TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS head (
+CREATE TABLE IF NOT EXISTS current_checkpoint (
     one INTEGER PRIMARY KEY CHECK (one = 1), round INTEGER NOT NULL, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL,
     finished INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
@@ -79,6 +82,10 @@ class Ledger:
     def close(self) -> None:
         """Close the connection."""
         self._db.close()
+
+    def copy_to(self, other: "Ledger") -> None:
+        """Copy everything into another ledger."""
+        self._db.backup(other._db)
 
     def file(self, clients: Iterable[int], *, not_before: int = 0) -> list[Request]:
         """Ask for `clients` to be forgotten together, after round `not_before` at the earliest.
@@ -104,9 +111,18 @@ class Ledger:
         rows = self._db.execute("SELECT number, clients, state, received_at, detail FROM requests ORDER BY number")
         return [Request(f"r{n}", json.loads(c), State(s), at, json.loads(d)) for n, c, s, at, d in rows]
 
-    def request(self, request_id: str) -> Request | None:
-        """The request of that id, if there is one."""
-        return next((request for request in self.requests() if request.id == request_id), None)
+    def request(self, request_id: str) -> Request:
+        """Read the request of that id.
+
+        Raises:
+            UserError: there is none; with those that there are.
+        """
+        requests = self.requests()
+        for request in requests:
+            if request.id == request_id:
+                return request
+        known = ", ".join(request.id for request in requests) or "none"
+        raise UserError(f"there is no request {request_id}: there are {known}")
 
     def clients_in(self, states: Iterable[State]) -> list[int]:
         """The clients of all requests in one of `states`, sorted."""
@@ -123,16 +139,18 @@ class Ledger:
     ) -> Request | None:
         """Make `checkpoint` the current model; with `request`, move that to APPLIED in the same transaction."""
         with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO head VALUES (1, ?, ?, ?, 0)", (round_, checkpoint, sha256))
+            self._db.execute(
+                "INSERT OR REPLACE INTO current_checkpoint VALUES (1, ?, ?, ?, 0)", (round_, checkpoint, sha256)
+            )
             self._record(round=round_, checkpoint=checkpoint, sha256=sha256)
             if request is not None:
                 self._advance(request, State.APPLIED, detail)
-        return request and self.request(request.id)
+        return None if request is None else self.request(request.id)
 
-    def head(self) -> Head | None:
+    def current(self) -> Current | None:
         """The last commit, or None before the first."""
-        row = self._db.execute("SELECT round, checkpoint, sha256, finished FROM head").fetchone()
-        return row and Head(*row[:3], finished=bool(row[3]))
+        row = self._db.execute("SELECT round, checkpoint, sha256, finished FROM current_checkpoint").fetchone()
+        return row and Current(*row[:3], finished=bool(row[3]))
 
     def finish(self) -> bool:
         """Mark the run as finished, unless a request is open; returns whether it is.
@@ -142,14 +160,14 @@ class Ledger:
         with self._transaction():
             if any(request.state in OPEN for request in self.requests()):
                 return False
-            self._db.execute("UPDATE head SET finished = 1")
+            self._db.execute("UPDATE current_checkpoint SET finished = 1")
             self._record(finished=True)
             return True
 
     def reopen(self) -> None:
         """Take back the mark of `finish`: this process will look at requests again."""
         with self._transaction():
-            self._db.execute("UPDATE head SET finished = 0")
+            self._db.execute("UPDATE current_checkpoint SET finished = 0")
 
     def events(self) -> list[dict[str, Any]]:
         """The audit chain, oldest first."""

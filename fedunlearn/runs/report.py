@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections.abc import Sequence
 from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
@@ -13,10 +12,9 @@ from jinja2 import Environment
 from rich.console import Console
 from rich.table import Table
 
-from fedunlearn.config import settings
-from fedunlearn.data.datasets import Dataset
-from fedunlearn.federation.client import Worker
-from fedunlearn.runs.checkpoint import write_atomically
+from fedunlearn.config import Config, fields_of, values_of
+from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.formats import memorisation_gap
 from fedunlearn.runs.run import Run
 
 if TYPE_CHECKING:
@@ -28,38 +26,44 @@ COLOURS = ("#2a6f97", "#6a994e", "#c8553d", "#e09f3e", "#7b2cbf", "#bc4b8a", "#5
 def summary(run: Run) -> str:
     """One table: every group's class and client-ID accuracy before and after each request, and at the end."""
     table = Table(title=f"run {run.name}", title_justify="left")
-    columns = ("when", "who", "images", "class accuracy", "memory gap", "client-ID accuracy")
+    columns = ("when", "who", "images", "class accuracy", "memorisation gap", "client-ID accuracy")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:2] else "right")
     for when, who, scores in score_rows(run):
-        accuracies = f"{scores['class']:.3f}", gap(scores), _client_id(who, scores)
+        accuracies = f"{scores['class']:.3f}", memorisation_gap(scores), _client_id(who, scores)
         table.add_row(when, who, str(scores["examples"]), *accuracies)
-    console = Console(file=io.StringIO(), width=100)
-    console.print(table)
-    return console.file.getvalue().rstrip()
+    text = io.StringIO()
+    Console(file=text, width=120).print(table)
+    return text.getvalue().rstrip()
 
 
 def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any]]]:
     """(when, who, scores) for before and after every request, and for the last evaluated round."""
-    moments, evaluated = [], None
+    points, evaluated = [], None
     for row in run.metrics():
         if row["kind"] == "forget":
             asked = ", ".join(map(str, row["clients"]))
-            moments += [(f"before forgetting {asked}", row["before"]), (f"after forgetting {asked}", row["after"])]
+            points += [(f"before forgetting {asked}", row["before"]), (f"after forgetting {asked}", row["after"])]
             evaluated = None
         elif "test" in row:
             evaluated = row
     if evaluated:
-        moments.append((f"after round {evaluated['round']}", evaluated))
+        points.append((f"after round {evaluated['round']}", evaluated))
     rows = []
-    for when, scores in moments:
+    for when, scores in points:
         rows += [(when, f"client {client}", s) for client, s in scores["forgotten"].items()]
-        rows += [(when, "others", scores["others"]), (when, "test", scores["test"])]
+        rows += [(when, "retain clients", scores["retain"]), (when, "test", scores["test"])]
     return rows
 
 
-def write(run: Run, worker: Worker) -> Path:
-    """Write `report/index.html`; returns its path."""
+def write(run: Run, class_counts: np.ndarray | None, class_names: list[str]) -> Path:
+    """Write `report/index.html`; returns its path.
+
+    Args:
+        class_counts: training images of every client by class, [C, K], where an auditor knows them.
+        class_names: K names.
+    """
+    meanings = {name: field.description for name, field in fields_of(Config)}  # a strategy's are in `fedunlearn config`
     template = files("fedunlearn.runs").joinpath("report.html.jinja").read_text()
     page = (
         Environment(autoescape=True)
@@ -68,32 +72,20 @@ def write(run: Run, worker: Worker) -> Path:
             run=run.name,
             config=run.config,
             about=run.about(),
-            settings=[(name, value, field.metadata["text"]) for name, field, value in settings(run.config)],
-            rows=[(when, who, scores, gap(scores), _client_id(who, scores)) for when, who, scores in score_rows(run)],
+            settings=[(name, value, meanings.get(name, "")) for name, value in values_of(run.config).items()],
+            rows=[
+                (when, who, scores, memorisation_gap(scores), _client_id(who, scores))
+                for when, who, scores in score_rows(run)
+            ],
             requests=run.ledger.requests(),
             chain_holds=run.ledger.verify(),
-            split=_embedded(split_figure(class_counts(worker.dataset, worker.slices), worker.dataset.class_names)),
+            split=None if class_counts is None else _embedded(split_figure(class_counts, class_names)),
             accuracy=_embedded(accuracy_figure(run.metrics())),
         )
     )
     path = run.folder / "report" / "index.html"
     write_atomically(path, page.encode())
     return path
-
-
-def class_counts(dataset: Dataset, slices: Sequence[np.ndarray]) -> np.ndarray:
-    """Training examples of every client, who owns a slice of them, by class, [C, K]."""
-    labels, classes = np.asarray(dataset.train.labels), len(dataset.class_names)
-    return np.stack([np.bincount(labels[owned], minlength=classes) for owned in slices])
-
-
-def duration(seconds: float) -> str:
-    """`75` -> `1 min 15 s`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def split_figure(counts: np.ndarray, class_names: list[str]) -> "Figure":
@@ -110,13 +102,13 @@ def split_figure(counts: np.ndarray, class_names: list[str]) -> "Figure":
     if few:
         for (client, k), count in np.ndenumerate(counts):
             colour = "white" if count > counts.max() / 2 else "black"
-            axes.text(k, client, int(count), ha="center", va="center", fontsize=7, color=colour)
+            axes.text(k, client, str(int(count)), ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, label="training images")
     return figure
 
 
 def accuracy_figure(rows: list[dict[str, Any]]) -> "Figure":
-    """Class and client-ID accuracy over the rounds, of those who stay, those who left and the test set."""
+    """Draw class and client-ID accuracy over the rounds, of retain clients, forgotten ones and the test set."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5.4), layout="constrained")
@@ -137,27 +129,22 @@ def accuracy_figure(rows: list[dict[str, Any]]) -> "Figure":
 
 
 def _curves(rows: list[dict[str, Any]], measure: str) -> dict[str, list[tuple[int, float]]]:
-    """(round, accuracy) of the others, of the test set, and of every client that left, before it did and after."""
-    left = [str(client) for row in rows if row["kind"] == "forget" for client in row["clients"]]
+    """(round, accuracy) of the retain clients, of the test set, and of every client that was forgotten."""
+    asked = [str(client) for row in rows if row["kind"] == "forget" for client in row["clients"]]
     curves: dict[str, list[tuple[int, float]]] = {}
-    for round_, scores in (moment for row in rows for moment in _moments(row)):
-        groups = {"others": scores["others"]} | ({"test": scores["test"]} if measure == "class" else {})
-        everybody = scores["staying"] | scores["forgotten"]
-        groups |= {f"client {client}": everybody[client] for client in left if client in everybody}
+    for round_, scores in (point for row in rows for point in _points(row)):
+        groups = {"retain clients": scores["retain"]} | ({"test": scores["test"]} if measure == "class" else {})
+        each = scores["retain_clients"] | scores["forgotten"]
+        groups |= {f"client {client}": each[client] for client in asked if client in each}
         for who, accuracies in groups.items():
             curves.setdefault(who, []).append((round_, accuracies[measure]))
     return curves
 
 
-def _moments(row: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+def _points(row: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     if row["kind"] == "forget":
         return [(row["round"], row["before"]), (row["completed_round"], row["after"])]
     return [(row["round"], row)] if "test" in row else []
-
-
-def gap(scores: dict[str, Any]) -> str:
-    """A forgotten client's class accuracy less what unseen images of its class mix get from the same model."""
-    return f"{scores['class'] - scores['unseen']:+.3f}" if "unseen" in scores else ""
 
 
 def _client_id(who: str, scores: dict[str, Any]) -> str:

@@ -1,36 +1,41 @@
-"""The folder of one run, held by one process at a time."""
+"""One run: its folder with settings, ledger, checkpoints and metrics, and the door for requests from outside."""
 
-import fcntl
 import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from fedunlearn.config import Config, from_json, settings, state_home, to_json
+from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.errors import UserError
-from fedunlearn.runs import checkpoint
+from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.ledger import Ledger, Request
+from fedunlearn.runs.lock import is_locked
 
-OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
-BESIDE = ("momentum.", "held.", "answers.")  # how names of what is no part of the model begin in a checkpoint
-PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
+    from fedunlearn.nn.model import TwoHeadResNet18
 
-class HeldError(UserError):
-    """Another process holds the run."""
+# what reads or writes tensors imports torch when it is called: a look at the ledger must not wait for it
 
 
 @dataclass
 class Run:
-    """An open run: its settings, its ledger, its checkpoints and its metrics."""
+    """A run's folder.
+
+    Attributes:
+        folder: where everything lies.
+        config: the settings it was started with.
+        ledger: its requests, its current checkpoint, its audit chain.
+
+    Example:
+        >>> import fedunlearn
+        >>> run = fedunlearn.open_run("demo")  # doctest: +SKIP
+        >>> run.metrics()[-1]["test"]["class"]  # doctest: +SKIP
+        0.95
+    """
 
     folder: Path
     config: Config
@@ -38,7 +43,7 @@ class Run:
 
     @classmethod
     def opened(cls, folder: Path) -> "Run":
-        """The run that lies in `folder`, to look at: somebody else may hold it."""
+        """Open the run in `folder` to look at it and to ask for something; another process may hold it."""
         return cls(folder, stored_config(folder), Ledger(folder / "ledger.sqlite"))
 
     @property
@@ -46,35 +51,93 @@ class Run:
         """The folder's name."""
         return self.folder.name
 
+    # For whoever asks from outside -------------------------------------------------------------------------------
+
+    def is_live(self) -> bool:
+        """Say whether a process holds the run."""
+        return is_locked(self.folder)
+
+    def request(self, clients: Iterable[int]) -> RequestHandle:
+        """Ask for clients to be forgotten, together.
+
+        A live run takes the request at its next round boundary. Otherwise nobody does, until somebody serves the run.
+
+        Returns:
+            A handle on the new request and on earlier ones that cover some of the clients.
+
+        Raises:
+            UserError: a client is not in 0..C-1, or the run has no sound checkpoint to forget from.
+        """
+        wanted = list(clients)
+        check_clients(wanted, self.config.clients)
+        live, current = self.is_live(), self.ledger.current()
+        if not live:
+            self.check_checkpoint()
+        requests = self.ledger.file(wanted, not_before=current.round + 1 if live and current else 0)
+        return RequestHandle(self.folder, self.ledger, tuple(request.id for request in requests))
+
+    def check_checkpoint(self) -> None:
+        """Raise UserError unless there is a sound checkpoint."""
+        from fedunlearn.runs import checkpoint
+
+        current = self.ledger.current()
+        if current is None:
+            raise UserError(f"run {self.name} has no checkpoint yet: start it again with run={self.name}")
+        checkpoint.read(self.folder / "checkpoints" / current.checkpoint, sha256=current.sha256)
+
+    def model(self) -> "TwoHeadResNet18":
+        """Load the current model, in eval mode on the CPU.
+
+        Raises:
+            UserError: there is no checkpoint, or it was damaged.
+        """
+        from fedunlearn.build import model_of, open_dataset
+
+        self.check_checkpoint()
+        model = model_of(self.config, open_dataset(self.config))
+        self.restore(model, beside=None)
+        return model.eval()
+
+    # For the process that holds it -------------------------------------------------------------------------------
+
     def commit(
-        self,
-        model: nn.Module,
-        round_: int,
-        request: Request | None = None,
-        *,
-        beside: dict[str, Tensor] | None = None,
-        **detail: Any,
+        self, tensors: "dict[str, Tensor]", round_: int, request: Request | None = None, **detail: Any
     ) -> Request | None:
-        """Write the model and what is `beside` it, in one transaction with the request's step to APPLIED.
+        """Write the server's state, in one transaction with the request's step to APPLIED.
 
         Checkpoints that this one replaces are deleted: after a request no model that knew its clients is kept.
         """
-        name = f"round-{round_:05d}{f'-{request.id}' if request else ''}.safetensors"
-        state = model.state_dict() | (beside or {})
-        sha256 = checkpoint.save(self.folder / "checkpoints" / name, state)
-        request = self.ledger.commit(round_, name, sha256, request=request, **detail)
-        self.delete_all_but(name)
-        return request
+        from fedunlearn.runs import checkpoint
 
-    def restore(self, model: nn.Module) -> tuple[int, dict[str, Tensor]]:
-        """Load the current checkpoint, if there is one, into `model`; returns its rounds, and what is beside it."""
-        head = self.ledger.head()
-        if head is None:
-            return 0, {}
-        file = self.folder / "checkpoints" / head.checkpoint
-        rest = checkpoint.load(file, model, sha256=head.sha256, beside=BESIDE)
+        name = f"round-{round_:05d}{f'-{request.id}' if request else ''}.safetensors"
+        sha256 = checkpoint.save(self.folder / "checkpoints" / name, tensors)
+        applied = self.ledger.commit(round_, name, sha256, request=request, **detail)
+        self.delete_all_but(name)
+        return applied
+
+    def restore(self, model: "nn.Module", *, beside: tuple[str, ...] | None) -> "tuple[int, dict[str, Tensor]]":
+        """Load the current checkpoint into `model`; where there is none yet, `model` stays as it is.
+
+        Args:
+            model: says which tensors a checkpoint must have, and where they are to be.
+            beside: how names of further tensors begin; None for any.
+
+        Returns:
+            The rounds that are in it, and all its tensors.
+
+        Raises:
+            UserError: it was damaged, or is of another model.
+        """
+        from fedunlearn.runs import checkpoint
+
+        current = self.ledger.current()
+        rest: dict[str, Tensor] = {}
+        if current is not None:
+            file = self.folder / "checkpoints" / current.checkpoint
+            rest = checkpoint.load(file, model, sha256=current.sha256, beside=beside)
         device = next(model.parameters()).device
-        return head.round, {name: value.to(device) for name, value in rest.items()}
+        params = {name: value.clone() for name, value in model.state_dict().items()}
+        return current.round if current else 0, params | {name: value.to(device) for name, value in rest.items()}
 
     def delete_all_but(self, name: str) -> None:
         """Delete every file beside the checkpoint `name`: older models, and what a crash left half-written."""
@@ -92,9 +155,9 @@ class Run:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl` in order of rounds; lines that a crash cut short are passed over."""
+        """Read the rows of `metrics.jsonl` in order of rounds; lines that a crash cut short are passed over."""
         path = self.folder / "metrics.jsonl"
-        rows: dict[tuple, dict[str, Any]] = {}
+        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
@@ -104,105 +167,18 @@ class Run:
         return sorted(rows.values(), key=lambda row: row["round"])
 
     def about(self) -> dict[str, Any]:
-        """The content of `run.json`."""
-        return json.loads((self.folder / "run.json").read_text())
+        """Read `run.json`: when it was made, of which data, with which versions and settings."""
+        return read_about(self.folder)
 
 
-@contextmanager
-def open_run(config: Config, *, fingerprint: str, asked: dict[str, Any]) -> Iterator[Run]:
-    """Hold the run `config.run`, making it where it is new; its own stored settings count where it is not.
-
-    Args:
-        config: the settings of a new run.
-        fingerprint: of the data set.
-        asked: settings that were named explicitly; a run that exists must agree with them.
-
-    Raises:
-        UserError: another process holds the run, it has other settings than `asked`, or other data.
-    """
-    config = replace(config, run=config.run or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    folder = runs_folder(state_home(config.home)) / config.run
-    with hold(folder):
-        about = folder / "run.json"
-        if not about.exists():
-            versions = {package: version(package) for package in PACKAGES}
-            content = {"created": datetime.now(UTC).isoformat(), "data": fingerprint, "versions": versions}
-            text = json.dumps(content | {"config": json.loads(to_json(config))}, indent=2)
-            checkpoint.write_atomically(about, text.encode())
-        stored, data = stored_config(folder), json.loads(about.read_text())["data"]
-        values = {name: value for name, _, value in settings(stored)}
-        for name, value in asked.items():
-            if values[name] != value and name not in OPERATIONAL:
-                raise UserError(f"run {folder.name} has {name}={values[name]}, not {value}: use another run name")
-        if data != fingerprint:
-            raise UserError(f"run {folder.name} was trained on other data ({data[:12]}, now {fingerprint[:12]})")
-        operational = {name: value for name, value in asked.items() if name in OPERATIONAL}
-        ledger = Ledger(folder / "ledger.sqlite")
-        try:
-            run = Run(folder, replace(stored, home=config.home, **operational), ledger)
-            if head := ledger.head():
-                run.delete_all_but(head.checkpoint)
-            yield run
-        finally:
-            ledger.close()
+def read_about(folder: Path) -> dict[str, Any]:
+    """Read the `run.json` of a run's folder."""
+    return json.loads((folder / "run.json").read_text())
 
 
 def stored_config(folder: Path) -> Config:
-    """The settings that a run was started with."""
-    return from_json(json.dumps(json.loads((folder / "run.json").read_text())["config"]))
-
-
-def runs_folder(home: Path) -> Path:
-    """Where runs lie in a state folder."""
-    return home / "runs"
-
-
-def all_runs(home: Path) -> list[Path]:
-    """The folders of all runs, oldest first."""
-    found = [path.parent for path in runs_folder(home).glob("*/run.json")]
-    return sorted(found, key=lambda folder: json.loads((folder / "run.json").read_text())["created"])
-
-
-@contextmanager
-def hold(folder: Path, *, patience: float = 0.5) -> Iterator[None]:
-    """Hold the folder's lock, which dies with the process; `patience` is in seconds.
-
-    Raises:
-        HeldError: another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as file:
-        if not _lock(file, fcntl.LOCK_EX, patience=patience):
-            raise HeldError(f"run {folder.name} is held by process {holder(folder)}: wait for it, or end it")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def is_live(folder: Path) -> bool:
-    """Whether a process holds the run."""
-    with open(folder / "lock", "a+") as file:
-        return not _lock(file, fcntl.LOCK_SH)
-
-
-def holder(folder: Path) -> str:
-    """The process id that was written when the run was last taken hold of."""
-    return (folder / "lock").read_text()
-
-
-def _lock(file: Any, kind: int, *, patience: float = 0.5) -> bool:
-    """Whether the lock was got; `patience` (seconds) outlasts somebody who only looks whether the run is live."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        else:
-            return True
+    """Read the settings that a run was started with."""
+    return stored(read_about(folder)["config"])
 
 
 def _ends_in_newline(file: Any) -> bool:

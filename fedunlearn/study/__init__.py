@@ -1,1 +1,1 @@
-"""The paper's whole study on pooled data, without Flower and Ray: `python -m fedunlearn.study dataset=cifar10`."""
+"""Studies: experiments over many models, made of tasks whose results are files."""

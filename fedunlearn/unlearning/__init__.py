@@ -1,1 +1,1 @@
-"""What unlearning is made of, as functions of tensors."""
+"""Provide what unlearning is made of, as functions of tensors."""

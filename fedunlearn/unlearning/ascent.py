@@ -1,6 +1,6 @@
-"""Gradient ascent on the class loss, within a ball where one is given."""
+"""Climb the class loss by gradient ascent, within a ball where one is given."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,36 @@ def ascend(
     precision: str,
     finished: Callable[[], bool],
 ) -> Counts:
-    """theta <- P(theta + lr g), g the gradient of the class loss clipped to norm `clip`, P the projection onto
-    |theta - theta_0| <= radius, in place; until `finished()`, which is asked after every fourth of an epoch.
+    """Climb the class loss by clipped and projected gradient steps, in place, until `finished()`.
+
+    theta <- P(theta + lr g). g is the gradient of the class loss, clipped to norm `clip`. P projects onto the ball
+    |theta - theta_0| <= radius around the parameters at the beginning (Halimi et al., 2022, "Federated unlearning: how
+    to efficiently erase a client in FL?").
+
+    Args:
+        model: gives `nn.model.Outputs`.
+        epochs: of batches on the model's device.
+        lr: learning rate.
+        clip: largest norm of a gradient.
+        radius: of the ball; `inf` for none.
+        precision: of forward passes (`nn.precision`).
+        finished: is called after every fourth of an epoch.
 
     Returns:
         Loss and hits of every example at the moment before its step, summed over all steps.
+
+    Example:
+        >>> from fedunlearn.nn.model import TwoHeadResNet18
+        >>> batch = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]), torch.zeros(4, dtype=torch.int64)
+        >>> steps = {"lr": 0.1, "clip": 1.0, "radius": 0.5, "precision": "fp32"}
+        >>> ascend(TwoHeadResNet18(2, 0, width=8), [[batch]] * 9, **steps, finished=lambda: True).examples
+        4
     """
     start = [p.detach().clone() for p in model.parameters()]
     total = Counts()
     for epoch in epochs:
         steps = list(epoch)
-        asks = {round(len(steps) * quarter / 4) for quarter in (1, 2, 3, 4)}
+        checks = {round(len(steps) * quarter / 4) for quarter in (1, 2, 3, 4)}
         for number, batch in enumerate(steps, 1):
             model.train()
             with autocast(batch[0].device, precision):
@@ -40,12 +59,12 @@ def ascend(
             _climb(list(model.parameters()), loss, lr=lr, clip=clip)
             _project(list(model.parameters()), start, radius)
             total += count(outputs, batch, float(loss.detach()) * len(batch[0]))
-            if number in asks and finished():
+            if number in checks and finished():
                 return total
     return total
 
 
-def _climb(params: list[Tensor], loss: Tensor, *, lr: float, clip: float) -> None:
+def _climb(params: Sequence[Tensor], loss: Tensor, *, lr: float, clip: float) -> None:
     gradients = torch.autograd.grad(loss, params, allow_unused=True)
     reached = [(p, g) for p, g in zip(params, gradients, strict=True) if g is not None]
     norm = float(torch.stack([g.square().sum() for _, g in reached]).sum().sqrt())
@@ -55,9 +74,9 @@ def _climb(params: list[Tensor], loss: Tensor, *, lr: float, clip: float) -> Non
 
 
 @torch.no_grad()
-def _project(params: list[Tensor], centre: list[Tensor], radius: float) -> None:
-    """Move the parameters to the nearest place within `radius` of `centre`."""
-    away = torch.stack([(p - c).square().sum() for p, c in zip(params, centre, strict=True)]).sum().sqrt()
-    if away > radius:
+def _project(params: Sequence[Tensor], centre: Sequence[Tensor], radius: float) -> None:
+    """Move the parameters to the nearest point within `radius` of `centre`."""
+    distance = torch.stack([(p - c).square().sum() for p, c in zip(params, centre, strict=True)]).sum().sqrt()
+    if distance > radius:
         for p, c in zip(params, centre, strict=True):
-            p.copy_(c + (p - c) * (radius / away))
+            p.copy_(c + (p - c) * (radius / distance))

@@ -1,87 +1,114 @@
-"""One unlearning step, and the re-estimation of what BatchNorm remembers (paper, Algorithm 1, lines 4 and 5)."""
+"""Estimate BatchNorm's running statistics again after unlearning (paper, Algorithm 1, line 5)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.nn.hooks import layer_inputs
 from fedunlearn.nn.precision import autocast
 
 
-def no_moments(model: nn.Module) -> dict[str, Tensor]:
-    """The moments of no images: zeros, in the shapes of `batch_moments`."""
+def no_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Make the statistics of no images: zeros, in the shapes of `batch_statistics`, on the CPU.
+
+    Args:
+        model: whose BatchNorm layers they are of.
+
+    Returns:
+        `{layer: [3, channels]}` in fp64.
+
+    Example:
+        >>> no_statistics(nn.Sequential(nn.BatchNorm2d(5)))["0"].shape
+        torch.Size([3, 5])
+    """
     return {
         name: torch.zeros(3, layer.num_features, dtype=torch.float64) for name, layer in _batch_norms(model).items()
     }
 
 
 @torch.no_grad()
-def batch_moments(model: nn.Module, batches: Iterable[Tensor], *, precision: str = "fp32") -> dict[str, Tensor]:
-    """Count, sum and sum of squares of every BatchNorm layer's input, a channel.
+def batch_statistics(model: nn.Module, batches: Iterable[Tensor], *, precision: str = "fp32") -> dict[str, Tensor]:
+    """Sum count, values and squares of every BatchNorm layer's input, channel by channel.
 
-    The layers normalise with their batch's own statistics meanwhile, as in training, so that one pass serves all
-    depths; the running statistics do not move. Moments of different clients add up to the moments of all of them.
+    The layers normalise with the statistics of their own batch meanwhile, as in training. One pass therefore serves
+    all depths. The running statistics stay as they are. Statistics of different clients add up to those of all of
+    them.
 
     Args:
+        model: is as before at the end.
         batches: of images [N, ...], N >= 2, on the model's device.
-        precision: of the forward passes (`fedunlearn.precision`).
+        precision: of the forward passes (`nn.precision`).
 
     Returns:
-        `{layer: [3, channels]}` in fp64, rows count, sum, sum of squares; empty for a model without BatchNorm.
+        `{layer: [3, channels]}` in fp64, with rows count, sum, sum of squares; empty for a model without BatchNorm.
+
+    Example:
+        >>> images = torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)
+        >>> batch_statistics(nn.Sequential(nn.BatchNorm2d(1)), [images])["0"][:, 0].tolist()
+        [2.0, 4.0, 10.0]
     """
     layers = _batch_norms(model)
-    moments = {name: total.to(layers[name].running_mean.device) for name, total in no_moments(model).items()}
+    statistics = {name: total.to(_running(layers[name])[0].device) for name, total in no_statistics(model).items()}
 
-    def add(name: str, activation: Tensor) -> None:
+    def add(name: str, _layer: nn.Module, activation: Tensor) -> None:
         a = activation.detach().double().transpose(0, 1).flatten(1)
         count = torch.full_like(a[:, 0], a.shape[1])
-        moments[name] += torch.stack([count, a.sum(1), a.square().sum(1)])
+        statistics[name] += torch.stack([count, a.sum(1), a.square().sum(1)])
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _layer, inputs, name=name: add(name, inputs[0]))
-        for name, layer in layers.items()
-    ]
-    was_training = model.training
-    kept = {name: value.clone() for name, value in model.state_dict().items() if name.endswith(_STATISTICS)}
-    model.train()
-    try:
-        for images in batches:
-            with autocast(images.device, precision):
-                model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.load_state_dict(kept, strict=False)
-        model.train(was_training)
-    return moments
+    kept = {name: value.clone() for name, value in model.state_dict().items() if name.endswith(_BUFFERS)}
+    with layer_inputs(model, (nn.BatchNorm2d,), add):
+        model.train()
+        try:
+            for images in batches:
+                with autocast(images.device, precision):
+                    model(images)
+        finally:
+            model.load_state_dict(kept, strict=False)
+    return statistics
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, moments: dict[str, Tensor]) -> None:
-    """Set every BatchNorm layer's running mean and (unbiased) variance to those of `moments`, in place.
+def recalibrate(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    """Set every BatchNorm layer's running mean and (unbiased) variance from statistics, in place.
 
-    Running statistics have seen D_f too, and no longer fit dampened weights: they are estimated again on D_r.
+    Running statistics have seen the forget set D_f too, and do not fit dampened weights. They are estimated again on
+    the retain set D_r.
 
     Args:
-        moments: of `batch_moments`, summed over clients.
+        model: whose running statistics are set.
+        statistics: of `batch_statistics`, summed over clients.
 
     Raises:
-        ValueError: moments of other layers than the model's, or of fewer than two values a channel.
+        ValueError: statistics of other layers than the model's, or of fewer than two values a channel.
+
+    Example:
+        >>> layers = nn.Sequential(nn.BatchNorm2d(1))
+        >>> recalibrate(layers, {"0": torch.tensor([[2.0], [4.0], [10.0]])})
+        >>> layers[0].running_mean, layers[0].running_var
+        (tensor([2.]), tensor([2.]))
     """
     layers = _batch_norms(model)
-    if moments.keys() != layers.keys():
-        raise ValueError(f"moments of {sorted(moments)[:3]}, but the BatchNorm layers are {sorted(layers)[:3]}")
+    if statistics.keys() != layers.keys():
+        raise ValueError(f"statistics of {sorted(statistics)[:3]}, but the BatchNorm layers are {sorted(layers)[:3]}")
     for name, layer in layers.items():
-        count, total, squares = moments[name]
+        count, total, squares = statistics[name]
         if not (count > 1).all():
-            raise ValueError(f"moments of {name} have fewer than two values a channel")
+            raise ValueError(f"statistics of {name} have fewer than two values a channel")
         mean = total / count
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_((squares / count - mean.square()).clamp(min=0) * count / (count - 1))
+        running_mean, running_var = _running(layer)
+        running_mean.copy_(mean)
+        running_var.copy_((squares / count - mean.square()).clamp(min=0) * count / (count - 1))
 
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _batch_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+
+
+def _running(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    if layer.running_mean is None or layer.running_var is None:
+        raise ValueError(f"{layer} has no running statistics")
+    return layer.running_mean, layer.running_var

@@ -1,6 +1,6 @@
-"""Selective Synaptic Dampening: shrink what matters more for the forget set than for all (paper, Section 4.2)."""
+"""Dampen the weights that matter more for the forget set than for all data (paper, Section 4.2)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,15 +10,18 @@ from fedunlearn.unlearning.pruning import prune_clients
 
 
 def dampen(
-    params: dict[str, Tensor],
-    fisher_full: dict[str, Tensor],
-    fisher_forget: dict[str, Tensor],
+    params: Mapping[str, Tensor],
+    fisher_full: Mapping[str, Tensor],
+    fisher_forget: Mapping[str, Tensor],
     *,
     alpha: float,
     lambda_: float,
     exponent: float = 1.0,
 ) -> dict[str, Tensor]:
-    """theta_i *= min((lambda F_D,i / F_f,i)^e, 1) where F_f,i > alpha F_D,i (Eq. 8-9; Foster et al., 2024).
+    """Shrink the parameters that matter more for the forget set than for all data.
+
+    Selective Synaptic Dampening: theta_i *= min((lambda F_D,i / F_f,i)^e, 1) where F_f,i > alpha F_D,i (paper,
+    Eq. 8-9; Foster et al., 2024, "Fast machine unlearning without retraining through selective synaptic dampening").
 
     Args:
         params: theta, by name.
@@ -33,6 +36,12 @@ def dampen(
 
     Raises:
         ValueError: Fishers of other names or shapes than the parameters, or with negative, NaN or infinite values.
+
+    Example:
+        >>> theta = {"w": torch.tensor([2.0, 2.0])}
+        >>> full, forget = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([4.0, 1.0])}
+        >>> dampen(theta, full, forget, alpha=3, lambda_=2)
+        {'w': tensor([1., 2.])}
     """
     _check("fisher_full", fisher_full, params)
     _check("fisher_forget", fisher_forget, params)
@@ -46,17 +55,26 @@ def dampen(
 
 
 @torch.no_grad()
-def step(
+def dampen_and_prune(
     model: TwoHeadResNet18,
-    fisher_full: dict[str, Tensor],
-    fisher_forget: dict[str, Tensor],
+    fisher_full: Mapping[str, Tensor],
+    fisher_forget: Mapping[str, Tensor],
     clients: Iterable[int],
     *,
     alpha: float,
     lambda_: float,
     exponent: float = 1.0,
 ) -> None:
-    """Dampen the model by both Fishers (`dampening.dampen`), then prune the forgotten clients' neurons, in place."""
+    """Dampen a model by both Fishers, then prune the forget clients' neurons, in place (paper, Algorithm 1).
+
+    Args:
+        model: whose parameters change.
+        fisher_full, fisher_forget, alpha, lambda_, exponent: of `dampen`.
+        clients: the forget clients.
+
+    Raises:
+        ValueError: as of `dampen` and of `pruning.pruned`.
+    """
     params = dict(model.named_parameters())
     dampened = dampen(params, fisher_full, fisher_forget, alpha=alpha, lambda_=lambda_, exponent=exponent)
     model.load_state_dict(dampened, strict=False)
@@ -64,18 +82,40 @@ def step(
 
 
 def largest_alpha(examples: int, forget_examples: int) -> float:
-    """N / n_f: no F_f,i / F_D,i is above it, since F_D contains the forget set's share of F_f; SSD's usual alpha = 10
-    therefore selects nothing of a client that owns a tenth of the data."""
+    """Compute the largest ratio F_f,i / F_D,i that a parameter can have: N / n_f.
+
+    F_D is a mean over all N examples, n_f of which are the forget set, so that F_D >= F_f n_f / N. SSD's usual
+    alpha = 10 therefore selects nothing for a client that owns a tenth of the data.
+
+    Args:
+        examples: N.
+        forget_examples: n_f.
+
+    Example:
+        >>> largest_alpha(100, 10)
+        10.0
+    """
     return examples / forget_examples
 
 
-def selected_share(fisher_full: dict[str, Tensor], fisher_forget: dict[str, Tensor], *, alpha: float) -> float:
-    """|S| / number of parameters, with S = {i: F_f,i > alpha F_D,i} (Eq. 8)."""
+def selected_fraction(fisher_full: Mapping[str, Tensor], fisher_forget: Mapping[str, Tensor], *, alpha: float) -> float:
+    """Compute the fraction of parameters that `dampen` selects: those with F_f,i > alpha F_D,i (paper, Eq. 8).
+
+    Args:
+        fisher_full, fisher_forget, alpha: of `dampen`.
+
+    Returns:
+        0..1.
+
+    Example:
+        >>> selected_fraction({"w": torch.ones(4)}, {"w": torch.tensor([0.5, 1.5, 2.5, 3.5])}, alpha=2)
+        0.5
+    """
     selected = sum(int((fisher_forget[name] > alpha * full).sum()) for name, full in fisher_full.items())
     return selected / sum(full.numel() for full in fisher_full.values())
 
 
-def _check(what: str, fisher: dict[str, Tensor], params: dict[str, Tensor]) -> None:
+def _check(what: str, fisher: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
     if fisher.keys() != params.keys():
         raise ValueError(f"{what} has other names than the parameters: {sorted(fisher.keys() ^ params.keys())[:3]}")
     for name, values in fisher.items():

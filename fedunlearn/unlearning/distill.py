@@ -1,6 +1,6 @@
-"""Training towards given class probabilities."""
+"""Fine-tune a model towards soft labels."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,26 +11,42 @@ from fedunlearn.nn.precision import at_least_fp32, autocast
 from fedunlearn.unlearning.null_space import project_gradients
 
 
-def teach(
+def distill(
     model: TwoHeadResNet18,
     epochs: Iterable[Iterable[tuple[Tensor, Tensor]]],
     *,
     lr: float,
     momentum: float,
     precision: str,
-    projectors: dict[str, Tensor],
+    projectors: Mapping[str, Tensor],
 ) -> None:
-    """SGD on -sum_k t_k log p_k over batches of images [N, ...] and wanted class probabilities t [N, K], in place.
+    """Fine-tune a model on soft labels by SGD, in place.
 
-    Layers move along `projectors` alone (`null_space.project_gradients`), all others not at all; BatchNorm normalises
-    with its running statistics, as when the model answers, and these do not move.
+    The loss is -sum_k t_k log p_k. Layers with a projector change along it alone (`null_space.project_gradients`); all
+    other parameters are frozen. BatchNorm normalises with its running statistics, which stay as they are.
+
+    Args:
+        model: stays in eval mode.
+        epochs: of batches, each of images [N, ...] and soft labels t [N, K], on the model's device.
+        lr: learning rate.
+        momentum: of SGD, 0..1.
+        precision: of forward passes (`nn.precision`).
+        projectors: P by layer, of `null_space.projectors`.
+
+    Example:
+        >>> model = TwoHeadResNet18(2, 0, width=8)
+        >>> images, soft_labels = torch.ones(4, 3, 8, 8), torch.tensor([[0.7, 0.3]]).expand(4, 2)
+        >>> free = {"class_head.out": torch.eye(17)}  # 16 inputs and the bias
+        >>> distill(model, [[(images, soft_labels)]] * 100, lr=1, momentum=0, precision="fp32", projectors=free)
+        >>> round(model(images).class_logits[0].softmax(0)[0].item(), 2)
+        0.7
     """
     optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     model.eval()
-    for images, wanted in (batch for epoch in epochs for batch in epoch):
+    for images, soft_labels in (batch for epoch in epochs for batch in epoch):
         with autocast(images.device, precision):
             outputs = model(images)
         model.zero_grad()
-        cross_entropy(at_least_fp32(outputs.class_logits), wanted).backward()
+        cross_entropy(at_least_fp32(outputs.class_logits), soft_labels).backward()
         project_gradients(model, projectors)
         optimiser.step()

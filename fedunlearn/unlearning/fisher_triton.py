@@ -1,20 +1,29 @@
-"""Sums of squared per-example convolution weight gradients on a CUDA GPU; no gradient of an example is ever stored."""
+"""Sum squared per-example convolution weight gradients on a CUDA GPU, without storing any example's gradient."""
+# the kernel below is in Triton's language, whose constants and ranges are not Python's:
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 PRECISIONS = ("tf32", "tf32x3", "ieee")
-STORE_POSITIONS = 128  # storing a tile's sums and reading them again takes about the time of so many positions
+STORE_POSITIONS = 128
+"""Positions in whose time a tile's sums are stored and read again."""
 
 
 def available(device: torch.device) -> bool:
-    """Whether `conv_squares` runs on the device: an NVIDIA GPU of compute capability 8.0 or later, with Triton."""
+    """Tell whether `conv_squares` runs on the device: an NVIDIA GPU of compute capability 8.0 or later, with Triton.
+
+    Example:
+        >>> available(torch.device("cpu"))
+        False
+    """
     built = device.type == "cuda" and torch.version.cuda is not None and find_spec("triton") is not None
     return built and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -29,16 +38,16 @@ def conv_squares(
     dilation: tuple[int, int] = (1, 1),
     input_precision: str = "tf32",
 ) -> Tensor:
-    """S = sum over examples i of (d loss_i / d weight)^2, for a convolution without groups.
+    """Sum the squared weight gradients of each example's loss, for a convolution without groups.
 
-    S[k, c, y, x] = sum_i (sum_p delta[i, k, p] activation[i, c, p * stride - padding + (y, x) * dilation])^2, the
-    activation being zero outside its image. Sums are in fp32, in an order that shapes and GPU fix, so equal inputs give
-    equal bits. It takes the multiplications of a training step's weight gradient.
+    S[k, c, y, x] = sum_i (sum_p delta[i, k, p] activation[i, c, p * stride - padding + (y, x) * dilation])^2, with an
+    activation of zero outside its image. Sums are in fp32, in an order that shapes and GPU fix, so that equal inputs
+    give equal bits. The kernel does as many multiplications as a training step does for the weight gradient.
 
     Args:
         activation: input of the convolution [N, C, H, W], fp32 or bf16, in any memory format.
         delta: gradient of the sum of losses with respect to its output, [N, K, Ho, Wo], of the activation's dtype.
-        kernel_size: (vertical, horizontal), as are `stride`, `padding` (with zeros) and `dilation`.
+        kernel_size, stride, padding, dilation: (vertical, horizontal), in pixels; the padding is with zeros.
         input_precision: of fp32 factors. `tf32` cuts their mantissas to 10 bits, which makes S some 0.15 % too small;
             `tf32x3` and `ieee` keep (nearly) all 23 and are slower. Products of bf16 are exact.
 
@@ -64,23 +73,38 @@ def conv_squares(
     block_x = min(1 << (width - 1).bit_length(), block_p)
     tiles = -(-filters // block_k) * -(-columns // block_j)
     processors = torch.cuda.get_device_properties(delta.device).multi_processor_count if delta.is_cuda else 1
-    share = examples_per_program(examples, tiles, positions, processors * 8 // warps)
-    squares = torch.empty(-(-examples // share), filters, channels, *kernel_size, device=delta.device)
+    per_program = examples_per_program(examples, tiles, positions, processors * 8 // warps)
+    squares = torch.empty(-(-examples // per_program), filters, channels, *kernel_size, device=delta.device)
     geometry = (filters, channels, *in_size, height, width, *kernel_size, *stride, *dilation)
     blocks = (block_k, block_j, block_p // block_x, block_x)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     with torch.cuda.device_of(delta):
         kernel = _compiled()[tiles, len(squares)]
-        kernel(padded, delta, squares, examples, share, *geometry, *blocks, channels_last, input_precision, **options)
+        kernel(
+            padded, delta, squares, examples, per_program, *geometry, *blocks, channels_last, input_precision, **options
+        )
     return squares.sum(0)
 
 
 def choose_tile(filters: int, columns: int, positions: int, channels_last: bool) -> tuple[int, int, int, int, int]:
-    """(filters, columns, positions a step, warps, stages of loads) of a program, for a weight [filters, columns].
+    """Choose the tile of a program, for a weight [filters, columns].
 
-    Every program holds two tiles of fp32 in registers, the gradient of an example and the sum of squares: 128 x 128 is
-    the most that 8 warps can, 64 x 128 the most that 4 can. Large tiles save loads. With few positions the squares
-    and the latency of loads weigh more: two smaller programs a multiprocessor then overlap them with products.
+    Every program keeps two tiles of fp32 in registers: the gradient of an example and the sum of squares. The most that
+    8 warps can keep is 128 x 128, and 64 x 128 for 4. Large tiles save loads. With few positions the squares and the
+    latency of loads weigh more: two smaller programs a multiprocessor then overlap them with products.
+
+    Args:
+        filters: output channels.
+        columns: input channels times the kernel's area.
+        positions: of the output, a channel.
+        channels_last: whether channels are innermost in memory.
+
+    Returns:
+        Filters, columns and positions a step, warps, and stages of loads.
+
+    Example:
+        >>> choose_tile(512, 4608, 64, channels_last=False)
+        (128, 128, 32, 8, 3)
     """
     few = positions <= 16
     block_k, block_j = (min(128, 1 << max(4, (size - 1).bit_length())) for size in (filters, columns))
@@ -92,14 +116,22 @@ def choose_tile(filters: int, columns: int, positions: int, channels_last: bool)
 
 @cache
 def examples_per_program(examples: int, tiles: int, positions: int, slots: int) -> int:
-    """How many examples a program sums, so that programs fill the GPU's slots and few of their sums need storing.
+    """Choose how many examples a program sums, so that programs fill the GPU and few of their sums are stored.
 
-    `slots` programs run at once: as registers allow, 8 warps a multiprocessor.
+    Args:
+        examples: of the batch.
+        tiles: of the weight.
+        positions: of the output, a channel.
+        slots: programs that run at once; as registers allow, 8 warps a multiprocessor.
+
+    Example:
+        >>> examples_per_program(128, tiles=5, positions=1024, slots=264)
+        3
     """
 
-    def time(share: int) -> int:
-        waves = -(tiles * -(-examples // share) // -slots)
-        return waves * (share * positions + STORE_POSITIONS)
+    def time(count: int) -> int:
+        waves = -(tiles * -(-examples // count) // -slots)
+        return waves * (count * positions + STORE_POSITIONS)
 
     return min(range(examples, 0, -1), key=time)
 
@@ -123,16 +155,16 @@ def _check(activation: Tensor, delta: Tensor, pairs: tuple[tuple[int, int], ...]
 
 
 @cache
-def _compiled():
+def _compiled() -> Any:
     global tl  # as the kernel names it
     from triton import jit
     from triton import language as tl
 
-    return jit(_squares_kernel, do_not_specialize=["examples", "share"])
+    return jit(do_not_specialize=["examples", "per_program"])(_squares_kernel)
 
 
 def _interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter: on the CPU too, but it cannot multiply bf16."""
+    """Tell whether kernels run in Triton's interpreter: on the CPU too, but it cannot multiply bf16."""
     from triton import knobs
 
     return knobs.runtime.interpret
@@ -142,7 +174,7 @@ def _squares_kernel(
     activation,  # padded [examples, channels, in_height, in_width], channels innermost if channels_last
     delta,  # [examples, filters, height, width], likewise
     squares,  # [splits, filters, channels, kernel_y, kernel_x]
-    examples, share,
+    examples, per_program,
     filters: tl.constexpr, channels: tl.constexpr, in_height: tl.constexpr, in_width: tl.constexpr,
     height: tl.constexpr, width: tl.constexpr,
     kernel_y: tl.constexpr, kernel_x: tl.constexpr, stride_y: tl.constexpr, stride_x: tl.constexpr,
@@ -150,7 +182,7 @@ def _squares_kernel(
     block_k: tl.constexpr, block_j: tl.constexpr, block_y: tl.constexpr, block_x: tl.constexpr,
     channels_last: tl.constexpr, input_precision: tl.constexpr,
 ):  # fmt: skip
-    """One program sums the squares of `share` examples' gradients over a tile [block_k filters, block_j columns]."""
+    """Sum the squares of `per_program` examples' gradients over a tile [block_k filters, block_j columns]."""
     taps: tl.constexpr = kernel_y * kernel_x
     blocks_x: tl.constexpr = (width + block_x - 1) // block_x
     steps: tl.constexpr = blocks_x * ((height + block_y - 1) // block_y)
@@ -176,8 +208,8 @@ def _squares_kernel(
     in_activation = at_column[:, None] + (y * (stride_y * a_y) + x * (stride_x * a_x))[None, :]
     in_delta = (k * d_k)[:, None] + ((y * width + x) * d_p)[None, :]
     # one loop over (example, block of positions), so that loads run ahead across examples
-    first = tl.program_id(1) * share
-    last = tl.minimum(first + share, examples)
+    first = tl.program_id(1) * per_program
+    last = tl.minimum(first + per_program, examples)
     gradient = tl.zeros((block_k, block_j), tl.float32)
     total = tl.zeros((block_k, block_j), tl.float32)
     for i in tl.range(first * steps, last * steps):

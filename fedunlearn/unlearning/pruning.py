@@ -1,29 +1,69 @@
-"""Pruning of client-head outputs: the forgotten is not learned again (paper, Section 4.4; Algorithm 1, line 5)."""
+"""Prune client-head outputs, so that no later round learns a forget client again (paper, Section 4.4)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
-from fedunlearn.errors import UserError
 from fedunlearn.nn.model import TwoHeadResNet18
+
+PRUNED, WEIGHT, BIAS = "pruned", "client_head.out.weight", "client_head.out.bias"
 
 
 @torch.no_grad()
-def prune_clients(model: TwoHeadResNet18, clients: Iterable[int]) -> None:
-    """Switch off the client head's neurons of `clients`, in place and for good.
+def pruned(params: Mapping[str, Tensor], clients: Iterable[int]) -> dict[str, Tensor]:
+    """Switch off clients' outputs of the client head in a state (paper, Algorithm 1, line 5).
 
-    A pruned client's logit is -inf from then on, its row of weights and its bias are zero, and no gradient reaches
-    them. The mark is a buffer, so it survives saving, averaging and every further round. A model without a client
-    head has nothing to prune.
+    The clients' rows of weights and their biases become zero, and the buffer `pruned` marks them. A model with that
+    mark gives a logit of minus infinity for them, so that no gradient reaches the rows. The mark survives saving,
+    averaging and every further round.
+
+    Args:
+        params: a state of `TwoHeadResNet18`, with names `pruned`, `client_head.out.weight` and `client_head.out.bias`.
+            A state without a client head comes back unchanged.
+        clients: their numbers, 0..C-1.
+
+    Returns:
+        A new dict; the argument is unchanged.
 
     Raises:
-        UserError: a client is out of range.
+        ValueError: a client is out of range.
+
+    Example:
+        >>> state = {PRUNED: torch.zeros(2, dtype=torch.bool), WEIGHT: torch.ones(2, 1), BIAS: torch.ones(2)}
+        >>> pruned(state, [1])[BIAS]
+        tensor([1., 0.])
     """
-    if model.client_head is None:
-        return
+    if WEIGHT not in params:
+        return dict(params)
+    chosen = torch.zeros_like(params[PRUNED])
     for client in clients:
-        if not 0 <= client < len(model.pruned):
-            raise UserError(f"client {client} is not in 0..{len(model.pruned) - 1}")
-        model.pruned[client] = True
-        model.client_head.out.weight[client] = 0
-        model.client_head.out.bias[client] = 0
+        if not 0 <= client < len(chosen):
+            raise ValueError(f"client {client} is not in 0..{len(chosen) - 1}")
+        chosen[client] = True
+    return {
+        **params,
+        PRUNED: params[PRUNED] | chosen,
+        WEIGHT: params[WEIGHT].masked_fill(chosen[:, None], 0),
+        BIAS: params[BIAS].masked_fill(chosen, 0),
+    }
+
+
+def prune_clients(model: TwoHeadResNet18, clients: Iterable[int]) -> None:
+    """Switch off clients' outputs of a model's client head, in place and for good (`pruned`).
+
+    Args:
+        model: one without a client head stays as it is.
+        clients: their numbers, 0..C-1.
+
+    Raises:
+        ValueError: a client is out of range.
+
+    Example:
+        >>> model = TwoHeadResNet18(num_classes=3, num_clients=4, width=8)
+        >>> prune_clients(model, [2])
+        >>> model(torch.zeros(2, 3, 8, 8)).client_logits[0, 2]
+        tensor(-inf, grad_fn=<SelectBackward0>)
+    """
+    state = {name: value for name, value in model.state_dict().items() if name in (PRUNED, WEIGHT, BIAS)}
+    model.load_state_dict(pruned(state, clients), strict=False)

@@ -1,57 +1,98 @@
-"""Soft labels for images that a model has memorised: predictions on held-out images, matched image by image."""
+"""Make soft labels for images that a model has memorised, from predictions on held-out images."""
+
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedunlearn.nn.augment import shifted
 
-def match_answers(
+SHIFTS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+"""Down and right, in sixteenths of an image's height."""
+
+
+def augmented_views(images: Tensor, *, mirror: bool) -> list[Tensor]:
+    """Shift images up, down, left and right by a sixteenth of their height, and mirror them or not.
+
+    A model's predictions on these views depend less on what it memorised than those on the images themselves.
+
+    Args:
+        images: uint8 [N, H, W, channels], on the CPU.
+        mirror: whether every shifted view also comes mirrored.
+
+    Returns:
+        4 views of the images, or 8 with mirrored ones, each uint8 [N, H, W, channels].
+
+    Example:
+        >>> images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+        >>> len(augmented_views(images, mirror=False)), len(augmented_views(images, mirror=True))
+        (4, 8)
+    """
+    by = max(1, images.shape[1] // 16)
+    return [
+        shifted(images, by * down, by * right, mirrored)
+        for (down, right), mirrored in product(SHIFTS, (0, 1) if mirror else (0,))
+    ]
+
+
+def assign_soft_labels(
     views: Tensor,
     labels: Tensor,
-    answers: Tensor,
-    answer_labels: Tensor,
-    share: float = 1.0,
+    predictions: Tensor,
+    prediction_labels: Tensor,
+    correct_fraction: float = 1.0,
     *,
     generator: torch.Generator,
 ) -> Tensor:
-    """Give every image the answer of an unseen image of its class, so that likely pairs meet.
+    """Assign every image the prediction on a held-out image of its class, so that similar pairs meet.
 
-    Within each class k the images take as many right answers (k is the likeliest) as `share` times what unseen images
-    get, and wrong ones for the rest, each drawn once before any comes again. The pairs are those of the largest sum of
-    v_i . a_j (an assignment problem). By construction accuracy, loss and confidence of the result are distributed as
-    those of unseen images, class by class; the views decide who gets which.
+    Within each class k the images take correct predictions (k is the likeliest) and wrong ones. The fraction of correct
+    ones is `correct_fraction` times that on held-out images. Every prediction is drawn once before any comes again. The
+    pairs are those with the largest sum of v_i . a_j (an assignment problem). With a `correct_fraction` of 1, accuracy,
+    loss and confidence of the soft labels are distributed as on held-out images, class by class. The views decide which
+    image takes which.
 
     Args:
-        views: v, what the model says of shifted and mirrored versions of the images (probabilities), [N, K]: less of
-            it is memory than of what it says of the images themselves.
-        labels: class of every image, [N].
-        answers: a, what the model says of unseen images (probabilities), [T, K].
-        answer_labels: class of every unseen image, [T]. A class without any takes answers of all classes.
-        share: how many times as often as unseen images the images are to be right, 0 to 1; where all answers are right,
-            all are.
-        generator: of the draws. Another share, with the same draws, changes no more answers than it has to.
+        views: v, mean predictions on `augmented_views` of the images (probabilities), [N, K].
+        labels: class of every image, int64 [N].
+        predictions: a, on held-out images (probabilities), [T, K].
+        prediction_labels: class of every held-out image, int64 [T]. Images of a class without any take predictions of
+            all classes.
+        correct_fraction: target fraction of correct soft labels, relative to that of held-out images, 0..1. Where all
+            predictions of a class are correct, all its soft labels are.
+        generator: of the draws. Another fraction, with the same draws, changes no more soft labels than it has to.
 
     Returns:
-        [N, K], each row one of `answers`.
+        [N, K], each row one of `predictions`.
+
+    Example:
+        >>> views, predictions = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.3, 0.7], [0.6, 0.4]])
+        >>> labels = torch.tensor([0, 0])
+        >>> assign_soft_labels(views, labels, predictions, labels, generator=torch.Generator())
+        tensor([[0.6000, 0.4000],
+                [0.3000, 0.7000]])
     """
     from scipy.optimize import linear_sum_assignment
 
-    targets, left = torch.empty_like(views), 0.0
+    targets, carried = torch.empty_like(views), 0.0
     for k in labels.unique().tolist():
-        mine = (labels == k).nonzero()[:, 0]
-        there = (answer_labels == k).nonzero()[:, 0]
-        if not len(there):
-            there = torch.arange(len(answers))
-        right = answers[there].argmax(1) == k
-        hits, misses = (pool[torch.randperm(len(pool), generator=generator)] for pool in (there[right], there[~right]))
-        count = len(mine)
-        if len(misses):
-            wanted = left + share * len(mine) * len(hits) / len(there)
-            count = round(wanted)
-            left = wanted - count
-        drawn = np.concatenate([np.resize(hits, count), np.resize(misses, len(mine) - count)])
-        rows, columns = linear_sum_assignment(
-            (views[mine] @ answers[drawn].T).numpy().astype(np.float64), maximize=True
+        own = (labels == k).nonzero()[:, 0]
+        candidates = (prediction_labels == k).nonzero()[:, 0]
+        if not len(candidates):
+            candidates = torch.arange(len(predictions))
+        correct = predictions[candidates].argmax(1) == k
+        hits, misses = (
+            pool[torch.randperm(len(pool), generator=generator)] for pool in (candidates[correct], candidates[~correct])
         )
-        targets[mine[rows]] = answers[drawn[columns]]
+        count = len(own)
+        if len(misses):
+            wanted = carried + correct_fraction * len(own) * len(hits) / len(candidates)
+            count = round(wanted)
+            carried = wanted - count  # so that roundings of classes do not add up
+        drawn = np.concatenate([np.resize(hits, count), np.resize(misses, len(own) - count)])
+        rows, columns = linear_sum_assignment(
+            (views[own] @ predictions[drawn].T).numpy().astype(np.float64), maximize=True
+        )
+        targets[own[rows]] = predictions[drawn[columns]]
     return targets

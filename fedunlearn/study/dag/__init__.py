@@ -1,1 +1,1 @@
-"""Steps whose results are files, made once by any number of processes."""
+"""What any study is made of: tasks whose results are files, shared settings, and the processes that do the tasks."""

@@ -1,1 +1,1 @@
-"""The study in a federation: every strategy from the same base, beside gold, while training carries on."""
+"""The study in a federation: every strategy from the same base, beside the retrained model, while training goes on."""

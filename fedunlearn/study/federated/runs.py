@@ -1,30 +1,30 @@
-"""What a step of a federated study does: a run of the real strategy over the real client app, in this process."""
+"""What a task of a federated study does: a run of the real strategy over the real client app, in this process."""
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedunlearn.apps import client_app
-from fedunlearn.apps.registry import strategy_of
+from fedunlearn.config import Config
 from fedunlearn.errors import UserError
-from fedunlearn.federation.client import Worker
+from fedunlearn.federation.auditor import Auditor
+from fedunlearn.federation.handle import Federation
 from fedunlearn.federation.local_grid import LocalGrid
-from fedunlearn.federation.requests import Forgetting
-from fedunlearn.nn.evaluate import Counts
+from fedunlearn.federation.rounds import Rounds
+from fedunlearn.federation.strategy import strategy_of
+from fedunlearn.log import ROUNDS
+from fedunlearn.nn.evaluate import Counts, Predictions
 from fedunlearn.runs import checkpoint
 from fedunlearn.runs.ledger import FORGOTTEN, Ledger
-from fedunlearn.runs.run import BESIDE, Run
-from fedunlearn.study.dag.steps import Desk, Step, log
+from fedunlearn.runs.run import Run
+from fedunlearn.study.dag.tasks import Task, TaskContext, hint
 from fedunlearn.study.federated.settings import TRACE
-from fedunlearn.study.pooled.laboratory import Laboratory
-from fedunlearn.study.pooled.scores import Answers, Scores, score
-from strategies import fed_eraser
+from fedunlearn.study.pooled.scores import AllPredictions, Scores, score
+from fedunlearn.study.pooled.workspace import Workspace
 
 RUN = "run"
 
@@ -33,156 +33,201 @@ RUN = "run"
 class Start:
     """A base run, and the round after which another goes on from it."""
 
-    base: Step
+    base: Task
     round: int
 
 
-def federate(
-    lab: Laboratory,
-    desk: Desk,
-    *,
-    pipeline: str,
-    strategy: str,
-    seed: int,
-    rounds: int,
-    requests: Mapping[int, Sequence[int]],
-    measured: Sequence[int],
-    start: Start | None = None,
-    kept: Sequence[int] = (),
-) -> dict[str, Any]:
-    """A federation of one node a client, from its beginning or from `start`, until round `rounds`.
+@dataclass(frozen=True)
+class FederatedRun:
+    """Plans a federation of one node a client, from its beginning or from `start`, until round `rounds`.
 
-    Args:
+    Attributes:
+        config: settings of the run.
+        rounds: after which it ends.
         requests: round -> clients that are forgotten after it.
-        measured: rounds after which everything is measured (and the attack made), a request of that round served.
-        kept: rounds whose checkpoints the step leaves.
+        measured: rounds after which everything is measured (and the attack made), a request of that round applied.
+        start: what it goes on from, if not from its beginning.
+        kept: rounds whose checkpoints the task leaves.
+    """
+
+    config: Config
+    rounds: int
+    requests: Mapping[int, Sequence[int]]
+    measured: Sequence[int] = ()
+    start: Start | None = None
+    kept: Sequence[int] = ()
+
+    @property
+    def asked(self) -> list[int]:
+        """The clients of all requests, in the order of these."""
+        return [client for clients in self.requests.values() for client in clients]
+
+
+def federate(workspace: Workspace, context: TaskContext, planned: FederatedRun) -> dict[str, Any]:
+    """Train and forget as planned, or go on with it where an interrupted process stopped.
 
     Returns:
         `scores` (rows with `round`, `forgotten` and every column), `forgets` (receipts), `rounds` (their costs),
         `files`.
+
+    Raises:
+        UserError: a request could not be applied.
     """
-    asked = [client for clients in requests.values() for client in clients]
-    with run_of(lab, desk, pipeline, strategy, seed, requests, start) as run:
-        worker = Worker(run.config)
-        work = strategy_of(strategy)(run, worker, log=partial(say, desk.step))
-
-        def watch(round_: int) -> None:
-            forgotten = run.ledger.clients_in(FORGOTTEN)
-            gone = [client for client in asked if client in forgotten]
-            if round_ in measured or round_ % TRACE == 0 or round_ in requests:
-                found = lab.answers(work.model)
-                columns = curve(found, gone or asked, worker)
-                if round_ in measured:
-                    columns |= score(found, gone or asked, seed=seed)
-                run.record("score", round=round_, request=str(forgotten), forgotten=forgotten, **columns)
-            if round_ in kept:
-                checkpoint.save(desk.folder / file_of(round_), state_of(work))
-            desk.tick(round_, rounds, "round")
-
-        work.watch = watch
-        if work.round < rounds or run.ledger.head() is None or not run.ledger.head().finished:
-            if start and work.round == start.round and not run.ledger.clients_in(FORGOTTEN):
-                columns = curve(lab.answers(work.model), asked, worker)
-                run.record("score", round=work.round, request="before", forgotten=[], **columns)
-            elif work.round:
-                watch(work.round)  # whoever was stopped here may have committed the round without this
-            logging.getLogger("flwr").setLevel(logging.ERROR)  # it says the number of every round
-            work.start(LocalGrid(lab.settings.clients, client_app.app), rounds - work.round)
-        if unserved := [r for r in run.ledger.requests() if r.state not in FORGOTTEN]:
-            raise UserError(f"{desk.step.name}: {unserved[0].state}, {unserved[0].detail.get('reason', '')}")
-        return outcome(desk, run, kept)
+    with opened(context, planned) as run, only_our_lines():
+        rounds = Rounds.assemble(
+            run, auditor=Auditor(run.config), on_commit=lambda round_: measuring.after_commit(round_)
+        )
+        measuring = Measuring(workspace, context, planned, run, rounds.federation)
+        current = run.ledger.current()
+        if rounds.federation.round < planned.rounds or current is None or not current.finished:
+            measuring.before_start()
+            grid = LocalGrid(run.config.clients, client_app.app)
+            rounds.start(grid, planned.rounds - rounds.federation.round)
+        for request in run.ledger.requests():
+            if request.state not in FORGOTTEN:
+                reason = request.detail.get("reason", "")
+                raise UserError(f"{context.task.name}: {request.state}, {reason}")
+        return outcome(context, run, planned.kept)
 
 
-def say(step: Step, line: str) -> None:
-    """Print what a strategy logs, but for a line a round: who is left out, and why; how requests went."""
-    if not line.startswith("round ") or "left out" in line:
-        log(f"{step.name}: {line}")
+@dataclass
+class Measuring:
+    """Measures a run after its rounds, and keeps the checkpoints that other tasks need."""
+
+    workspace: Workspace
+    context: TaskContext
+    planned: FederatedRun
+    run: Run
+    federation: Federation
+
+    def before_start(self) -> None:
+        """Measure a base before its request, or a round that was committed and not measured.
+
+        A commit and its measurement are two transactions: a process that is stopped between them leaves the first
+        without the second, and nobody else would make it up. No clock is looked at here, so that every start gets a
+        round further, however little time it has.
+        """
+        start, round_ = self.planned.start, self.federation.round
+        if start and round_ == start.round and not self.run.ledger.clients_in(FORGOTTEN):
+            columns = self._curve(self._predictions(), self.planned.asked)
+            self.run.record("score", round=round_, request="before", forgotten=[], **columns)
+        elif round_:
+            self._measure(round_)
+
+    def after_commit(self, round_: int) -> None:
+        """Measure what is due after a round, and say how far the run is.
+
+        Raises:
+            OutOfTimeError: the time is over; the run goes on here when it is started again.
+        """
+        self._measure(round_)
+        self.context.tick(round_, self.planned.rounds, "round")
+
+    def _measure(self, round_: int) -> None:
+        """Measure what is due after a round, and keep its checkpoint if another task needs it."""
+        planned, forgotten = self.planned, self.run.ledger.clients_in(FORGOTTEN)
+        clients = [client for client in planned.asked if client in forgotten] or planned.asked
+        if round_ in planned.measured or round_ % TRACE == 0 or round_ in planned.requests:
+            predictions = self._predictions()
+            columns = self._curve(predictions, clients)
+            if round_ in planned.measured:
+                columns |= score(predictions, clients, seed=planned.config.seed)
+            self.run.record("score", round=round_, request=str(forgotten), forgotten=forgotten, **columns)
+        if round_ in planned.kept:
+            checkpoint.save(self.context.folder / file_of(round_), self.federation.state.tensors())
+
+    def _predictions(self) -> AllPredictions:
+        return self.workspace.predictions(self.federation.model())
+
+    def _curve(self, predictions: AllPredictions, clients: Sequence[int]) -> Scores:
+        held_out = self.federation.server.predict(self.federation.model())
+        class_counts = {client: self.workspace.class_counts(client) for client in clients}
+        return curve(predictions, held_out, class_counts)
 
 
-@contextmanager
-def run_of(
-    lab: Laboratory,
-    desk: Desk,
-    pipeline: str,
-    strategy: str,
-    seed: int,
-    requests: Mapping[int, Sequence[int]],
-    start: Start | None,
-) -> Iterator[Run]:
-    """The step's run: new, or as an interrupted process left it."""
-    folder = desk.folder / RUN
-    config = lab.settings.config(pipeline, strategy, seed)
-    config = replace(config, run=RUN, forget=replace(config.forget, schedule={r: list(c) for r, c in requests.items()}))
-    ledger = Ledger(folder / "ledger.sqlite")
-    try:
-        run = Run(folder, config, ledger)
-        if start and ledger.head() is None:
-            copy_of(lab, desk, pipeline, run, start)
-        elif head := ledger.head():
-            run.delete_all_but(head.checkpoint)
-        yield run
-    finally:
-        ledger.close()
+def curve(predictions: AllPredictions, held_out: Predictions, class_counts: Mapping[int, Any]) -> Scores:
+    """Give accuracies of all clients, what held-out images of the forget clients' classes get, and losses.
 
-
-def copy_of(lab: Laboratory, desk: Desk, pipeline: str, run: Run, start: Start) -> None:
-    """Begin a run with a base's model, momentum and stored updates."""
-    if run.config.strategy == "federaser":
-        base = Run(start.base.folder(desk.root) / RUN, run.config, run.ledger)
-        (run.folder / fed_eraser.FOLDER).mkdir(parents=True, exist_ok=True)
-        for round_, client in fed_eraser.updates(base):
-            if round_ <= start.round:
-                there, here = (fed_eraser.stored(of, round_, client) for of in (base, run))
-                here.unlink(missing_ok=True)  # of a copy that was stopped
-                os.link(there, here)
-    model = lab.new_model(pipeline, run.config.seed)
-    file, name = desk.file(start.base, file_of(start.round)), file_of(start.round)
-    sha256 = desk.result(start.base)["files"][name]
-    beside = checkpoint.load(file, model, sha256=sha256, beside=BESIDE)
-    run.commit(model, start.round, beside=beside)
-
-
-def curve(found: Answers, clients: Sequence[int], worker: Worker) -> Scores:
-    """Accuracies of everybody, what unseen images of the forgotten clients' mix get, and the losses of both."""
-    counts = found.train.counts()
-    others = sum((c for client, c in counts.items() if client not in clients), Counts())
-    unseen = worker.predict_test()
+    Args:
+        held_out: predictions on the server's held-out images.
+        class_counts: of each forget client, [K].
+    """
+    counts = predictions.train.counts()
+    retain = sum((c for client, c in counts.items() if client not in class_counts), Counts())
     columns = {
-        "others": others.class_accuracy,
-        "id_others": others.client_accuracy,
-        "test": unseen.total.class_accuracy,
+        "retain": retain.class_accuracy,
+        "id_retain": retain.client_accuracy,
+        "test": held_out.total.class_accuracy,
     }
-    for client in clients:
-        mix = worker.class_mix([client])
+    for client, of_classes in class_counts.items():
         columns |= {
             f"client_{client}": counts[client].class_accuracy,
-            f"unseen_{client}": unseen.expected_accuracy(mix),
+            f"held_out_{client}": held_out.expected_accuracy(of_classes),
             f"loss_{client}": counts[client].mean_loss,
         }
     return columns
 
 
-def state_of(work: Forgetting) -> dict[str, Any]:
-    """The model and what the server keeps beside it."""
-    return work.model.state_dict() | work.server.beside()
+@contextmanager
+def opened(context: TaskContext, planned: FederatedRun) -> Iterator[Run]:
+    """Open the task's run: new, or as an interrupted process left it."""
+    folder = context.folder / RUN
+    forget = planned.config.forget.model_copy(
+        update={"schedule": {round_: list(clients) for round_, clients in planned.requests.items()}}
+    )
+    ledger = Ledger(folder / "ledger.sqlite")
+    try:
+        run = Run(folder, planned.config.model_copy(update={"run": RUN, "forget": forget}), ledger)
+        current = ledger.current()
+        if current:
+            run.delete_all_but(current.checkpoint)
+        elif planned.start:
+            begin_from(context, run, planned.start)
+        yield run
+    finally:
+        ledger.close()
+
+
+def begin_from(context: TaskContext, run: Run, start: Start) -> None:
+    """Begin a run with a base's state, and with what the run's strategy keeps beside that."""
+    base = Run(start.base.folder(context.root) / RUN, run.config, run.ledger)
+    strategy_of(run.config).carry_over(base, run, start.round)
+    name = file_of(start.round)
+    file, sha256 = context.file(start.base, name), context.result(start.base)["files"][name]
+    tensors, _ = checkpoint.read_tensors(file, sha256=sha256, hint=hint(file))
+    run.commit(tensors, start.round)
+
+
+@contextmanager
+def only_our_lines() -> Iterator[None]:
+    """Log no line a round, neither the run's own nor Flower's: a study has thousands of them."""
+    levels = {ROUNDS: logging.WARNING, "flwr": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def file_of(round_: int) -> str:
-    """The name of a round's checkpoint."""
+    """Name the file of a round's checkpoint."""
     return f"round-{round_:05d}.safetensors"
 
 
-def outcome(desk: Desk, run: Run, kept: Sequence[int]) -> dict[str, Any]:
-    """What the run has measured."""
+def outcome(context: TaskContext, run: Run, kept: Sequence[int]) -> dict[str, Any]:
+    """Give what the run has measured."""
     rows = run.metrics()
     return {
-        "files": {file_of(round_): sha256(desk.folder / file_of(round_)) for round_ in kept},
+        "files": {file_of(round_): sha256_of(context.folder / file_of(round_)) for round_ in kept},
         "scores": [row for row in rows if row["kind"] == "score"],
         "forgets": [row for row in rows if row["kind"] == "forget"],
         "rounds": {str(row["round"]): row["train"] for row in rows if row["kind"] == "round"},
     }
 
 
-def sha256(file: Path) -> str:
-    """Of a file's bytes."""
+def sha256_of(file: Path) -> str:
+    """Hash a file's bytes."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

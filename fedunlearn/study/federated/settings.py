@@ -1,97 +1,87 @@
 """The settings of a federated study."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
-from fedunlearn import config
-from fedunlearn.config import (
-    INF,
-    SCALES,
-    Config,
-    Data,
-    Forget,
-    Loss,
-    Model,
-    Partition,
-    Train,
-    Unlearn,
-    check_clients,
-    choice,
-    number,
-    plain,
-)
+from pydantic import BaseModel, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from fedunlearn.config import Config, Train, nearest_of
 from fedunlearn.errors import UserError
-from fedunlearn.study.pooled.settings import DATASETS, PIPELINES, check_lists, composed, several
-from fedunlearn.study.pooled.training import Recipe
+from fedunlearn.federation.strategy import Strategy, settings_for, strategy_class, strategy_names, strategy_of
+from fedunlearn.study.dag.settings import Pipeline, Scope, StudySettings, check_scope, composed
 
-STAGES = ("train", "gold", "forget", "report")
-STRATEGIES = tuple(name for name in config.STRATEGIES if name != "retrain")  # retraining is gold, and measured as such
+Scenario = Literal["single", "request_times", "sequential", "together", "everyone"]
+Stage = Literal["train", "retrain", "forget", "report"]
+
+STAGES: tuple[Stage, ...] = ("train", "retrain", "forget", "report")
+STRATEGIES = ("subset", "ssd", "leave", "ascent", "pga", "federaser", "negate")
+RETRAINING = "retrain"  # a strategy that is no subject of a study: its models are what all others are compared with
 TRACE = 5  # rounds between evaluations, and points of a curve
-SCENARIOS = ("single", "moments", "sequential", "together", "everyone")
 
 
-@dataclass
-class Scope:
-    """Which part of the study, and where."""
+class FederatedScope(Scope):
+    """Says which part of the study is done, and where."""
 
-    name: str = plain("", "of the study's folder; empty: data set, scale and 'federated'")
-    home: str = plain("", "state folder; empty takes $FEDUNLEARN_HOME or ~/.fedunlearn")
-    stages: list[str] = several(list(STAGES), "what to do", STAGES)
-    only: str = plain("*", "pattern of step names, such as forget/subset/*/seed0: do no others")
-    pipelines: list[str] = several(["ce_dl"], "which", PIPELINES)
-    strategies: list[str] = several(list(STRATEGIES), "which", (*STRATEGIES, config.OWN))
-    scenarios: list[str] = several(
-        ["single"], "requests: the first client of `order`; also at each of `moments`; one after another, or the first "
-        "two at once; or each client", SCENARIOS,
-    )  # fmt: skip
-    order: list[int] = several([0, 1, 2], "clients in the order of their requests")
-    moments: list[float] = several([0.25, 0.5, 0.75], "shares of the rounds after which a request comes, beside all")
-    apart: int = number(10, 1, 10**6, "rounds between sequential requests")
-    after: list[int] = several([0, 1, 3, 10, 30], "rounds after a request at which it is measured")
-    seeds: list[int] = several([0], "repetitions: of weights, shuffling, augmentation")
-    workers: int = number(0, 0, 1024, "processes at work; 0: one on a GPU, else one for every `train.threads` cores")
-    minutes: float = number(INF, 0, INF, "after which to stop, at the end of a round; continue by running again")
+    stages: list[Stage] = Field(default=list(STAGES), description="what to do")
+    only: str = Field(default="*", description="pattern of task names, such as forget/subset/*/seed0: do no others")
+    pipelines: list[Pipeline] = Field(default=["ce_dl"], description="which")
+    strategies: list[str] = Field(default=list(STRATEGIES), description="which; installed ones, or module:Class")
+    scenarios: list[Scenario] = Field(
+        default=["single"],
+        description="requests: the first client of `order`; also at each of `request_times`; one after another, or the "
+        "first two at once; or each client",
+    )
+    request_times: list[float] = Field(
+        default=[0.25, 0.5, 0.75], description="fractions of the rounds after which a request comes, beside all"
+    )
+    apart: int = Field(default=10, ge=1, le=10**6, description="rounds between sequential requests")
+    after: list[int] = Field(default=[0, 1, 3, 10, 30], description="rounds after a request at which it is measured")
+    seeds: list[int] = Field(default=[0], description="repetitions: of weights, shuffling, augmentation")
 
 
-@dataclass
-class Settings:
-    """Everything a federated study depends on."""
+class FederatedSettings(StudySettings):
+    """Holds everything that a federated study depends on."""
 
-    federated: bool = True
-    dataset: str = choice("cifar10", DATASETS, "whose preset to take; data.name can differ")
-    scale: str = choice("auto", SCALES, "the paper's size, or one for two cores; auto is laptop without a GPU")
-    clients: int = number(10, 2, 10**6, "clients")
-    rounds: int = number(200, 1, 10**6, "of training; then comes the request, or the first of several in turn")
-    data: Data = field(default_factory=Data)
-    partition: Partition = field(default_factory=Partition)
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
-    loss: Loss = field(default_factory=Loss)
-    unlearn: Unlearn = field(default_factory=Unlearn)
-    study: Scope = field(default_factory=Scope)
+    rounds: int = Field(
+        default=200, ge=1, le=10**6, description="of training; then comes the request, or the first of several in turn"
+    )
+    train: Train = Train()
+    unlearn: dict[str, dict[str, Any]] = Field(
+        default={}, description="settings of the strategies, by strategy: unlearn.ssd.alpha=2"
+    )
+    study: FederatedScope = FederatedScope()
 
-    @property
-    def learning(self) -> Train:
-        """What the laboratory calls so: precision and threads."""
-        return self.train
+    @field_validator("unlearn", mode="before")
+    @classmethod
+    def _by_strategy(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not all(isinstance(value, dict) for value in values.values()):
+            raise PydanticCustomError(
+                "by_strategy", "settings of a strategy are named unlearn.STRATEGY.NAME, as unlearn.ssd.alpha=2"
+            )
+        return values
 
     @property
-    def targets(self) -> list[int]:
-        """The clients that are forgotten, and attacked."""
+    def attacked(self) -> list[int]:
+        """The clients that are forgotten in some scenario."""
         return list(range(self.clients)) if "everyone" in self.study.scenarios else self.study.order
 
-    def recipe(self, pipeline: str) -> Recipe:
-        """Pooled training that costs as much, to see how fast a machine is."""
-        train, loss = asdict(self.train), asdict(self.loss)
-        names = {f.name for f in fields(Recipe)} & train.keys()
-        warmup = loss.pop("warmup")
-        return Recipe(**{name: train[name] for name in names} | {"warmup": warmup, "loss": loss})
+    def of_strategy(self, strategy: str) -> BaseModel:
+        """Give the settings of a strategy, with defaults for those that are not given.
 
-    def config(self, pipeline: str, strategy: str, seed: int) -> Config:
-        """Of a federation's run."""
-        loss = asdict(self.loss) | ({"disentangle_weight": 0.0} if pipeline == "ce" else {})
-        model = asdict(self.model) | {"client_head": pipeline != "no_mtl"}
+        Raises:
+            UserError: an unknown name, or a value out of range.
+        """
+        key = key_of(strategy)
+        try:
+            return settings_for(strategy, self.unlearn.get(key, {}))
+        except UserError as error:
+            raise UserError(str(error).replace("unlearn.", f"unlearn.{key}.")) from None
+
+    def config(self, pipeline: Pipeline, strategy: str, seed: int) -> Config:
+        """Give the settings of a federation's run."""
+        loss = self.loss.model_copy(update={"disentangle_weight": 0.0} if pipeline == "ce" else {})
+        model = self.model.model_copy(update={"client_head": pipeline != "no_mtl"})
         return Config(
             home=self.study.home,
             strategy=strategy,
@@ -101,43 +91,71 @@ class Settings:
             evaluate_every=TRACE,
             data=self.data,
             partition=self.partition,
-            model=Model(**model),
+            model=model,
             train=self.train,
-            loss=Loss(**loss),
-            unlearn=self.unlearn,
-            forget=Forget(),
+            loss=loss,
+            unlearn=self.of_strategy(strategy).model_dump(),
         )
 
 
-def load(words: Iterable[str]) -> Settings:
-    """The federated preset of a data set and scale, with settings such as `rounds=20` on top.
+def load(words: Iterable[str]) -> FederatedSettings:
+    """Give the federated preset of a data set and scale, with settings such as `rounds=20` on top.
 
     Raises:
         UserError: an unknown name, a value of the wrong type or out of range.
     """
-    return check(composed(Settings, "fedunlearn.study.federated", words))
+    return check(composed(FederatedSettings, "fedunlearn.study.federated", words))
 
 
-def check(chosen: Settings) -> Settings:
-    """The settings themselves, where every value is in its range; UserError names the first that is not."""
-    config.check_ranges(chosen)
-    check_lists(chosen)
+def check(chosen: FederatedSettings) -> FederatedSettings:
+    """Give the settings themselves, where their values agree with each other.
+
+    Raises:
+        UserError: naming the first that does not.
+    """
+    check_scope(chosen)
     study = chosen.study
-    check_clients(study.order, chosen.clients)
-    if len(set(study.order)) != len(study.order) or len(study.order) >= chosen.clients:
-        raise UserError(f"study.order={study.order} names a client twice, or leaves none of {chosen.clients}")
-    if not all(0 < moment <= 1 for moment in study.moments):
-        raise UserError(f"study.moments={study.moments} are not shares in 0..1")
+    if not all(0 < time <= 1 for time in study.request_times):
+        raise UserError(f"study.request_times={study.request_times} are not fractions in 0..1")
     if 0 not in study.after or min(study.after) < 0:
         raise UserError(f"study.after={study.after} are not rounds after a request, 0 among them")
-    if chosen.unlearn.recovery_rounds:
-        raise UserError("unlearn.recovery_rounds: a federated study measures `study.after` rounds after every request")
-    if chosen.unlearn.head == "client" and "no_mtl" in study.pipelines:
-        raise UserError("unlearn.head=client needs pipelines with a client head")
+    check_strategies(chosen)
     return chosen
 
 
-def what(settings: Settings) -> dict[str, Any]:
-    """The settings that a run depends on, whatever is forgotten in it and how."""
-    kept = ("clients", "rounds", "partition", "model", "train", "loss")
-    return {name: value for name, value in asdict(settings).items() if name in kept}
+def check_strategies(chosen: FederatedSettings) -> None:
+    """Raise UserError for a strategy that there is not, and for settings of one that are wrong."""
+    study = chosen.study
+    installed = [name for name in strategy_names() if name != RETRAINING]
+    installed.sort(key=lambda name: (STRATEGIES.index(name) if name in STRATEGIES else len(STRATEGIES), name))
+    for name in study.strategies:
+        if name not in installed and ":" not in name:
+            raise UserError(f"study.strategies: {name} is not one of {', '.join(installed)}, module:Class")
+    known = [*dict.fromkeys([*map(key_of, study.strategies), *installed])]
+    for key in chosen.unlearn:
+        if key not in known:
+            nearest = nearest_of(f"unlearn.{key}", [f"unlearn.{name}" for name in known])
+            raise UserError(f"unlearn.{key} names no strategy{nearest}")
+    for name in study.strategies:
+        for pipeline in study.pipelines:
+            strategy_of(chosen.config(pipeline, name, 0))
+    if len(kept := keepers(chosen)) > 1:
+        raise UserError(
+            f"study.strategies: {kept[0]} and {kept[1]} both keep something of the base run, which is trained under "
+            "one of them: choose one"
+        )
+
+
+def keepers(chosen: FederatedSettings) -> list[str]:
+    """List the strategies that take something along from the base run beside its checkpoint."""
+    return [name for name in chosen.study.strategies if strategy_class(name).carry_over is not Strategy.carry_over]
+
+
+def key_of(strategy: str) -> str:
+    """Say what `unlearn` calls a strategy: its name, or the class's name where it is `module:Class`."""
+    return strategy.rpartition(":")[2]
+
+
+def identity_of(chosen: FederatedSettings) -> dict[str, Any]:
+    """Give the settings that a run depends on, whatever is forgotten in it and how."""
+    return chosen.model_dump(include={"clients", "rounds", "partition", "model", "train", "loss"})

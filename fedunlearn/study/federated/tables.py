@@ -1,4 +1,7 @@
-"""What a federated study has measured, beside gold: one row a strategy and moment, mean over seeds."""
+"""What a federated study has measured: one row for each strategy and time of measurement, mean over seeds.
+
+Each is beside the same of the retrained model (the paper's "gold").
+"""
 
 import statistics
 from collections.abc import Sequence
@@ -8,132 +11,133 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.study.dag.steps import Step
+from fedunlearn.federation.strategy import strategy_class
+from fedunlearn.federation.tasks import tasks_of
+from fedunlearn.study.dag.settings import PIPELINES, Pipeline
+from fedunlearn.study.dag.tasks import Task
 from fedunlearn.study.federated.plan import Case, Plan
-from fedunlearn.study.pooled.settings import PIPELINES
 
-NAMES = {
-    "subset": "unseen answers (ours)",
-    "ssd": "SSD",
-    "leave": "leave and continue",
-    "ascent": "gradient ascent",
-    "pga": "PGA",
-    "federaser": "FedEraser",
-    "negate": "NoT",
-    "gold": "gold (retraining)",
-}
-
-
-def label(strategy: str) -> str:
-    """What tables and pictures call a strategy; one of somebody's own (`module:Class`) by its class."""
-    return NAMES.get(strategy, strategy.rpartition(":")[2])
-
+RETRAINED = "retrained"  # in place of a strategy's name
 
 MEASURES = {
-    "forgotten": "forgotten",
-    "gap": "memory gap",
-    "others": "others",
+    "forget": "forget",
+    "gap": "memorisation gap",
+    "retain": "retain",
     "test": "test",
-    "id": "client ID, others",
-    "mia": "attack, %",
+    "id": "client ID, retain",
+    "mia": "MIA accuracy, %",
 }
 COSTS = {
     "work": "work, % of retraining",
-    "rounds": "rounds until served",
+    "rounds": "rounds until applied",
     "bytes": "MB",
     "seconds": "seconds",
     "stored": "stored, MB",
 }
 
 
+def label(strategy: str) -> str:
+    """Say what tables and pictures call a strategy, or the retrained model."""
+    return RETRAINED if strategy == RETRAINED else strategy_class(strategy).label
+
+
 @dataclass
 class Row:
-    """A strategy (or gold) after a request: values by measure, one a seed; `gold` are the same of gold."""
+    """A strategy (or the retrained model) some rounds after a request.
+
+    Attributes:
+        forgotten: the clients, in the order of their requests.
+        after: rounds since the last of these requests.
+        values: by measure, one a seed.
+        retrained: the same of the retrained model.
+    """
 
     case: Case
-    pipeline: str
+    pipeline: Pipeline
     strategy: str
     forgotten: tuple[int, ...]
     after: int
     values: dict[str, list[float]]
-    gold: dict[str, list[float]]
+    retrained: dict[str, list[float]]
 
     def mean(self, measure: str) -> float:
-        """Over seeds."""
+        """Give the mean over seeds."""
         return statistics.fmean(self.values[measure]) if self.values.get(measure) else nan
 
     def sd(self, measure: str) -> float:
-        """Over seeds; nan for fewer than two."""
+        """Give the standard deviation over seeds; nan for fewer than two."""
         return statistics.stdev(self.values[measure]) if len(self.values.get(measure, [])) > 1 else nan
 
     def distance(self, measure: str) -> float:
-        """Mean over seeds of |value - gold's|; of gold, that between models of two seeds (nan for one seed)."""
-        ours, gold = self.values.get(measure, []), self.gold.get(measure, [])
-        pairs = list(combinations(gold, 2) if self.strategy == "gold" else zip(ours, gold, strict=False))
+        """Give the mean over seeds of |value - the retrained model's|.
+
+        Of the retrained model itself it is that between models of two seeds (nan for one seed).
+        """
+        ours, target = self.values.get(measure, []), self.retrained.get(measure, [])
+        pairs = list(combinations(target, 2) if self.strategy == RETRAINED else zip(ours, target, strict=False))
         return statistics.fmean(abs(a - b) for a, b in pairs) if pairs else nan
 
 
-def measures(row: dict[str, Any], left: Sequence[int], sizes: Sequence[int]) -> dict[str, float]:
-    """The columns of one scored model: means over the forgotten clients' examples."""
-    total = sum(sizes[client] for client in left)
+def measures(row: dict[str, Any], forgotten: Sequence[int], sizes: Sequence[int]) -> dict[str, float]:
+    """Give the measures of one scored model: means over the forgotten clients' examples."""
+    total = sum(sizes[client] for client in forgotten)
 
     def of(kind: str) -> float:
-        return sum(sizes[client] * row[f"{kind}_{client}"] for client in left) / total
+        return sum(sizes[client] * row[f"{kind}_{client}"] for client in forgotten) / total
 
-    found = {"forgotten": of("client"), "gap": of("client") - of("unseen")}
-    found |= {"others": row["others"], "test": row["test"], "mia": row["mia"]}
-    worst = max(abs(row[f"client_{client}"] - row[f"unseen_{client}"]) for client in left)
-    return found | {"id": row["id_others"] if "id_client_" + str(left[0]) in row else nan, "worst": worst}
+    found = {"forget": of("client"), "gap": of("client") - of("held_out")}
+    found |= {"retain": row["retain"], "test": row["test"], "mia": row["mia"]}
+    worst = max(abs(row[f"client_{client}"] - row[f"held_out_{client}"]) for client in forgotten)
+    return found | {"id": row["id_retain"] if f"id_client_{forgotten[0]}" in row else nan, "worst": worst}
 
 
 class Results:
-    """Reads the results of a plan's steps, as far as they are there."""
+    """Reads the results of a plan's tasks, as far as they are there."""
 
     def __init__(self, plan: Plan, root: Path) -> None:
         self.plan, self.root = plan, root
-        self.sizes = [len(owned) for owned in plan.lab.slices]
+        self.sizes = [len(owned) for owned in plan.workspace.slices]
         self._cache: dict[str, dict[str, Any]] = {}
 
-    def of(self, step: Step) -> dict[str, Any] | None:
-        """A step's result, if it is done."""
-        if step.key not in self._cache and step.is_done(self.root):
-            self._cache[step.key] = step.result(self.root)
-        return self._cache.get(step.key)
+    def of(self, task: Task) -> dict[str, Any] | None:
+        """Read a task's result, if it is done."""
+        if task.key not in self._cache and task.is_done(self.root):
+            self._cache[task.key] = task.result(self.root)
+        return self._cache.get(task.key)
 
-    def scored(self, step: Step, round_: int, left: Sequence[int]) -> dict[str, float] | None:
-        """The measures of a run after a round, when those had left."""
-        for row in (self.of(step) or {"scores": []})["scores"]:
-            if row["round"] == round_ and row["forgotten"] == sorted(left) and "mia" in row:
-                return measures(row, left, self.sizes)
+    def scored(self, task: Task, round_: int, forgotten: Sequence[int]) -> dict[str, float] | None:
+        """Give the measures of a run after a round in which those clients are forgotten."""
+        for row in (self.of(task) or {"scores": []})["scores"]:
+            if row["round"] == round_ and row["forgotten"] == sorted(forgotten) and "mia" in row:
+                return measures(row, forgotten, self.sizes)
         return None
 
-    def rows(self, case: Case, pipeline: str) -> list[Row]:
-        """Every strategy, and gold, at every offset of a case."""
+    def rows(self, case: Case, pipeline: Pipeline) -> list[Row]:
+        """Give the rows of every strategy, and of the retrained model, at every offset of a case."""
         found = []
         for offset, _ in case.requests:
-            left = case.left(offset)
             for after in self.plan.settings.study.after:
-                for strategy in [*self.plan.settings.study.strategies, "gold"]:
-                    row = self._row(case, pipeline, strategy, left, offset, after)
+                for strategy in [*self.plan.settings.study.strategies, RETRAINED]:
+                    row = self._row(case, pipeline, strategy, offset, after)
                     if row.values:
                         found.append(row)
         return found
 
-    def _row(self, case: Case, pipeline: str, strategy: str, left: tuple[int, ...], offset: int, after: int) -> Row:
-        row = Row(case, pipeline, strategy, left, after, {}, {})
+    def _row(self, case: Case, pipeline: Pipeline, strategy: str, offset: int, after: int) -> Row:
+        forgotten, round_ = case.forgotten(offset), case.round + offset + after
+        row = Row(case, pipeline, strategy, forgotten, after, {}, {})
         for seed in self.plan.settings.study.seeds:
-            gold_step = self.plan.gold(pipeline, left, seed)
-            step = gold_step if strategy == "gold" else self.plan.forget(strategy, pipeline, case, seed)
-            round_ = case.round + offset + after
-            ours, gold = self.scored(step, round_, left), self.scored(gold_step, round_, left)
-            for store, values in ((row.values, ours), (row.gold, gold)):
-                for measure, value in (values or {}).items() if ours and gold else ():
+            retrained = self.plan.retrained(pipeline, forgotten, seed)
+            task = retrained if strategy == RETRAINED else self.plan.forget(strategy, pipeline, case, seed)
+            ours, target = self.scored(task, round_, forgotten), self.scored(retrained, round_, forgotten)
+            for store, values in ((row.values, ours), (row.retrained, target)):
+                for measure, value in (values or {}).items() if ours and target else ():
                     if not isnan(value):
                         store.setdefault(measure, []).append(value)
         return row
 
-    def before(self, case: Case, pipeline: str) -> list[dict[str, float]]:
-        """What was measured of the base just before the request, by seed."""
+    def before(self, case: Case, pipeline: Pipeline) -> list[dict[str, float]]:
+        """Give what was measured of the base just before the request, by seed."""
         study, found = self.plan.settings.study, {}
         for seed, strategy in product(study.seeds, study.strategies):
             result = self.of(self.plan.forget(strategy, pipeline, case, seed))
@@ -141,8 +145,8 @@ class Results:
                 found[seed] = next(row for row in result["scores"] if row["request"] == "before")
         return [*found.values()]
 
-    def foretold(self, case: Case, pipeline: str) -> list[float]:
-        """Gold's accuracy on the first request's clients, as foretold when they asked, by seed."""
+    def estimated(self, case: Case, pipeline: Pipeline) -> list[float]:
+        """Give the retrained model's accuracy on the first request's clients, as estimated at the request, by seed."""
         study, found = self.plan.settings.study, {}
         for seed, strategy in product(study.seeds, study.strategies):
             result = self.of(self.plan.forget(strategy, pipeline, case, seed))
@@ -150,21 +154,24 @@ class Results:
                 found[seed] = result["forgets"][0]["predicted"]
         return [*found.values()]
 
-    def costs(self, case: Case, pipeline: str, strategy: str) -> dict[str, list[float]]:
-        """What the first request took until the model was served again, by seed."""
+    def costs(self, case: Case, pipeline: Pipeline, strategy: str) -> dict[str, list[float]]:
+        """Give what the first request took until it was applied, by seed.
+
+        Rounds are the queries of client tasks that train.
+        """
         found: dict[str, list[float]] = {}
+        tasks = tasks_of(strategy_class(strategy))
         for seed in self.plan.settings.study.seeds:
             result = self.of(self.plan.forget(strategy, pipeline, case, seed))
-            gold = self.of(self.plan.gold(pipeline, case.left(0), seed))
-            if not (result and gold):
+            retrained = self.of(self.plan.retrained(pipeline, case.forgotten(0), seed))
+            if not (result and retrained):
                 continue
-            sweeps = result["forgets"][0]["costs"]
-            again = sum(cost["work"] for round_, cost in gold["rounds"].items() if int(round_) <= case.round)
-            of_training = ("recovery", "retained", "replay")
+            costs = result["forgets"][0]["costs"]
+            again = sum(cost["work"] for round_, cost in retrained["rounds"].items() if int(round_) <= case.round)
             values = {
-                "work": 100 * sum(cost["work"] for cost in sweeps.values()) / again,
-                "rounds": sum(cost.get("sweeps", 1) for name, cost in sweeps.items() if name in of_training),
-                "bytes": sum(cost["bytes"] for cost in sweeps.values()) / 1e6,
+                "work": 100 * sum(cost["work"] for cost in costs.values()) / again,
+                "rounds": sum(cost["queries"] for name, cost in costs.items() if tasks[name].trains),
+                "bytes": sum(cost["bytes"] for cost in costs.values()) / 1e6,
                 "seconds": result["forgets"][0]["seconds"],
                 "stored": result["forgets"][0]["stored_bytes"] / 1e6,
             }
@@ -174,14 +181,14 @@ class Results:
 
 
 def number(value: float, measure: str) -> str:
-    """As it is printed."""
+    """Write a value as it is printed."""
     if isnan(value):
         return "–"
     return f"{value:.1f}" if measure in ("mia", *COSTS) else f"{value:.3f}"
 
 
-def title(case: Case, pipeline: str) -> str:
-    """What a table is of."""
+def title(case: Case, pipeline: Pipeline) -> str:
+    """Say what a table is of."""
     asked = "; ".join(f"client{'s' if len(c) > 1 else ''} {' and '.join(map(str, c))}" for _, c in case.requests)
     apart = f", {case.requests[1][0]} rounds apart" if len(case.requests) > 1 else ""
     return f"{PIPELINES[pipeline]}: {asked}{apart}, asked for after round {case.round}"

@@ -1,1 +1,1 @@
-"""The paper's study, on pooled data."""
+"""The paper's study, on pooled data; it needs neither Flower nor Ray."""

@@ -1,4 +1,4 @@
-"""The study's pictures."""
+"""The pictures of the paper's study."""
 
 from itertools import cycle
 from pathlib import Path
@@ -6,28 +6,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedunlearn.runs.report import COLOURS, class_counts, split_figure
-from fedunlearn.study.dag.steps import Step
+from fedunlearn.runs.report import COLOURS, split_figure
+from fedunlearn.study.dag.settings import PIPELINES, Pipeline
+from fedunlearn.study.dag.tasks import Task
 from fedunlearn.study.pooled.plan import Plan
 from fedunlearn.study.pooled.search import read_trials
-from fedunlearn.study.pooled.settings import PIPELINES
 from fedunlearn.study.pooled.sparsity import METHODS
 from fedunlearn.study.pooled.unlearning import TRIALS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LAST = "last forgotten client"
+
 
 def all_figures(plan: Plan, root: Path) -> dict[str, tuple[str, "Figure"]]:
-    """Caption and figure by file name, of what has been measured so far."""
+    """Draw what has been measured so far; gives caption and figure by file name."""
     figures = {
         "split": ("Training images by client and class (the paper's Figures 4 and 5)", split(plan)),
         "diagram": ("The pipeline (the paper's Figure 3)", diagram()),
     }
     for name, caption, made in (
-        ("stages", "Accuracy and attack by stage; bars: standard deviation over seeds", stages(plan, root)),
+        ("stages", "Accuracy and MIA accuracy by stage; bars: standard deviation over seeds", stages(plan, root)),
         ("search", "Every trial of the searches of stage 1 (first seed); circled: chosen", landscape(plan, root)),
-        ("pruning", "Client-ID accuracy of the others by epoch of fine-tuning after pruning", curves(plan, root)),
+        (
+            "pruning",
+            "Client-ID accuracy of the retain clients by epoch of fine-tuning after pruning",
+            curves(plan, root),
+        ),
         ("embeddings", "t-SNE of embeddings, by class and by client (the paper's Figure 2)", embeddings(plan, root)),
         ("learning", "Accuracy on training images as they were trained on (first seed)", learning(plan, root)),
     ):
@@ -37,13 +43,14 @@ def all_figures(plan: Plan, root: Path) -> dict[str, tuple[str, "Figure"]]:
 
 
 def split(plan: Plan) -> "Figure":
-    """Heat map of examples, clients x classes (Figures 4 and 5)."""
-    data = plan.lab.dataset
-    return split_figure(class_counts(data, plan.lab.slices), data.class_names)
+    """Draw a heat map of examples, clients x classes (Figures 4 and 5)."""
+    workspace = plan.workspace
+    counts = np.stack([workspace.class_counts(client).numpy() for client in range(plan.settings.clients)])
+    return split_figure(counts, workspace.dataset.class_names)
 
 
 def diagram() -> "Figure":
-    """What happens to a model, as boxes (Figure 3)."""
+    """Draw what happens to a model, as boxes (Figure 3)."""
     figure = _figure(10, 3.4)
     axes = figure.subplots()
     boxes = [
@@ -73,14 +80,14 @@ def diagram() -> "Figure":
 
 
 def stages(plan: Plan, root: Path) -> "Figure | None":
-    """The last client that left, the others, the test set and the attack, by stage: original, unlearned, gold."""
-    columns = ("the one that left", "others", "test", "mia")
+    """Draw accuracies by stage: of the last forgotten client, the retain clients, the test set and the attack."""
+    columns = (LAST, "retain", "test", "mia")
     figure = _figure(11, 2.3 * len(PIPELINES))
     grid = figure.subplots(len(PIPELINES), len(columns), squeeze=False, sharex=True)
     drawn = False
     for row, (pipeline, label) in zip(grid, PIPELINES.items(), strict=True):
         for place, (name, colour) in enumerate(
-            zip(("original", "unlearned", "fine-tuned", "gold"), COLOURS, strict=False)
+            zip(("original", "unlearned", "fine-tuned", "retrained"), COLOURS, strict=False)
         ):
             for axes, column in zip(row, columns, strict=True):
                 points = _stage_points(plan, root, pipeline, name, column)
@@ -89,7 +96,7 @@ def stages(plan: Plan, root: Path) -> "Figure | None":
                     x = [stage + 0.05 * (place - 1.5) for stage, _ in points]
                     y, sd = [np.mean(v) for _, v in points], [np.std(v, ddof=len(v) > 1) for _, v in points]
                     axes.errorbar(x, y, sd, label=name, color=colour, marker="o", markersize=4, capsize=2)
-                axes.set_title(f"{label}: {column if column != 'mia' else 'attack, %'}", fontsize=9)
+                axes.set_title(f"{label}: {column if column != 'mia' else 'MIA accuracy, %'}", fontsize=9)
                 axes.set_xticks(range(1, len(plan.order) + 1))
                 axes.grid(alpha=0.25)
     for axes in grid[-1]:
@@ -101,20 +108,21 @@ def stages(plan: Plan, root: Path) -> "Figure | None":
 
 
 def landscape(plan: Plan, root: Path) -> "Figure | None":
-    """The objective, and what it costs the others, over alpha and lambda."""
+    """Draw the objective, and what it costs the retain clients, over alpha and lambda."""
     seed = plan.settings.study.seeds[0]
-    steps = {pipeline: plan.ssd(pipeline, 1, seed) for pipeline in plan.settings.study.pipelines}
-    steps = {pipeline: step for pipeline, step in steps.items() if step.is_done(root)}
-    if not steps:
+    every: dict[Pipeline, Task] = {p: plan.ssd(p, 1, seed) for p in plan.settings.study.pipelines}
+    tasks: dict[Pipeline, Task] = {pipeline: task for pipeline, task in every.items() if task.is_done(root)}
+    if not tasks:
         return None
-    figure = _figure(4 * len(steps), 6.4)
+    figure = _figure(4 * len(tasks), 6.4)
     name = "alpha" if plan.settings.search.reading == "threshold" else "exponent"
-    for column, (pipeline, step) in zip(figure.subplots(2, len(steps), squeeze=False).T, steps.items(), strict=True):
-        trials, best = read_trials(step.folder(root) / TRIALS), step.result(root)["best"]
+    grid = figure.subplots(2, len(tasks), squeeze=False).T
+    for column, (pipeline, task) in zip(grid, tasks.items(), strict=True):
+        trials, best = read_trials(task.folder(root) / TRIALS), task.result(root)["best"]
         x, y = ([trial[key] for trial in trials] for key in (name, "lambda_"))
         for axes, colours, label in (
-            (column[0], [trial["value"] for trial in trials], "deviation from gold"),
-            (column[1], [1 - trial["scores"]["others"] for trial in trials], "others' class error"),
+            (column[0], [trial["value"] for trial in trials], "deviation from retrained"),
+            (column[1], [1 - trial["scores"]["retain"] for trial in trials], "retain class error"),
         ):
             drawn = axes.scatter(x, y, c=colours, cmap="viridis_r")
             axes.scatter(best[name], best["lambda_"], s=140, facecolors="none", edgecolors="#c8553d", linewidths=2)
@@ -124,22 +132,22 @@ def landscape(plan: Plan, root: Path) -> "Figure | None":
 
 
 def curves(plan: Plan, root: Path) -> "Figure | None":
-    """Client-ID accuracy by epoch after pruning."""
+    """Draw client-ID accuracy by epoch after pruning."""
     settings, seeds = plan.settings.ablation, plan.settings.study.seeds
-    steps = [step for step in plan.ablation() if step.name.startswith("prune/") and step.is_done(root)]
-    rows = [step for step in steps if step.name.endswith(f"/seed{seeds[0]}")]
+    tasks = [task for task in plan.ablation() if task.name.startswith("prune/") and task.is_done(root)]
+    rows = [task for task in tasks if task.name.endswith(f"/seed{seeds[0]}")]
     if not rows:
         return None
     figure, base = _figure(11, 3.4), plan.base(settings.pipeline, seeds[0])
-    colours = dict(zip(settings.shares, cycle(COLOURS), strict=False))
+    colours = dict(zip(settings.fractions, cycle(COLOURS), strict=False))
     for axes, method in zip(figure.subplots(1, len(METHODS), sharey=True), METHODS, strict=True):
-        for step in rows:
-            about, curve = step.settings, step.result(root)["curve"]
+        for task in rows:
+            about, curve = task.settings, task.result(root)["curve"]
             if about["method"] == method:
-                label = f"{about['share']:g}, heads {'tuned' if about['heads'] else 'fixed'}"
-                style, colour = "-" if about["heads"] else "--", colours[about["share"]]
-                axes.plot([scores["id_others"] for scores in curve], style, label=label, color=colour, marker=".")
-        before = base.result(root)["learning"]["id_others"]
+                label = f"{about['fraction']:g}, heads {'tuned' if about['heads'] else 'fixed'}"
+                style, colour = "-" if about["heads"] else "--", colours[about["fraction"]]
+                axes.plot([scores["id_retain"] for scores in curve], style, label=label, color=colour, marker=".")
+        before = base.result(root)["learning"]["id_retain"]
         axes.axhline(before, color="0.5", linewidth=1, label="before pruning")
         axes.set(xlabel="epoch of fine-tuning", ylim=(0, 1.02), title=method)
         axes.grid(alpha=0.25)
@@ -148,11 +156,11 @@ def curves(plan: Plan, root: Path) -> "Figure | None":
 
 
 def embeddings(plan: Plan, root: Path) -> "Figure | None":
-    """Every view, by class above and by client below."""
-    steps = [step for step in plan.pictures() if step.is_done(root)]
+    """Draw every view, by class above and by client below."""
+    tasks = [task for task in plan.pictures() if task.is_done(root)]
     titles = ["before", *(f"stage {stage}" for stage in range(1, len(plan.order) + 1))]
     views = []
-    for result in (step.result(root) for step in steps):
+    for result in (task.result(root) for task in tasks):
         own = titles if len(result["views"]) > 1 else [result["views"][0]["name"]]
         views += [(title, view, result) for title, view in zip(own, result["views"], strict=True)]
     if not views:
@@ -170,10 +178,12 @@ def embeddings(plan: Plan, root: Path) -> "Figure | None":
 
 
 def learning(plan: Plan, root: Path) -> "Figure | None":
-    """Class and client-ID accuracy by epoch."""
+    """Draw class and client-ID accuracy by epoch."""
     seed = plan.settings.study.seeds[0]
-    steps = {pipeline: plan.base(pipeline, seed) for pipeline in plan.settings.study.pipelines}
-    histories = {p: np.array(step.result(root)["history"]) for p, step in steps.items() if step.is_done(root)}
+    tasks: dict[Pipeline, Task] = {p: plan.base(p, seed) for p in plan.settings.study.pipelines}
+    histories: dict[Pipeline, np.ndarray] = {
+        p: np.array(task.result(root)["history"]) for p, task in tasks.items() if task.is_done(root)
+    }
     if not histories:
         return None
     figure = _figure(8, 3)
@@ -186,27 +196,27 @@ def learning(plan: Plan, root: Path) -> "Figure | None":
     return figure
 
 
-def _stage_points(plan: Plan, root: Path, pipeline: str, name: str, column: str) -> list[tuple[int, list[float]]]:
-    """(stage, values over seeds)."""
+def _stage_points(plan: Plan, root: Path, pipeline: Pipeline, name: str, column: str) -> list[tuple[int, list[float]]]:
+    """Give (stage, values over seeds)."""
     if pipeline not in plan.settings.study.pipelines:
         return []
     points = []
     for stage, client in enumerate(plan.order, 1):
-        key, values = f"client_{client}" if column == "the one that left" else column, []
+        key, values = f"client_{client}" if column == LAST else column, []
         for seed in plan.settings.study.seeds:
-            step, place = _model(plan, name, pipeline, stage, seed)
-            if step.is_done(root):
-                values.append(step.result(root)["scores"][place][key])
+            task, place = _model(plan, name, pipeline, stage, seed)
+            if task.is_done(root):
+                values.append(task.result(root)["scores"][place][key])
         if values:
             points.append((stage, values))
     return points
 
 
-def _model(plan: Plan, name: str, pipeline: str, stage: int, seed: int) -> tuple[Step, int]:
-    """The step that scored a model, and the place of the stage among its scores."""
+def _model(plan: Plan, name: str, pipeline: Pipeline, stage: int, seed: int) -> tuple[Task, int]:
+    """Give the task that scored a model, and the place of the stage among its scores."""
     if name == "original":
         return plan.base(pipeline, seed), stage - 1
-    made = {"unlearned": plan.ssd, "fine-tuned": plan.finetune, "gold": plan.gold}[name]
+    made = {"unlearned": plan.ssd, "fine-tuned": plan.finetune, "retrained": plan.retrained}[name]
     return made(pipeline, stage, seed), 0
 
 

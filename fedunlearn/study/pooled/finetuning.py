@@ -14,12 +14,17 @@ from fedunlearn.study.pooled.training import Epochs, Recipe
 
 
 def adversarial_weight(accuracy: float, base: float, class_weight: float) -> float:
-    """lambda_class max(0, a_f - a_f^base): nothing once the forget set is no better than gold has it."""
+    """Compute lambda_class max(0, a_f - a_f^base): 0 once the forget set is no better than under the retrained model.
+
+    Args:
+        accuracy: a_f, on the forget set, 0..1.
+        base: a_f^base, the retrained model's.
+    """
     return class_weight * max(0.0, accuracy - base)
 
 
 class FineTuning:
-    """Adam on CE(y_r) + lambda_subset CE(s_r) - adversary CE(y_f), an epoch over D_r at a time.
+    """Tunes a model by Adam on CE(y_r) + lambda_subset CE(s_r) - adversary CE(y_f), an epoch over D_r at a time.
 
     With an adversary every step takes a batch of D_f too, in turn and as it is; without one D_f is not looked at.
 
@@ -48,15 +53,15 @@ class FineTuning:
         on_gpu = device.type == "cuda"
         self.optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=on_gpu)
         for parameter in model.parameters():  # there from the start, to be saved and captured
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimiser.state[parameter] = {"step": torch.zeros((), device=device), **moments}
+            averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimiser.state[parameter] = {"step": torch.zeros((), device=device), **averages}
         self.adversary = torch.zeros((), device=device)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.forget, self.offsets = forget.clone(), torch.arange(min(recipe.batch_size, len(forget)), device=device)
         self.epochs_of: dict[bool, Epochs] = {}
 
     def run_epoch(self, adversary: float = 0.0) -> None:
-        """One epoch over D_r; `adversary` is of `adversarial_weight`."""
+        """Tune for one epoch over D_r; `adversary` is what `adversarial_weight` gave."""
         generator = generator_of(self.seed, self.epoch)
         self.adversary.fill_(adversary)
         self.position.zero_()
@@ -66,19 +71,19 @@ class FineTuning:
         self.epoch += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next epochs depend on."""
+        """Give everything that the next epochs depend on."""
         model = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        return model | self._moments() | {"epoch": torch.tensor(self.epoch)}
+        return model | self._adam_state() | {"epoch": torch.tensor(self.epoch)}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take up where `state` was taken."""
+        """Go on from where `state` was taken."""
         self.model.load_state_dict({name[6:]: value for name, value in state.items() if name.startswith("model.")})
-        for name, moment in self._moments().items():
-            moment.copy_(state[name])
+        for name, value in self._adam_state().items():
+            value.copy_(state[name])
         self.epoch = int(state["epoch"])
 
-    def _moments(self) -> dict[str, Tensor]:
+    def _adam_state(self) -> dict[str, Tensor]:
         return {
             f"adam.{name}.{kind}": value
             for name, parameter in self.model.named_parameters()
@@ -91,7 +96,7 @@ class FineTuning:
                 self.examples,
                 self.retain,
                 self._adversarial_step if adversarial else self._step,
-                [*self.model.state_dict().values(), *self._moments().values(), self.position],
+                [*self.model.state_dict().values(), *self._adam_state().values(), self.position],
                 batch_size=self.recipe.batch_size,
                 crop_padding=self.recipe.crop_padding,
                 flip=self.recipe.flip,
@@ -113,9 +118,16 @@ class FineTuning:
     def _retain_loss(self, batch: Batch) -> Tensor:
         images, class_labels, client_ids = batch
         with autocast(images.device, self.recipe.precision):
-            outputs = self.model(images)
-        weights = {"client_weight": self.subset_weight, "disentangle_weight": 0.0}
-        return multi_task_loss(*outputs, class_labels, client_ids, **weights)
+            class_logits, client_logits, embedding = self.model(images)
+        return multi_task_loss(
+            class_logits,
+            client_logits,
+            embedding,
+            class_labels,
+            client_ids,
+            client_weight=self.subset_weight,
+            disentangle_weight=0.0,
+        )
 
     def _descend(self, loss: Tensor) -> None:
         self.optimiser.zero_grad(set_to_none=True)

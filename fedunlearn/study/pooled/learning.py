@@ -1,48 +1,72 @@
-"""Steps of the learning phase: base models, gold models, and their Fishers."""
+"""Tasks of the learning phase: base models, retrained models, and their Fishers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fedunlearn.data.batches import scale
 from fedunlearn.runs import checkpoint
-from fedunlearn.study.dag.steps import Desk, Step
-from fedunlearn.study.pooled.laboratory import Laboratory
+from fedunlearn.study.dag.settings import Pipeline
+from fedunlearn.study.dag.tasks import Task, TaskContext
 from fedunlearn.study.pooled.roofline import matrix_rate, training_operations
 from fedunlearn.study.pooled.scores import accuracies, score
+from fedunlearn.study.pooled.settings import Head
 from fedunlearn.study.pooled.training import Training
+from fedunlearn.study.pooled.workspace import PaperWorkspace
 from fedunlearn.unlearning.pruning import prune_clients
 
 FISHER = "fisher.safetensors"
 
 
 def train(
-    lab: Laboratory, desk: Desk, *, pipeline: str, seed: int, left: Sequence[int], stages: Sequence[Sequence[int]]
-) -> dict:
-    """Train on all clients but those in `left`, whose neurons are pruned; score the model as one of every stage."""
-    recipe = lab.settings.recipe(pipeline)
-    model = lab.new_model(pipeline, seed)
-    prune_clients(model, left)
-    indices = lab.pool.without(left)
-    training = Training(model, lab.pool.train, indices, recipe, seed, compiled=lab.settings.learning.compile)
-    if partial := desk.partial():
+    workspace: PaperWorkspace,
+    context: TaskContext,
+    *,
+    pipeline: Pipeline,
+    seed: int,
+    forgotten: Sequence[int],
+    stages: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """Train on all clients but those in `forgotten`, whose neurons are pruned.
+
+    Args:
+        stages: the forgotten clients of every stage that the model is scored as a model of.
+    """
+    recipe = workspace.settings.recipe(pipeline)
+    model = workspace.new_model(pipeline, seed)
+    prune_clients(model, forgotten)
+    indices = workspace.pool.without(forgotten)
+    compiled = workspace.settings.learning.compile
+    training = Training(model, workspace.pool.train, indices, recipe, seed, compiled=compiled)
+    if partial := context.partial():
         training.load_state(*partial)
-    operations = training_operations(lab.new_model(pipeline, seed), scale(lab.pool.train.images[:1])[0])
+    image = scale(workspace.pool.train.images[:1])[0]
+    operations = training_operations(workspace.new_model(pipeline, seed), image)
     while training.epoch < recipe.epochs:
         training.run_epoch()
-        desk.save_partial(training.state(), training.history)
+        context.save_partial(training.state(), training.history)
         speed = len(indices) / training.history[-1][-1]
-        share = speed * operations / matrix_rate(lab.device, recipe.precision)
-        rate = f", {speed:,.0f} images/s ({share:.0%} of the matrix rate)"
-        desk.tick(training.epoch, recipe.epochs, "epoch", rate)
-    answers = lab.answers(model)
+        fraction = speed * operations / matrix_rate(workspace.device, recipe.precision)
+        rate = f", {speed:,.0f} images/s ({fraction:.0%} of the matrix rate)"
+        context.tick(training.epoch, recipe.epochs, "epoch", rate)
+    predictions = workspace.predictions(model)
     return {
-        "files": lab.save(desk, model),
+        "files": workspace.save(context, model),
         "history": training.history,
-        "learning": accuracies(answers.train, left) | {"test": answers.test.class_accuracy},
-        "scores": [score(answers, forgotten, seed=seed) for forgotten in stages],
+        "learning": accuracies(predictions.train, forgotten) | {"test": predictions.test.class_accuracy},
+        "scores": [score(predictions, of_stage, seed=seed) for of_stage in stages],
     }
 
 
-def fisher(lab: Laboratory, desk: Desk, *, pipeline: str, head: str, clients: Sequence[int], base: Step) -> dict:
-    """The Fisher of a base model, of the clients' examples."""
-    values = lab.fisher(lab.load(desk, base, pipeline), head, lab.pool.of_clients(clients))
-    return {"files": {FISHER: checkpoint.save(desk.folder / FISHER, values)}}
+def fisher(
+    workspace: PaperWorkspace,
+    context: TaskContext,
+    *,
+    pipeline: Pipeline,
+    loss_head: Head,
+    clients: Sequence[int],
+    base: Task,
+) -> dict[str, Any]:
+    """Compute the Fisher of a base model, of the clients' examples."""
+    model = workspace.load(context, base, pipeline)
+    values = workspace.fisher(model, loss_head, workspace.pool.of_clients(clients))
+    return {"files": {FISHER: checkpoint.save(context.folder / FISHER, values)}}

@@ -26,17 +26,17 @@ class Examples:
 
     @classmethod
     def of(cls, split: Split, clients: np.ndarray, device: torch.device) -> "Examples":
-        """The examples of a data set's split, and whose they are."""
+        """Put the examples of a data set's split on a device, and whose they are."""
         arrays = np.array(split.images), np.array(split.labels), clients
         return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
     def batches(self, indices: Tensor, batch_size: int = EVALUATION_BATCH) -> Iterator[Batch]:
-        """The examples at `indices`, in order and as they are: images [N, channels, H, W] in -1..1."""
+        """Give the examples at `indices`, in order and as they are: images [N, channels, H, W] in -1..1."""
         for chosen in indices.tensor_split(cuts(len(indices), batch_size)):
             yield scale(self.images[chosen]), self.labels[chosen], self.clients[chosen]
 
     def all(self) -> Tensor:
-        """Every index."""
+        """Give every index."""
         return torch.arange(len(self.labels), device=self.labels.device)
 
 
@@ -50,7 +50,11 @@ class Pool:
 
     @classmethod
     def of(cls, dataset: Dataset, slices: Sequence[np.ndarray], device: torch.device) -> "Pool":
-        """A data set and every client's indices into its training images."""
+        """Put a data set on a device.
+
+        Args:
+            slices: every client's indices into the training images.
+        """
         owner = np.full(len(dataset.train.labels), NOBODY)
         for client, owned in enumerate(slices):
             owner[owned] = client
@@ -59,18 +63,18 @@ class Pool:
         return cls(train, test, len(slices))
 
     def of_clients(self, clients: Sequence[int]) -> Tensor:
-        """Indices of the clients' training examples: D_f of those that leave."""
+        """Give the indices of the clients' training examples: D_f, where they are the forget clients."""
         return torch.isin(self.train.clients, torch.tensor(clients, device=self.train.clients.device)).nonzero()[:, 0]
 
     def without(self, clients: Sequence[int]) -> Tensor:
-        """Indices of everybody else's: D_r."""
+        """Give the indices of all other clients' training examples: D_r, where these are the forget clients."""
         return self.of_clients([client for client in range(self.num_clients) if client not in clients])
 
     def predict(self, model: TwoHeadResNet18, indices: Tensor, precision: str) -> Predictions:
-        """What the model says of the training examples at `indices`."""
+        """Give the model's predictions on the training examples at `indices`."""
         return predict(model, self.train.batches(indices), precision=precision)
 
     def count_test(self, model: TwoHeadResNet18, precision: str, indices: Tensor | None = None) -> Counts:
-        """What the model gets right on the test set, or on the test examples at `indices`."""
+        """Count what the model gets right on the test set, or on the test examples at `indices`."""
         indices = self.test.all() if indices is None else indices
         return evaluate(model, self.test.batches(indices), precision=precision)

@@ -1,4 +1,4 @@
-"""What a study leaves for people: tables as CSV and LaTeX, pictures, an HTML page and a Markdown file."""
+"""The report of the paper's study: tables as CSV and LaTeX, pictures, an HTML page and a Markdown file."""
 
 import base64
 import csv
@@ -6,20 +6,22 @@ import io
 from importlib.resources import files
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
 from fedunlearn.config import settings
-from fedunlearn.runs.checkpoint import write_atomically
-from fedunlearn.runs.report import duration
-from fedunlearn.study.dag.steps import log
+from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.formats import duration
 from fedunlearn.study.pooled.figures import all_figures
 from fedunlearn.study.pooled.plan import Plan
 from fedunlearn.study.pooled.tables import Cell, Row, Table, all_tables, heading, number
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CSV_COLUMNS = (
-    "row", "column", "ours", "sd", "seeds", "gold", "deviation", "paper", "difference", "paper_deviation", "note"
+    "row", "column", "ours", "sd", "seeds", "retrained", "deviation", "paper", "difference", "paper_deviation", "note"
 )  # fmt: skip
 
 NOTES = {"stage": "fine-tuning better? (epochs)", "ablation": "later"}
@@ -27,7 +29,6 @@ NOTES = {"stage": "fine-tuning better? (epochs)", "ablation": "later"}
 
 def write(plan: Plan, root: Path) -> Path:
     """Write the study's `report/` from what has been measured so far; returns the path of `index.html`."""
-    log("writing the report")
     folder, tables, figures = root / "report", all_tables(plan, root), all_figures(plan, root)
     for table in tables:
         write_atomically(folder / "tables" / f"{table.name}.csv", as_csv(table).encode())
@@ -41,7 +42,7 @@ def write(plan: Plan, root: Path) -> Path:
         "paper_data": "CIFAR-100" if plan.settings.dataset == "cifar100" else "CIFAR-10",
         "tables": [view(table) for table in tables],
         "settings": [
-            (name, _shown(name, value), field.metadata["text"]) for name, field, value in settings(plan.settings)
+            (name, _shown(name, value), declared.description) for name, declared, value in settings(plan.settings)
         ],
     }
     pages = {
@@ -57,13 +58,13 @@ def write(plan: Plan, root: Path) -> Path:
 
 
 def about(plan: Plan, root: Path) -> dict[str, Any]:
-    """How much of the study is there, what it took, and on which machine."""
-    everything = plan.everything()
-    done = [step for step in everything if step.is_done(root)]
-    results = [step.result(root) for step in done]
+    """Say how much of the study is there, what it took, and on which machine."""
+    everything = plan.tasks()
+    done = [task for task in everything if task.is_done(root)]
+    results = [task.result(root) for task in done]
     return {
         "done": len(done),
-        "steps": len(everything),
+        "tasks": len(everything),
         "seeds": len(plan.settings.study.seeds),
         "images": plan.images,
         "width": plan.settings.model.width,
@@ -75,7 +76,10 @@ def about(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def view(table: Table) -> dict[str, Any]:
-    """A table as words: every cell is ours, the paper's, the difference, gold's and the deviation from gold."""
+    """Write a table as words.
+
+    Every cell is ours, the paper's, the difference, the retrained model's, and the deviations from that.
+    """
     measured = any(cell.ours for row in table.rows for cell in row.cells)
     return {
         "title": f"Table {table.number}" if table.number else "Not in the paper's tables",
@@ -89,15 +93,15 @@ def view(table: Table) -> dict[str, Any]:
 
 
 def as_csv(table: Table) -> str:
-    """One line a number."""
+    """Write one line a number."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for row in table.rows:
         for column, cell in zip(table.columns, row.cells, strict=True):
             values = [
-                cell.mean, cell.sd, len(cell.ours), cell.gold_mean, cell.deviation, cell.paper, cell.mean - cell.paper,
-                cell.paper_deviation,
+                cell.mean, cell.sd, len(cell.ours), cell.retrained_mean, cell.deviation, cell.paper,
+                cell.mean - cell.paper, cell.paper_deviation,
             ]  # fmt: skip
             words = ["" if isnan(value) else f"{value:.6g}" for value in values]
             writer.writerow([row.name, column, *words, row.note])
@@ -105,7 +109,7 @@ def as_csv(table: Table) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """A `tabular` in the paper's layout: ours with the deviation from gold in parentheses, the paper's below."""
+    """Write a `tabular` in the paper's layout: ours, the deviation from the retrained model, the paper's below."""
     lines = [
         f"% Table {table.number}: {table.caption}" if table.number else f"% {table.caption}",
         rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
@@ -134,9 +138,9 @@ def _lines(table: Table, row: Row) -> dict[str, Any]:
         ("ours", [_with_sd(cell, column) for column, cell in cells], row.note),
         ("paper", [number(cell.paper, column) for column, cell in cells], row.paper_note),
         ("ours − paper", [_signed(cell.mean - cell.paper, column) for column, cell in cells], ""),
-        ("our gold", [number(cell.gold_mean, column) for column, cell in cells], ""),
-        ("|ours − gold|", [number(cell.deviation, column) for column, cell in cells], ""),
-        ("|paper − gold|", [number(cell.paper_deviation, column) for column, cell in cells], ""),
+        ("our retrained", [number(cell.retrained_mean, column) for column, cell in cells], ""),
+        ("|ours − retrained|", [number(cell.deviation, column) for column, cell in cells], ""),
+        ("|paper − retrained|", [number(cell.paper_deviation, column) for column, cell in cells], ""),
     ]
     shown = [line for i, line in enumerate(lines) if i == 0 or any(value != "–" for value in line[1])]
     return {"name": row.name, "lines": shown}
@@ -152,23 +156,23 @@ def _signed(value: float, column: str) -> str:
 
 
 def _speed(plan: Plan, root: Path) -> str:
-    """Images a second in training, over all trainings that are there."""
+    """Say how many images a second were trained on, over all trainings that are there."""
     speeds = []
-    for step in plan.training() + plan.golds():
-        if step.is_done(root):
-            history = step.result(root)["history"]
-            images = len(history) * (plan.images - plan.owned(step.settings["left"]))
+    for task in plan.training() + plan.retraining():
+        if task.is_done(root):
+            history = task.result(root)["history"]
+            images = len(history) * (plan.images - plan.owned(task.settings["forgotten"]))
             speeds.append(images / sum(row[-1] for row in history))
     return f"{min(speeds):,.0f} to {max(speeds):,.0f}" if speeds else "an unknown number of"
 
 
 def _shown(name: str, value: Any) -> Any:
-    """Where files lie on a machine is nobody else's business."""
+    """Show a value; where files lie on a machine is nobody else's business."""
     return Path(value).name if name in ("data.root", "study.home", "study.clip") else value
 
 
-def svg(figure: Any) -> bytes:
-    """The picture; the same bytes for the same picture."""
+def svg(figure: "Figure") -> bytes:
+    """Write a picture as SVG; the same bytes for the same picture."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()

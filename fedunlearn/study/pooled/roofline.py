@@ -1,4 +1,4 @@
-"""How near training comes to what the machine's matrix units can do."""
+"""Measures how near training comes to what the machine's matrix units can do."""
 
 import time
 from functools import lru_cache
@@ -12,7 +12,7 @@ from fedunlearn.nn.precision import precision_on
 
 @lru_cache
 def matrix_rate(device: torch.device, precision: str) -> float:
-    """Floating-point operations a second of square matrix products, the best of a few."""
+    """Measure floating-point operations a second of square matrix products, the best of a few."""
     on_gpu = device.type == "cuda"
     size, repeats = (8192, 20) if on_gpu else (1024, 3)
     generator = torch.Generator(device).manual_seed(0)
@@ -23,14 +23,14 @@ def matrix_rate(device: torch.device, precision: str) -> float:
         _wait(device)
         started = time.perf_counter()
         for _ in range(repeats):
-            a @ a
+            torch.matmul(a, a)
         _wait(device)
         seconds.append((time.perf_counter() - started) / repeats)
     return 2 * size**3 / min(seconds)
 
 
 def training_operations(model: nn.Module, image: torch.Tensor) -> float:
-    """Floating-point operations of one image's forward and backward pass, counted on two images of that shape."""
+    """Count floating-point operations of one image's forward and backward pass, on two images of that shape."""
     with FlopCounterMode(display=False) as counter:
         class_logits, client_logits, _ = model.train()(image.expand(2, *image.shape).clone())
         loss = class_logits.float().sum()

@@ -1,4 +1,4 @@
-"""The columns of the paper's tables for one model, and how far they are from gold's."""
+"""The columns of the paper's tables for one model, and how far they are from the retrained model's."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,36 +12,39 @@ from fedunlearn.study.pooled.pool import Pool
 from fedunlearn.study.pooled.settings import Search
 
 Scores = dict[str, float]
-"""Accuracies 0..1 by column: `client_0` for each forgotten client, `others`, `test`; `id_client_0` and `id_others` for
-client IDs (models with a client head); `mia` in percent."""
+"""Accuracies 0..1 by column: `client_0` for each forgotten client, `retain` for the retain clients, `test`;
+`id_client_0` and `id_retain` for client IDs (models with a client head); `mia` in percent."""
 
 
-class Answers(NamedTuple):
-    """What one model says of all training examples and of the test set."""
+class AllPredictions(NamedTuple):
+    """What one model predicts on all training examples, and counts of its hits on the test set."""
 
     train: Predictions
     test: Counts
 
     @classmethod
-    def of(cls, model: TwoHeadResNet18, pool: Pool, precision: str) -> "Answers":
-        """One pass over everything."""
+    def of(cls, model: TwoHeadResNet18, pool: Pool, precision: str) -> "AllPredictions":
+        """Make one pass over everything."""
         return cls(pool.predict(model, pool.train.all(), precision), pool.count_test(model, precision))
 
 
-def score(answers: Answers, forgotten: Sequence[int], *, seed: int) -> Scores:
-    """Every column of the stage at which `forgotten` (in order) have left; the attack is on the last of them."""
-    leaves = answers.train.client_ids == forgotten[-1]
-    stays = ~torch.isin(answers.train.client_ids, torch.tensor(forgotten))
-    features = answers.train.features().nan_to_num().numpy()  # a model may be dampened until nothing is left of it
-    mia = logistic_mia(features[stays], features[leaves], seed=seed)
-    return accuracies(answers.train, forgotten) | {"test": answers.test.class_accuracy, "mia": mia}
+def score(predictions: AllPredictions, forgotten: Sequence[int], *, seed: int) -> Scores:
+    """Give every column of the stage at which the clients `forgotten` (in order) are forgotten.
+
+    The membership inference attack is on the last of them, against all retain clients.
+    """
+    forget = predictions.train.client_ids == forgotten[-1]
+    retain = ~torch.isin(predictions.train.client_ids, torch.tensor(forgotten))
+    features = predictions.train.features().nan_to_num().numpy()  # a model may be dampened until nothing is left of it
+    mia = logistic_mia(features[retain], features[forget], seed=seed)
+    return accuracies(predictions.train, forgotten) | {"test": predictions.test.class_accuracy, "mia": mia}
 
 
 def accuracies(predictions: Predictions, forgotten: Sequence[int]) -> Scores:
-    """The columns that need training examples alone."""
+    """Give the columns that need training examples alone."""
     counts = predictions.counts()
-    others = sum((c for client, c in counts.items() if client not in forgotten), Counts())
-    groups = {f"client_{client}": counts[client] for client in forgotten} | {"others": others}
+    retain = sum((c for client, c in counts.items() if client not in forgotten), Counts())
+    groups = {f"client_{client}": counts[client] for client in forgotten} | {"retain": retain}
     scores = {name: group.class_accuracy for name, group in groups.items()}
     if predictions.client_probs is not None:
         scores |= {f"id_{name}": group.client_accuracy for name, group in groups.items()}
@@ -49,22 +52,22 @@ def accuracies(predictions: Predictions, forgotten: Sequence[int]) -> Scores:
 
 
 def column_weights(settings: Search, forgotten: Sequence[int]) -> dict[str, float]:
-    """How much each column's deviation from gold counts in the search."""
+    """Give the weight of each column's deviation from the retrained model in the search."""
     of_forgotten = {f"client_{client}": 1.0 for client in forgotten}
     if settings.objective == "forgotten":
         return of_forgotten
     return of_forgotten | {
-        "others": settings.others_weight,
+        "retain": settings.retain_weight,
         "test": settings.test_weight,
-        "id_others": settings.id_weight,
+        "id_retain": settings.id_weight,
         "mia": settings.mia_weight,
     }
 
 
-def deviation(scores: Scores, gold: Scores, weights: Mapping[str, float]) -> float:
-    """Sum over columns of weight * |ours - gold's|; the attack's column counts as a share, not in percent."""
+def deviation(scores: Scores, retrained: Scores, weights: Mapping[str, float]) -> float:
+    """Sum over columns weight * |ours - the retrained model's|; MIA accuracy counts as a fraction, not in percent."""
     return sum(
-        weight * abs(scores[name] - gold[name]) / (100 if name == "mia" else 1)
+        weight * abs(scores[name] - retrained[name]) / (100 if name == "mia" else 1)
         for name, weight in weights.items()
         if name in scores
     )

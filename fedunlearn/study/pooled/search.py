@@ -1,11 +1,11 @@
-"""Optuna's search for the strength of one unlearning stage (paper, Section 5.1)."""
+"""A search by Optuna for the strength of one unlearning stage (paper, Section 5.1)."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.runs.checkpoint import write_atomically
+from fedunlearn.runs.files import write_atomically
 
 Trial = dict[str, Any]
 """The parameters by name, `value` (the objective), and what else the objective told."""
@@ -32,7 +32,9 @@ def search(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = {name: optuna.distributions.FloatDistribution(*ends, log=True) for name, ends in ranges.items()}
+    space: dict[str, optuna.distributions.BaseDistribution] = {
+        name: optuna.distributions.FloatDistribution(*ends, log=True) for name, ends in ranges.items()
+    }
     study, found = optuna.create_study(direction="minimize"), read_trials(file)
     for trial in found:
         params = {name: trial[name] for name in space}
@@ -52,7 +54,7 @@ def search(
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """The finished trials; a last line that a crash cut short is passed over."""
+    """Read the finished trials; a last line that a crash cut short is passed over."""
     trials = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -63,7 +65,10 @@ def read_trials(file: Path) -> list[Trial]:
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """The lowest value; of several the gentlest: largest threshold (or smallest exponent), then largest lambda."""
+    """Choose the trial of the lowest value.
+
+    Of several it is the gentlest: the largest threshold (or smallest exponent), then the largest lambda.
+    """
 
     def order(trial: Trial) -> tuple[float, ...]:
         return trial["value"], -trial.get("alpha", 0.0), trial.get("exponent", 0.0), -trial["lambda_"]

@@ -1,5 +1,7 @@
 """Pruning instead of dampening: DeepClean, lottery-ticket style, retain-sensitive (paper, Section 6 and Table 18)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -8,8 +10,8 @@ METHODS = ("lottery ticket", "retain-sensitive", "DeepClean")
 BACKBONE = ("stem.", "stages.")
 
 
-def most_sensitive(of: dict[str, Tensor], against: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """The `share` of the backbone's weights with the largest ratio of two Fishers: 1 there and 0 elsewhere, by name.
+def most_sensitive(of: Mapping[str, Tensor], against: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    """Mark the fraction of the backbone's weights with the largest ratio of two Fishers: 1 there, 0 elsewhere, by name.
 
     Forget-sensitive weights have the largest F_Df / F_Dr, retain-sensitive ones the largest F_Dr / F_Df. Weights that
     matter to neither come last. Of equal ratios at the edge, the first are taken.
@@ -17,7 +19,7 @@ def most_sensitive(of: dict[str, Tensor], against: dict[str, Tensor], share: flo
     names = [name for name in of if name.startswith(BACKBONE)]
     ratios = torch.cat([(of[name] / against[name]).nan_to_num(nan=-1.0, posinf=torch.inf).flatten() for name in names])
     chosen = torch.zeros_like(ratios)
-    chosen[ratios.argsort(descending=True, stable=True)[: round(share * len(ratios))]] = 1
+    chosen[ratios.argsort(descending=True, stable=True)[: round(fraction * len(ratios))]] = 1
     parts = chosen.split([of[name].numel() for name in names])
     masks = {name: part.view_as(of[name]) for name, part in zip(names, parts, strict=True)}
     return {name: masks.get(name, torch.zeros_like(values)) for name, values in of.items()}
@@ -26,14 +28,14 @@ def most_sensitive(of: dict[str, Tensor], against: dict[str, Tensor], share: flo
 @torch.no_grad()
 def prune_weights(
     method: str,
-    params: dict[str, Tensor],
-    initial: dict[str, Tensor],
-    forget_sensitive: dict[str, Tensor],
-    retain_sensitive: dict[str, Tensor],
+    params: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
+    forget_sensitive: Mapping[str, Tensor],
+    retain_sensitive: Mapping[str, Tensor],
     *,
     heads: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights to go on from, and which of them to fine-tune on the retain set.
+    """Prune a model's weights, and choose which of them to fine-tune on the retain set.
 
     `DeepClean` (Shi et al., 2024): forget-sensitive weights become zero and are the ones to tune. `retain-sensitive`:
     the same weights become zero and stay so; the retain-sensitive ones are tuned. `lottery ticket` (after Frankle and
@@ -42,7 +44,7 @@ def prune_weights(
 
     Args:
         params, initial: weights now and before training, by name.
-        forget_sensitive, retain_sensitive: of `most_sensitive`.
+        forget_sensitive, retain_sensitive: what `most_sensitive` marked.
         heads: tune everything beside the backbone too.
 
     Returns:
@@ -50,7 +52,7 @@ def prune_weights(
     """
     pruned = {name: theta * (1 - forget_sensitive[name]) for name, theta in params.items()}
     if method == "DeepClean":
-        tuned = forget_sensitive
+        tuned = dict(forget_sensitive)
     else:
         tuned = {name: mask * (1 - forget_sensitive[name]) for name, mask in retain_sensitive.items()}
     if method == "lottery ticket":

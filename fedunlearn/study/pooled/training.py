@@ -1,10 +1,11 @@
-"""The paper's training on pooled data, an epoch at a time (Section 5, implementation details)."""
+"""Training on pooled data as in the paper, an epoch at a time (Section 5, implementation details)."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,10 @@ from fedunlearn.study.pooled.pool import Examples
 
 
 class Epochs:
-    """Passes over some examples, shuffled and augmented, that call `step(batch)` for each batch.
+    """Makes passes over some examples, shuffled and augmented, and calls `step(batch)` for each batch.
 
-    All draws are made on the CPU before an epoch begins and depend on its generator alone. On a GPU everything that a
-    step does, the making of its batch included, is captured as one CUDA graph for each size of batch and replayed.
+    All draws are made on the CPU before an epoch begins, and depend on its generator alone. On a GPU everything that a
+    step does is captured as one CUDA graph for each size of batch and replayed, the making of the batch included.
 
     Args:
         step: what to do with a batch `(images, class_labels, client_ids)`; without synchronisation.
@@ -52,7 +53,7 @@ class Epochs:
         self.replays: dict[int, Callable[[], None]] = {}
 
     def run(self, generator: torch.Generator) -> None:
-        """One epoch."""
+        """Make one pass over the examples."""
         count = len(self.indices)
         self.order.copy_(self.indices[torch.randperm(count, generator=generator).to(self.indices.device)])
         self.drawn.copy_(draws(count, generator, self.padding, self.flip))
@@ -79,7 +80,7 @@ class Epochs:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; the paper's values are the defaults of `settings.Learning`."""
+    """Says how a model is trained; the paper's values are the defaults of `settings.Learning`."""
 
     epochs: int
     batch_size: int
@@ -95,7 +96,10 @@ class Recipe:
 
 
 class Training:
-    """SGD on Eq. 4 over pooled clients; can be saved after any epoch and taken up again, on a CPU to the same bits."""
+    """Trains a model by SGD on Eq. 4 over pooled clients.
+
+    It can be saved after any epoch and taken up again, on a CPU to the same bits.
+    """
 
     def __init__(
         self,
@@ -126,11 +130,11 @@ class Training:
 
     @property
     def epoch(self) -> int:
-        """Epochs done."""
+        """Count the epochs that are done."""
         return len(self.history)
 
     def run_epoch(self) -> None:
-        """One more epoch; adds a row to the history: loss, class and client-ID accuracy, seconds.
+        """Train one more epoch, and add a row to the history: loss, class and client-ID accuracy, seconds.
 
         The first three are means over the epoch's examples as they were trained on.
         """
@@ -145,14 +149,14 @@ class Training:
         self.history.append([*means, time.perf_counter() - started])
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next epochs depend on, beside the history."""
+        """Give everything that the next epochs depend on, beside the history."""
         model = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         momenta = {f"momentum.{name}": value for name, value in self.momenta.items()}
         return model | momenta
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], history: list[list[float]]) -> None:
-        """Take up where `state` and `history` were taken."""
+        """Go on from where `state` and `history` were taken."""
         self.model.load_state_dict({name[6:]: value for name, value in state.items() if name.startswith("model.")})
         for name, momentum in self.momenta.items():
             momentum.copy_(state[f"momentum.{name}"])
@@ -175,12 +179,13 @@ class Training:
             )
         return self.epochs_of[key]
 
-    def _step(self, weights: dict[str, float], batch: Batch) -> None:
+    def _step(self, weights: Mapping[str, Any], batch: Batch) -> None:
         images, class_labels, client_ids = batch
         with autocast(images.device, self.recipe.precision):
             # the last batch is smaller: to compile that one too would take longer than it saves
             outputs = (self.forward if len(images) == self.recipe.batch_size else self.model)(images)
-        loss = multi_task_loss(*outputs, class_labels, client_ids, **weights)
+        class_logits, client_logits, embedding = outputs
+        loss = multi_task_loss(class_logits, client_logits, embedding, class_labels, client_ids, **weights)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()

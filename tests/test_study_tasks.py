@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from fedunlearn.errors import UserError
-from fedunlearn.runs.report import duration
-from fedunlearn.runs.run import hold
-from fedunlearn.study.dag import steps
-from fedunlearn.study.dag.steps import PARTIAL, Step, check_needs, time_left, work_on
+from fedunlearn.runs.formats import duration
+from fedunlearn.runs.lock import lock
+from fedunlearn.study.dag import tasks
+from fedunlearn.study.dag.tasks import PARTIAL, Task, check_needs, time_left, work_on
 
 
-def step(name, work, needs=(), settings=None):
-    return Step(name, settings or {}, tuple(needs), work, 1.0)
+def task(name, work, needs=(), settings=None):
+    return Task(name, settings or {}, tuple(needs), work, 1.0)
 
 
 def run(plan, root, seconds=60.0):
@@ -21,43 +21,43 @@ def run(plan, root, seconds=60.0):
 
 
 def sum_of(*needs):
-    return lambda desk: {"value": 1 + sum(desk.result(need)["value"] for need in needs)}
+    return lambda context: {"value": 1 + sum(context.result(need)["value"] for need in needs)}
 
 
-def counting(desk):
+def counting(context):
     """Counts to five, a save and a tick each."""
-    state, rows = desk.partial() or ({"done": torch.zeros(())}, [])
+    state, rows = context.partial() or ({"done": torch.zeros(())}, [])
     for number in range(len(rows), 5):
         state["done"] += 1
         rows.append(number)
-        desk.save_partial(state, rows)
-        desk.tick(number + 1, 5, "number")
+        context.save_partial(state, rows)
+        context.tick(number + 1, 5, "number")
     return {"value": int(state["done"]), "rows": rows}
 
 
 def test_what_is_needed_comes_first_and_nothing_is_done_twice(tmp_path):
-    first = step("first", sum_of())
-    second = step("second", sum_of(first), [first])
-    third = step("third", sum_of(first, second), [first, second])
+    first = task("first", sum_of())
+    second = task("second", sum_of(first), [first])
+    third = task("third", sum_of(first, second), [first, second])
     assert run([third, second, first], tmp_path)
     assert [s.result(tmp_path)["value"] for s in (first, second, third)] == [1, 2, 4]
-    again = [step(s.name, lambda desk: pytest.fail("done twice"), s.needs) for s in (first, second, third)]
+    again = [task(s.name, lambda context: pytest.fail("done twice"), s.needs) for s in (first, second, third)]
     assert run(again, tmp_path)
 
 
 def test_the_key_depends_on_settings_and_on_what_is_needed():
     keys = {
-        step("a", None).key,
-        step("a", None, settings={"lr": 1}).key,
-        step("a", None, [step("b", None)]).key,
-        step("a", None, [step("b", None, settings={"lr": 1})]).key,
+        task("a", None).key,
+        task("a", None, settings={"lr": 1}).key,
+        task("a", None, [task("b", None)]).key,
+        task("a", None, [task("b", None, settings={"lr": 1})]).key,
     }
     assert len(keys) == 4
-    assert step("a", None, settings={"x": 1, "y": 2}).key == step("a", None, settings={"y": 2, "x": 1}).key
+    assert task("a", None, settings={"x": 1, "y": 2}).key == task("a", None, settings={"y": 2, "x": 1}).key
 
 
 def test_out_of_time_it_stops_after_a_unit_and_continues_there(tmp_path):
-    work = step("count", counting)
+    work = task("count", counting)
     ends = [run([work], tmp_path, seconds=-1) for _ in range(5)]  # saves and stops after each number
     assert ends == [False, False, False, False, True]
     result = work.result(tmp_path)
@@ -67,34 +67,34 @@ def test_out_of_time_it_stops_after_a_unit_and_continues_there(tmp_path):
 
 
 def test_a_failure_leaves_the_rest_as_it_is(tmp_path):
-    good = step("good", sum_of())
-    bad = step("bad", lambda desk: 1 / 0, [good])
+    good = task("good", sum_of())
+    bad = task("bad", lambda context: 1 / 0, [good])
     with pytest.raises(ZeroDivisionError):
         run([good, bad], tmp_path)
     assert good.is_done(tmp_path)
     assert not bad.is_done(tmp_path)
-    assert run([step("bad", sum_of(good), [good])], tmp_path)
+    assert run([task("bad", sum_of(good), [good])], tmp_path)
 
 
 def test_what_another_process_holds_is_left_to_it(tmp_path):
-    free, held = step("free", sum_of()), step("held", lambda desk: pytest.fail("taken from its holder"))
-    with hold(held.folder(tmp_path)):
+    free, held = task("free", sum_of()), task("held", lambda context: pytest.fail("taken from who has it"))
+    with lock(held.folder(tmp_path)):
         assert not run([held, free], tmp_path, seconds=0.5)
     assert free.is_done(tmp_path)
 
 
 def test_a_need_that_nobody_was_asked_for_is_named(tmp_path):
-    first = step("train/first", sum_of())
+    first = task("train/first", sum_of())
     with pytest.raises(UserError, match=r"second needs train/first, which was not asked for and is not there yet"):
-        check_needs([step("second", sum_of(first), [first])], tmp_path)
-    check_needs([step("second", sum_of(first), [first]), first], tmp_path)
+        check_needs([task("second", sum_of(first), [first])], tmp_path)
+    check_needs([task("second", sum_of(first), [first]), first], tmp_path)
     run([first], tmp_path)
-    check_needs([step("second", sum_of(first), [first])], tmp_path)
+    check_needs([task("second", sum_of(first), [first])], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["result.json", PARTIAL])
 def test_a_file_that_was_cut_short_is_named_and_nothing_else_lost(tmp_path, name):
-    work = step("count", counting)
+    work = task("count", counting)
     run([work], tmp_path, seconds=100 if name == "result.json" else -1)
     file = work.folder(tmp_path) / name
     file.write_bytes(file.read_bytes()[:-9])
@@ -108,25 +108,25 @@ def test_a_file_that_was_cut_short_is_named_and_nothing_else_lost(tmp_path, name
 
 
 def test_nested_tensors_and_rows_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(tasks, "SAVE_EVERY", 0.0)
     seen = []
 
-    def work(desk):
-        desk.save_partial({"a": {"b": torch.arange(3)}}, [{"x": 0.5}])
-        seen.append(desk.partial())
+    def work(context):
+        context.save_partial({"a": {"b": torch.arange(3)}}, [{"x": 0.5}])
+        seen.append(context.partial())
         return {}
 
-    run([step("nested", work)], tmp_path)
+    run([task("nested", work)], tmp_path)
     (state, rows), *_ = seen
     assert state["a.b"].tolist() == [0, 1, 2]
     assert rows == [{"x": 0.5}]
 
 
 def test_the_time_left_is_measured_on_what_was_done(tmp_path):
-    plan = [step(name, sum_of()) for name in "abc"]
-    assert time_left(plan, tmp_path, 100.0, 2) == "0 of 3 steps done, about 2 min 30 s left in all"
+    plan = [task(name, sum_of()) for name in "abc"]
+    assert time_left(plan, tmp_path, 100.0, 2) == "0 of 3 tasks done, about 2 min 30 s left in all"
     run(plan[:1], tmp_path)
     file = plan[0].folder(tmp_path) / "result.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 3600}))
-    assert time_left(plan, tmp_path, 100.0, 1) == "1 of 3 steps done, about 2 h 0 min left in all"
+    assert time_left(plan, tmp_path, 100.0, 1) == "1 of 3 tasks done, about 2 h 0 min left in all"
     assert duration(75.4) == "1 min 15 s"

@@ -17,7 +17,7 @@ def test_equal_distributions_cannot_be_told_apart_and_separate_ones_can():
 
 
 def test_value_by_hand():
-    # one forgotten example in five looks retained, all retained ones do: 1 error in 10
+    # one forget example in five looks like a retain example, and so do all retain examples: 1 error in 10
     retain, forget = np.array([[1.0, 0.0]] * 5), np.array([[0.0, 1.0]] * 4 + [[1.0, 0.0]])
     assert logistic_mia(retain, forget) == 90
 
@@ -29,7 +29,7 @@ def test_depends_on_the_seed_alone():
 
 
 def test_too_few_examples_are_refused():
-    with pytest.raises(ValueError, match="60 retained and 4 forgotten examples for 5 folds"):
+    with pytest.raises(ValueError, match="60 retain and 4 forget examples for 5 folds"):
         logistic_mia(probabilities(60, 0, 0), probabilities(4, 0, 0))
 
 

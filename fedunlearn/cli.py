@@ -1,0 +1,391 @@
+"""One command: `fedunlearn run | forget | runs | requests | report | study | scale | config`.
+
+Nothing here imports torch, Flower or Ray before a command needs it.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from functools import wraps
+from importlib import import_module
+from logging import getLogger
+from typing import Annotated, Any, NoReturn
+
+import typer
+from click import Context, HelpFormatter
+from pydantic import BaseModel
+from typer.core import TyperCommand
+
+from fedunlearn import __version__
+from fedunlearn.config import Config, compose, fields_of, is_mapping, range_of, state_home
+from fedunlearn.errors import UserError
+from fedunlearn.log import set_up
+from fedunlearn.runs.home import all_runs, open_run, runs_folder
+from fedunlearn.runs.ledger import FAILED, Ledger, Request
+from fedunlearn.runs.lock import LockedError, is_locked
+from fedunlearn.runs.run import Run, read_about
+
+log = getLogger("fedunlearn")
+
+cli = typer.Typer(
+    name="fedunlearn",
+    help="Train a model with clients, and let it forget those that withdraw.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+study_cli = typer.Typer(help="Compare unlearning with retraining: a table, figures, a report.", no_args_is_help=True)
+cli.add_typer(study_cli, name="study")
+
+Home = Annotated[str, typer.Option("--home", help="State folder [default: $FEDUNLEARN_HOME or ~/.fedunlearn].")]
+RunName = Annotated[str, typer.Option("--run", help="The run [default: the live one, else the newest finished one].")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Engine = Annotated[str, typer.Option(help="ray: worker processes; local: this process alone, ready at once.")]
+Cpus = Annotated[int, typer.Option(help="CPUs of a node while it works.")]
+Gpus = Annotated[float, typer.Option(help="GPU fraction of a node while it works.")]
+Workers = Annotated[int, typer.Option(help="Ray's worker processes; 0: as many as the CPUs hold.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log lines of Flower and Ray too.")]
+Words = Annotated[list[str] | None, typer.Argument(help="Settings, as rounds=40 'forget.schedule={6:[3]}'.")]
+
+
+class TakesSettings(TyperCommand):
+    """A command whose help lists the settings that it takes, with their ranges and defaults."""
+
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Write the usual help, then the settings, read from their schema only now."""
+        super().format_help(ctx, formatter)
+        with formatter.section("Settings (name=value)"):
+            formatter.write_dl(
+                [
+                    (f"{name}={default_of(declared)}", f"{range_of(declared)}  {declared.description or ''}".strip())
+                    for name, declared in fields_of(SCHEMAS[self.name or ""]())
+                ]
+            )
+
+
+def _schema(module: str, name: str) -> Callable[[], type[BaseModel]]:
+    return lambda: getattr(import_module(f"fedunlearn.{module}"), name)
+
+
+SCHEMAS = {
+    "run": _schema("config", "Config"),
+    "scale": _schema("apps.scale", "ScalingStudy"),
+    "paper": _schema("study.pooled.settings", "PaperSettings"),
+    "federated": _schema("study.federated.settings", "FederatedSettings"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; the exit status is 0 done, 1 failed or refused, 2 bad input, 3 time ran out."""
+    cli(args=None if arguments is None else list(arguments), prog_name="fedunlearn")
+    raise SystemExit(0)
+
+
+def in_one_line(command: Callable[..., int]) -> Callable[..., NoReturn]:
+    """Exit with the command's status; a UserError is one line on stderr and status 2."""
+
+    @wraps(command)
+    def guarded(*arguments: Any, **options: Any) -> NoReturn:
+        try:
+            status = command(*arguments, **options)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+        raise typer.Exit(status)
+
+    return guarded
+
+
+@cli.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Train a model with clients, and let it forget those that withdraw."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@cli.command(cls=TakesSettings)
+@in_one_line
+def run(
+    app: Annotated[str, typer.Argument(help="digits, cifar10, cifar100, scaling, or the folder of an app.")],
+    words: Words = None,
+    engine: Engine = "ray",
+    nodes: Annotated[int, typer.Option(help="Virtual nodes; 0: one a client.")] = 0,
+    cpus: Cpus = 1,
+    gpus: Gpus = 0.0,
+    workers: Workers = 0,
+    verbose: Verbose = False,
+) -> int:
+    """Train a run, or go on with one: `fedunlearn run digits rounds=8 run=demo`.
+
+    `fedunlearn config ssd` lists the settings of a strategy.
+    """
+    set_up(verbose=verbose)
+    log.info("fedunlearn %s: %s", __version__, " ".join([app, *(words or [])]))
+    from fedunlearn.apps.simulate import Resources, app_folder, simulate
+
+    config = compose(app_folder(app) / "conf", words or [])
+    if not config.run:
+        config = config.model_copy(update={"run": f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"})
+    resources = Resources(engine, nodes or config.clients, cpus, gpus, workers)
+    resources.check()
+    log.info("run %s: starting %s", config.run, "Flower and Ray" if engine == "ray" else "in this process")
+    from fedunlearn.apps.server_app import train
+    from fedunlearn.federation.strategy import strategy_of
+
+    if not config.fork and not (runs_folder(state_home(config.home)) / config.run / "run.json").exists():
+        strategy_of(config)  # a mistake in its settings is said before anything is started
+    simulate(lambda grid: train(grid, config, words or []), resources, verbose=verbose)
+    return 0
+
+
+@cli.command()
+@in_one_line
+def forget(
+    client: Annotated[list[str] | None, typer.Option(help="A client to forget; several make one request.")] = None,
+    run: RunName = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Follow a live run's request to its end.")] = False,
+    status: Annotated[str, typer.Option(metavar="ID", help="Show one request of the run.")] = "",
+    list_: Annotated[bool, typer.Option("--list", help="List the run's requests.")] = False,
+    as_json: AsJson = False,
+    home: Home = "",
+    engine: Engine = "ray",
+    nodes: Annotated[int, typer.Option(help="Without a live run: virtual nodes.")] = 2,
+    gpus: Gpus = 0.0,
+    verbose: Verbose = False,
+) -> int:
+    """Have clients forgotten: a live run takes the request, else it is applied here and now."""
+    set_up(verbose=verbose)
+    with opened(run, home) as found:
+        if list_:
+            return show(found.ledger.requests(), as_json)
+        if status:
+            return show([found.ledger.request(status)], as_json)
+        return ask(found, client or [], wait, as_json, engine, nodes, gpus, verbose)
+
+
+def ask(
+    found: Run, client: list[str], wait: bool, as_json: bool, engine: str, nodes: int, gpus: float, verbose: bool
+) -> int:
+    """File a request, and see to it that somebody applies it."""
+    from fedunlearn.apps.simulate import Resources
+
+    resources = Resources(engine, nodes, gpus=gpus)
+    resources.check()
+    handle = found.request([client_number(text, found.config.clients) for text in client])
+
+    def follow() -> None:
+        handle.follow(lambda request: log.info("request %s: %s", request.id, request.state))
+
+    if handle.is_open:
+        closing = f"run {found.name} is closing: waiting until it lets go"
+        if handle.is_taken(on_wait=lambda: log.info(closing)):
+            if not wait:
+                log.info("run %s takes the request at its next round boundary", found.name)
+                return show(handle.requests(), as_json)
+            follow()
+        else:
+            log.info("no live run: the request is applied to run %s here, on %d virtual nodes", found.name, nodes)
+            try:
+                serve(found, resources, verbose=verbose)
+            except LockedError:  # another command came first, and serves all open requests
+                follow()
+    return show(handle.requests(), as_json)
+
+
+def serve(found: Run, resources: Any, *, verbose: bool) -> None:
+    """Apply the open requests of a run that nobody holds."""
+    from fedunlearn.apps import server_app
+    from fedunlearn.apps.simulate import simulate
+
+    config = found.config.model_copy(update={"run": found.name, "home": str(found.folder.parent.parent)})
+    simulate(lambda grid: server_app.serve(grid, config), resources, verbose=verbose)
+
+
+@cli.command()
+@in_one_line
+def runs(home: Home = "", as_json: AsJson = False) -> int:
+    """List all runs: how far they are, and what was asked of them."""
+    rows = []
+    for folder in all_runs(state_home(home)):
+        ledger = Ledger(folder / "ledger.sqlite")
+        try:
+            current, requests = ledger.current(), ledger.requests()
+        finally:
+            ledger.close()
+        about, settings = read_about(folder), read_about(folder)["config"]
+        rows.append(
+            {
+                "run": folder.name,
+                "state": "live" if is_locked(folder) else "idle",
+                "round": current.round if current else 0,
+                "rounds": settings["rounds"],
+                "data": settings["data"]["name"],
+                "strategy": settings["strategy"],
+                "requests": len(requests),
+                "created": about["created"][:19],
+            }
+        )
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif not rows:
+        print("no runs")
+    else:
+        table([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
+    return 0
+
+
+@cli.command()
+@in_one_line
+def requests(
+    request_id: Annotated[str, typer.Argument(metavar="[ID]", help="One request; without it, all of the run.")] = "",
+    run: RunName = "",
+    as_json: AsJson = False,
+    home: Home = "",
+) -> int:
+    """List the forget requests of a run, or show one."""
+    with opened(run, home) as found:
+        return show([found.ledger.request(request_id)] if request_id else found.ledger.requests(), as_json)
+
+
+@cli.command()
+@in_one_line
+def report(run: RunName = "", home: Home = "") -> int:
+    """Write a run's report anew, print its summary and where it lies."""
+    set_up()
+    from fedunlearn.federation.auditor import Auditor
+    from fedunlearn.runs import report as page
+
+    with opened(run, home) as found:
+        config = found.config.model_copy(update={"home": home})
+        auditor = Auditor(config)
+        path = page.write(found, auditor.class_counts(), auditor.class_names)
+        print(page.summary(found))
+        print(f"report: {path}")
+    return 0
+
+
+@study_cli.command("paper", cls=TakesSettings)
+@in_one_line
+def study_paper(
+    words: Words = None, plan: Annotated[bool, typer.Option("--plan", help="Only show what would be done.")] = False
+) -> int:
+    """The paper's study on pooled data: `fedunlearn study paper dataset=cifar10 search.trials=20`."""
+    from fedunlearn.study.pooled.study import PaperStudy
+
+    return study(PaperStudy, words, plan)
+
+
+@study_cli.command("federated", cls=TakesSettings)
+@in_one_line
+def study_federated(
+    words: Words = None, plan: Annotated[bool, typer.Option("--plan", help="Only show what would be done.")] = False
+) -> int:
+    """Strategies beside retraining in federations: `fedunlearn study federated dataset=digits`."""
+    from fedunlearn.study.federated.study import FederatedStudy
+
+    return study(FederatedStudy, words, plan)
+
+
+def study(kind: Callable[[list[str]], Any], words: list[str] | None, plan: bool) -> int:
+    """Do what is missing of a study."""
+    set_up()
+    from fedunlearn.study.dag.command import run_study
+
+    try:
+        return run_study(kind(words or []), only_plan=plan)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return 130
+
+
+@cli.command(cls=TakesSettings)
+@in_one_line
+def scale(
+    words: Annotated[list[str] | None, typer.Argument(help="Of the study, as clients=[10,100] actors=[1,2].")] = None,
+    app: Annotated[str, typer.Option(help="The Flower app that is measured.")] = "scaling",
+    home: Home = "",
+) -> int:
+    """Measure rounds and forget requests by clients and Ray actors."""
+    set_up()
+    from fedunlearn.apps.scale import load_study, measure_all
+    from fedunlearn.apps.simulate import app_folder
+
+    folder = app_folder(app)
+    return measure_all(load_study(folder, words or []), folder, state_home(home) / "scaling")
+
+
+@cli.command()
+@in_one_line
+def config(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="A strategy, a group as train, or a setting.")] = "",
+) -> int:
+    """List settings with ranges and defaults: of a run, of a group, or of a strategy, and what its clients share."""
+    shares: list[list[str]] = []
+    rows = [[n, default_of(f), range_of(f), f.description or ""] for n, f in fields_of(Config) if is_asked(n, name)]
+    if not rows:
+        from fedunlearn.federation.strategy import strategy_class
+        from fedunlearn.federation.tasks import tasks_of
+
+        schema: type[BaseModel] = strategy_class(name).Settings
+        shares = [[task.name, task.shares] for task in tasks_of(strategy_class(name)).values()]
+        rows = [[f"unlearn.{n}", default_of(f), range_of(f), f.description or ""] for n, f in fields_of(schema)]
+    table([["setting", "default", "range", "what it means"], *rows] if rows else [[f"{name} has no settings"]])
+    if shares:
+        print("\nWhat a client shares when it is asked for:")
+        table(shares)
+    return 0
+
+
+def is_asked(setting: str, name: str) -> bool:
+    """Say whether a setting is the one that is asked for, or in the group that is."""
+    return not name or setting == name or setting.startswith(f"{name}.")
+
+
+def default_of(declared: Any) -> str:
+    """Give a setting's default as it would be typed."""
+    return "{}" if is_mapping(declared) else json.dumps(declared.default)
+
+
+@contextmanager
+def opened(name: str, home: str) -> Iterator[Run]:
+    """Open a run, and close its ledger afterwards."""
+    found = open_run(name or None, home=home)
+    try:
+        yield found
+    finally:
+        found.ledger.close()
+
+
+def show(requests: list[Request], as_json: bool) -> int:
+    """Print requests; gives 1 if one of them failed."""
+    from fedunlearn.runs.formats import receipt
+
+    if as_json:
+        print(json.dumps([asdict(request) for request in requests], indent=2))
+    elif not requests:
+        print("no requests")
+    for request in [] if as_json else requests:
+        clients = ", ".join(map(str, request.clients))
+        print(f"{request.id}  {request.state:<11}  clients {clients}  {receipt(request.detail)}".rstrip())
+    return int(any(request.state in FAILED for request in requests))
+
+
+def client_number(text: str, count: int) -> int:
+    """Read the client that was typed."""
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"client {text!r} is not a whole number in 0..{count - 1}") from None
+
+
+def table(rows: list[list[str]]) -> None:
+    """Print rows in columns; the last one is wrapped by the terminal."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())

@@ -1,0 +1,321 @@
+"""The federation as a strategy sees it: clients to ask, a state to change, and the server's own data."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from logging import getLogger
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedunlearn.build import learning_rate_of, server_trains_client_head
+from fedunlearn.errors import NotNowError
+from fedunlearn.federation import server_state, tasks
+from fedunlearn.federation.nodes import Nodes, Results, add_cost
+from fedunlearn.federation.server_data import ServerData
+from fedunlearn.federation.server_state import ServerState
+from fedunlearn.federation.tasks import ClientTask
+from fedunlearn.nn.client_head import train_client_head
+from fedunlearn.nn.evaluate import Counts, Predictions
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.runs.ledger import FORGOTTEN, TAKEN_UP
+from fedunlearn.runs.run import Run
+from fedunlearn.unlearning import batch_norm
+from fedunlearn.unlearning.retrain_estimate import estimate_retrained
+
+SERVER = 2**32 - 1  # the place of the server's random draws: no client has this number
+
+log = getLogger("fedunlearn")
+
+
+@dataclass(frozen=True)
+class ForgetSet:
+    """Whose images are forgotten: whole clients.
+
+    Attributes:
+        clients: in ascending order.
+        request: the id of the request.
+    """
+
+    clients: tuple[int, ...]
+    request: str = ""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.clients)
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+
+class Federation:
+    """What a strategy works with.
+
+    It holds the state of the server, addresses clients through client tasks, and books what each task costs. Nothing
+    of it gives access to a client's data.
+
+    Attributes:
+        config: settings of the run.
+        server: the server's held-out images and its untrained models.
+        nodes: who hosts whom, and how many examples each client has.
+        state: the server's state; a strategy changes it through the methods, or assigns another one.
+        folder: the run's, where a strategy may keep files of its own.
+        grid: Flower's, set when a run starts.
+        costs: of the request that is being applied, by name of the client task.
+    """
+
+    def __init__(self, run: Run, server: ServerData, nodes: Nodes, state: ServerState) -> None:
+        self.config, self.folder, self._ledger = run.config, run.folder, run.ledger
+        self.server, self.nodes, self.state = server, nodes, state
+        self.costs: dict[str, Any] = {}
+        self._grid: Grid | None = None
+        self._forget = ForgetSet(())
+        self._class_counts: dict[int, Tensor] = {}
+
+    # Who takes part ----------------------------------------------------------------------------------------------
+
+    @property
+    def round(self) -> int:
+        """Rounds of training that are in the state."""
+        return self.state.round
+
+    @property
+    def retain(self) -> list[int]:
+        """The retain clients: those that can be trained and have no request that was taken up."""
+        return sorted(self.trainable - set(self._ledger.clients_in(TAKEN_UP)))
+
+    @property
+    def trainable(self) -> set[int]:
+        """The clients with the two examples that BatchNorm needs, whoever has been forgotten."""
+        return {client for client, examples in self.nodes.examples.items() if examples >= 2}
+
+    @property
+    def never_trained(self) -> set[int]:
+        """The clients without the two examples that BatchNorm needs; not those of a node that does not work."""
+        return self.nodes.examples.keys() - self.trainable
+
+    @property
+    def forgotten(self) -> list[int]:
+        """The clients whose requests have been applied, as far as they had been trained on."""
+        return sorted(set(self._ledger.clients_in(FORGOTTEN)) - self.never_trained)
+
+    def examples(self, clients: Iterable[int]) -> int:
+        """Count the examples of clients."""
+        return sum(self.nodes.examples[client] for client in clients)
+
+    # Asking clients ----------------------------------------------------------------------------------------------
+
+    @property
+    def grid(self) -> Grid:
+        """Flower's grid."""
+        if self._grid is None:
+            raise RuntimeError("the run has not started: there is no grid yet")
+        return self._grid
+
+    @grid.setter
+    def grid(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def run(
+        self,
+        task: ClientTask,
+        *,
+        on: Iterable[int],
+        at_round: int | None = None,
+        one_client_each: bool = False,
+        on_reply: Callable[[Results], None] = lambda results: None,
+        **arguments: Any,
+    ) -> Results:
+        """Run a client task where the clients' data is, on the model as it is now, and sum what they send back.
+
+        Args:
+            on: the clients. Those that are to be forgotten must all reply.
+            at_round: that the clients' random draws depend on; the present one by default.
+            one_client_each: give every client a message, and so a reply, of its own.
+            on_reply: is shown every reply alone.
+            arguments: of the task: numbers, words, lists, tensors, dicts of tensors.
+
+        Returns:
+            Sums over the clients: `.mean()`, `.sum()`, `.counts`, `.statistics`.
+
+        Raises:
+            NotNowError: nobody replied, or not every client that is to be forgotten.
+
+        Example:
+            `federation.apply(federation.run(self.climb, on=forget, until=0.4).mean())`
+        """
+        asked = list(on)
+        results = self.nodes.query(
+            self.grid,
+            task,
+            self.round if at_round is None else at_round,
+            asked,
+            self.state.params,
+            arguments=arguments,
+            request=self._request_token(),
+            one_client_each=one_client_each,
+            on_reply=on_reply,
+        )
+        missing = [client for client in asked if client in self._forget.clients and client not in results.counts]
+        if missing:
+            raise NotNowError(f"client {missing[0]} did not reply to {task.name}")
+        if not results.counts:
+            raise NotNowError(f"no retain client replied to {task.name}")
+        add_cost(self.costs, task.name, results.cost)
+        return results
+
+    def evaluate(self, on: Iterable[int]) -> dict[int, Counts]:
+        """Let clients count what the model gets right on their images."""
+        return self.run(tasks.evaluate, on=on).counts
+
+    def class_counts(self, clients: Iterable[int]) -> dict[int, Tensor]:
+        """Ask clients how many images of each class they have, [K] each, once in a request; then it is dropped."""
+        wanted = list(clients)
+        if unknown := [client for client in wanted if client not in self._class_counts]:
+            self._class_counts |= self.run(tasks.class_counts, on=unknown).statistics
+        return {client: self._class_counts[client] for client in wanted if client in self._class_counts}
+
+    # Changing the state ------------------------------------------------------------------------------------------
+
+    def model(self) -> TwoHeadResNet18:
+        """Give the server's model, loaded with the present parameters; changes of it change nothing else."""
+        self.server.model.load_state_dict(self.state.params)
+        return self.server.model
+
+    @contextmanager
+    def editing(self) -> Iterator[TwoHeadResNet18]:
+        """Give the model to be changed in place; afterwards its parameters are the state's.
+
+        Example:
+            `with federation.editing() as model: model.class_head.out.reset_parameters()`
+        """
+        model = self.model()
+        yield model
+        self.state = replace(self.state, params={n: value.clone() for n, value in model.state_dict().items()})
+
+    def apply(self, update: Mapping[str, Tensor]) -> None:
+        """Add an update to the parameters: theta += update."""
+        self.state = server_state.apply_update(self.state, update)
+
+    def apply_round(self, update: Mapping[str, Tensor], statistics: Mapping[int, Tensor], round_: int) -> None:
+        """Do what a round of training does: momentum, frozen weights, then the client head from embeddings."""
+        self.state = server_state.apply_round(
+            self.state,
+            update,
+            parameters=[name for name, _ in self.server.model.named_parameters()],
+            beta=self.config.train.server_momentum,
+            frozen_lr_scale=self.frozen_lr_scale(round_),
+        )
+        self.fit_client_head(statistics, round_)
+
+    def train(self, *, on: Iterable[int], rounds: int, lr: float | None = None) -> None:
+        """Let clients train for some rounds; the server adds their mean updates and trains the client head.
+
+        Args:
+            lr: in place of the schedule's learning rate.
+        """
+        clients = list(on)
+        for round_ in range(self.round + 1, self.round + 1 + rounds):
+            results = self.run(tasks.train, on=clients, at_round=round_, lr=lr)
+            self.apply(results.mean())
+            self.fit_client_head(results.statistics, round_)
+
+    def recalibrate_batch_norm(self, *, fraction: float = 1.0) -> None:
+        """Estimate BatchNorm statistics again on a random fraction of each retain client's images."""
+        if not batch_norm.no_statistics(self.server.model):
+            return
+        sums = self.run(tasks.batch_norm_statistics, on=self.retain, fraction=fraction).sum()
+        with self.editing() as model:
+            batch_norm.recalibrate(model, sums)
+
+    def recalibrate_client_head(self) -> None:
+        """Train the client head from the retain clients' embeddings as they are now, where the server trains it."""
+        if server_trains_client_head(self.config):
+            self.fit_client_head(self.run(tasks.embedding_statistics, on=self.retain).statistics, self.round)
+
+    def fit_client_head(self, statistics: Mapping[int, Tensor], round_: int) -> None:
+        """Train the client head from statistics of clients' embeddings, where they sent any; they are not kept."""
+        if not statistics or self.server.model.client_head is None:
+            return
+        there = {client: value.to(self.server.device) for client, value in statistics.items()}
+        generator = generator_of(self.config.seed, round_, SERVER)
+        with self.editing() as model:
+            steps = self.config.train.client_head_steps
+            assert model.client_head is not None
+            train_client_head(model.client_head, there, steps=steps, generator=generator)
+
+    def freeze(self, *, since: ServerState, fraction: float) -> None:
+        """Freeze that fraction of the weights, those that changed most since an earlier state.
+
+        Rounds of training move frozen weights by `frozen_lr_scale` only.
+        """
+        names = [name for name, _ in self.server.model.named_parameters()]
+        self.state = server_state.freeze(self.state, since.params, fraction, names)
+
+    def frozen_lr_scale(self, round_: int) -> float:
+        """Give the factor on updates of frozen weights: the part of the learning rate's fall to come, squared.
+
+        While much is still to learn frozen weights move too, or learning would stop. At the end they do not move. A
+        rate that never falls has no end to wait for: then they do not move from the request on.
+        """
+        first, now, last = (learning_rate_of(self.config, r) for r in (1, round_, self.config.rounds))
+        return ((now - last) / (first - last)) ** 2 if first > last else 0.0
+
+    def begin_anew(self) -> None:
+        """Go back to the run's initial weights, with nothing kept beside them."""
+        model = self.model()
+        model.load_state_dict(self.server.new_model().state_dict())
+        self.state = server_state.begin_anew(self.state, model.state_dict(), self._forget)
+
+    # What can be known without the client --------------------------------------------------------------------------
+
+    def predictions(self) -> Predictions:
+        """Give the model's predictions on the server's held-out images."""
+        return self.server.predict(self.model())
+
+    def estimate_retrained(self, predictions: Predictions) -> Predictions:
+        """Estimate what a model retrained on the retain clients alone would predict on the held-out images.
+
+        Args:
+            predictions: of the present model.
+        """
+        retain = self.retain
+        trained_on = sorted(self.trainable - set(self._ledger.clients_in(FORGOTTEN)))
+        counts = self.class_counts(trained_on)
+        before = total_counts(counts[client] for client in trained_on if client in counts)
+        after = total_counts(counts[client] for client in retain if client in counts)
+        by_round = {int(round_): probs.cpu() for round_, probs in self.state.predictions.items()}
+        by_round[self.round] = predictions.class_probs
+        estimate = estimate_retrained(by_round, predictions.class_labels, before, after)
+        return predictions._replace(class_probs=estimate)
+
+    def estimated_accuracy(self, forget: Iterable[int]) -> float:
+        """Estimate the retrained model's class accuracy on images of the clients' class counts, 0..1."""
+        counts = total_counts(self.class_counts(forget).values())
+        return self.estimate_retrained(self.predictions()).expected_accuracy(counts)
+
+    # For the request that is being applied -----------------------------------------------------------------------
+
+    @contextmanager
+    def applying(self, forget: ForgetSet) -> Iterator[None]:
+        """Mark a request as the one that is being applied: its clients must reply, its costs are booked."""
+        self._forget, self.costs = forget, {}
+        try:
+            yield
+        finally:
+            self._forget, self._class_counts = ForgetSet(()), {}
+
+    def _request_token(self) -> str:
+        """Name the request for caches of the clients' processes; it says nothing to anybody else."""
+        if not self._forget.clients:
+            return ""
+        text = f"{self.config.run} {self.config.seed} {self._forget.request} {self.round}"
+        return sha256(text.encode()).hexdigest()[:16]
+
+
+def total_counts(counts: Iterable[Tensor]) -> Tensor:
+    """Add up the class counts of clients, [K]."""
+    return torch.stack(list(counts)).sum(0)

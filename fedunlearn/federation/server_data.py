@@ -1,0 +1,41 @@
+"""What the server has: held-out images that are no client's, class names, and a model to work with."""
+
+import numpy as np
+import torch
+
+from fedunlearn import build
+from fedunlearn.config import Config
+from fedunlearn.data.batches import batches, evaluation_batch
+from fedunlearn.nn.evaluate import Predictions, predict
+from fedunlearn.nn.model import TwoHeadResNet18
+
+NOBODY = -1
+
+
+class ServerData:
+    """The server's held-out images (the test images of the data set) and its model; nothing of any client.
+
+    Attributes:
+        device: where the model is.
+        model: the one that tensors of a state are loaded into.
+        class_names: K names.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dataset = build.open_dataset(config)
+        self._held_out, self._make = dataset.test, lambda *place: build.model_of(config, dataset, *place)
+        self.class_names, self.fingerprint = dataset.class_names, dataset.fingerprint
+        self.model = build.on_device(self.new_model(), self.device)
+
+    def new_model(self, *place: int) -> TwoHeadResNet18:
+        """Make the run's untrained model, or at another `place` of random draws another one."""
+        return self._make(*place)
+
+    def predict(self, model: TwoHeadResNet18) -> Predictions:
+        """Give the model's predictions on the held-out images."""
+        train, data = self.config.train, self._held_out
+        size = evaluation_batch(train.batch_size, self.device)
+        everything = batches(data, np.arange(len(data.labels)), NOBODY, batch_size=size, device=self.device)
+        return predict(model, everything, precision=train.precision)

@@ -1,0 +1,206 @@
+"""Client tasks: functions that run where a client's data is, and what they send back.
+
+What a task returns is what a client shares, and nothing else of a client ever travels.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from fedunlearn.federation.client import Client
+from fedunlearn.federation.messages import Tensors, floating
+from fedunlearn.nn.evaluate import Counts
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.unlearning import batch_norm
+
+Shapes = Callable[[TwoHeadResNet18], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends back: tensors to be summed over clients, and what it counted.
+
+    Attributes:
+        tensors: by name; the sum over clients has each client's tensors times its `weight`.
+        weight: the client's examples for a mean over examples, 1 for a plain sum or a mean over clients.
+        counts: examples, and loss and hits where the task counted them.
+        statistics: a tensor of this client alone, which is not summed.
+    """
+
+    tensors: Tensors = field(default_factory=dict)
+    weight: float = 1
+    counts: Counts = Counts()
+    statistics: Tensor | None = None
+
+
+def weights(model: TwoHeadResNet18) -> Tensors:
+    """Give the shapes of a model's update: everything that is floating-point, statistics of BatchNorm included."""
+    return floating(model.state_dict())
+
+
+def parameters(model: TwoHeadResNet18) -> Tensors:
+    """Give the shapes of one value a parameter."""
+    return dict(model.named_parameters())
+
+
+def nothing(model: TwoHeadResNet18) -> Tensors:
+    """Give the shapes of no tensors: a task that only counts."""
+    return {}
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """A function `(client, model, settings, **arguments)` that a node calls for each of its clients in a message.
+
+    Attributes:
+        function: what runs; `model` is the broadcast model, which it may change.
+        kind: of message, in Flower's words: `train`, `evaluate` or `query`.
+        sends: names and shapes of the tensors that are summed over clients. A reply with others is refused.
+        sends_apart: the shape of the `statistics` of each client, if it sends any.
+        exact: tensors travel in fp32 even where `message_dtype` is bf16.
+        needs_model: whether the model travels with the task.
+        trains: whether a query of it counts as a round of training in comparisons of cost.
+    """
+
+    function: Callable[..., Any]
+    kind: str = "query"
+    sends: Shapes = weights
+    sends_apart: Callable[[TwoHeadResNet18], Tensor] | None = None
+    exact: bool = False
+    needs_model: bool = True
+    trains: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function's name, under which messages name the task and receipts book its cost."""
+        return self.function.__name__
+
+    @property
+    def shares(self) -> str:
+        """What a client shares, in words: the first line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def __call__(self, client: Client, model: TwoHeadResNet18, settings: Any, **arguments: Any) -> Update:
+        """Run the task for one client; a plain dict of tensors becomes a mean over examples."""
+        found = self.function(client, model, settings, **arguments)
+        if isinstance(found, Update):
+            return found
+        if isinstance(found, Counts):
+            return Update({}, client.examples, found)
+        if isinstance(found, Tensor):
+            return Update({}, client.examples, Counts(client.examples), statistics=found)
+        return Update(dict(found), client.examples, Counts(client.examples))
+
+
+Function = Callable[..., Any] | staticmethod
+
+
+@overload
+def client_task(function: Function, /) -> ClientTask: ...
+@overload
+def client_task(**options: Any) -> Callable[[Function], ClientTask]: ...
+def client_task(function: Function | None = None, /, **options: Any) -> Any:
+    """Make a function a task of clients, run where their data is.
+
+    Within a strategy's class it stands above `@staticmethod`, since a client has no strategy object. The function
+    takes a `Client`, the broadcast model and the strategy's settings, then keyword arguments that `Federation.run` is
+    given: numbers, words, lists, tensors and dicts of tensors. It returns an `Update`, a dict of tensors (which is
+    averaged over examples), a tensor (which is not summed), or `Counts`.
+
+    Args:
+        options: attributes of `ClientTask`.
+
+    Example:
+        >>> @client_task
+        ... def climb(client, model, settings, *, until): ...
+        >>> climb.name
+        'climb'
+    """
+    if function is None:
+        return lambda wrapped: client_task_of(wrapped, **options)
+    return client_task_of(function, **options)
+
+
+def client_task_of(function: Function, **options: Any) -> ClientTask:
+    """Make a client task of a plain function or of a static method."""
+    plain = function.__func__ if isinstance(function, staticmethod) else function
+    if plain.__annotations__.get("return") in (Counts, Tensor, "Counts", "Tensor"):
+        options = {"sends": nothing, **options}
+    return ClientTask(plain, **options)
+
+
+def one_row_a_class(model: TwoHeadResNet18) -> Tensor:
+    """Give the shape of a number for each class, [K]."""
+    return torch.zeros(_classes(model), dtype=torch.int64)
+
+
+def embedding_rows(model: TwoHeadResNet18) -> Tensor:
+    """Give the shape of embedding statistics: count, sum and sum of squares for each class, [K, 1 + 2 d]."""
+    hidden = model.client_head.hidden if model.client_head is not None else model.class_head.hidden
+    return torch.zeros(_classes(model), 1 + 2 * hidden.in_features)
+
+
+@client_task(kind="train", sends_apart=embedding_rows, trains=True)
+def train(
+    client: Client,
+    model: TwoHeadResNet18,
+    settings: Any,
+    *,
+    fraction: float = 1.0,
+    lr: float | None = None,
+    embeddings: bool = True,
+) -> Update:
+    """Its model's update after a round of local training, and statistics of its embeddings (mean, variance a class).
+
+    Args:
+        fraction: of its examples to train on.
+        lr: in place of the schedule's learning rate.
+        embeddings: whether to send embedding statistics, where the server trains the client head.
+    """
+    statistics = client.embedding_statistics(model) if embeddings and client.server_trains_client_head else None
+    counts = client.fit(model, fraction=fraction, lr=lr)
+    return Update(client.changes(model), client.examples, counts, statistics)
+
+
+@client_task(kind="evaluate")
+def evaluate(client: Client, model: TwoHeadResNet18, settings: Any) -> Counts:
+    """How many of its images the model gets right, class and client ID, and its loss on them."""
+    return client.evaluate(model)
+
+
+@client_task(sends_apart=one_row_a_class, needs_model=False)
+def class_counts(client: Client, model: TwoHeadResNet18, settings: Any) -> Tensor:
+    """How many images of each class it has."""
+    return client.class_counts
+
+
+@client_task(sends_apart=embedding_rows)
+def embedding_statistics(client: Client, model: TwoHeadResNet18, settings: Any) -> Tensor:
+    """Statistics of its embeddings: count, mean and variance for each class."""
+    return client.embedding_statistics(model)
+
+
+@client_task(sends=batch_norm.no_statistics)
+def batch_norm_statistics(client: Client, model: TwoHeadResNet18, settings: Any, *, fraction: float = 1.0) -> Update:
+    """Sums over its images that BatchNorm statistics are estimated from: count, sum and sum of squares a channel."""
+    sums = batch_norm.batch_statistics(model, client.shuffled_images(fraction), precision=client.precision)
+    return Update(sums, 1, Counts(client.examples))
+
+
+BUILT_IN: dict[str, ClientTask] = {
+    task.name: task for task in (train, evaluate, class_counts, embedding_statistics, batch_norm_statistics)
+}
+
+
+def tasks_of(strategy: type) -> dict[str, ClientTask]:
+    """Give every task that clients of a strategy can be asked for, by name."""
+    own = {name: value for name, value in inspect.getmembers(strategy) if isinstance(value, ClientTask)}
+    return BUILT_IN | {task.name: task for task in own.values()}
+
+
+def _classes(model: nn.Module) -> int:
+    return model.class_head.out.out_features  # type: ignore[union-attr, return-value]

@@ -1,0 +1,67 @@
+"""Watch the inputs of a model's layers, and leave the model as it was."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Restore the train or eval mode of every module at the end.
+
+    Args:
+        model: whose modes the caller may change meanwhile.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> with kept_modes(model):
+        ...     model.eval().training
+        False
+        >>> model.training
+        True
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def layer_inputs(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], callback: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """Show `callback` the input of every layer of some types, just before the layer runs.
+
+    The hooks go at the end, and every module is back in the mode that it was in (`kept_modes`).
+
+    Args:
+        model: whose layers are watched; the caller runs it, in the mode that suits.
+        kinds: types of layers, their subclasses included.
+        callback: is given a layer's name in the model, the layer, and its first input.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> with layer_inputs(model, (nn.Linear,), lambda name, layer, x: print(name, tuple(x.shape))):
+        ...     _ = model(torch.zeros(5, 3))
+        0 (5, 3)
+        2 (5, 2)
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, inputs: callback(name, layer, inputs[0])
+
+    with kept_modes(model):
+        hooks = [
+            layer.register_forward_pre_hook(hook(name))
+            for name, layer in model.named_modules()
+            if isinstance(layer, kinds)
+        ]
+        try:
+            yield
+        finally:
+            for registered in hooks:
+                registered.remove()

@@ -1,0 +1,82 @@
+"""A forget request from outside a run: filed in its ledger, and followed to its end."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedunlearn.errors import UserError
+from fedunlearn.runs.ledger import OPEN, Ledger, Request, State
+from fedunlearn.runs.lock import is_locked
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class RequestHandle:
+    """What was asked of a run: a new request, and earlier ones that cover some of the clients.
+
+    Attributes:
+        folder: the run's.
+        ledger: the run's.
+        ids: of the requests.
+
+    Example:
+        `fedunlearn.open_run("demo").request([3]).follow(print)`
+    """
+
+    folder: Path
+    ledger: Ledger
+    ids: tuple[str, ...]
+
+    def requests(self) -> list[Request]:
+        """Read the requests as they stand now."""
+        return [self.ledger.request(request_id) for request_id in self.ids]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one of them has still to be applied or completed."""
+        return any(request.state in OPEN for request in self.requests())
+
+    def is_taken(self, *, on_wait: Callable[[], None] = lambda: None) -> bool:
+        """Say whether a process holds the run and will look at its ledger again; one that will not is waited for.
+
+        Args:
+            on_wait: called once where the wait begins.
+        """
+        told = False
+        while is_locked(self.folder):
+            current = self.ledger.current()
+            if current is None or not current.finished:
+                return True
+            if not told:
+                on_wait()
+                told = True
+            time.sleep(POLL_SECONDS)
+        return False
+
+    def follow(self, on_change: Callable[[Request], None] = lambda request: None) -> list[Request]:
+        """Wait until none of the requests is open.
+
+        Args:
+            on_change: called with a request whenever its state has changed.
+
+        Raises:
+            UserError: the process that had the run has ended before.
+        """
+        seen: dict[str, State] = {}
+        while True:
+            live = is_locked(self.folder)
+            requests = self.requests()
+            for request in requests:
+                if seen.get(request.id) != request.state:
+                    seen[request.id] = request.state
+                    on_change(request)
+            if not any(request.state in OPEN for request in requests):
+                return requests
+            if not live:
+                raise UserError(
+                    f"run {self.folder.name} stopped before the request was applied: repeat this command, or resume "
+                    f"the run with run={self.folder.name}"
+                )
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,194 @@
+"""The runs of a state folder: found, opened, resumed, given more rounds, forked."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fedunlearn.config import Config, check, state_home, validated, values_of
+from fedunlearn.errors import UserError
+from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.ledger import Ledger
+from fedunlearn.runs.lock import is_locked, lock
+from fedunlearn.runs.run import Run, read_about, stored_config
+
+OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
+SAME = ("clients", "data.", "partition.", "model.")  # settings that a fork must share with the run it goes on from
+PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
+
+
+def open_run(name: str | None = None, *, home: str = "") -> Run:
+    """Open a run to look at it and to ask for something.
+
+    Args:
+        name: of the run; without one the newest live run, else the newest finished one.
+        home: state folder; empty takes $FEDUNLEARN_HOME or ~/.fedunlearn.
+
+    Raises:
+        UserError: there is no such run.
+
+    Example:
+        `fedunlearn.open_run("demo").request([3])`
+    """
+    return Run.opened(find_run(state_home(home), name))
+
+
+def find_run(home: Path, name: str | None) -> Path:
+    """Find the folder of the run `name`; without one, of the newest live run, else of the newest finished one.
+
+    Raises:
+        UserError: with the runs that there are.
+    """
+    if name:
+        folder = runs_folder(home) / name
+        if not (folder / "run.json").exists():
+            raise UserError(f"no run {name} in {runs_folder(home)}: there are {_names(all_runs(home))}")
+        return folder
+    newest_first = all_runs(home)[::-1]
+    for folder in chain(filter(is_locked, newest_first), filter(is_finished, newest_first)):
+        return folder
+    if newest_first:
+        raise UserError(
+            f"no run in {runs_folder(home)} is live or finished: name one with --run ({_names(newest_first)})"
+        )
+    raise UserError(f"no run in {runs_folder(home)}: start one with 'fedunlearn run digits'")
+
+
+def runs_folder(home: Path) -> Path:
+    """Say where runs lie in a state folder."""
+    return home / "runs"
+
+
+def all_runs(home: Path) -> list[Path]:
+    """List the folders of all runs, oldest first."""
+    found = [path.parent for path in runs_folder(home).glob("*/run.json")]
+    return sorted(found, key=lambda folder: read_about(folder)["created"])
+
+
+def is_finished(folder: Path) -> bool:
+    """Say whether all rounds of a run are trained, and this version knows its settings."""
+    ledger = Ledger(folder / "ledger.sqlite")
+    try:
+        current = ledger.current()
+        return current is not None and current.round >= stored_config(folder).rounds
+    except UserError:
+        return False
+    finally:
+        ledger.close()
+
+
+@contextmanager
+def locked_run(config: Config, *, fingerprint: str, asked: Mapping[str, Any]) -> Iterator[Run]:
+    """Lock the run `config.run`, making it where it is new; its own stored settings count where it is not.
+
+    Args:
+        config: the settings of a new run.
+        fingerprint: of the data set.
+        asked: settings that were named explicitly, by dotted name. A run that exists must agree with them, but for
+            more `rounds` than it has: then it goes on.
+
+    Raises:
+        UserError: another process holds the run, it has other settings than `asked`, or other data.
+    """
+    name = config.run or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    config = config.model_copy(update={"run": name})
+    folder = runs_folder(state_home(config.home)) / name
+    with lock(folder):
+        if not (folder / "run.json").exists():
+            _make(folder, config, fingerprint)
+        about, stored = read_about(folder), stored_config(folder)
+        kept = _agreed(folder, stored, asked)
+        if about["data"] != fingerprint:
+            raise UserError(f"run {name} was trained on other data ({about['data'][:12]}, now {fingerprint[:12]})")
+        if kept != stored:
+            _write_about(folder, about | {"config": kept.model_dump()})
+        operational = {setting: value for setting, value in asked.items() if setting in OPERATIONAL}
+        ledger = Ledger(folder / "ledger.sqlite")
+        try:
+            run = Run(folder, kept.model_copy(update={"home": config.home, "run": name, **operational}), ledger)
+            if current := ledger.current():
+                run.delete_all_but(current.checkpoint)
+            yield run
+        finally:
+            ledger.close()
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """Give the settings with other values for some dotted names."""
+    content = config.model_dump()
+    for name, value in values.items():
+        group = content
+        *groups, leaf = name.split(".")
+        for part in groups:
+            group = group[part]
+        group[leaf] = value
+    return check(validated(Config, content))
+
+
+def forked(config: Config, asked: Mapping[str, Any]) -> Config:
+    """Give the settings of a fork: those of the run `config.fork`, with what was asked for on top.
+
+    Raises:
+        UserError: there is no such run, or another data set, partition or model was asked for.
+    """
+    base = stored_config(find_run(state_home(config.home), config.fork))
+    values = values_of(base)
+    for name, value in asked.items():
+        if name.startswith(SAME) and values.get(name) != value:
+            raise UserError(f"run {config.fork} has {name}={values.get(name)}, not {value}: a fork goes on from it")
+    if asked.get("rounds", 0) > base.rounds:
+        asked = {"train.schedule_rounds": base.train.schedule_rounds or base.rounds, **asked}
+    if asked.get("strategy", base.strategy) != base.strategy:
+        base = base.model_copy(update={"unlearn": {}})
+    return with_values(base, {"home": config.home, "run": config.run, "fork": config.fork, **asked})
+
+
+def _make(folder: Path, config: Config, fingerprint: str) -> None:
+    if config.fork:
+        base = find_run(state_home(config.home), config.fork)
+        if read_about(base)["data"] != fingerprint:
+            raise UserError(f"run {config.fork} was trained on other data: a fork goes on from it")
+        with lock(base):
+            _copy(base, folder)
+    versions = {package: version(package) for package in PACKAGES}
+    content = {"created": datetime.now(UTC).isoformat(), "data": fingerprint, "versions": versions}
+    _write_about(folder, content | {"config": config.model_dump()})
+
+
+def _copy(base: Path, folder: Path) -> None:
+    """Copy what a run has kept; its ledger through SQLite, so that it is whole."""
+    for part in base.iterdir():
+        if part.is_dir() and part.name != "report":
+            shutil.copytree(part, folder / part.name, dirs_exist_ok=True)
+    if (base / "metrics.jsonl").exists():
+        shutil.copy(base / "metrics.jsonl", folder)
+    source, copy = Ledger(base / "ledger.sqlite"), Ledger(folder / "ledger.sqlite")
+    try:
+        source.copy_to(copy)
+    finally:
+        source.close()
+        copy.close()
+
+
+def _agreed(folder: Path, kept: Config, asked: Mapping[str, Any]) -> Config:
+    """The stored settings, if they agree with those asked for, but for more rounds."""
+    values, rounds = values_of(kept), max(kept.rounds, asked.get("rounds", 0))
+    for name, value in asked.items():
+        if values.get(name) != value and name not in OPERATIONAL and (name, value) != ("rounds", rounds):
+            raise UserError(f"run {folder.name} has {name}={values.get(name)}, not {value}: use another run name")
+    if rounds == kept.rounds:
+        return kept
+    return with_values(kept, {"rounds": rounds, "train.schedule_rounds": kept.train.schedule_rounds or kept.rounds})
+
+
+def _write_about(folder: Path, content: dict[str, Any]) -> None:
+    write_atomically(folder / "run.json", json.dumps(content, indent=2).encode())
+
+
+def _names(folders: list[Path]) -> str:
+    return ", ".join(folder.name for folder in folders) or "none"

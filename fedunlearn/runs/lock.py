@@ -1,0 +1,57 @@
+"""The lock of a folder, which one process has at a time and which dies with it."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedunlearn.errors import UserError
+
+
+class LockedError(UserError):
+    """Another process has the lock."""
+
+
+@contextmanager
+def lock(folder: Path, *, patience: float = 0.5) -> Iterator[None]:
+    """Have the folder's lock; `patience` is in seconds.
+
+    Raises:
+        LockedError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        if not _try(file, fcntl.LOCK_EX, patience=patience):
+            raise LockedError(f"run {folder.name} is locked by process {owner(folder)}: wait for it, or end it")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Say whether a process has the folder's lock."""
+    with open(folder / "lock", "a+") as file:
+        return not _try(file, fcntl.LOCK_SH)
+
+
+def owner(folder: Path) -> str:
+    """Give the id of the process that took the lock last."""
+    return (folder / "lock").read_text()
+
+
+def _try(file: Any, kind: int, *, patience: float = 0.5) -> bool:
+    """Whether the lock was got; `patience` (seconds) outlasts somebody who only looks whether it is taken."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True

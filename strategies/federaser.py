@@ -1,0 +1,143 @@
+"""FedEraser: calibrated replay of stored updates (Liu et al., IWQoS 2021, "FedEraser: Enabling Efficient Client-Level
+Data Removal from Federated Learning Models")."""
+
+import os
+import re
+from collections.abc import Mapping
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedunlearn.config import Settings as CheckedSettings
+from fedunlearn.errors import NotNowError
+from fedunlearn.federation import messages, tasks
+from fedunlearn.federation.handle import Federation, ForgetSet
+from fedunlearn.federation.messages import Tensors
+from fedunlearn.federation.nodes import Results
+from fedunlearn.federation.strategy import Strategy
+from fedunlearn.runs import checkpoint
+from fedunlearn.runs.files import NEW
+from fedunlearn.runs.run import Run
+
+FOLDER = "updates"
+
+log = getLogger("fedunlearn")
+
+
+class FedEraser(Strategy):
+    """U'_c = |U_c| / |V_c| V_c: stored updates keep their length, and get the direction of calibrating ones (Eq. 2-3).
+
+    Every `every` rounds each client's own update U_c is stored. A request replays these rounds from the initial model.
+    Every retain client trains on a fraction of its images from the replayed model, and V_c is its update. U'_c replaces
+    U_c in the store, and the replayed model moves by the mean of U'_c over examples (with the server's momentum).
+    BatchNorm statistics are those of the calibration. Stored updates of forgotten clients are deleted with the request.
+    """
+
+    label, colour, marker = "FedEraser", "#7b2cbf", "P"
+
+    class Settings(CheckedSettings):
+        """Settings of FedEraser."""
+
+        every: int = Field(default=2, ge=1, le=10**6, description="rounds between stored updates")
+        calibration_fraction: float = Field(
+            default=0.5, ge=1e-6, le=1, description="of each retain client's images that calibrates its updates"
+        )
+
+    def one_reply_each(self, round_: int) -> bool:
+        """Have every client answer alone in the rounds whose updates are stored."""
+        return round_ % self.settings.every == 0
+
+    def after_reply(self, federation: Federation, run: Run, round_: int, results: Results) -> None:
+        """Store a client's update."""
+        if self.one_reply_each(round_):
+            (client,) = results.counts
+            checkpoint.save(stored(run.folder, round_, client), results.mean())
+
+    def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
+        """Replay the stored rounds with the retain clients, calibrated."""
+        folder = federation.folder
+        by_round: dict[int, list[int]] = {}
+        for round_, client in updates(folder):
+            if client in federation.retain and round_ <= federation.round:  # later ones are of a round to be repeated
+                by_round.setdefault(round_, []).append(client)
+        if not by_round:
+            raise NotNowError(
+                "no update of a retain client is stored: strategy=federaser has to be chosen from the start"
+            )
+        federation.begin_anew()
+        for round_, clients in by_round.items():
+            log.info("── replaying round %d of %d", round_, max(by_round))
+            self.replay(federation, round_, clients)
+        for round_, client in updates(folder):
+            if client in forget:
+                stored(folder, round_, client).unlink()
+        for torn in (folder / FOLDER).glob(f"{NEW}*"):
+            torn.unlink()  # whoever was killed while storing an update left it, and it may be a forget client's
+        return {"replayed": len(by_round)}
+
+    def replay(self, federation: Federation, round_: int, clients: list[int]) -> None:
+        """Train for calibration, and move by the calibrated updates."""
+        directions: dict[int, Tensors] = {}
+
+        def keep(one: Results) -> None:
+            (client,) = one.counts
+            directions[client] = one.mean()
+
+        results = federation.run(
+            tasks.train,
+            on=clients,
+            at_round=round_,
+            one_client_each=True,
+            on_reply=keep,
+            fraction=self.settings.calibration_fraction,
+        )
+        params = [name for name, _ in federation.server.model.named_parameters()]
+        update = calibrated(federation, round_, directions, params)
+        federation.apply_round(update, results.statistics, round_)
+
+    def stored_bytes(self, run: Run) -> int:
+        """Count the bytes of the stored updates."""
+        return sum(stored(run.folder, *update).stat().st_size for update in updates(run.folder))
+
+    def carry_over(self, base: Run, run: Run, round_: int) -> None:
+        """Link the base's stored updates of rounds up to `round_`."""
+        (run.folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        for stored_round, client in updates(base.folder):
+            if stored_round <= round_:
+                here = stored(run.folder, stored_round, client)
+                here.unlink(missing_ok=True)  # of a copy that was stopped
+                os.link(stored(base.folder, stored_round, client), here)
+
+
+def calibrated(federation: Federation, round_: int, directions: Mapping[int, Tensors], params: list[str]) -> Tensors:
+    """Give the mean over examples of U'_c, and store each U'_c in U_c's place."""
+    sums: Tensors = {}
+    total = federation.examples(directions)
+    for client, direction in directions.items():
+        path = stored(federation.folder, round_, client)
+        update, _ = checkpoint.read_tensors(path)
+        new = direction | {name: along(update[name], direction[name]) for name in params}
+        checkpoint.save(path, new)
+        messages.add_to(sums, new, federation.examples([client]) / total)
+    return sums
+
+
+def along(update: Tensor, direction: Tensor) -> Tensor:
+    """Give |U| / |V| V of one layer; nothing where V is nothing."""
+    length = torch.linalg.vector_norm(direction)
+    return direction * (torch.linalg.vector_norm(update) / length) if length else direction
+
+
+def stored(folder: Path, round_: int, client: int) -> Path:
+    """Say where a client's update of a round lies in a run's folder."""
+    return folder / FOLDER / f"round-{round_:05d}-client-{client}.safetensors"
+
+
+def updates(folder: Path) -> list[tuple[int, int]]:
+    """List (round, client) of every stored update of a run's folder, in order."""
+    names = (re.fullmatch(r"round-(\d+)-client-(\d+)\.safetensors", f.name) for f in (folder / FOLDER).glob("*"))
+    return sorted((int(name[1]), int(name[2])) for name in names if name)

@@ -1,0 +1,71 @@
+"""FedEraser beside a naive version, on four clients of handwritten digits."""
+
+import pytest
+
+from fedunlearn.runs.files import NEW
+from fedunlearn.runs.ledger import State
+from naive import FORGETS, SETTINGS, assert_same, average, pruned, settings_of, trained
+from strategies import federaser
+
+EVERY = "strategy=federaser unlearn.every=1"
+
+
+def test_federaser_replays_calibrated_updates(federate):
+    training = f"{SETTINGS} train.server_momentum=0 train.lr=0.005"
+    settings = settings_of("federaser", f"unlearn.every=1 unlearn.calibration_fraction=0.5 {training}")
+    federate(f"{settings} {FORGETS}")
+    (request,) = federate.requests()
+    pooled = federate.pooled(training)
+    state = pooled.state()
+    plain = dict(state)
+    floating = [name for name, value in state.items() if value.is_floating_point()]
+    updates = {}
+    for round_ in (1, 2):  # what was stored
+        ends = {c: trained(pooled, c, plain, round_) for c in range(4)}
+        updates[round_] = {c: {n: end[n] - plain[n] for n in floating} for c, end in ends.items()}
+        plain = average(pooled, ends)
+    params = [name for name, _ in pooled.model.named_parameters()]
+    state = pruned(state)
+    for round_ in (1, 2):
+        moved = {}
+        for c in range(3):
+            end = trained(pooled, c, state, round_, fraction=0.5)
+            v = {n: end[n] - state[n] for n in floating}
+            u = updates[round_][c]
+            length = {n: u[n].norm() / v[n].norm() if n in params and v[n].norm() else 1 for n in v}
+            moved[c] = state | {n: state[n] + length[n] * v[n] for n in floating}
+        state = average(pooled, moved)
+    assert_same(federate.state(), pruned(state))
+    assert (request.state, request.detail["replayed"]) == (State.COMPLETED, 2)
+    assert sorted({client for _, client in federaser.updates(federate.folder())}) == [0, 1, 2]
+    predictions = 2 * 40 * 10 * 2  # rounds, images, classes, bytes
+    bytes_of_model = sum(value.numel() * value.element_size() for value in state.values() if value.is_floating_point())
+    assert request.detail["stored_bytes"] == pytest.approx(8 * bytes_of_model + predictions, rel=0.05)
+
+
+def test_what_a_crash_left_of_an_update_is_deleted_with_a_request(federate):
+    federate(f"rounds=1 {EVERY}")
+    torn = federate.folder() / federaser.FOLDER / f"{NEW}x"
+    torn.write_bytes(b"half of an update")
+    federate.run().ledger.file([3])
+    federate(f"rounds=1 {EVERY}")
+    assert federate.requests()[0].state == State.COMPLETED
+    assert not torn.exists()
+
+
+def test_a_round_in_which_only_forget_clients_trained_is_not_replayed(federate):
+    settings = f"{EVERY} rounds=4 fraction=0.25 evaluate_every=4 train.client_head_by=local"
+    federate(f"{settings} run=before")
+    drawn = [row["clients"] for row in federate.run("before").metrics() if row["kind"] == "round"]
+    once = next(clients for clients in drawn if drawn.count(clients) == 1)
+    federate(f"{settings} fork=before forget.schedule={{4:{once}}}")
+    (request,) = federate.requests()
+    assert (request.state, request.detail["replayed"]) == (State.COMPLETED, 3)
+
+
+def test_without_stored_updates_a_request_is_set_aside_with_the_reason(federate):
+    federate.shared("rounds=1")
+    federate(f"rounds=1 {EVERY} fork=before forget.schedule={{1:[3]}} forget.attempts=1")
+    (request,) = federate.requests()
+    reason = "no update of a retain client is stored: strategy=federaser has to be chosen from the start"
+    assert (request.state, request.detail["reason"]) == (State.QUARANTINED, reason)
