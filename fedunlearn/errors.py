@@ -1,5 +1,8 @@
 """Errors that are meant for somebody."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """What a person can put right: shown as one line, without a traceback, and ends a command with status 2."""
@@ -11,3 +14,19 @@ class NotNowError(Exception):
     A strategy raises it where clients that it needs did not reply, or where its result must not be used. Every other
     exception of a strategy is a bug and ends the run with its traceback.
     """
+
+
+@contextmanager
+def unusable_replies() -> Iterator[None]:
+    """Turn a ValueError over what clients sent into a NotNowError: other replies may do.
+
+    Example:
+        >>> with unusable_replies():
+        ...     raise ValueError("negative variances")
+        Traceback (most recent call last):
+        fedunlearn.errors.NotNowError: negative variances
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise NotNowError(str(error)) from error

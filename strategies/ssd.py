@@ -8,7 +8,7 @@ from pydantic import Field
 
 from fedunlearn.config import Config, Precision
 from fedunlearn.config import Settings as CheckedSettings
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UserError, unusable_replies
 from fedunlearn.federation.client import Client
 from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.messages import Tensors
@@ -126,7 +126,8 @@ class SelectiveDampening(Strategy):
         with federation.editing() as model:
             params = {name: value.detach() for name, value in model.named_parameters()}
             exponent = self.settings.exponent
-            dampened = dampen(params, full, forget_fisher, alpha=alpha, lambda_=lambda_, exponent=exponent)
+            with unusable_replies():
+                dampened = dampen(params, full, forget_fisher, alpha=alpha, lambda_=lambda_, exponent=exponent)
             model.load_state_dict(dampened, strict=False)
 
     def recalibrate(self, federation: Federation, *, fraction: float = 1.0) -> None:

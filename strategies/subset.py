@@ -12,6 +12,7 @@ from torch import Tensor
 from fedunlearn.build import learning_rate_of
 from fedunlearn.config import Config
 from fedunlearn.config import Settings as CheckedSettings
+from fedunlearn.errors import unusable_replies
 from fedunlearn.federation import tasks
 from fedunlearn.federation.client import Client
 from fedunlearn.federation.handle import Federation, ForgetSet, total_counts
@@ -216,7 +217,8 @@ class SubsetUnlearning(Strategy):
         """Give projectors from the retain clients' input covariances at the present model, as triangles."""
         results = federation.run(self.input_covariance, on=federation.retain, at_round=federation.round + number)
         means = {name: value.to(federation.server.device) for name, value in results.mean().items()}
-        return null_space.upper(null_space.projectors(null_space.symmetric(means), ridge=self.settings.ridge))
+        with unusable_replies():
+            return null_space.upper(null_space.projectors(null_space.symmetric(means), ridge=self.settings.ridge))
 
     def repair_round(self, federation: Federation, number: int) -> None:
         """Let the retain clients train on a fraction of their images."""

@@ -83,9 +83,13 @@ def whole(request, tmp_path_factory):
         patch.setattr("strategies.subset.is_memorised", lambda *found: True)
         if request.param == "ssd":  # of the other one it would be the same
             for where, name, calls in (
-                (checkpoint, "save", (2, 3, 4)),  # of the first round, of the request, of the second round
-                (Ledger, "commit", (2, 3, 4)),
-                (os, "fsync", (4, 6, 7, 8)),  # of the first round's checkpoint, of the request's, of its metrics
+                (checkpoint, "save", (3, 4)),  # of the request, of the second round
+                (Ledger, "commit", (3, 4)),
+                (
+                    os,
+                    "fsync",
+                    (6, 7, 8, 10),
+                ),  # of the request's checkpoint and metrics, of the second round's checkpoint
             ):
                 killed.at_calls(patch, where, name, calls)
         grid = federate(f"{SCHEDULE} {words} run=whole", grid=killed.at_messages(LocalGrid(2)))

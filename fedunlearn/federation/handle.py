@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedunlearn.build import learning_rate_of, server_trains_client_head
-from fedunlearn.errors import NotNowError
+from fedunlearn.errors import NotNowError, unusable_replies
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.nodes import Nodes, Results, add_cost
 from fedunlearn.federation.server_data import ServerData
@@ -228,7 +228,7 @@ class Federation:
         if not batch_norm.no_statistics(self.server.model):
             return
         sums = self.run(tasks.batch_norm_statistics, on=self.retain, fraction=fraction).sum()
-        with self.editing() as model:
+        with self.editing() as model, unusable_replies():
             batch_norm.recalibrate(model, sums)
 
     def recalibrate_client_head(self) -> None:
