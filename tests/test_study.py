@@ -17,6 +17,8 @@ import study_data
 from fedunlearn.study.dag.command import UNFINISHED
 from study_data import FEW, SHORT, TRAIN, results, study
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
 
 @pytest.fixture
 def blocked(tmp_path):
@@ -42,7 +44,7 @@ def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
     words += ["learning.epochs=4", "search.trials=4"]
     blocked_import = subprocess.run([sys.executable, "-c", "import flwr"], env=blocked, capture_output=True, text=True)
     assert "flwr is blocked" in blocked_import.stderr
-    done = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=700)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.index("with 2 processes at work") < done.stderr.index("train/no_mtl/seed0: done in")
     assert "train/no_mtl" in done.stdout
@@ -72,7 +74,7 @@ def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
             assert all(value == 0 for key, value in result["scores"][0].items() if key.startswith("id_client_"))
     check_cells(report, tasks)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("result.json")}
-    again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=700)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "done in" not in again.stdout + again.stderr
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("result.json")}
@@ -175,7 +177,7 @@ def test_killed_in_the_midst_of_training_it_continues(tmp_path, blocked, workers
     partials = list(tasks.glob("*/partial.safetensors"))
     with safe_open(partials[0], "pt") as file:
         kept = json.loads(file.metadata()["rows"])
-    again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=200)
+    again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=700)
     assert again.returncode == 0, again.stderr
     result = json.loads((partials[0].parent / "result.json").read_text())
     assert len(result["history"]) == 20

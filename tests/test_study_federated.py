@@ -53,6 +53,7 @@ def test_digits_have_one_size_that_of_a_machine_with_a_gpu_too():
     assert full.model_copy(update={"scale": "laptop"}) == laptop
 
 
+@pytest.mark.slow
 def test_updates_are_linked_also_where_that_was_stopped_before(home, monkeypatch):
     words = [*SMALL, "study.strategies=[federaser]"]
     assert main([*words, "study.stages=[train,retrain]"]) == 0
@@ -82,6 +83,7 @@ def test_a_client_that_is_left_out_is_named(home, capsys, monkeypatch):
     assert "overrides" not in logged
 
 
+@pytest.mark.slow
 def test_every_strategy_from_one_base_beside_the_retrained_model(home, capsys):
     assert main(SMALL) == 0
     found = results(home)
@@ -127,6 +129,7 @@ def test_every_strategy_from_one_base_beside_the_retrained_model(home, capsys):
     assert "| `unlearn.negate.repair_rounds` | 1 |" in report
 
 
+@pytest.mark.slow
 def test_a_strategy_of_ones_own_beside_the_others_and_anew_when_its_file_changes(home, renewed):
     words = [*SMALL, "study.strategies=[leave,renewed:Renewed]"]
     assert main(words) == 0
@@ -153,6 +156,7 @@ def test_the_base_is_the_run_of_the_app_and_stores_every_second_update(home):
     assert any((value != initial[name]).any() for name, value in state.params.items())
 
 
+@pytest.mark.slow
 def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
     words = [*SMALL, "study.strategies=[leave,subset]", "study.scenarios=[sequential,together,request_times]"]
     pieces = 0
@@ -174,6 +178,7 @@ def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
         assert in_pieces["files"] == at_once["files"]
 
 
+@pytest.mark.slow
 def test_a_round_that_was_committed_and_not_measured_is_measured_by_the_next_start(home, monkeypatch):
     words = [*SMALL, "study.strategies=[leave]"]
     predictions, calls = Workspace.predictions, itertools.count(1)
@@ -197,6 +202,7 @@ def test_a_round_that_was_committed_and_not_measured_is_measured_by_the_next_sta
         assert in_pieces[name]["files"] == result["files"], name
 
 
+@pytest.mark.slow
 def test_every_client_in_turn_the_worst_is_named(home):
     words = [
         *SMALL,
@@ -236,6 +242,7 @@ def test_every_client_in_turn_the_worst_is_named(home):
     assert f"| {cells[0]} | {cells[1]} |" in report
 
 
+@pytest.mark.slow
 def test_of_requests_in_turn_the_last_is_attacked_and_the_first_is_drawn(home, monkeypatch):
     attacked = []
 
@@ -295,6 +302,7 @@ def test_a_client_with_too_few_images_for_the_attack_is_named_where_everybody_is
     assert "too few for the attack" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_client_head_no_client_id_is_measured_and_the_picture_is_of_the_pipeline_with_one(home):
     assert main([*SMALL, "study.pipelines=[no_mtl,ce_dl]", "study.strategies=[subset]"]) == 0
     with open(next(home.glob("studies/*/report/results.csv"))) as file:
