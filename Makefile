@@ -20,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff check --quiet .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/deptry --no-ansi .
-	$(BIN)/pyright
+	$(BIN)/pyright --project pyproject.toml
 
 # plain pip may pick a torch beside which torchvision cannot be imported; uv installs the pair that is pinned.
 # Compiled once here, since where Python writes no bytecode every process would compile torch's sources for itself
