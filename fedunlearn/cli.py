@@ -113,7 +113,7 @@ def run(
     app: Annotated[str, typer.Argument(help="digits, cifar10, cifar100, scaling, or the folder of an app.")],
     words: Words = None,
     engine: Engine = "ray",
-    nodes: Annotated[int, typer.Option(help="Virtual nodes; 0: one a client.")] = 0,
+    nodes: Annotated[int, typer.Option(help="Virtual nodes, at most one a client.")] = 10,
     cpus: Cpus = 1,
     gpus: Gpus = 0.0,
     workers: Workers = 0,
@@ -130,7 +130,7 @@ def run(
     config = compose(app_folder(app) / "conf", words or [])
     if not config.run:
         config = config.model_copy(update={"run": f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"})
-    resources = Resources(engine, nodes or config.clients, cpus, gpus, workers)
+    resources = Resources(engine, min(nodes, config.clients), cpus, gpus, workers)
     resources.check()
     log.info("run %s: starting %s", config.run, "Flower and Ray" if engine == "ray" else "in this process")
     from fedunlearn.apps.server_app import train

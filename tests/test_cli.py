@@ -231,7 +231,7 @@ def test_a_fork_from_the_command_line(finished, capsys):
     assert (rows["other"]["round"], rows["other"]["strategy"], rows["other"]["requests"]) == (4, "leave", 1)
 
 
-def test_without_a_node_for_each_client_one_is_made_for_each(federate, capsys):
+def test_there_are_no_more_nodes_than_clients(federate, capsys):
     assert command("run", "digits", *SMALL, "rounds=1", "clients=3", "strategy=leave", "--engine", "local") == 0
     assert "3 clients on 3 virtual nodes\n" in capsys.readouterr().err
 
@@ -240,7 +240,7 @@ def test_without_a_node_for_each_client_one_is_made_for_each(federate, capsys):
     ("words", "message"),
     [
         (["digits", "--engine", "nope"], "--engine nope is not one of ray, local"),
-        (["digits", "--nodes", "-1"], "--nodes -1 is too few: a simulation has at least 1"),
+        (["digits", "--nodes", "0"], "--nodes 0 is too few: a simulation has at least 1"),
         (["digits", "--cpus", "0"], "--cpus 0 is too few: a node needs at least 1"),
         (["digits", "--gpus", "0.5"], "--gpus 0.5: there is no GPU here, leave it out"),
         (["digits", "round=3"], "round is no setting: did you mean rounds?"),
