@@ -235,12 +235,12 @@ def name_of(word: str) -> str:
     return word.lstrip("+~").split("=")[0]
 
 
-def check_names(words: Iterable[str], schema: type[BaseModel], *, also: Iterable[str] = ()) -> None:
-    """Raise UserError for the first word that names no setting of `schema` (or of `also`), with the nearest that is.
+def check_names(words: Iterable[str], schema: type[BaseModel]) -> None:
+    """Raise UserError for the first word that names no setting of `schema`, with the nearest that is.
 
     Settings below a free mapping, such as `unlearn.`, are checked by whoever knows them.
     """
-    known = [*setting_names(schema), *also]
+    known = setting_names(schema)
     free = tuple(f"{name}." for name, declared in fields_of(schema) if is_mapping(declared))
     for word in words:
         name = name_of(word)

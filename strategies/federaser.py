@@ -59,10 +59,10 @@ class FedEraser(Strategy):
 
     def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
         """Replay the stored rounds with the retain clients, calibrated."""
-        folder = federation.folder
+        folder, retain = federation.folder, federation.retain
         by_round: dict[int, list[int]] = {}
         for round_, client in updates(folder):
-            if client in federation.retain and round_ <= federation.round:  # later ones are of a round to be repeated
+            if client in retain and round_ <= federation.round:  # later ones are of a round to be repeated
                 by_round.setdefault(round_, []).append(client)
         if not by_round:
             raise NotNowError(
