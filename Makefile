@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo check test lint lock clean
+.PHONY: demo check test lint docs lock clean
 
 demo: .venv/installed
 	$(BIN)/fedunlearn run digits run=demo-$$(date +%Y%m%d-%H%M%S) 'forget.schedule={20:[3]}'
@@ -21,6 +21,11 @@ lint: .venv/installed
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/deptry --no-ansi .
 	$(BIN)/pyright --project pyproject.toml
+
+# The pages as a site, in build/site/index.html; tables that the code makes are renewed first
+docs: .venv/installed
+	$(BIN)/python -m docs.generate
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # plain pip may pick a torch beside which torchvision cannot be imported; uv installs the pair that is pinned.
 # Compiled once here, since where Python writes no bytecode every process would compile torch's sources for itself

@@ -1,4 +1,4 @@
-"""BatchNorm, with and without recalibration, beside GroupNorm, stage by stage: `python -m benchmarks.norms`.
+"""BatchNorm with estimated and with averaged statistics, beside GroupNorm: `python -m benchmarks.norms`.
 
 Three clients are forgotten one after the other from a base of all, without training in between, on handwritten digits.
 The retrained model of each stage is trained from scratch without them. Printed are class accuracies of the model right
@@ -18,9 +18,9 @@ from fedunlearn.runs.home import with_values
 from fedunlearn.study.federated.settings import load
 
 VARIANTS = {
-    "BatchNorm, recalibrated": ("batch", True),
-    "BatchNorm as it was": ("batch", False),
-    "GroupNorm": ("group", False),
+    "BatchNorm, estimated": ("batch", 0.1),
+    "BatchNorm, averaged": ("batch", 0),
+    "GroupNorm": ("group", 0),
 }
 ORDER = (0, 1, 2)
 RETRAINED = "retrained"
@@ -39,13 +39,12 @@ def main() -> None:
     settings = load(options.settings)
     found: dict[tuple[str, str, int], list[Row]] = {}
     for seed in range(options.seeds):
-        for name, (norm, again) in VARIANTS.items():
+        for name, (norm, fraction) in VARIANTS.items():
             for strategy in [*options.strategies, RETRAINED]:
-                if strategy == RETRAINED:
-                    rows = retrained(with_values(settings.config("ce_dl", "leave", seed), {"model.norm": norm}))
-                else:
-                    values = {"model.norm": norm, "unlearn.recalibrate": again}
-                    rows = stages(with_values(settings.config("ce_dl", strategy, seed), values))
+                chosen = "leave" if strategy == RETRAINED else strategy
+                values = {"model.norm": norm, "batch_norm_fraction": fraction}
+                config = with_values(settings.config("ce_dl", chosen, seed), values)
+                rows = retrained(config) if strategy == RETRAINED else stages(config)
                 for stage, row in enumerate(rows, 1):
                     print(f"seed {seed}  {name}  {strategy}  stage {stage} ", *(f"{x:.3f}" for x in row), flush=True)
                     found.setdefault((name, strategy, stage), []).append(row)

@@ -1,10 +1,10 @@
-"""Whether a change of the code changes a result: `python -m benchmarks.same_bits results/same_bits.json`.
+"""Whether a change of the code changes a result: `python -m benchmarks.same_bits bits.json`, before it and after it.
 
 Short runs on digits, in this process, on one thread and in fp32: every strategy with a request after the third of six
 rounds and one for two clients after the fifth, a run that is stopped and resumed, and the smallest tasks of both
 studies. What is compared is the SHA-256 of every tensor of the final checkpoints, and every figure of the metrics but
-times and memory. Where the file does not exist it is written. Values depend on the kind of processor, which the file
-names: make them with the earlier commit on the same machine.
+times and memory. Where the file does not exist it is written: do that with the earlier commit, on the same machine,
+since values depend on the kind of processor.
 """
 
 import argparse
@@ -55,27 +55,6 @@ FEDERATED = [
 ]  # fmt: skip
 UNLIKE = re.compile(r"(seconds|work|busiest|mebibytes|machine|settings|sha256|files|created)$")  # times, memory, names
 
-RENAMES = {
-    r"/frozen\.": "/held.",
-    r"/predictions\.": "/answers.",
-    r"/retain_clients/": "/staying/",
-    r"/retain/(class|client_id|examples)$": r"/others/\1",
-    r"/held_out$": "/unseen",
-    r"/completes_at$": "/recovers_until",
-    r"/repaired$": "/recovered",
-    r"^retrained/": "gold/",
-    r"/id_retain$": "/id_others",
-    r"/retain$": "/others",
-    r"/held_out_(\d+)$": r"/unseen_\1",
-}
-"""Patterns of names as they are now, and what they were before."""
-
-CHANGED = {
-    r"/costs/": "costs are booked by client task, class counts are asked of clients, and the first round of "
-    "relabelling sends the model once",
-}
-"""Patterns of names, as they were before, whose values are others on purpose, and why."""
-
 APP = Path(__file__).parent.parent / "simulations" / "digits" / "conf"
 
 
@@ -97,38 +76,19 @@ def main() -> int:
 
 
 def compare(stored: dict[str, Any], found: dict[str, dict[str, Any]]) -> int:
-    """Print what differs and which names have changed; 1 if anything does."""
+    """Print what differs; 1 if anything does."""
     if stored["machine"] != machine():
         print(f"the values are of another kind of machine ({stored['machine']}, here {machine()}): make them anew")
-    used: set[str] = set()
     different, compared = 0, 0
     for case, values in found.items():
-        expected, renamed = stored["cases"][case], earlier(values, used)
-        for name in sorted(expected.keys() | renamed.keys()):
-            if any(re.search(pattern, name) for pattern in CHANGED):
-                continue
+        expected = stored["cases"][case]
+        for name in sorted(expected.keys() | values.keys()):
             compared += 1
-            if expected.get(name) != renamed.get(name):
+            if expected.get(name) != values.get(name):
                 different += 1
-                print(f"{case}: {name}: {expected.get(name, 'absent')} before, {renamed.get(name, 'absent')} now")
-    for pattern in sorted(used):
-        print(f"renamed: {RENAMES[pattern]} -> {pattern}")
-    for pattern, reason in CHANGED.items():
-        print(f"not compared: {pattern}: {reason}")
+                print(f"{case}: {name}: {expected.get(name, 'absent')} before, {values.get(name, 'absent')} now")
     print(f"{compared} values of {len(found)} cases: {f'{different} different' if different else 'identical'}")
     return int(different > 0)
-
-
-def earlier(values: dict[str, Any], used: set[str]) -> dict[str, Any]:
-    """The values under the names that they had before."""
-    renamed = {}
-    for name, value in values.items():
-        for pattern, before in RENAMES.items():
-            name, count = re.subn(pattern, before, name)
-            if count:
-                used.add(pattern)
-        renamed[name] = value
-    return renamed
 
 
 def values_of(case: str) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def dampen(
     """Dampen as is chosen for `target`."""
     chosen = nearest(ssd.search(trained.federation, forget, full, forget_fisher, target), target)
     ssd.dampen(trained.federation, full, forget_fisher, alpha=chosen["alpha"], lambda_=chosen["lambda_"])
-    ssd.recalibrate(trained.federation)
+    trained.federation.recalibrate_batch_norm()
 
 
 def outcome(trained: Trained, client: int, name: str) -> Row:

@@ -1,13 +1,37 @@
 """From settings to images, the clients' slices of them, a model, and the learning rate of a round."""
 
+import pkgutil
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedunlearn.config import Config, state_home
 from fedunlearn.data import datasets, partition
+from fedunlearn.errors import UserError
+from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.nn.schedule import learning_rate
+
+
+class Images(NamedTuple):
+    """What a model has to know of images: it is kept with a run, so that its model outlives them.
+
+    Attributes:
+        class_names: K names.
+        shape: of an image, (H, W, channels).
+    """
+
+    class_names: list[str]
+    shape: tuple[int, int, int]
+
+    @property
+    def channels(self) -> int:
+        """Count the channels of an image, 1 or 3."""
+        return self.shape[2]
 
 
 def open_dataset(config: Config) -> datasets.Dataset:
@@ -32,7 +56,7 @@ def slices_of(config: Config, dataset: datasets.Dataset) -> list[np.ndarray]:
     )
 
 
-def model_of(config: Config, dataset: datasets.Dataset, *place: int) -> TwoHeadResNet18:
+def model_of(config: Config, dataset: datasets.Dataset | Images, *place: int) -> TwoHeadResNet18:
     """Make a new model, its weights drawn with the run's seed (and with `place`, for another one than the run's)."""
     model = config.model
     with torch.random.fork_rng(devices=[]):
@@ -62,6 +86,29 @@ def learning_rate_of(config: Config, round_: int) -> float:
     """Give the schedule's learning rate in a round (from 1); after the last round, still that of the last."""
     train = config.train
     return learning_rate(progress_of(config, round_), lr=train.lr, schedule=train.schedule, end=train.lr_end)
+
+
+def loss_of(config: Config) -> Callable[..., Tensor]:
+    """Give the loss of local training: the paper's, or the function that `train.loss` names.
+
+    Raises:
+        UserError: it cannot be imported, or is no function.
+    """
+    name = config.train.loss
+    if not name:
+        return multi_task_loss
+    try:
+        found = pkgutil.resolve_name(name)
+    except Exception as error:
+        raise UserError(f"train.loss={name}: {error} (is its folder in PYTHONPATH?)") from error
+    if not callable(found):
+        raise UserError(f"train.loss={name} is no function")
+    return cast(Callable[..., Tensor], found)
+
+
+def is_evaluated(config: Config, round_: int) -> bool:
+    """Say whether the model is evaluated after a round."""
+    return round_ % config.evaluate_every == 0 or round_ == config.rounds
 
 
 def server_trains_client_head(config: Config) -> bool:

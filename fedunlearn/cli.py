@@ -3,7 +3,9 @@
 Nothing here imports torch, Flower or Ray before a command needs it.
 """
 
+import errno
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +14,8 @@ from datetime import datetime
 from functools import wraps
 from importlib import import_module
 from logging import getLogger
-from typing import Annotated, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from click import Context, HelpFormatter
@@ -20,13 +23,28 @@ from pydantic import BaseModel
 from typer.core import TyperCommand
 
 from fedunlearn import __version__
-from fedunlearn.config import Config, compose, fields_of, is_mapping, range_of, state_home
+from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
+from fedunlearn.config import (
+    Config,
+    check_clients,
+    compose,
+    fields_of,
+    is_mapping,
+    name_of,
+    range_of,
+    state_home,
+    writable_home,
+)
 from fedunlearn.errors import UserError
 from fedunlearn.log import set_up
+from fedunlearn.runs.door import CLOSING_SECONDS
 from fedunlearn.runs.home import all_runs, open_run, runs_folder
-from fedunlearn.runs.ledger import FAILED, Ledger, Request
+from fedunlearn.runs.ledger import FAILED, Request
 from fedunlearn.runs.lock import LockedError, is_locked
-from fedunlearn.runs.run import Run, read_about
+from fedunlearn.runs.run import Run, last_round, open_ledger, read_about
+
+if TYPE_CHECKING:
+    from fedunlearn.apps.simulate import Resources
 
 log = getLogger("fedunlearn")
 
@@ -40,8 +58,8 @@ cli = typer.Typer(
 study_cli = typer.Typer(help="Compare unlearning with retraining: a table, figures, a report.", no_args_is_help=True)
 cli.add_typer(study_cli, name="study")
 
-Home = Annotated[str, typer.Option("--home", help="State folder [default: $FEDUNLEARN_HOME or ~/.fedunlearn].")]
-RunName = Annotated[str, typer.Option("--run", help="The run [default: the live one, else the newest finished one].")]
+Home = Annotated[str, typer.Option("--home", help="State folder; by default $FEDUNLEARN_HOME, else ~/.fedunlearn.")]
+RunName = Annotated[str, typer.Option("--run", help="The run; by default the live one, else the newest finished one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Engine = Annotated[str, typer.Option(help="ray: worker processes; local: this process alone, ready at once.")]
 Cpus = Annotated[int, typer.Option(help="CPUs of a node while it works.")]
@@ -66,6 +84,9 @@ class TakesSettings(TyperCommand):
             )
 
 
+FAILING_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
+
+
 def _schema(module: str, name: str) -> Callable[[], type[BaseModel]]:
     return lambda: getattr(import_module(f"fedunlearn.{module}"), name)
 
@@ -79,13 +100,17 @@ SCHEMAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line; the exit status is 0 done, 1 failed or refused, 2 bad input, 3 time ran out."""
-    cli(args=None if arguments is None else list(arguments), prog_name="fedunlearn")
+    """Run the command line.
+
+    The exit status is 0 done, 1 failed or refused, 2 bad input, 3 time ran out, 128 + n stopped by signal n.
+    """
+    with stopped_by_signals(lambda: "the same command goes on"):
+        cli(args=None if arguments is None else list(arguments), prog_name="fedunlearn")
     raise SystemExit(0)
 
 
 def in_one_line(command: Callable[..., int]) -> Callable[..., NoReturn]:
-    """Exit with the command's status; a UserError is one line on stderr and status 2."""
+    """Exit with the command's status; a UserError, or a disk that fails, is one line on stderr and status 2."""
 
     @wraps(command)
     def guarded(*arguments: Any, **options: Any) -> NoReturn:
@@ -93,6 +118,11 @@ def in_one_line(command: Callable[..., int]) -> Callable[..., NoReturn]:
             status = command(*arguments, **options)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            status = 2
+        except OSError as error:
+            if error.errno not in FAILING_STORAGE:
+                raise
+            print(f"error: {error}: what is committed is whole, the same command goes on from it", file=sys.stderr)
             status = 2
         raise typer.Exit(status)
 
@@ -132,14 +162,21 @@ def run(
         config = config.model_copy(update={"run": f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"})
     resources = Resources(engine, min(nodes, config.clients), cpus, gpus, workers)
     resources.check()
-    log.info("run %s: starting %s", config.run, "Flower and Ray" if engine == "ray" else "in this process")
-    from fedunlearn.apps.server_app import train
-    from fedunlearn.federation.strategy import strategy_of
+    from fedunlearn.apps.server_app import asked_for, prepared, train
 
-    if not config.fork and not (runs_folder(state_home(config.home)) / config.run / "run.json").exists():
-        strategy_of(config)  # a mistake in its settings is said before anything is started
-    simulate(lambda grid: train(grid, config, words or []), resources, verbose=verbose)
-    return 0
+    prepared(config, asked_for(words or [], config))
+    log.info("run %s: starting %s", config.run, "Flower and Ray" if engine == "ray" else "in this process")
+    folder = runs_folder(state_home(config.home)) / config.run
+    named = [word for word in words or [] if name_of(word) != "run"]
+    command = shlex.join(["fedunlearn", "run", app, *named, f"run={config.run}"])
+    simulate(
+        lambda grid: train(grid, config, words or []),
+        resources,
+        way_on=lambda: f"`{command}` goes on after round {last_round(folder)} of {config.rounds}",
+        verbose=verbose,
+    )
+    with opened(config.run, config.home) as found:
+        return int(bool(found.ledger.unmet()))
 
 
 @cli.command()
@@ -148,8 +185,11 @@ def forget(
     client: Annotated[list[str] | None, typer.Option(help="A client to forget; several make one request.")] = None,
     run: RunName = "",
     wait: Annotated[bool, typer.Option("--wait", help="Follow a live run's request to its end.")] = False,
+    wait_limit: Annotated[float, typer.Option(min=0, help="Seconds that --wait lasts at most.")] = 86400,
     status: Annotated[str, typer.Option(metavar="ID", help="Show one request of the run.")] = "",
     list_: Annotated[bool, typer.Option("--list", help="List the run's requests.")] = False,
+    cancel: Annotated[str, typer.Option(metavar="ID", help="Take back a request that was not taken up yet.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and file nothing.")] = False,
     as_json: AsJson = False,
     home: Home = "",
     engine: Engine = "ray",
@@ -164,35 +204,85 @@ def forget(
             return show(found.ledger.requests(), as_json)
         if status:
             return show([found.ledger.request(status)], as_json)
-        return ask(found, client or [], wait, as_json, engine, nodes, gpus, verbose)
+        if cancel:
+            return show([found.ledger.cancel(cancel)], as_json)
+        clients = client_numbers(client or [], found.config.clients)
+        check_clients(clients, found.config.clients)
+        from fedunlearn.apps.simulate import Resources
+
+        resources = Resources(engine, nodes, gpus=gpus)
+        resources.check()
+        earlier = found.ledger.covering(clients)
+        if not earlier:
+            log.info(announcement(found, clients))
+            if not found.is_live():
+                check_servable(found)
+        if dry_run:
+            log.info("run %s: nothing is filed (--dry-run)", found.name)
+            return show(earlier, as_json) if earlier else 0
+        return ask(found, clients, wait, wait_limit, as_json, resources, verbose)
+
+
+def announcement(found: Run, clients: list[int]) -> str:
+    """Say which run is about to be asked to forget whom."""
+    images = images_of(found)
+    who = [f"client {c} ({images[c]} images)" if c in images else f"client {c}" for c in clients]
+    state, config = "live" if found.is_live() else "idle", found.config
+    return (
+        f"run {found.name} ({config.data.name}, strategy={config.strategy}, {state}, after round "
+        f"{last_round(found.folder)} of {config.rounds}) is to forget {', '.join(who)}"
+    )
+
+
+def images_of(found: Run) -> dict[int, int]:
+    """Give the number of training images by client, as far as the run's metrics know it."""
+    known: dict[int, int] = {}
+    for row in found.metrics():
+        for kind in ("retain_clients", "forgotten"):
+            known |= {int(client): scores["examples"] for client, scores in row.get(kind, {}).items()}
+    return known
+
+
+def check_servable(found: Run) -> None:
+    """Raise UserError where a run that is not live could not serve a request: then none is filed."""
+    from fedunlearn.build import loss_of
+    from fedunlearn.federation.auditor import Auditor
+    from fedunlearn.federation.strategy import strategy_of
+    from fedunlearn.runs.home import check_data
+
+    found.check_checkpoint()
+    strategy_of(found.config)
+    loss_of(found.config)
+    check_data(found.folder, Auditor(found.config).fingerprint)
 
 
 def ask(
-    found: Run, client: list[str], wait: bool, as_json: bool, engine: str, nodes: int, gpus: float, verbose: bool
+    found: Run, clients: list[int], wait: bool, limit: float, as_json: bool, resources: "Resources", verbose: bool
 ) -> int:
     """File a request, and see to it that somebody applies it."""
-    from fedunlearn.apps.simulate import Resources
-
-    resources = Resources(engine, nodes, gpus=gpus)
-    resources.check()
-    handle = found.request([client_number(text, found.config.clients) for text in client])
+    handle = found.request(clients)
 
     def follow() -> None:
-        handle.follow(lambda request: log.info("request %s: %s", request.id, request.state))
+        log.info("waiting until run %s has applied the request, for %g s at most (--wait-limit)", found.name, limit)
+        handle.follow(lambda request: log.info("request %s: %s", request.id, request.state), limit=limit)
 
-    if handle.is_open:
-        closing = f"run {found.name} is closing: waiting until it lets go"
-        if handle.is_taken(on_wait=lambda: log.info(closing)):
-            if not wait:
-                log.info("run %s takes the request at its next round boundary", found.name)
-                return show(handle.requests(), as_json)
-            follow()
-        else:
-            log.info("no live run: the request is applied to run %s here, on %d virtual nodes", found.name, nodes)
+    closing = f"run {found.name} is closing: waiting until it lets go, for {CLOSING_SECONDS} s at most"
+    try:
+        if not handle.is_open:
+            pass
+        elif not handle.is_taken(on_wait=lambda: log.info(closing)):
+            log.info("the request is applied here, on %d virtual nodes", resources.nodes)
             try:
                 serve(found, resources, verbose=verbose)
             except LockedError:  # another command came first, and serves all open requests
                 follow()
+        elif wait:
+            follow()
+        else:
+            log.info("run %s takes the request at its next round boundary", found.name)
+    except TimeoutError as error:
+        log.error("%s; the request stays filed", error)
+        return GAVE_UP
     return show(handle.requests(), as_json)
 
 
@@ -202,33 +292,19 @@ def serve(found: Run, resources: Any, *, verbose: bool) -> None:
     from fedunlearn.apps.simulate import simulate
 
     config = found.config.model_copy(update={"run": found.name, "home": str(found.folder.parent.parent)})
-    simulate(lambda grid: server_app.serve(grid, config), resources, verbose=verbose)
+    simulate(
+        lambda grid: server_app.serve(grid, config),
+        resources,
+        way_on=lambda: "the request stays filed, and the same command goes on with it",
+        verbose=verbose,
+    )
 
 
 @cli.command()
 @in_one_line
 def runs(home: Home = "", as_json: AsJson = False) -> int:
     """List all runs: how far they are, and what was asked of them."""
-    rows = []
-    for folder in all_runs(state_home(home)):
-        ledger = Ledger(folder / "ledger.sqlite")
-        try:
-            current, requests = ledger.current(), ledger.requests()
-        finally:
-            ledger.close()
-        about, settings = read_about(folder), read_about(folder)["config"]
-        rows.append(
-            {
-                "run": folder.name,
-                "state": "live" if is_locked(folder) else "idle",
-                "round": current.round if current else 0,
-                "rounds": settings["rounds"],
-                "data": settings["data"]["name"],
-                "strategy": settings["strategy"],
-                "requests": len(requests),
-                "created": about["created"][:19],
-            }
-        )
+    rows = [row_of(folder) for folder in all_runs(state_home(home))]
     if as_json:
         print(json.dumps(rows, indent=2))
     elif not rows:
@@ -236,6 +312,38 @@ def runs(home: Home = "", as_json: AsJson = False) -> int:
     else:
         table([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
     return 0
+
+
+def row_of(folder: Path) -> dict[str, Any]:
+    """Say of a run how far it is; of a damaged one, what is wrong with it."""
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    row: dict[str, Any] = {
+        "run": folder.name,
+        "state": "damaged",
+        "round": "",
+        "rounds": "",
+        "data": "",
+        "strategy": "",
+    }
+    row |= {"requests": "", "MB": round(size / 1e6, 1), "created": ""}
+    try:
+        about, ledger = read_about(folder), open_ledger(folder)
+        try:
+            current, requests = ledger.current(), ledger.requests()
+        finally:
+            ledger.close()
+        return row | {
+            "state": "live" if is_locked(folder) else "idle",
+            "round": current.round if current else 0,
+            "rounds": about["config"]["rounds"],
+            "data": about["config"]["data"]["name"],
+            "strategy": about["config"]["strategy"],
+            "requests": ", ".join(f"{request.id} {request.state}" for request in requests),
+            "created": about["created"][:19],
+        }
+    except (UserError, KeyError, TypeError) as error:
+        log.warning("run %s: %s", folder.name, error)
+        return row
 
 
 @cli.command()
@@ -248,7 +356,8 @@ def requests(
 ) -> int:
     """List the forget requests of a run, or show one."""
     with opened(run, home) as found:
-        return show([found.ledger.request(request_id)] if request_id else found.ledger.requests(), as_json)
+        show([found.ledger.request(request_id)] if request_id else found.ledger.requests(), as_json)
+    return 0
 
 
 @cli.command()
@@ -257,13 +366,15 @@ def report(run: RunName = "", home: Home = "") -> int:
     """Write a run's report anew, print its summary and where it lies."""
     set_up()
     from fedunlearn.federation.auditor import Auditor
+    from fedunlearn.federation.strategy import strategy_class
     from fedunlearn.runs import report as page
 
     with opened(run, home) as found:
         config = found.config.model_copy(update={"home": home})
         auditor = Auditor(config)
-        path = page.write(found, auditor.class_counts(), auditor.class_names)
-        print(page.summary(found))
+        kind, counts = strategy_class(config.strategy), auditor.class_counts()
+        path = page.write(found, counts, auditor.class_names, label=kind.label, own_settings=kind.Settings)
+        print(page.summary(found, counts))
         print(f"report: {path}")
     return 0
 
@@ -299,9 +410,6 @@ def study(kind: Callable[[list[str]], Any], words: list[str] | None, plan: bool)
         return run_study(kind(words or []), only_plan=plan)
     except OSError as error:
         raise UserError(str(error)) from error
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        return 130
 
 
 @cli.command(cls=TakesSettings)
@@ -317,7 +425,7 @@ def scale(
     from fedunlearn.apps.simulate import app_folder
 
     folder = app_folder(app)
-    return measure_all(load_study(folder, words or []), folder, state_home(home) / "scaling")
+    return measure_all(load_study(folder, words or []), folder, writable_home(home) / "scaling")
 
 
 @cli.command()
@@ -376,12 +484,13 @@ def show(requests: list[Request], as_json: bool) -> int:
     return int(any(request.state in FAILED for request in requests))
 
 
-def client_number(text: str, count: int) -> int:
-    """Read the client that was typed."""
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"client {text!r} is not a whole number in 0..{count - 1}") from None
+def client_numbers(texts: list[str], count: int) -> list[int]:
+    """Read the clients that were typed, as `3`, or as `3,5`."""
+    words = [word for text in texts for word in (text.split(",") if text else [text])]
+    for word in words:
+        if not word.strip().lstrip("-").isdecimal():
+            raise UserError(f"client {word!r} is not a whole number in 0..{count - 1}")
+    return [int(word) for word in words]
 
 
 def table(rows: list[list[str]]) -> None:

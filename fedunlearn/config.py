@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
 
@@ -25,6 +26,13 @@ class Settings(BaseModel):
     """Settings that are checked when made and never changed: `settings.model_copy(update={...})` gives others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in (int, float):
+            raise PydanticCustomError("int_type", "true and false are no numbers")
+        return value
 
 
 class Data(Settings):
@@ -87,6 +95,9 @@ class Train(Settings):
         default=0.0, ge=0, le=1, description="fraction of lr that schedule=cosine ends with and keeps in further rounds"
     )
     momentum: float = Field(default=0.9, ge=0, le=1, description="of SGD, within one client and round")
+    loss: str = Field(
+        default="", description="module:function in place of the paper's loss, with the arguments of multi_task_loss"
+    )
     server_momentum: float = Field(default=0.0, ge=0, le=0.99, description="of the server, over rounds")
     weight_decay: float = Field(default=5e-4, ge=0, le=10, description="of SGD")
     crop_padding: int = Field(default=4, ge=0, le=64, description="random crops after zero-padding by so many pixels")
@@ -163,6 +174,13 @@ class Config(Settings):
     fraction: float = Field(default=1.0, ge=0, le=1, description="of the clients that train in a round (at least one)")
     evaluate_every: int = Field(
         default=1, ge=1, le=10**6, description="rounds between evaluations (always after the last and around a request)"
+    )
+    batch_norm_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="of a client's images that BatchNorm statistics are estimated from, after every round and request; "
+        "0 keeps the averages of the clients' running statistics",
     )
     message_dtype: Precision = Field(
         default="fp32", description="of the tensors in messages; sums and the server's model stay fp32"
@@ -241,13 +259,25 @@ def check_names(words: Iterable[str], schema: type[BaseModel]) -> None:
     Settings below a free mapping, such as `unlearn.`, are checked by whoever knows them.
     """
     known = setting_names(schema)
-    free = tuple(f"{name}." for name, declared in fields_of(schema) if is_mapping(declared))
+    mappings = {name: declared for name, declared in fields_of(schema) if is_mapping(declared)}
+    free = tuple(f"{name}." for name in mappings)
     for word in words:
         name = name_of(word)
         if "=" not in word:
             raise UserError(f"{word!r} is no setting of the form name=value")
         if name not in known and not name.startswith(free):
             raise UserError(f"{name} is no setting{nearest_of(name, known)}")
+        if name in mappings:
+            _check_mapping(name, word.partition("=")[2], mappings[name])
+
+
+def _check_mapping(name: str, text: str, declared: FieldInfo) -> None:
+    """Raise UserError where the text is no mapping, or has a key twice, of which only the last would count."""
+    if not re.fullmatch(r"(['\"]?)\s*\{.*\}\s*\1", text, re.DOTALL):
+        raise UserError(f"{name}={text} is not of this form: {declared.description}")
+    keys = re.findall(r"[{,]\s*(\w+)\s*:", text)
+    if repeated := [key for place, key in enumerate(keys) if key in keys[:place]]:
+        raise UserError(f"{name}={text} has {repeated[0]} twice")
 
 
 def nearest_of(name: str, known: Iterable[str]) -> str:
@@ -389,12 +419,32 @@ def state_home(home: str = "") -> Path:
     return Path(home or os.environ.get("FEDUNLEARN_HOME") or "~/.fedunlearn").expanduser().absolute()
 
 
+def writable_home(home: str = "") -> Path:
+    """Give the state folder, made where it is missing.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    folder = state_home(home)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "it is read-only"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise UserError(f"state folder {folder} cannot be used ({reason}): FEDUNLEARN_HOME or home=... names another")
+    return folder
+
+
 def _in_one_line(error: ValidationError, schema: type[BaseModel], prefix: str) -> str:
     first = error.errors()[0]
     place = [part for part in first["loc"] if isinstance(part, str)]
     name, known = prefix + ".".join(map(str, first["loc"])), dict(fields_of(schema))
     if first["type"] == "extra_forbidden":
         return f"{name} is no setting{nearest_of(name, [prefix + option for option in known])}"
+    for setting, declared in known.items():
+        if is_mapping(declared) and f"{'.'.join(place)}.".startswith(f"{setting}."):
+            return f"{prefix}{setting} is not of this form: {declared.description}"
     declared = known.get(".".join(place))
     limits = range_of(declared) if declared else ""
     if first["type"] == "literal_error":

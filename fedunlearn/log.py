@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from typing import TextIO
 
 ROUNDS = "fedunlearn.rounds"
 """The logger of the one line a round."""
+
+FIRST_WORD = 5
+"""Seconds until a wait is spoken of."""
 
 _prefix: ContextVar[str] = ContextVar("prefix", default="")
 
@@ -47,6 +51,19 @@ def set_up(*, verbose: bool = False) -> None:
         for name in ("flwr", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+
+
+@contextmanager
+def waiting(thing: str, *, limit: float) -> Iterator[None]:
+    """Say what is waited for, and for how long at most, where it takes more than a few seconds."""
+    say = logging.getLogger("fedunlearn").info
+    timer = threading.Timer(FIRST_WORD, say, ("waiting for %s, for %g s at most", thing, limit))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class FedEraser(Strategy):
     Every `every` rounds each client's own update U_c is stored. A request replays these rounds from the initial model.
     Every retain client trains on a fraction of its images from the replayed model, and V_c is its update. U'_c replaces
     U_c in the store, and the replayed model moves by the mean of U'_c over examples (with the server's momentum).
-    BatchNorm statistics are those of the calibration. Stored updates of forgotten clients are deleted with the request.
+    Stored updates of forgotten clients are deleted with the request.
     """
 
     label, colour, marker = "FedEraser", "#7b2cbf", "P"
@@ -97,7 +97,7 @@ class FedEraser(Strategy):
         )
         params = [name for name, _ in federation.server.model.named_parameters()]
         update = calibrated(federation, round_, directions, params)
-        federation.apply_round(update, results.statistics, round_)
+        federation.apply_round(results, update, round_)
 
     def stored_bytes(self, run: Run) -> int:
         """Count the bytes of the stored updates."""

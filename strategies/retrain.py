@@ -19,5 +19,5 @@ class Retraining(Strategy):
         for round_ in range(1, federation.round + 1):
             clients = sample(federation.retain, federation.config, round_)
             results = federation.run(tasks.train, on=clients, at_round=round_)
-            federation.apply_round(results.mean(), results.statistics, round_)
+            federation.apply_round(results, results.mean(), round_)
         return {"retrained": federation.round}

@@ -29,8 +29,7 @@ class SelectiveDampening(Strategy):
     """theta_i *= min((lambda F_D,i / F_f,i)^e, 1) where F_f,i > alpha F_D,i (Eq. 8-9; Foster et al., 2024).
 
     The clients send Fisher diagonals at the present model: F_f of the forget clients, and F_D = sum of n_c F_c / sum of
-    n_c of all. The server dampens. Then BatchNorm statistics are estimated again from the retain clients
-    (`recalibrate`), and the server trains the client head anew, where it does so.
+    n_c of all. The server dampens, and trains the client head anew, where it does so.
     """
 
     label, colour, marker = "SSD", "#6a994e", "s"
@@ -57,13 +56,6 @@ class SelectiveDampening(Strategy):
             le=1,
             description="of each retain client's images, at random, that the Fisher is taken of",
         )
-        trial_fraction: float = Field(
-            default=0.3,
-            ge=1e-6,
-            le=1,
-            description="of each retain client's images that give candidates BatchNorm statistics",
-        )
-        recalibrate: bool = Field(default=True, description="estimate BatchNorm statistics again on the retain clients")
 
     def check(self, config: Config) -> None:
         """Refuse the client head's Fisher where there is no client head."""
@@ -85,7 +77,7 @@ class SelectiveDampening(Strategy):
         )
 
     def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
-        """Collect Fishers, dampen, estimate BatchNorm statistics again, and train the client head."""
+        """Collect Fishers, dampen, and train the client head."""
         settings, search = self.settings, {}
         full, forget_fisher = self.fishers(federation, forget)
         strength = {"alpha": settings.alpha, "lambda_": settings.lambda_}
@@ -96,7 +88,6 @@ class SelectiveDampening(Strategy):
             strength = {name: chosen[name] for name in strength}
             search = {"predicted": predicted, "trials": trials}
         self.dampen(federation, full, forget_fisher, **strength)
-        self.recalibrate(federation)
         federation.recalibrate_client_head()
         selected = selected_fraction(full, forget_fisher, alpha=strength["alpha"])
         return {**strength, "exponent": settings.exponent, **search, "selected": selected}
@@ -130,11 +121,6 @@ class SelectiveDampening(Strategy):
                 dampened = dampen(params, full, forget_fisher, alpha=alpha, lambda_=lambda_, exponent=exponent)
             model.load_state_dict(dampened, strict=False)
 
-    def recalibrate(self, federation: Federation, *, fraction: float = 1.0) -> None:
-        """Estimate BatchNorm statistics again, unless switched off."""
-        if self.settings.recalibrate:
-            federation.recalibrate_batch_norm(fraction=fraction)
-
     def search(
         self, federation: Federation, forget: ForgetSet, full: Tensors, forget_fisher: Tensors, target: float
     ) -> list[dict[str, float]]:
@@ -142,8 +128,7 @@ class SelectiveDampening(Strategy):
 
         Alpha is between lambda, below which nothing changes (no factor is above 1), and where nothing is selected. What
         the model knows well has small gradients, and is reached by an alpha below 1 only. The forget clients count
-        their accuracy once a trial, and that is all that they are asked. BatchNorm statistics, where they are made
-        again, are of a fraction of the retain clients' images. The state is as before in the end.
+        their accuracy once a trial, and that is all that they are asked. The state is as before in the end.
 
         Returns:
             A row a trial: alpha, lambda_, class accuracy and loss on the forget clients' images, test accuracy.
@@ -155,7 +140,7 @@ class SelectiveDampening(Strategy):
         def tried(alpha: float, lambda_: float) -> dict[str, float]:
             federation.state = before
             self.dampen(federation, full, forget_fisher, alpha=alpha, lambda_=lambda_)
-            self.recalibrate(federation, fraction=self.settings.trial_fraction)
+            federation.recalibrate_batch_norm()
             found = sum(federation.evaluate(forget).values(), Counts())
             test = federation.predictions().total.class_accuracy
             return {

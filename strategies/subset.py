@@ -47,9 +47,9 @@ class SubsetUnlearning(Strategy):
     the next round has as many fewer correct soft labels as the last one left too many.
 
     D_f ends with the predictions that unseen data would get, no fewer right and no surer, while the loss on D_r stays
-    near zero. No gradient is left that would bring the old predictions back when training goes on. In the end BatchNorm
-    statistics are estimated again, the client head is trained anew, and the weights that changed most are frozen
-    (`Federation.freeze`): one bit a weight, and nothing else is kept.
+    near zero. No gradient is left that would bring the old predictions back when training goes on. In the end the
+    client head is trained anew, and the weights that changed most are frozen (`Federation.freeze`): one bit a weight,
+    and nothing else is kept.
     """
 
     label, colour, marker = "relabelling (ours)", "#2a6f97", "o"
@@ -84,7 +84,6 @@ class SubsetUnlearning(Strategy):
         repair_lr: float = Field(
             default=0.005, ge=0, le=100, description="learning rate of the repair, or the schedule's if that is higher"
         )
-        recalibrate: bool = Field(default=True, description="estimate BatchNorm statistics again on the retain clients")
         freeze_fraction: float = Field(
             default=0.9,
             ge=0,
@@ -178,13 +177,12 @@ class SubsetUnlearning(Strategy):
         for number in range(1, rounds + 1):
             log.info("── round %d of %d of relabelling", number, rounds)
             if number > 1:
-                self.recalibrate(federation, fraction=settings.repair_fraction)
+                federation.recalibrate_batch_norm()
                 found = federation.evaluate(memorised)
                 targets = {c: corrected(targets[c], predicted[c], found[c].class_accuracy) for c in memorised}
             correct = {str(c): targets[c] / predicted[c] for c in memorised if predicted[c]}
             self.relabel_round(federation, memorised, number, before, estimate, correct)
             self.repair_round(federation, number)
-        self.recalibrate(federation)
         federation.recalibrate_client_head()
         federation.freeze(since=before, fraction=settings.freeze_fraction)
         return {"predicted": estimate.expected_accuracy(total_counts(counts.values())), "rounds": rounds}
@@ -231,11 +229,6 @@ class SubsetUnlearning(Strategy):
             embeddings=False,
         )
         federation.apply(results.mean())
-
-    def recalibrate(self, federation: Federation, *, fraction: float = 1.0) -> None:
-        """Estimate BatchNorm statistics again, unless switched off."""
-        if self.settings.recalibrate:
-            federation.recalibrate_batch_norm(fraction=fraction)
 
     def relabel_lr(self, config: Config, round_: int) -> float:
         """Give `lr`, up to twice of it where the schedule's rate has still to fall by as much.

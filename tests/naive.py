@@ -8,11 +8,10 @@ from fedunlearn.runs.ledger import State
 from fedunlearn.unlearning.pruning import pruned as pruned_state
 from fedunlearn.unlearning.retrain_estimate import estimate_retrained
 
-SETTINGS = "rounds=2 train.client_head_by=local train.server_momentum=0.5"
+SETTINGS = "rounds=2 train.client_head_by=local train.server_momentum=0.5 batch_norm_fraction=0"
 FORGETS = "forget.schedule={2:[3]}"
 UNLEARN = {
-    "ssd": "unlearn.tune=fixed unlearn.alpha=2 unlearn.lambda_=0.5 unlearn.recalibrate=false",
-    "subset": "unlearn.recalibrate=false",
+    "ssd": "unlearn.tune=fixed unlearn.alpha=2 unlearn.lambda_=0.5",
     **dict.fromkeys(("ascent", "pga", "negate"), "unlearn.repair_rounds=1"),
 }
 

@@ -132,12 +132,13 @@ def test_without_runs(home, capsys):
 def test_runs_are_listed(finished, capsys):
     assert command("runs") == 0
     heading, line = capsys.readouterr().out.splitlines()
-    assert heading.split() == ["run", "state", "round", "rounds", "data", "strategy", "requests", "created"]
-    assert line.split()[:7] == ["test", "idle", "3", "3", "digits", "ssd", "1"]
+    assert heading.split() == ["run", "state", "round", "rounds", "data", "strategy", "requests", "MB", "created"]
+    assert float(line.split()[8]) > 0
+    assert line.split()[:7] == ["test", "idle", "3", "3", "digits", "ssd", "r1"]
     with lock(finished.folder()):
         assert command("runs", "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["run"], row["state"], row["round"], row["requests"]) == ("test", "live", 3, 1)
+    assert (row["run"], row["state"], row["round"], row["requests"]) == ("test", "live", 3, "r1 COMPLETED")
     assert command("runs", "--home", finished.home / "other") == 0
     assert capsys.readouterr().out == "no runs\n"
 
@@ -228,7 +229,11 @@ def test_a_fork_from_the_command_line(finished, capsys):
     assert command("runs", "--json") == 0
     rows = {row["run"]: row for row in json.loads(capsys.readouterr().out)}
     assert (rows["test"]["round"], rows["test"]["strategy"]) == (3, "ssd")
-    assert (rows["other"]["round"], rows["other"]["strategy"], rows["other"]["requests"]) == (4, "leave", 1)
+    assert (rows["other"]["round"], rows["other"]["strategy"], rows["other"]["requests"]) == (
+        4,
+        "leave",
+        "r1 COMPLETED",
+    )
 
 
 def test_there_are_no_more_nodes_than_clients(federate, capsys):

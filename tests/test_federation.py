@@ -76,20 +76,26 @@ def test_a_forgotten_client_gets_no_more_messages_and_training_goes_on(federate,
     assert "request r1, forgotten after round 2" in capsys.readouterr().err
 
 
+def recalibrated(pooled, clients, *, fraction):
+    """Set the model's BatchNorm statistics from those clients' images together, as after round 1."""
+    shuffled = [images for c in clients for images in pooled.client(c, 1).shuffled_images(fraction)]
+    batch_norm.recalibrate(pooled.model, batch_norm.batch_statistics(pooled.model, shuffled))
+
+
 @pytest.mark.parametrize("loss_head", ["class", "client"])
 def test_the_federated_step_is_the_pooled_one(federate, loss_head):
-    settings = "rounds=1 train.client_head_by=local"
+    settings = "rounds=1 train.client_head_by=local batch_norm_fraction=0.5"
     federate.shared(settings)
     before = federate.state("before")
     federate(f"{settings} unlearn.loss_head={loss_head} fork=before run=forgets forget.schedule={{1:[0, 2]}}")
     pooled = federate.pooled(settings)
     pooled.model.load_state_dict(before)
     of = {c: list(pooled.batches(c)) for c in range(4)}
+    recalibrated(pooled, (1, 3), fraction=0.5)
     full = diagonal_fisher(pooled.model, [b for c in range(4) for b in of[c]], loss_head=loss_head)
     forget = diagonal_fisher(pooled.model, [*of[0], *of[2]], loss_head=loss_head)
     dampening.dampen_and_prune(pooled.model, full, forget, [0, 2], alpha=2, lambda_=0.5)
-    shuffled = [images for c in (1, 3) for images in pooled.client(c, 1).shuffled_images()]
-    batch_norm.recalibrate(pooled.model, batch_norm.batch_statistics(pooled.model, shuffled))
+    recalibrated(pooled, (1, 3), fraction=0.5)
     assert not equal(pooled.state(), before)
     assert_close(federate.state("forgets"), pooled.state(), rtol=1e-4, atol=1e-5)
 
@@ -98,7 +104,7 @@ def test_a_request_ends_with_a_client_head_of_the_new_embeddings(federate):
     federate.shared("rounds=1")
     pooled = federate.pooled("rounds=1")
     pooled.model.load_state_dict(federate.state("before"))
-    settings = "train.client_head_by=server unlearn.alpha=1000 unlearn.recalibrate=false"
+    settings = "train.client_head_by=server unlearn.alpha=1000 batch_norm_fraction=0"
     federate(f"rounds=1 {settings} fork=before run=forgets forget.schedule={{1:[0]}}")
     statistics = {c: pooled.client(c, 1).embedding_statistics(pooled.model) for c in (1, 2, 3)}
     before = [p.detach().clone() for p in pooled.model.client_head.parameters()]

@@ -152,7 +152,7 @@ def test_without_a_live_run_the_request_is_applied_here(finished, capsys):
     finished("run=live rounds=1 forget.schedule={1:[1,3]}")
     (file,) = (finished.folder() / "checkpoints").iterdir()
     assert command("forget", "--client", "3", "--client", "1", "--run", "test", "--engine", "local") == 0
-    assert "no live run: the request is applied to run test here, on 2 virtual nodes" in capsys.readouterr().err
+    assert "the request is applied here, on 2 virtual nodes" in capsys.readouterr().err
     (request,) = finished.requests()
     assert (request.state, request.clients) == (State.COMPLETED, [1, 3])
     assert equal(finished.state(), finished.state("live"))
@@ -260,7 +260,7 @@ def test_the_module_that_people_know_serves_a_request_in_a_flower_simulation(fed
     words = ["--client", "3", "--client", "1", "--run", "test", "--home", str(federate.home), "--nodes", "2"]
     done = subprocess.run([*module, *words, "--gpus", "0", "--wait"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert "no live run: the request is applied to run test here, on 2 virtual nodes" in done.stderr
+    assert "the request is applied here, on 2 virtual nodes" in done.stderr
     assert done.stdout.startswith("r1  COMPLETED    clients 1, 3  after round 2")
     (request,) = federate.requests()
     assert (request.state, request.clients) == (State.COMPLETED, [1, 3])

@@ -217,8 +217,8 @@ def test_a_run_that_is_not_there_is_named_with_those_that_are(federate, tmp_path
 
 def test_a_new_run_writes_down_when_it_was_made_of_what_and_with_which_settings(base):
     about = read_about(base)
-    assert about.keys() == {"created", "data", "versions", "config"}
+    assert about.keys() == {"created", "data", "images", "versions", "config"}
     assert {"fedunlearn", "flwr", "torch"} <= about["versions"].keys()
     config = stored_config(base)
     assert config == from_json(json.dumps(about["config"]))
-    assert config.unlearn.keys() >= {"tune", "alpha", "recalibrate"}  # also those that nobody named
+    assert config.unlearn.keys() >= {"tune", "alpha", "loss_head"}  # also those that nobody named

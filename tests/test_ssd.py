@@ -39,7 +39,7 @@ def test_dampening_nothing_is_tried_too(federate):
     federation.grid = LocalGrid(2)
     federation.nodes.identify(federation.grid)
     run.ledger.advance(run.ledger.file([3])[0], State.COLLECTING)
-    strategy = SelectiveDampening(SelectiveDampening.Settings(recalibrate=False))
+    strategy = SelectiveDampening(SelectiveDampening.Settings())
     with federation.applying(ForgetSet((3,))):
         full, forget = strategy.fishers(federation, ForgetSet((3,)))
         known = pooled.evaluate(3).class_accuracy

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import study_data
 from fedunlearn.study.dag.command import UNFINISHED
-from study_data import FEW, SHORT, TRAIN, results, study
+from study_data import SHORT, TRAIN, results, study
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -40,8 +40,9 @@ def without_times(result):
 
 
 def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
-    words = ["dataset=digits", "scale=laptop", "study.seeds=[0,1]", "study.workers=2", *FEW]
-    words += ["learning.epochs=4", "search.trials=4"]
+    words = ["dataset=digits", "scale=laptop", "study.seeds=[0,1]", "study.workers=2"]
+    words += ["data.limit=240", "data.test_limit=100"]
+    words += ["learning.epochs=2", "search.trials=2", "finetuning.epochs=1"]
     blocked_import = subprocess.run([sys.executable, "-c", "import flwr"], env=blocked, capture_output=True, text=True)
     assert "flwr is blocked" in blocked_import.stderr
     done = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=700)

@@ -5,7 +5,9 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,11 +17,15 @@ from fedunlearn.federation.client import Client
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.runs import checkpoint
+from fedunlearn.runs.page import embedded
+from fedunlearn.runs.verdicts import Level
 from fedunlearn.study.dag.command import study_folder
 from fedunlearn.study.federated.figures import frontier
+from fedunlearn.study.federated.plan import Case
 from fedunlearn.study.federated.settings import FederatedSettings, load
 from fedunlearn.study.federated.study import FederatedStudy
-from fedunlearn.study.federated.tables import Results
+from fedunlearn.study.federated.tables import Results, Row
+from fedunlearn.study.federated.verdicts import compared, verdicts
 from fedunlearn.study.pooled.scores import score
 from fedunlearn.study.pooled.workspace import Workspace
 from strategies import federaser
@@ -160,7 +166,7 @@ def test_the_base_is_the_run_of_the_app_and_stores_every_second_update(home):
 def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
     words = [*SMALL, "study.strategies=[leave,subset]", "study.scenarios=[sequential,together,request_times]"]
     pieces = 0
-    while (status := main([*words, "study.minutes=0.02"])) == 3:
+    while (status := main([*words, "study.minutes=0.1"])) == 3:
         pieces += 1
         assert pieces < 100
     assert status == 0
@@ -261,6 +267,102 @@ def test_of_requests_in_turn_the_last_is_attacked_and_the_first_is_drawn(home, m
     (case,) = small.plan.cases()
     drawn = frontier(Results(small.plan, study_folder(small)), case, "ce_dl")
     assert [len(axes.lines) for axes in drawn.axes] == [1, 1]  # of the first request alone
+
+
+CASE = Case("single", 4, ((0, (0,)),))
+RIGHT = {"retrained": [0.5, 0.54], "leave": [0.9, 0.94], "subset": [0.51, 0.53], "ssd": [0.2, 0.2]}
+
+
+def row(strategy, after, values=None, *, test=(0.8, 0.8), forgotten=(0,)):
+    """A row of two seeds, in which the retrained model gets what is above."""
+    values = {"forget": list(values or RIGHT[strategy]), "retain": [0.9, 0.9], "test": list(test)}
+    retrained = {"forget": RIGHT["retrained"], "retain": [0.9, 0.9], "test": [0.8, 0.8]}
+    return Row(CASE, "ce_dl", strategy, forgotten, after, values, retrained)
+
+
+def measured(rows, *, work=5.0):
+    """Results of which nothing is read but these rows."""
+    plan = SimpleNamespace(settings=SimpleNamespace(study=SimpleNamespace(after=[0, 10])))
+    return SimpleNamespace(plan=plan, rows=lambda *of: rows, costs=lambda *of: {"work": [work]})
+
+
+def test_a_strategy_that_gets_worse_with_time_lies_within_the_axes():
+    near, far = [0.55, 0.59], [0.9, 0.94]
+    rows = [row("leave", 0, near), row("leave", 10, far), row("retrained", 0), row("retrained", 10)]
+    drawn = frontier(measured(rows, work=130.0), CASE, "ce_dl")
+    embedded(drawn)
+    for axes, distance in zip(drawn.axes, (0.05, 0.4), strict=True):
+        (bottom, top), (left, right) = axes.get_ylim(), axes.get_xlim()
+        point = next(line for line in axes.lines if line.get_linestyle() == "None")
+        assert point.get_ydata() == pytest.approx([distance])
+        assert bottom == 0 < distance < top
+        assert left < 130 < right
+        assert axes.get_xscale() == "symlog"
+
+
+def test_a_label_is_taken_literally_in_pictures(monkeypatch):
+    monkeypatch.setattr("fedunlearn.study.federated.figures.label", lambda strategy: r"$\frac$")
+    drawn = frontier(measured([row("leave", 0), row("leave", 10)]), CASE, "ce_dl")
+    embedded(drawn)
+    assert drawn.axes[0].get_legend().get_texts()[0].get_text().startswith(r"$\frac$: retain")
+
+
+SIZES = {"forget": 500, "test": 1000}
+
+
+def test_verdicts_name_the_nearest_strategy_first_and_how_far_it_is_from_the_retrained_model():
+    rows = [row(s, after) for s in ("leave", "ssd", "subset", "retrained") for after in (0, 10)]
+    said = verdicts(compared(rows, (0,), SIZES))
+    assert [(one.title, one.level) for one in said] == [
+        ("relabelling (ours): like the retrained model", Level.GOOD),
+        ("SSD: forgets too much", Level.WARNING),
+        ("leave and continue: knows more", Level.WARNING),
+    ]
+    # of 500 images at 0.52, twice: sqrt(2 * 0.2496 / 500) = 0.03, more than over the seeds
+    text = "10 rounds after the request the model gets 0.52 of the images of client 0 right, the retrained model 0.52"
+    assert f"{text} (difference +0.00 ± 0.03). The two cannot be told apart." in said[0].text
+
+
+def test_seeds_that_differ_more_than_images_explain_widen_the_error():
+    rows = [row("leave", 10, [0.5, 0.94])]
+    (one,) = compared(rows, (0,), SIZES)
+    assert one.forget.value == pytest.approx(0.2)
+    assert one.forget.error == pytest.approx(0.2)  # of 0 and 0.4
+    assert verdicts([one])[0].level == Level.GOOD
+
+
+def test_strategies_are_compared_at_a_time_that_was_measured_of_all():
+    rows = [row("leave", 0), row("leave", 10), row("ssd", 0), row("ssd", 10, forgotten=(0, 1))]
+    assert {(one.row.strategy, one.row.after) for one in compared(rows, (0,), SIZES)} == {("leave", 0), ("ssd", 0)}
+
+
+def test_a_case_in_which_leaving_is_like_retraining_is_called_too_easy():
+    rows = [row("leave", 10, RIGHT["retrained"]), row("subset", 10)]
+    said = verdicts(compared(rows, (0,), SIZES))
+    assert said[0].title == "Too easy"
+    assert all(one.level == Level.PLAIN for one in said)
+
+
+def test_forgetting_that_harms_the_model_has_its_price_told():
+    (said,) = verdicts(compared([row("subset", 10, test=(0.7, 0.7))], (0,), SIZES))
+    assert (said.title, said.level) == ("relabelling (ours): forgotten at a price", Level.WARNING)
+    assert "fewer of the test images right: −0.10 ± 0.02" in said.text
+
+
+def test_the_page_holds_all_that_the_report_says(home):
+    assert main([*SMALL, "study.strategies=[leave]"]) == 0
+    (page,) = home.glob("studies/*/report/index.html")
+    text = page.read_text()
+    assert not re.findall(r'(?:src|srcset|href)="(?!data:|#)', text)
+    assert text.count("data:image/svg+xml;base64,") == 4  # two figures, each for a light and for a dark page
+    report = (page.parent / "REPORT.md").read_text()
+    (line,) = re.findall(r"^\| 0 \| 1 \| leave and continue \| (.*) \|$", report, re.MULTILINE)
+    cells = line.split(" | ")
+    assert all(f">{cell}<".replace("± ", "±\u00a0") in text for cell in cells)
+    accuracies = cells[:5]
+    assert all(re.match(r"-?\d\.\d{3} ± 0\.\d{3} \(", cell) for cell in accuracies), accuracies
+    assert "leave and continue: " in text
+    assert "<code>study.order</code>" in text
 
 
 def test_a_picture_is_drawn_in_the_same_bytes(home):

@@ -204,12 +204,12 @@ def test_relabelling_and_repair_have_their_rates(federate):
 
 
 @pytest.mark.slow
-def test_between_rounds_batchnorm_is_of_a_fraction_of_the_images_and_in_the_end_of_all(federate):
-    settings = "unlearn.rounds=2 unlearn.epochs=1 unlearn.repair_fraction=0.4 unlearn.recalibrate=true"
+def test_batchnorm_statistics_are_estimated_before_a_request_between_its_rounds_and_in_the_end(federate):
+    settings = "unlearn.rounds=2 unlearn.epochs=1 batch_norm_fraction=0.4"
     grid = LocalGrid(1)
     forgotten(federate, "subset", settings, grid=grid)
     fractions = [messages.arguments_of(message)["fraction"] for message in grid.sent_for("batch_norm_statistics")]
-    assert fractions == [0.4, 1.0]  # after the first round of two, and in the end
+    assert fractions == [0.4] * 3
     client = federate.pooled(SETTINGS).client(0, 3)
     stored, some = (torch.cat([*client.shuffled_images(fraction)]) for fraction in (1.0, 0.4))
     assert len(some) == math.ceil(0.4 * len(stored))
@@ -311,7 +311,7 @@ def test_the_forget_client_gets_no_message_after_it_has_relabelled(federate):
 @pytest.mark.slow
 def test_clients_of_three_images_repair_and_give_statistics(federate):
     training = "clients=10 data.limit=30 partition.kind=iid"
-    settings = "unlearn.epochs=1 unlearn.repair_fraction=0.3 unlearn.recalibrate=true"
+    settings = "unlearn.epochs=1 unlearn.repair_fraction=0.3 batch_norm_fraction=0.1"
     grid = LocalGrid(1)
     _, detail = forgotten(federate, "subset", settings, training=training, grid=grid)
     assert detail.get("attempts") is None

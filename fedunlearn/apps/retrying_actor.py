@@ -5,6 +5,7 @@ error at once. Here Ray restarts the actor and repeats what it was doing, up to 
 depends on its message alone, so that repeating it changes nothing.
 """
 
+import logging
 from collections.abc import Callable
 
 import ray
@@ -20,6 +21,7 @@ class RetryingActor(VirtualClientEngineActor):
 
     def __init__(self, on_actor_init_fn: Callable[[], None] | None = None) -> None:
         super().__init__()
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # else it warns of its own end
         if on_actor_init_fn:
             on_actor_init_fn()
 

@@ -201,6 +201,12 @@ def figure(rows: list[dict[str, Any]]) -> Any:
 
     drawing = Figure(figsize=(10, 4), layout="constrained")
     speed, cost = drawing.subplots(1, 2)
+    above: dict[str, Any] = {
+        "loc": "lower center",
+        "bbox_to_anchor": (0.5, 1),
+        "ncols": 3,
+        "fontsize": 8,
+    }  # no bar below
     kinds = sorted({(row["clients"], row["gpus"]) for row in rows})
     for kind in kinds:
         own = sorted((r for r in rows if (r["clients"], r["gpus"]) == kind), key=lambda r: r["actors"])
@@ -209,13 +215,13 @@ def figure(rows: list[dict[str, Any]]) -> Any:
         ideal = [own[0]["images_per_second"] * r["actors"] / own[0]["actors"] for r in own]
         speed.plot([r["actors"] for r in own], ideal, ":", color=line.get_color(), linewidth=1)
     speed.set(xlabel="actors (dotted: ideal)", ylabel="images trained a second", ylim=(0, None))
-    speed.legend()
+    speed.legend(**above)
     parts = {"round_seconds": "one round", "request_seconds": "one forget request", "retraining_seconds": "retraining"}
     for shift, (name, label) in zip((-0.25, 0, 0.25), parts.items(), strict=True):
         cost.bar([i + shift for i in range(len(rows))], [row[name] for row in rows], 0.25, label=label)
     cost.set_xticks(range(len(rows)), [f"{row['clients']:,}\n{row['actors']} act." for row in rows])
     cost.set(yscale="log", ylabel="seconds", xlabel="clients, actors")
-    cost.legend()
+    cost.legend(**above)
     return drawing
 
 

@@ -10,16 +10,18 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedunlearn.config import Config, compose, name_of, split_words, state_home, values_of
+from fedunlearn.apps.signals import ends_with_superlink
+from fedunlearn.build import loss_of
+from fedunlearn.config import Config, compose, name_of, split_words, values_of, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.rounds import Rounds
-from fedunlearn.federation.strategy import completed
+from fedunlearn.federation.strategy import completed, strategy_class
 from fedunlearn.log import set_up
 from fedunlearn.runs import report
-from fedunlearn.runs.home import forked, locked_run, runs_folder
-from fedunlearn.runs.ledger import FAILED
-from fedunlearn.runs.run import Run, stored_config
+from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
+from fedunlearn.runs.ledger import Request
+from fedunlearn.runs.run import Run
 
 log = getLogger("fedunlearn")
 
@@ -38,28 +40,34 @@ def server_app(conf: Path) -> ServerApp:
     from fedunlearn.apps import retrying_actor
 
     retrying_actor.install()
-    set_up(verbose=True)
+    set_up()
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         logging.getLogger("flwr").addFilter(_OneLine())
         words = split_words(str(context.run_config.get("overrides", "")))
-        train(grid, compose(conf, words), words)
+        ends_with_superlink("the SuperLink that had started this run has ended, and the run with it: start it again")
+        failed = train(grid, compose(conf, words), words)
+        if failed:
+            raise UserError(f"request {failed[0].id} is {failed[0].state}; all else of the run is done")
 
     return app
 
 
-def train(grid: Grid, config: Config, words: list[str]) -> None:
+def train(grid: Grid, config: Config, words: list[str]) -> list[Request]:
     """Train the rounds that are missing of a run, forget what is asked, and write the report.
 
     Args:
         words: what was named explicitly, as `rounds=40`; a run that exists must agree with it.
 
+    Returns:
+        Requests that failed.
+
     Raises:
         UserError: with the way on, where no round could be trained.
     """
-    with _locked(config, _asked(words, config)) as (run, auditor):
+    with _locked(config, asked_for(words, config)) as (run, auditor):
         log.info(_scale_line(run.config))
         current = run.ledger.current()
         if current is not None and current.round > 0:
@@ -67,7 +75,7 @@ def train(grid: Grid, config: Config, words: list[str]) -> None:
         else:
             log.info("run %s starts (%s)", run.name, run.folder)
         try:
-            carry_out(grid, run, auditor, rounds=run.config.rounds - (current.round if current else 0))
+            return carry_out(grid, run, auditor, rounds=run.config.rounds - (current.round if current else 0))
         except UserError as error:
             current = run.ledger.current()
             way_on = f"continue from round {current.round if current else 0} with run={run.name}"
@@ -80,32 +88,45 @@ def serve(grid: Grid, config: Config) -> None:
         carry_out(grid, run, auditor, rounds=0)
 
 
-def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> None:
-    """Train `rounds` rounds, serve all requests, write the report."""
+def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> list[Request]:
+    """Train `rounds` rounds, serve all requests, write the report; gives the requests that failed."""
     Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
-    page = report.write(run, None if auditor is None else auditor.class_counts(), _class_names(auditor))
-    log.info(report.summary(run))
+    kind, counts = strategy_class(run.config.strategy), None if auditor is None else auditor.class_counts()
+    page = report.write(run, counts, _class_names(auditor), label=kind.label, own_settings=kind.Settings)
+    log.info(report.summary(run, counts))
     log.info("report: %s", page)
-    failed = [request for request in run.ledger.requests() if request.state in FAILED]
+    failed = run.ledger.unmet()
     for request in failed:
         log.warning("request %s is %s: %s", request.id, request.state, request.detail.get("reason", ""))
+    return failed
 
 
 @contextmanager
 def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Auditor]]:
     """The run, locked, and the auditor that a simulation has."""
-    folder = runs_folder(state_home(config.home)) / config.run
-    if config.run and (folder / "run.json").exists():
-        config = stored_config(folder).model_copy(update={"home": config.home, "run": config.run})
-    elif config.fork:
-        config = forked(config, asked)
-    config = completed(config)
+    config = prepared(config, asked)
     auditor = Auditor(config)
-    with locked_run(config, fingerprint=auditor.fingerprint, asked=asked) as run:
+    images = {"class_names": auditor.class_names, "shape": list(auditor.image_shape)}
+    with locked_run(config, fingerprint=auditor.fingerprint, asked=asked, images=images) as run:
         yield run, auditor
 
 
-def _asked(words: list[str], config: Config) -> dict[str, Any]:
+def prepared(config: Config, asked: dict[str, Any]) -> Config:
+    """Give all settings of a run, its stored ones where it exists, after every check that needs no data.
+
+    Raises:
+        UserError: the settings asked for are not the run's, or there is no such strategy or loss.
+    """
+    folder = runs_folder(writable_home(config.home)) / config.run
+    if config.run and (folder / "run.json").exists():
+        config = agreed(folder, asked).model_copy(update={"home": config.home, "run": config.run})
+    elif config.fork:
+        config = forked(config, asked)
+    loss_of(config)
+    return completed(config)
+
+
+def asked_for(words: list[str], config: Config) -> dict[str, Any]:
     """The settings that words name, one by one or as a mapping, but for those that say which run it is."""
     names = {name_of(word) for word in words} - {"run", "home", "fork"}
     groups = tuple(f"{name}." for name in names)

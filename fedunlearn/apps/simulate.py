@@ -3,16 +3,20 @@
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedunlearn.apps.signals import patience, stopped_by_signals
 from fedunlearn.errors import UserError
 
-WORK = Callable[[Grid], None]
+RAY_SECONDS = 120
+WORK = Callable[[Grid], object]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,13 @@ class Resources:
             raise UserError(f"--nodes {self.nodes} is too few: a simulation has at least 1")
         if self.cpus < 1:
             raise UserError(f"--cpus {self.cpus} is too few: a node needs at least 1")
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers} is too few: 0 takes as many as the CPUs hold")
+        if self.gpus < 0:
+            raise UserError(f"--gpus {self.gpus:g} is too few: 0 takes none")
+        here = os.cpu_count() or 1
+        if self.engine == "ray" and self.cpus > here and not os.environ.get("RAY_ADDRESS"):
+            raise UserError(f"--cpus {self.cpus} of a node: this machine has {here} in all")
         if self.gpus:
             import torch
 
@@ -48,8 +59,11 @@ class Resources:
                 raise UserError(f"--gpus {self.gpus:g}: there is no GPU here, leave it out")
 
 
-def simulate(work: WORK, resources: Resources, *, verbose: bool = False) -> None:
+def simulate(work: WORK, resources: Resources, *, way_on: Callable[[], str], verbose: bool = False) -> None:
     """Let `work` use a grid of virtual nodes that run the client app.
+
+    Args:
+        way_on: says what the person can do next, where a signal ends this process.
 
     Raises:
         UserError: and any other exception of `work`, as it was raised.
@@ -62,9 +76,13 @@ def simulate(work: WORK, resources: Resources, *, verbose: bool = False) -> None
         from fedunlearn.apps.client_app import app
         from fedunlearn.federation.local_grid import LocalGrid
 
-        work(LocalGrid(resources.nodes, app))
-    else:
-        _on_ray(work, resources, verbose=verbose)
+        with stopped_by_signals(way_on):
+            work(LocalGrid(resources.nodes, app))
+        return
+    with stopped_by_signals(way_on):
+        _start_ray(resources, verbose=verbose)
+        with stopped_by_signals(way_on):  # Ray has taken SIGTERM for itself
+            _on_ray(work, resources)
 
 
 def _not_raised_again(record: logging.LogRecord) -> bool:
@@ -72,7 +90,28 @@ def _not_raised_again(record: logging.LogRecord) -> bool:
     return record.funcName != "server_th_with_start_checks"
 
 
-def _on_ray(work: WORK, resources: Resources, *, verbose: bool) -> None:
+def _start_ray(resources: Resources, *, verbose: bool) -> None:
+    """Start Ray in this machine, or connect to the cluster of RAY_ADDRESS, and see whether it has what a node needs."""
+    import ray
+
+    cluster = os.environ.get("RAY_ADDRESS")
+    init: dict[str, Any] = {"num_cpus": resources.workers * resources.cpus} if resources.workers else {}
+    init |= {} if verbose else {"logging_level": logging.ERROR, "log_to_driver": False}
+    init |= {} if cluster else {"include_dashboard": False}  # it takes seconds to start
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with patience(f"Ray at {cluster}" if cluster else "Ray to start", limit=RAY_SECONDS):
+        try:
+            ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}, **init)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"Ray cannot be started: {str(error).strip().splitlines()[0]}") from error
+    there = ray.cluster_resources()
+    for kind, wanted in (("CPU", resources.cpus), ("GPU", resources.gpus)):
+        if wanted > there.get(kind, 0):
+            ray.shutdown()
+            raise UserError(f"--{kind.lower()}s {wanted:g} of a node: Ray has {there.get(kind, 0):g} here in all")
+
+
+def _on_ray(work: WORK, resources: Resources) -> None:
     from flwr.simulation import run_simulation
 
     from fedunlearn.apps import retrying_actor
@@ -90,10 +129,7 @@ def _on_ray(work: WORK, resources: Resources, *, verbose: bool) -> None:
             raised.append(error)
             raise
 
-    init = {"num_cpus": resources.workers * resources.cpus} if resources.workers else {}
-    init |= {} if verbose else {"logging_level": logging.ERROR, "log_to_driver": False}
-    init |= {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}  # it takes seconds to start
-    backend = {"client_resources": {"num_cpus": resources.cpus, "num_gpus": resources.gpus}, "init_args": init}
+    backend = {"client_resources": {"num_cpus": resources.cpus, "num_gpus": resources.gpus}}
     # run_simulation is deprecated in favour of `flwr run`, which needs an app folder and a background SuperLink
     try:
         run_simulation(server, app, num_supernodes=resources.nodes, backend_config=backend)  # type: ignore[arg-type]

@@ -15,12 +15,14 @@ class Auditor:
 
     Attributes:
         class_names: K names.
+        image_shape: (H, W, channels).
         fingerprint: of all images.
     """
 
     def __init__(self, config: Config) -> None:
         self._runtime = ClientRuntime(config)
         self.class_names = self._runtime.dataset.class_names
+        self.image_shape = self._runtime.dataset.train.images.shape[1:]
         self.fingerprint = self._runtime.dataset.fingerprint
 
     def evaluate(self, params: Tensors, client: int) -> Counts:

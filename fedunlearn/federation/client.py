@@ -62,6 +62,7 @@ class ClientRuntime:
             precision=settings.precision,
             batch_size=settings.batch_size,
             frozen=frozen,
+            function=build.loss_of(self.config),
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedunlearn.build import learning_rate_of, server_trains_client_head
+from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_client_head
 from fedunlearn.errors import NotNowError, unusable_replies
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.nodes import Nodes, Results, add_cost
@@ -200,8 +200,20 @@ class Federation:
         """Add an update to the parameters: theta += update."""
         self.state = server_state.apply_update(self.state, update)
 
-    def apply_round(self, update: Mapping[str, Tensor], statistics: Mapping[int, Tensor], round_: int) -> None:
-        """Do what a round of training does: momentum, frozen weights, then the client head from embeddings."""
+    def apply_round(self, results: Results, update: Mapping[str, Tensor], round_: int) -> dict[str, float]:
+        """Do what a round of training does: momentum, frozen weights, the client head, BatchNorm statistics.
+
+        Args:
+            results: of the clients that trained.
+            update: that the model moves by, as `results.mean()`.
+            round_: whose learning rate and random draws are taken.
+
+        Returns:
+            What the BatchNorm statistics cost.
+
+        Raises:
+            NotNowError: there are none, and the model keeps averages of the clients' running statistics.
+        """
         self.state = server_state.apply_round(
             self.state,
             update,
@@ -209,7 +221,9 @@ class Federation:
             beta=self.config.train.server_momentum,
             frozen_lr_scale=self.frozen_lr_scale(round_),
         )
-        self.fit_client_head(statistics, round_)
+        self.fit_client_head(results.statistics, round_)
+        asked = self.retain if is_evaluated(self.config, round_) else results.counts
+        return self.recalibrate_batch_norm(on=asked, at_round=round_)
 
     def train(self, *, on: Iterable[int], rounds: int, lr: float | None = None) -> None:
         """Let clients train for some rounds; the server adds their mean updates and trains the client head.
@@ -222,18 +236,40 @@ class Federation:
             results = self.run(tasks.train, on=clients, at_round=round_, lr=lr)
             self.apply(results.mean())
             self.fit_client_head(results.statistics, round_)
+            self.recalibrate_batch_norm(on=clients, at_round=round_)
 
-    def recalibrate_batch_norm(self, *, fraction: float = 1.0) -> None:
-        """Estimate BatchNorm statistics again on a random fraction of each retain client's images."""
-        if not batch_norm.no_statistics(self.server.model):
-            return
-        sums = self.run(tasks.batch_norm_statistics, on=self.retain, fraction=fraction).sum()
+    def recalibrate_batch_norm(
+        self, *, on: Iterable[int] | None = None, at_round: int | None = None
+    ) -> dict[str, float]:
+        """Estimate BatchNorm statistics of the present model on `batch_norm_fraction` of each client's images.
+
+        The run does so after every round of training and at the end of every request, whatever the strategy: models
+        are compared with statistics that were made in the same way. A strategy calls it where it needs a model in
+        between that works in eval mode.
+
+        Args:
+            on: the clients; the retain clients by default.
+            at_round: that the choice of images depends on; the present one by default.
+
+        Returns:
+            What it cost; nothing where there was nothing to do.
+
+        Raises:
+            NotNowError: nobody replied, or no statistics can be made of the replies.
+        """
+        fraction = self.config.batch_norm_fraction
+        if not fraction or not batch_norm.no_statistics(self.server.model):
+            return {}
+        clients = self.retain if on is None else on
+        results = self.run(tasks.batch_norm_statistics, on=clients, at_round=at_round, fraction=fraction)
         with self.editing() as model, unusable_replies():
-            batch_norm.recalibrate(model, sums)
+            batch_norm.recalibrate(model, results.sum())
+        return results.cost
 
     def recalibrate_client_head(self) -> None:
         """Train the client head from the retain clients' embeddings as they are now, where the server trains it."""
         if server_trains_client_head(self.config):
+            self.recalibrate_batch_norm()
             self.fit_client_head(self.run(tasks.embedding_statistics, on=self.retain).statistics, self.round)
 
     def fit_client_head(self, statistics: Mapping[int, Tensor], round_: int) -> None:

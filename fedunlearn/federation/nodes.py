@@ -16,6 +16,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation.messages import Task, Tensors
 from fedunlearn.federation.tasks import ClientTask
+from fedunlearn.log import waiting
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadResNet18
 
@@ -112,6 +113,17 @@ class Nodes:
         Raises:
             UserError: no node works, or not all are connected in time.
         """
+        with waiting("the nodes' first answers", limit=WAIT_SECONDS):
+            found = self._introduced(grid)
+        for _, reply in sorted(found.items()):
+            counts, node = messages.counts_of(reply), reply.metadata.src_node_id
+            self.nodes.append(node)
+            self.clients_of[node] = list(counts)
+            self.examples |= {client: count.examples for client, count in counts.items()}
+            self.gpu |= bool(reply.content.metric_records["metrics"]["gpu"])
+
+    def _introduced(self, grid: Grid) -> dict[int, Message]:
+        """Give what every node says of itself, by position in the federation."""
         found: dict[int, Message] = {}
         failures: Counter[int] = Counter()
         expected, deadline = 1, time.monotonic() + WAIT_SECONDS
@@ -124,7 +136,8 @@ class Nodes:
                 time.sleep(0.1)
             content = messages.request(Task(self._config, "identify", 0, []), {})
             sent = [Message(content, node, "query.identify") for node in unknown]
-            for message, reply in zip(sent, grid.send_and_receive(sent, timeout=self._timeout), strict=True):
+            patience = min(self._timeout, WAIT_SECONDS)
+            for message, reply in zip(sent, grid.send_and_receive(sent, timeout=patience), strict=True):
                 if reply.has_error():
                     node = message.metadata.dst_node_id
                     failures[node] += 1
@@ -135,12 +148,7 @@ class Nodes:
                 expected = about["nodes"]
         if not found:
             raise UserError("no node works: the reasons are in the log above")
-        for _, reply in sorted(found.items()):
-            counts, node = messages.counts_of(reply), reply.metadata.src_node_id
-            self.nodes.append(node)
-            self.clients_of[node] = list(counts)
-            self.examples |= {client: count.examples for client, count in counts.items()}
-            self.gpu |= bool(reply.content.metric_records["metrics"]["gpu"])
+        return found
 
     def messages(
         self,

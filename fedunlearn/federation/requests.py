@@ -58,7 +58,7 @@ class Requests:
         """Carry every open request as far as it can be carried now, the oldest first."""
         round_ = self._federation.round
         scheduled = set(self._settings.schedule.get(round_, []))
-        asked = {client for request in self._ledger.requests() for client in request.clients}
+        asked = {c for request in self._ledger.requests() if request.state != State.CANCELLED for c in request.clients}
         if scheduled - asked:
             self._ledger.file(scheduled - asked)
         for request in self._ledger.requests():
@@ -97,15 +97,19 @@ class Requests:
     def _apply(self, request: Request) -> Request:
         """Let the strategy forget, and commit; or restore the state and count a failed attempt.
 
-        Of clients that were never trained on there is nothing to forget.
+        The model's BatchNorm statistics are those of the retain clients before and after, so that what changes in the
+        scores comes from the weights. Of clients that were never trained on there is nothing to forget.
         """
         federation = self._federation
         forget = ForgetSet(tuple(sorted(set(request.clients) - federation.never_trained)), request.id)
-        before, state = self._scorer.now(forget), federation.state
-        stored_bytes, started = state.stored_bytes + self._strategy.stored_bytes(self._run), time.monotonic()
+        state = federation.state
+        stored_bytes = state.stored_bytes + self._strategy.stored_bytes(self._run)
         try:
+            federation.recalibrate_batch_norm()
+            before, started = self._scorer.now(forget), time.monotonic()
             with federation.applying(forget):
                 result = self._strategy.forget(federation, forget)
+                federation.recalibrate_batch_norm()
         except NotNowError as error:
             federation.state = state
             return self._failed(request, str(error))

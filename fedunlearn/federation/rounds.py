@@ -15,8 +15,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedunlearn.build import is_evaluated
 from fedunlearn.config import Config, Forget, to_json
-from fedunlearn.errors import UserError
+from fedunlearn.errors import NotNowError, UserError
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.handle import Federation
@@ -131,7 +132,11 @@ class Rounds(FlowerStrategy):
         )
         if not results.counts:
             raise UserError(f"round {round_}: no client answered")
-        self.federation.apply_round(results.mean(), results.statistics, round_)
+        try:
+            batch_norm = self.federation.apply_round(results, results.mean(), round_)
+        except NotNowError as error:
+            log.warning("round %d: no BatchNorm statistics, averages in their place: %s", round_, error)
+            batch_norm = {}
         self.federation.state = replace(self.federation.state, round=round_)
         total, clients = results.total, sorted(results.counts)
         self._row = {
@@ -139,6 +144,7 @@ class Rounds(FlowerStrategy):
             "clients": clients if len(clients) <= MOST_LISTED else len(clients),
             "examples": total.examples,
             "train": results.cost,
+            "batch_norm": batch_norm,
             "loss": total.mean_loss,
             "class_accuracy": total.class_accuracy,
             "client_accuracy": total.client_accuracy,
@@ -150,8 +156,7 @@ class Rounds(FlowerStrategy):
     ) -> Iterable[Message]:
         """Ask every retain client to evaluate, in the rounds that are evaluated."""
         federation = self.federation
-        due = federation.round % self._config.evaluate_every == 0 or federation.round == self._config.rounds
-        clients = federation.retain if due else []
+        clients = federation.retain if is_evaluated(self._config, federation.round) else []
         self._sent = federation.nodes.messages(tasks.evaluate, federation.round, clients, federation.state.params)
         return self._sent
 

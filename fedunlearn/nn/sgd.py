@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedunlearn.nn.cuda_graph import captured
 from fedunlearn.nn.evaluate import Counts, hits
@@ -14,7 +14,7 @@ from fedunlearn.nn.precision import autocast
 
 
 class LocalSGD:
-    """Train one model by SGD on `losses.multi_task_loss`, each time as with a new optimiser.
+    """Train one model by SGD on a loss, each time as with a new optimiser.
 
     On a GPU a step with a full batch is a CUDA graph, which further fits with the same loss replay.
 
@@ -25,6 +25,7 @@ class LocalSGD:
         precision: of forward passes (`nn.precision`).
         batch_size: of a full batch.
         frozen: parameters that stay as they are.
+        function: the loss, with the arguments of `losses.multi_task_loss`.
 
     Example:
         >>> from fedunlearn.nn.model import TwoHeadResNet18
@@ -44,6 +45,7 @@ class LocalSGD:
         precision: str,
         batch_size: int,
         frozen: Iterable[nn.Parameter] = (),
+        function: Callable[..., Tensor] = multi_task_loss,
     ) -> None:
         excluded = {id(parameter) for parameter in frozen}
         trained = [parameter for parameter in model.parameters() if id(parameter) not in excluded]
@@ -54,7 +56,7 @@ class LocalSGD:
         for parameter, buffer in zip(trained, self.momenta, strict=True):
             self.optimiser.state[parameter]["momentum_buffer"] = buffer
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.batch_size, self.loss = batch_size, {}
+        self.batch_size, self.function, self.loss = batch_size, function, {}
         self.replay: Callable[[], None] | None = None
         self.place: Batch | None = None  # where a graph reads its batch
 
@@ -69,7 +71,7 @@ class LocalSGD:
         Args:
             epochs: of batches on the model's device, each of two examples or more where BatchNorm needs them.
             lr: learning rate.
-            loss: keywords of `losses.multi_task_loss`.
+            loss: keywords of the loss.
 
         Returns:
             Loss and hits of every example at the moment it was trained on, summed over all epochs.
@@ -99,7 +101,7 @@ class LocalSGD:
         with autocast(self.device, self.precision):
             outputs = self.model(images)
         class_logits, client_logits, embedding = outputs
-        objective = multi_task_loss(class_logits, client_logits, embedding, class_labels, client_ids, **self.loss)
+        objective = self.function(class_logits, client_logits, embedding, class_labels, client_ids, **self.loss)
         self.model.zero_grad()
         objective.backward()
         self.optimiser.step()

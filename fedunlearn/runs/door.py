@@ -1,5 +1,6 @@
 """A forget request from outside a run: filed in its ledger, and followed to its end."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +8,10 @@ from pathlib import Path
 
 from fedunlearn.errors import UserError
 from fedunlearn.runs.ledger import OPEN, Ledger, Request, State
-from fedunlearn.runs.lock import is_locked
+from fedunlearn.runs.lock import is_locked, owner
 
 POLL_SECONDS = 0.5
+CLOSING_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -43,29 +45,44 @@ class RequestHandle:
 
         Args:
             on_wait: called once where the wait begins.
+
+        Raises:
+            TimeoutError: the process does not let go in `CLOSING_SECONDS`.
         """
-        told = False
+        deadline = None
         while is_locked(self.folder):
             current = self.ledger.current()
             if current is None or not current.finished:
                 return True
-            if not told:
+            if deadline is None:
                 on_wait()
-                told = True
+                deadline = time.monotonic() + CLOSING_SECONDS
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"run {self.folder.name} has trained all rounds, but process {owner(self.folder)} still holds it "
+                    f"after {CLOSING_SECONDS} s: end that process, and repeat this command"
+                )
             time.sleep(POLL_SECONDS)
         return False
 
-    def follow(self, on_change: Callable[[Request], None] = lambda request: None) -> list[Request]:
+    def follow(
+        self, on_change: Callable[[Request], None] = lambda request: None, *, limit: float = math.inf
+    ) -> list[Request]:
         """Wait until none of the requests is open.
 
         Args:
             on_change: called with a request whenever its state has changed.
+            limit: seconds after which waiting is given up.
 
         Raises:
+            TimeoutError: after `limit` seconds; the requests stay filed.
             UserError: the process that had the run has ended before.
         """
         seen: dict[str, State] = {}
+        deadline = time.monotonic() + limit
         while True:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"run {self.folder.name} has not applied the request within {limit:g} s")
             live = is_locked(self.folder)
             requests = self.requests()
             for request in requests:

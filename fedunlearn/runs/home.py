@@ -15,7 +15,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.lock import is_locked, lock
-from fedunlearn.runs.run import Run, read_about, stored_config
+from fedunlearn.runs.run import Run, open_ledger, read_about, stored_config
 
 OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
 SAME = ("clients", "data.", "partition.", "model.")  # settings that a fork must share with the run it goes on from
@@ -26,7 +26,7 @@ def open_run(name: str | None = None, *, home: str = "") -> Run:
     """Open a run to look at it and to ask for something.
 
     Args:
-        name: of the run; without one the newest live run, else the newest finished one.
+        name: of the run; without one the live run, else the newest finished one.
         home: state folder; empty takes $FEDUNLEARN_HOME or ~/.fedunlearn.
 
     Raises:
@@ -39,7 +39,7 @@ def open_run(name: str | None = None, *, home: str = "") -> Run:
 
 
 def find_run(home: Path, name: str | None) -> Path:
-    """Find the folder of the run `name`; without one, of the newest live run, else of the newest finished one.
+    """Find the folder of the run `name`; without one, of the live run, else of the newest finished one.
 
     Raises:
         UserError: with the runs that there are.
@@ -49,8 +49,11 @@ def find_run(home: Path, name: str | None) -> Path:
         if not (folder / "run.json").exists():
             raise UserError(f"no run {name} in {runs_folder(home)}: there are {_names(all_runs(home))}")
         return folder
-    newest_first = all_runs(home)[::-1]
-    for folder in chain(filter(is_locked, newest_first), filter(is_finished, newest_first)):
+    newest_first = [folder for folder in all_runs(home)[::-1] if created_of(folder)]
+    live = [folder for folder in newest_first if is_locked(folder)]
+    if len(live) > 1:
+        raise UserError(f"{len(live)} runs are live: name one with --run ({_names(live)})")
+    for folder in chain(live, filter(is_finished, newest_first)):
         return folder
     if newest_first:
         raise UserError(
@@ -65,25 +68,35 @@ def runs_folder(home: Path) -> Path:
 
 
 def all_runs(home: Path) -> list[Path]:
-    """List the folders of all runs, oldest first."""
-    found = [path.parent for path in runs_folder(home).glob("*/run.json")]
-    return sorted(found, key=lambda folder: read_about(folder)["created"])
+    """List the folders of all runs: damaged ones first, then by age, the oldest first."""
+    return sorted((path.parent for path in runs_folder(home).glob("*/run.json")), key=created_of)
+
+
+def created_of(folder: Path) -> str:
+    """Give the time at which a run was made; nothing where its `run.json` is damaged."""
+    try:
+        return str(read_about(folder)["created"])
+    except UserError:
+        return ""
 
 
 def is_finished(folder: Path) -> bool:
     """Say whether all rounds of a run are trained, and this version knows its settings."""
-    ledger = Ledger(folder / "ledger.sqlite")
     try:
-        current = ledger.current()
-        return current is not None and current.round >= stored_config(folder).rounds
+        run = Run.opened(folder)
     except UserError:
         return False
+    try:
+        current = run.ledger.current()
+        return current is not None and current.round >= run.config.rounds
     finally:
-        ledger.close()
+        run.ledger.close()
 
 
 @contextmanager
-def locked_run(config: Config, *, fingerprint: str, asked: Mapping[str, Any]) -> Iterator[Run]:
+def locked_run(
+    config: Config, *, fingerprint: str, asked: Mapping[str, Any], images: Mapping[str, Any] | None = None
+) -> Iterator[Run]:
     """Lock the run `config.run`, making it where it is new; its own stored settings count where it is not.
 
     Args:
@@ -91,6 +104,7 @@ def locked_run(config: Config, *, fingerprint: str, asked: Mapping[str, Any]) ->
         fingerprint: of the data set.
         asked: settings that were named explicitly, by dotted name. A run that exists must agree with them, but for
             more `rounds` than it has: then it goes on.
+        images: fields of `build.Images`, which a new run keeps.
 
     Raises:
         UserError: another process holds the run, it has other settings than `asked`, or other data.
@@ -100,15 +114,13 @@ def locked_run(config: Config, *, fingerprint: str, asked: Mapping[str, Any]) ->
     folder = runs_folder(state_home(config.home)) / name
     with lock(folder):
         if not (folder / "run.json").exists():
-            _make(folder, config, fingerprint)
-        about, stored = read_about(folder), stored_config(folder)
-        kept = _agreed(folder, stored, asked)
-        if about["data"] != fingerprint:
-            raise UserError(f"run {name} was trained on other data ({about['data'][:12]}, now {fingerprint[:12]})")
+            _make(folder, config, {"data": fingerprint, "images": images})
+        about, stored, kept = read_about(folder), stored_config(folder), agreed(folder, asked)
+        check_data(folder, fingerprint)
         if kept != stored:
             _write_about(folder, about | {"config": kept.model_dump()})
         operational = {setting: value for setting, value in asked.items() if setting in OPERATIONAL}
-        ledger = Ledger(folder / "ledger.sqlite")
+        ledger = open_ledger(folder)
         try:
             run = Run(folder, kept.model_copy(update={"home": config.home, "run": name, **operational}), ledger)
             if current := ledger.current():
@@ -116,6 +128,13 @@ def locked_run(config: Config, *, fingerprint: str, asked: Mapping[str, Any]) ->
             yield run
         finally:
             ledger.close()
+
+
+def check_data(folder: Path, fingerprint: str) -> None:
+    """Raise UserError where a run was trained on other data."""
+    of_run = read_about(folder)["data"]
+    if of_run != fingerprint:
+        raise UserError(f"run {folder.name} was trained on other data ({of_run[:12]}, now {fingerprint[:12]})")
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
@@ -148,15 +167,15 @@ def forked(config: Config, asked: Mapping[str, Any]) -> Config:
     return with_values(base, {"home": config.home, "run": config.run, "fork": config.fork, **asked})
 
 
-def _make(folder: Path, config: Config, fingerprint: str) -> None:
+def _make(folder: Path, config: Config, data: Mapping[str, Any]) -> None:
     if config.fork:
         base = find_run(state_home(config.home), config.fork)
-        if read_about(base)["data"] != fingerprint:
+        if read_about(base)["data"] != data["data"]:
             raise UserError(f"run {config.fork} was trained on other data: a fork goes on from it")
         with lock(base):
             _copy(base, folder)
     versions = {package: version(package) for package in PACKAGES}
-    content = {"created": datetime.now(UTC).isoformat(), "data": fingerprint, "versions": versions}
+    content = {"created": datetime.now(UTC).isoformat(), **data, "versions": versions}
     _write_about(folder, content | {"config": config.model_dump()})
 
 
@@ -175,8 +194,13 @@ def _copy(base: Path, folder: Path) -> None:
         copy.close()
 
 
-def _agreed(folder: Path, kept: Config, asked: Mapping[str, Any]) -> Config:
-    """The stored settings, if they agree with those asked for, but for more rounds."""
+def agreed(folder: Path, asked: Mapping[str, Any]) -> Config:
+    """Give the stored settings, if they agree with those asked for, but for more rounds.
+
+    Raises:
+        UserError: naming the first that does not.
+    """
+    kept = stored_config(folder)
     values, rounds = values_of(kept), max(kept.rounds, asked.get("rounds", 0))
     for name, value in asked.items():
         if values.get(name) != value and name not in OPERATIONAL and (name, value) != ("rounds", rounds):

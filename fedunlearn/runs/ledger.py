@@ -5,12 +5,15 @@ A transaction of the ledger (`synchronous=FULL`) is the only commit point of a r
 
 import hashlib
 import json
+import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,13 @@ class State(StrEnum):
     COMPLETED = "COMPLETED"
     REFUSED = "REFUSED"
     QUARANTINED = "QUARANTINED"  # could not be applied; its clients stay out of training
+    CANCELLED = "CANCELLED"  # taken back by whoever asked, before it was taken up
 
 
 OPEN = (State.RECEIVED, State.COLLECTING, State.APPLIED, State.RECOVERING)
 FAILED = (State.REFUSED, State.QUARANTINED)
-TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED))
+VOID = (*FAILED, State.CANCELLED)
+TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
 
@@ -56,6 +61,11 @@ class Current:
     finished: bool
 
 
+TRY_SECONDS = 5  # until a lock of another process is spoken of
+LOCKED_SECONDS = 60  # until it is given up
+
+log = getLogger("fedunlearn")
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     number INTEGER PRIMARY KEY, clients TEXT NOT NULL, state TEXT NOT NULL, received_at TEXT NOT NULL,
@@ -69,15 +79,24 @@ CREATE TABLE IF NOT EXISTS events (
 
 
 class Ledger:
-    """Opens (and makes) the ledger at `path`; several processes may have it open."""
+    """Opens (and makes) the ledger at `path`; several processes may have it open.
+
+    Where the file cannot be written, it can be read.
+
+    Raises:
+        UserError: from every method, where the file is damaged, locked for too long, or on a full disk.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA synchronous=FULL")
-        with self._transaction():
-            for statement in SCHEMA.split(";"):
-                self._db.execute(statement)
+        self._path = path
+        with self._readable():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=TRY_SECONDS, isolation_level=None, check_same_thread=False)
+        self._execute("PRAGMA synchronous=FULL")
+        if not path.exists() or os.access(path, os.W_OK):
+            with self._transaction():
+                for statement in SCHEMA.split(";"):
+                    self._execute(statement)
 
     def close(self) -> None:
         """Close the connection."""
@@ -85,22 +104,22 @@ class Ledger:
 
     def copy_to(self, other: "Ledger") -> None:
         """Copy everything into another ledger."""
-        self._db.backup(other._db)
+        with self._readable():
+            self._db.backup(other._db)
 
     def file(self, clients: Iterable[int], *, not_before: int = 0) -> list[Request]:
         """Ask for `clients` to be forgotten together, after round `not_before` at the earliest.
 
-        Returns the earlier requests that cover some of them (refused ones and those set aside do not), then a new one
-        for the rest.
+        Returns the earlier requests that cover some of them (those that are void do not), then a new one for the rest.
         """
         with self._transaction():
             wanted = sorted(set(clients))
-            earlier = [r for r in self.requests() if r.state not in FAILED and set(r.clients) & set(wanted)]
+            earlier = [r for r in self._valid() if set(r.clients) & set(wanted)]
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
             if not rest:
                 return earlier
             row = (json.dumps(rest), State.RECEIVED, _now(), json.dumps({"not_before": not_before}))
-            number = self._db.execute(
+            number = self._execute(
                 "INSERT INTO requests (clients, state, received_at, detail) VALUES (?, ?, ?, ?)", row
             ).lastrowid
             self._record(request=f"r{number}", state=State.RECEIVED, clients=rest)
@@ -108,8 +127,22 @@ class Ledger:
 
     def requests(self) -> list[Request]:
         """All requests, in order of arrival."""
-        rows = self._db.execute("SELECT number, clients, state, received_at, detail FROM requests ORDER BY number")
-        return [Request(f"r{n}", json.loads(c), State(s), at, json.loads(d)) for n, c, s, at, d in rows]
+        rows = self._rows("SELECT number, clients, state, received_at, detail FROM requests ORDER BY number")
+        with self._readable():
+            return [Request(f"r{n}", json.loads(c), State(s), at, json.loads(d)) for n, c, s, at, d in rows]
+
+    def covering(self, clients: Iterable[int]) -> list[Request]:
+        """Give the earlier requests, if any, that cover all of the clients together; void ones do not."""
+        wanted, valid = set(clients), self._valid()
+        covered = {client for request in valid for client in request.clients}
+        return [request for request in valid if wanted & set(request.clients)] if wanted <= covered else []
+
+    def unmet(self) -> list[Request]:
+        """Give the requests that failed, and whose clients no other request covers."""
+        return [r for r in self.requests() if r.state in FAILED and not self.covering(r.clients)]
+
+    def _valid(self) -> list[Request]:
+        return [request for request in self.requests() if request.state not in VOID]
 
     def request(self, request_id: str) -> Request:
         """Read the request of that id.
@@ -129,17 +162,31 @@ class Ledger:
         return sorted({client for r in self.requests() if r.state in states for client in r.clients})
 
     def advance(self, request: Request, state: State, **detail: Any) -> Request:
-        """Move a request to `state`, adding `detail` to its receipt."""
+        """Move a request to `state`, adding `detail` to its receipt; one that was cancelled meanwhile stays so."""
         with self._transaction():
-            self._advance(request, state, detail)
+            if self.request(request.id).state != State.CANCELLED:
+                self._advance(request, state, detail)
         return self.request(request.id)
+
+    def cancel(self, request_id: str) -> Request:
+        """Take a request back.
+
+        Raises:
+            UserError: there is none of that id, or it was taken up already.
+        """
+        with self._transaction():
+            request = self.request(request_id)
+            if request.state not in (State.RECEIVED, State.CANCELLED):
+                raise UserError(f"request {request_id} is {request.state}: only a RECEIVED one can be taken back")
+            self._advance(request, State.CANCELLED, {})
+        return self.request(request_id)
 
     def commit(
         self, round_: int, checkpoint: str, sha256: str, *, request: Request | None = None, **detail: Any
     ) -> Request | None:
         """Make `checkpoint` the current model; with `request`, move that to APPLIED in the same transaction."""
         with self._transaction():
-            self._db.execute(
+            self._execute(
                 "INSERT OR REPLACE INTO current_checkpoint VALUES (1, ?, ?, ?, 0)", (round_, checkpoint, sha256)
             )
             self._record(round=round_, checkpoint=checkpoint, sha256=sha256)
@@ -149,8 +196,8 @@ class Ledger:
 
     def current(self) -> Current | None:
         """The last commit, or None before the first."""
-        row = self._db.execute("SELECT round, checkpoint, sha256, finished FROM current_checkpoint").fetchone()
-        return row and Current(*row[:3], finished=bool(row[3]))
+        rows = self._rows("SELECT round, checkpoint, sha256, finished FROM current_checkpoint")
+        return Current(*rows[0][:3], finished=bool(rows[0][3])) if rows else None
 
     def finish(self) -> bool:
         """Mark the run as finished, unless a request is open; returns whether it is.
@@ -160,24 +207,24 @@ class Ledger:
         with self._transaction():
             if any(request.state in OPEN for request in self.requests()):
                 return False
-            self._db.execute("UPDATE current_checkpoint SET finished = 1")
+            self._execute("UPDATE current_checkpoint SET finished = 1")
             self._record(finished=True)
             return True
 
     def reopen(self) -> None:
         """Take back the mark of `finish`: this process will look at requests again."""
         with self._transaction():
-            self._db.execute("UPDATE current_checkpoint SET finished = 0")
+            self._execute("UPDATE current_checkpoint SET finished = 0")
 
     def events(self) -> list[dict[str, Any]]:
         """The audit chain, oldest first."""
-        rows = self._db.execute("SELECT at, event, hash FROM events ORDER BY number")
+        rows = self._rows("SELECT at, event, hash FROM events ORDER BY number")
         return [{"at": at, **json.loads(event), "hash": hash_} for at, event, hash_ in rows]
 
     def verify(self) -> bool:
         """Whether every event's hash is that of its content and of the event before it."""
         previous = ""
-        for at, event, hash_ in self._db.execute("SELECT at, event, hash FROM events ORDER BY number"):
+        for at, event, hash_ in self._rows("SELECT at, event, hash FROM events ORDER BY number"):
             if hash_ != _chain(previous, at, event):
                 return False
             previous = hash_
@@ -185,27 +232,66 @@ class Ledger:
 
     def _advance(self, request: Request, state: State, detail: dict[str, Any]) -> None:
         merged = self.request(request.id).detail | detail
-        self._db.execute(
+        self._execute(
             "UPDATE requests SET state = ?, detail = ? WHERE number = ?",
             (state, json.dumps(merged), int(request.id.removeprefix("r"))),
         )
         self._record(request=request.id, state=state, **detail)
 
     def _record(self, **event: Any) -> None:
-        last = self._db.execute("SELECT hash FROM events ORDER BY number DESC LIMIT 1").fetchone()
+        last = self._rows("SELECT hash FROM events ORDER BY number DESC LIMIT 1")
         at, text = _now(), json.dumps(event, sort_keys=True)
-        values = (at, text, _chain(last[0] if last else "", at, text))
-        self._db.execute("INSERT INTO events (at, event, hash) VALUES (?, ?, ?)", values)
+        values = (at, text, _chain(last[0][0] if last else "", at, text))
+        self._execute("INSERT INTO events (at, event, hash) VALUES (?, ?, ?)", values)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+        self._execute("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
+        self._execute("COMMIT")
+
+    def _rows(self, query: str) -> list[tuple[Any, ...]]:
+        cursor = self._execute(query)
+        with self._readable():
+            return cursor.fetchall()
+
+    def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        """Execute a statement; while another process has the file locked, say so and try again."""
+        deadline = time.monotonic() + LOCKED_SECONDS
+        said = False
+        with self._readable():
+            while True:
+                try:
+                    return self._db.execute(statement, values)
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error) or time.monotonic() > deadline:
+                        raise
+                if not said:
+                    log.info("waiting for another process to unlock %s, for %g s at most", self._path, LOCKED_SECONDS)
+                    said = True
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn what SQLite and the file system say into a line that names the file and the way out."""
+        try:
+            yield
+        except (sqlite3.Error, OSError, ValueError) as error:
+            raise UserError(f"{self._path} cannot be used ({error}): {_way_out(str(error))}") from error
+
+
+def _way_out(error: str) -> str:
+    if "locked" in error:
+        return f"another process has had it for {LOCKED_SECONDS:g} s: wait for that, or end it"
+    if "full" in error or "No space" in error:
+        return "free some space, then give the same command again: nothing is lost"
+    if "readonly" in error or "unable to open" in error or "Permission" in error or "Read-only" in error:
+        return "its folder must be writable; --home or FEDUNLEARN_HOME names another state folder"
+    return "put back a copy of the file, or remove the run's folder"
 
 
 def _chain(previous: str, at: str, event: str) -> str:

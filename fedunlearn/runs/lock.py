@@ -1,5 +1,6 @@
 """The lock of a folder, which one process has at a time and which dies with it."""
 
+import errno
 import fcntl
 import os
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedunlearn.errors import UserError
+
+ELSEWHERE = "--home or FEDUNLEARN_HOME names another state folder"
 
 
 class LockedError(UserError):
@@ -22,8 +25,12 @@ def lock(folder: Path, *, patience: float = 0.5) -> Iterator[None]:
     Raises:
         LockedError: another process has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): {ELSEWHERE}") from error
+    with file:
         if not _try(file, fcntl.LOCK_EX, patience=patience):
             raise LockedError(f"run {folder.name} is locked by process {owner(folder)}: wait for it, or end it")
         file.truncate(0)
@@ -34,8 +41,11 @@ def lock(folder: Path, *, patience: float = 0.5) -> Iterator[None]:
 
 def is_locked(folder: Path) -> bool:
     """Say whether a process has the folder's lock."""
-    with open(folder / "lock", "a+") as file:
-        return not _try(file, fcntl.LOCK_SH)
+    try:
+        with open(folder / "lock") as file:
+            return not _try(file, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
 
 
 def owner(folder: Path) -> str:
@@ -49,7 +59,9 @@ def _try(file: Any, kind: int, *, patience: float = 0.5) -> bool:
     while True:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"{file.name}: files cannot be locked here ({error.strerror}): {ELSEWHERE}") from error
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)

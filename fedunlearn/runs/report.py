@@ -1,37 +1,52 @@
 """What a run leaves for people: a summary table and one self-contained HTML page."""
 
-import base64
 import io
-from importlib.resources import files
-from itertools import cycle
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from jinja2 import Environment
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from fedunlearn.config import Config, fields_of, values_of
+from fedunlearn.runs import uncertainty
+from fedunlearn.runs.figures import MOST_DRAWN, Mark, accuracy_figure, curves, split_figure
 from fedunlearn.runs.files import write_atomically
-from fedunlearn.runs.formats import memorisation_gap
+from fedunlearn.runs.ledger import FAILED, FORGOTTEN, Request, State
+from fedunlearn.runs.page import embedded as _embedded
+from fedunlearn.runs.page import encoded, rendered
 from fedunlearn.runs.run import Run
+from fedunlearn.runs.uncertainty import fraction
+from fedunlearn.runs.verdicts import Moment, Verdict, latest, moments, named, seconds, verdicts
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+HIDDEN = ("run", "home", "data.root")  # the first is the title; where files lie on a machine is nobody else's business
 
-COLOURS = ("#2a6f97", "#6a994e", "#c8553d", "#e09f3e", "#7b2cbf", "#bc4b8a", "#5c4033")
+ABOUT_STATES = {
+    State.RECEIVED: "the request is in the ledger",
+    State.COLLECTING: "the strategy is at work; no client of the request trains from here on",
+    State.APPLIED: "the new model has replaced the older one",
+    State.RECOVERING: "the retain clients train on",
+    State.COMPLETED: "accuracies were measured",
+}
 
 
-def summary(run: Run) -> str:
-    """One table: every group's class and client-ID accuracy before and after each request, and at the end."""
+def summary(run: Run, class_counts: np.ndarray | None = None) -> str:
+    """Write one table: every group's accuracies before and after each request, and at the end, ± a standard error.
+
+    Args:
+        class_counts: training images of every client by class, [C, K]; the gap has its standard error only with them.
+    """
     table = Table(title=f"run {run.name}", title_justify="left")
     columns = ("when", "who", "images", "class accuracy", "memorisation gap", "client-ID accuracy")
     for column in columns:
-        table.add_column(column, justify="left" if column in columns[:2] else "right")
-    for when, who, scores in score_rows(run):
-        accuracies = f"{scores['class']:.3f}", memorisation_gap(scores), _client_id(who, scores)
-        table.add_row(when, who, str(scores["examples"]), *accuracies)
+        words = column in columns[:2]
+        table.add_column(column, justify="left" if words else "right", no_wrap=not words)
+    for when, who, scores, test in _score_rows(run):
+        own = str(fraction(scores["class"], scores["examples"]))
+        table.add_row(when, who, str(scores["examples"]), own, _gap(who, scores, test, class_counts), _id(who, scores))
     text = io.StringIO()
     Console(file=text, width=120).print(table)
     return text.getvalue().rstrip()
@@ -39,6 +54,169 @@ def summary(run: Run) -> str:
 
 def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any]]]:
     """(when, who, scores) for before and after every request, and for the last evaluated round."""
+    return [row[:3] for row in _score_rows(run)]
+
+
+def write(
+    run: Run,
+    class_counts: np.ndarray | None,
+    class_names: list[str],
+    *,
+    label: str = "",
+    own_settings: type[BaseModel] | None = None,
+) -> Path:
+    """Write `report/index.html`; returns its path.
+
+    Args:
+        class_counts: training images of every client by class, [C, K], where an auditor knows them.
+        class_names: K names.
+        label: what people call the strategy; by default the name that the settings have.
+        own_settings: the strategy's `Settings`, for what they mean and which differ from their defaults.
+    """
+    config, requests, rows, events = run.config, run.ledger.requests(), run.metrics(), run.ledger.events()
+    label, current, chain_holds = label or config.strategy, run.ledger.current(), run.ledger.verify()
+    found = verdicts(requests, rows, label=label, class_counts=class_counts, chain_holds=chain_holds)
+    levels = {verdict.request: verdict for verdict in found}
+    changed, unchanged = shown_settings(config, own_settings)
+    counted = _count_forgotten(rows)
+    now = latest(rows)
+    page = rendered(
+        "fedunlearn.runs",
+        "report.html.jinja",
+        run=run.name,
+        config=config,
+        label=label,
+        about=run.about(),
+        created=readable(run.about()["created"]),
+        trained=current.round if current else 0,
+        verdicts=found,
+        cards=[card(run, request, levels[request.id], rows, events, class_counts) for request in requests],
+        now=now and score_table([now], [], class_counts),
+        has_forgotten=counted > 0,
+        more_forgotten=f" Of {counted} forgotten clients the first {MOST_DRAWN} are drawn." * (counted > MOST_DRAWN),
+        has_curves=bool(curves(rows, "class")),
+        chain_holds=chain_holds,
+        events=len(events),
+        head=events[-1]["hash"] if events else "",
+        current=current,
+        changed=changed,
+        unchanged=unchanged,
+        split=None if class_counts is None else _embedded(split_figure(class_counts, class_names)),
+        accuracy=_embedded(accuracy_figure(rows, marks(requests, events))),
+    )
+    path = run.folder / "report" / "index.html"
+    write_atomically(path, encoded(page))
+    return path
+
+
+def card(
+    run: Run,
+    request: Request,
+    verdict: Verdict,
+    rows: Sequence[dict[str, Any]],
+    events: Sequence[dict[str, Any]],
+    class_counts: np.ndarray | None,
+) -> dict[str, Any]:
+    """Gather what the page says of one request."""
+    measured, detail, current = moments(request, rows), request.detail, run.ledger.current()
+    costs = [{"name": name, **cost} for name, cost in detail.get("costs", {}).items()]
+    commit = _commit_of(request, events)
+    is_now = commit is not None and current is not None and current.sha256 == commit["sha256"]
+    return {
+        "request": request,
+        "who": named(request.clients),
+        "level": verdict.level,
+        "is_applied": request.state in FORGOTTEN,
+        "follows": _what_follows(request),
+        "timeline": timeline(request, events),
+        "cost": _cost_line(detail, costs),
+        "tasks": costs,
+        "checkpoint": commit and commit["checkpoint"],
+        "sha256": commit and commit["sha256"],
+        "fate": "" if is_now else " (replaced since by those of later rounds)",
+        "said": _said_by_strategy(detail),
+        "scores": measured and score_table(measured, request.clients, class_counts),
+    }
+
+
+def timeline(request: Request, events: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """List the states of a request as (state, time, remark)."""
+    found = []
+    for event in events:
+        if event.get("request") == request.id:
+            reason = event.get("reason", "")
+            attempt = f"attempt {event['attempts']}: " if "attempts" in event else ""
+            found.append(
+                (event["state"], readable(event["at"]), attempt + reason or ABOUT_STATES.get(event["state"], ""))
+            )
+    return found
+
+
+def marks(requests: Iterable[Request], events: Sequence[dict[str, Any]]) -> list[Mark]:
+    """Say after which round each request was applied, or failed; open ones that wait have no mark."""
+    found = []
+    for request in requests:
+        if request.state in FORGOTTEN:
+            found.append(Mark(request.detail["round"], request.clients))
+        elif request.state in FAILED:
+            last = max(place for place, event in enumerate(events) if event.get("request") == request.id)
+            rounds = [event["round"] for event in events[:last] if "checkpoint" in event]
+            found.append(Mark(rounds[-1] if rounds else 0, request.clients, failed=True))
+    return found
+
+
+def score_table(measured: Sequence[Moment], clients: Sequence[int], class_counts: np.ndarray | None) -> dict[str, Any]:
+    """Write accuracies as words: a column a moment; for each group of images some lines."""
+    groups = []
+    for client in map(str, clients):
+        each = [(moment.scores["forgotten"].get(client), moment.scores["test"]) for moment in measured]
+        if not any(scores for scores, _ in each):
+            continue
+        lines = [("class accuracy", [_accuracy(scores) for scores, _ in each])]
+        if any("held_out" in (scores or {}) for scores, _ in each):
+            lines.append(("held-out images of its class counts", [_held_out(client, *s, class_counts) for s in each]))
+            lines.append(("memorisation gap", [_gap(f"client {client}", *s, class_counts) for s in each]))
+        lines.append(("client-ID accuracy", [_accuracy(scores, "client_id") for scores, _ in each]))
+        examples = next(scores["examples"] for scores, _ in each if scores)
+        groups.append({"who": f"client {client}", "examples": examples, "what": "images", "lines": lines})
+    for who, key, what in (("retain clients", "retain", "training images"), ("test", "test", "held-out images")):
+        each = [moment.scores[key] for moment in measured]
+        lines = [("class accuracy", [_accuracy(scores) for scores in each])]
+        if key == "retain":
+            lines.append(("client-ID accuracy", [_accuracy(scores, "client_id") for scores in each]))
+        groups.append({"who": who, "examples": each[-1]["examples"], "what": what, "lines": lines})
+    return {"moments": [moment.when for moment in measured], "groups": groups}
+
+
+def shown_settings(
+    config: Config, own_settings: type[BaseModel] | None = None
+) -> tuple[list[tuple[str, Any, str]], list[tuple[str, Any, str]]]:
+    """Give the settings that differ from the defaults, and all others, as (name, value, meaning)."""
+    declared = dict(fields_of(Config))
+    declared |= {f"unlearn.{name}": field for name, field in fields_of(own_settings)} if own_settings else {}
+    changed, unchanged = [], []
+    for name, value in values_of(config).items():
+        if name in HIDDEN:
+            continue
+        field = declared.get(name)
+        row = (name, value, (field.description or "") if field else "")
+        same = field is None or value == field.get_default(call_default_factory=True)  # of unknown ones nobody can say
+        (unchanged if same else changed).append(row)
+    return changed, unchanged
+
+
+def readable(at: str) -> str:
+    """Write a time stamp for people.
+
+    Example:
+        >>> readable("2026-11-28T07:05:53.715+00:00")
+        '2026-11-28 07:05:53 UTC'
+    """
+    return datetime.fromisoformat(at).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _score_rows(run: Run) -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """(when, who, scores, scores on test images) for before and after every request, and for the last evaluation."""
     points, evaluated = [], None
     for row in run.metrics():
         if row["kind"] == "forget":
@@ -51,107 +229,87 @@ def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any]]]:
         points.append((f"after round {evaluated['round']}", evaluated))
     rows = []
     for when, scores in points:
-        rows += [(when, f"client {client}", s) for client, s in scores["forgotten"].items()]
-        rows += [(when, "retain clients", scores["retain"]), (when, "test", scores["test"])]
+        test = scores["test"]
+        rows += [(when, f"client {client}", s, test) for client, s in scores["forgotten"].items()]
+        rows += [(when, "retain clients", scores["retain"], test), (when, "test", test, test)]
     return rows
 
 
-def write(run: Run, class_counts: np.ndarray | None, class_names: list[str]) -> Path:
-    """Write `report/index.html`; returns its path.
+def _count_forgotten(rows: Sequence[dict[str, Any]]) -> int:
+    return len({c for row in rows if row["kind"] == "forget" and row["after"]["forgotten"] for c in row["clients"]})
 
-    Args:
-        class_counts: training images of every client by class, [C, K], where an auditor knows them.
-        class_names: K names.
-    """
-    meanings = {name: field.description for name, field in fields_of(Config)}  # a strategy's are in `fedunlearn config`
-    template = files("fedunlearn.runs").joinpath("report.html.jinja").read_text()
-    page = (
-        Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            run=run.name,
-            config=run.config,
-            about=run.about(),
-            settings=[(name, value, meanings.get(name, "")) for name, value in values_of(run.config).items()],
-            rows=[
-                (when, who, scores, memorisation_gap(scores), _client_id(who, scores))
-                for when, who, scores in score_rows(run)
-            ],
-            requests=run.ledger.requests(),
-            chain_holds=run.ledger.verify(),
-            split=None if class_counts is None else _embedded(split_figure(class_counts, class_names)),
-            accuracy=_embedded(accuracy_figure(run.metrics())),
-        )
+
+def _accuracy(scores: dict[str, Any] | None, measure: str = "class") -> str:
+    """Write an accuracy with its standard error; a client ID that a cut-off output never names is exactly 0."""
+    if not scores:
+        return ""
+    if measure == "client_id" and not scores[measure]:
+        return "0"
+    return str(fraction(scores[measure], scores["examples"]))
+
+
+def _id(who: str, scores: dict[str, Any]) -> str:
+    return "" if who == "test" else _accuracy(scores, "client_id")
+
+
+def _held_out(client: str, scores: dict[str, Any] | None, test: dict[str, Any], counts: np.ndarray | None) -> str:
+    if not scores or "held_out" not in scores:
+        return ""
+    own = None if counts is None else counts[int(client)]
+    return str(uncertainty.held_out(scores["held_out"], test["examples"], own))
+
+
+def _gap(who: str, scores: dict[str, Any] | None, test: dict[str, Any], counts: np.ndarray | None) -> str:
+    """Write a client's memorisation gap, with its standard error where the class counts are known."""
+    if not scores or "held_out" not in scores:
+        return ""
+    gap = uncertainty.memorisation_gap({who.removeprefix("client "): scores}, test["examples"], counts)
+    if gap is None:
+        return ""
+    return f"{gap.value:+.3f}".replace("-", "−") if counts is None else gap.text(signed=True)
+
+
+def _what_follows(request: Request) -> str:
+    several = len(request.clients) > 1
+    if request.state == State.QUARANTINED:
+        return f"{'Its clients stay' if several else 'Its client stays'} out of training. You may ask again."
+    if request.state == State.REFUSED:
+        return "Nothing has changed. You may ask again."
+    if request.state in (State.APPLIED, State.RECOVERING):
+        return f"The retain clients train on. The request is completed after round {request.detail['completes_at']}."
+    return ""
+
+
+def _cost_line(detail: dict[str, Any], costs: Sequence[dict[str, Any]]) -> str:
+    if "seconds" not in detail:
+        return ""
+    megabytes, work = (sum(cost[name] for cost in costs) for name in ("bytes", "work"))
+    kept = detail.get("stored_bytes", 0) / 1e6
+    return (
+        f"{seconds(detail['seconds'])} until it was applied. {megabytes / 1e6:,.1f} MB in messages, {work:,.1f} s of "
+        f"the clients' processors. For requests the server had kept {kept:,.1f} MB."
     )
-    path = run.folder / "report" / "index.html"
-    write_atomically(path, page.encode())
-    return path
 
 
-def split_figure(counts: np.ndarray, class_names: list[str]) -> "Figure":
-    """Heat map of examples, clients x classes (the paper's Figure 4)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 0.6 + 0.34 * min(len(counts), 40)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(counts, cmap="YlGnBu", aspect="auto")
-    few = counts.size <= 400
-    axes.set(xlabel="class", ylabel="client")
-    axes.set_xticks(range(len(class_names)) if few else [], class_names if few else [], rotation=40, ha="right")
-    axes.set_yticks(range(len(counts)) if few else [])
-    if few:
-        for (client, k), count in np.ndenumerate(counts):
-            colour = "white" if count > counts.max() / 2 else "black"
-            axes.text(k, client, str(int(count)), ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, label="training images")
-    return figure
+def _commit_of(request: Request, events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Find the entry of the ledger with which a request's new model became the run's."""
+    last = None
+    for event in events:
+        if "checkpoint" in event:
+            last = event
+        elif event.get("request") == request.id and event.get("state") == State.APPLIED:
+            return last
+    return None
 
 
-def accuracy_figure(rows: list[dict[str, Any]]) -> "Figure":
-    """Draw class and client-ID accuracy over the rounds, of retain clients, forgotten ones and the test set."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 5.4), layout="constrained")
-    requests = [row for row in rows if row["kind"] == "forget"]
-    colours = dict(zip(_curves(rows, "class"), cycle(COLOURS), strict=False))
-    for axes, measure in zip(figure.subplots(2, 1, sharex=True), ("class", "client_id"), strict=True):
-        for who, points in _curves(rows, measure).items():
-            axes.plot(*zip(*points, strict=True), label=who, color=colours[who], marker="o", markersize=3)
-        for row in requests:
-            axes.axvline(row["round"], color="0.6", linewidth=1)
-            text = f"forget {', '.join(map(str, row['clients']))} "
-            axes.annotate(text, (row["round"], 1), fontsize=8, color="0.35", ha="right", va="top")
-        axes.set(ylim=(-0.02, 1.02), ylabel=f"{measure.replace('_id', '-ID')} accuracy")
-        axes.grid(alpha=0.25)
-        axes.legend(loc="upper left", fontsize=8)
-    axes.set_xlabel("round")
-    return figure
-
-
-def _curves(rows: list[dict[str, Any]], measure: str) -> dict[str, list[tuple[int, float]]]:
-    """(round, accuracy) of the retain clients, of the test set, and of every client that was forgotten."""
-    asked = [str(client) for row in rows if row["kind"] == "forget" for client in row["clients"]]
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for round_, scores in (point for row in rows for point in _points(row)):
-        groups = {"retain clients": scores["retain"]} | ({"test": scores["test"]} if measure == "class" else {})
-        each = scores["retain_clients"] | scores["forgotten"]
-        groups |= {f"client {client}": each[client] for client in asked if client in each}
-        for who, accuracies in groups.items():
-            curves.setdefault(who, []).append((round_, accuracies[measure]))
-    return curves
-
-
-def _points(row: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    if row["kind"] == "forget":
-        return [(row["round"], row["before"]), (row["completed_round"], row["after"])]
-    return [(row["round"], row)] if "test" in row else []
-
-
-def _client_id(who: str, scores: dict[str, Any]) -> str:
-    return "" if who == "test" else f"{scores['client_id']:.3f}"
-
-
-def _embedded(figure: "Figure") -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _said_by_strategy(detail: dict[str, Any]) -> list[tuple[str, str]]:
+    """List the numbers and words that a strategy put into the receipt by itself."""
+    known = {
+        "attempts", "completed_round", "completes_at", "not_before", "reason", "round", "seconds", "stored_bytes",
+        "strategy",
+    }  # fmt: skip
+    return [
+        (name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, value in detail.items()
+        if name not in known and isinstance(value, int | float | str)
+    ]

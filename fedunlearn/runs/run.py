@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,13 @@ from fedunlearn.runs.ledger import Ledger, Request
 from fedunlearn.runs.lock import is_locked
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
+    from fedunlearn.build import Images
     from fedunlearn.nn.model import TwoHeadResNet18
+
+log = getLogger("fedunlearn")
 
 # what reads or writes tensors imports torch when it is called: a look at the ledger must not wait for it
 
@@ -44,7 +50,7 @@ class Run:
     @classmethod
     def opened(cls, folder: Path) -> "Run":
         """Open the run in `folder` to look at it and to ask for something; another process may hold it."""
-        return cls(folder, stored_config(folder), Ledger(folder / "ledger.sqlite"))
+        return cls(folder, stored_config(folder), open_ledger(folder))
 
     @property
     def name(self) -> str:
@@ -91,12 +97,55 @@ class Run:
         Raises:
             UserError: there is no checkpoint, or it was damaged.
         """
-        from fedunlearn.build import model_of, open_dataset
+        from fedunlearn.build import model_of
 
         self.check_checkpoint()
-        model = model_of(self.config, open_dataset(self.config))
+        model = model_of(self.config, self.images())
         self.restore(model, beside=None)
         return model.eval()
+
+    def images(self) -> "Images":
+        """Say what the run's images look like, and the names of their classes; the images may be gone."""
+        from fedunlearn.build import Images
+
+        return Images(**self.about()["images"])
+
+    def class_names(self) -> list[str]:
+        """List the names of the K classes, in the order of the model's outputs."""
+        return self.images().class_names
+
+    def predict(self, images: "np.ndarray") -> "Tensor":
+        """Predict the classes of images with the current model.
+
+        Args:
+            images: uint8 [N, H, W, channels], of the size that the run was trained on.
+
+        Returns:
+            Class probabilities, [N, K].
+
+        Raises:
+            UserError: images of another form, or there is no sound checkpoint.
+
+        Example:
+            >>> run = fedunlearn.open_run("demo")  # doctest: +SKIP
+            >>> [run.class_names()[k] for k in run.predict(images).argmax(1)]  # doctest: +SKIP
+            ['7', '1']
+        """
+        import numpy as np
+        import torch
+
+        from fedunlearn.data.batches import batches
+        from fedunlearn.data.datasets import Split
+        from fedunlearn.nn.evaluate import predict
+
+        expected = self.images().shape
+        if images.dtype != np.uint8 or list(images.shape[1:]) != list(expected):
+            shape = ", ".join(map(str, expected))
+            raise UserError(f"images are {images.dtype} {list(images.shape)}: run {self.name} takes uint8 [N, {shape}]")
+        data = Split(images, np.zeros(len(images), np.int64))
+        places, device = np.arange(len(images)), torch.device("cpu")
+        everything = batches(data, places, -1, batch_size=self.config.train.batch_size, device=device)
+        return predict(self.model(), everything).class_probs
 
     # For the process that holds it -------------------------------------------------------------------------------
 
@@ -155,15 +204,18 @@ class Run:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read the rows of `metrics.jsonl` in order of rounds; lines that a crash cut short are passed over."""
+        """Read the rows of `metrics.jsonl` in order of rounds; lines that are none are passed over and counted."""
         path = self.folder / "metrics.jsonl"
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
+        damaged = 0
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            rows[row["kind"], row["round"], row.get("request")] = row
+                rows[row["kind"], int(row["round"]), row.get("request")] = row
+            except (ValueError, TypeError, KeyError, AttributeError):
+                damaged += 1
+        if damaged > 1:  # a crash leaves one that is cut short
+            log.warning("%s: %d lines are damaged and passed over", path, damaged)
         return sorted(rows.values(), key=lambda row: row["round"])
 
     def about(self) -> dict[str, Any]:
@@ -172,8 +224,43 @@ class Run:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Read the `run.json` of a run's folder."""
-    return json.loads((folder / "run.json").read_text())
+    """Read the `run.json` of a run's folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / "run.json"
+    try:
+        about = json.loads(file.read_text())
+        if missing := {"created", "data", "images", "versions", "config"} - about.keys():
+            raise ValueError(f"it has no {min(missing)}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}): put back a copy of the file, or remove the folder {folder}"
+        ) from error
+    return about
+
+
+def open_ledger(folder: Path) -> Ledger:
+    """Open a run's ledger.
+
+    Raises:
+        UserError: it is damaged, or knows nothing of the checkpoints beside it.
+    """
+    ledger = Ledger(folder / "ledger.sqlite")
+    if ledger.current() is None and last_round(folder):
+        ledger.close()
+        raise UserError(
+            f"{folder / 'ledger.sqlite'} is empty, beside a checkpoint of round {last_round(folder)}: "
+            f"put back a copy of the ledger, or remove the folder {folder}"
+        )
+    return ledger
+
+
+def last_round(folder: Path) -> int:
+    """Give the round of a run's newest checkpoint, from file names alone; 0 where there is none."""
+    names = (re.match(r"round-(\d+)", file.name) for file in (folder / "checkpoints").glob("round-*"))
+    return max((int(name[1]) for name in names if name), default=0)
 
 
 def stored_config(folder: Path) -> Config:

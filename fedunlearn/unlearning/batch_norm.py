@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedunlearn.nn.hooks import layer_inputs
-from fedunlearn.nn.precision import autocast
+from fedunlearn.nn.precision import at_least_fp32, autocast
 
 
 def no_statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -52,9 +52,10 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor], *, precision: 
     statistics = {name: total.to(_running(layers[name])[0].device) for name, total in no_statistics(model).items()}
 
     def add(name: str, _layer: nn.Module, activation: Tensor) -> None:
-        a = activation.detach().double().transpose(0, 1).flatten(1)
-        count = torch.full_like(a[:, 0], a.shape[1])
-        statistics[name] += torch.stack([count, a.sum(1), a.square().sum(1)])
+        found = torch.var_mean(at_least_fp32(activation.detach()), dim=(0, 2, 3), correction=0)
+        variance, mean = (value.double() for value in found)
+        count = activation.numel() // activation.shape[1]
+        statistics[name] += count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
 
     kept = {name: value.clone() for name, value in model.state_dict().items() if name.endswith(_BUFFERS)}
     with layer_inputs(model, (nn.BatchNorm2d,), add):

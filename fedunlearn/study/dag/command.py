@@ -125,7 +125,6 @@ def run_study(study: Study, *, only_plan: bool = False) -> int:
 
     Raises:
         UserError: there is nothing to do, too few data, a folder of another study, or a worker that failed.
-        KeyboardInterrupt: once the worker processes have ended.
     """
     scope = study.settings.study
     deadline = time.time() + 60 * scope.minutes

@@ -5,6 +5,7 @@ from math import isnan
 from typing import TYPE_CHECKING
 
 from fedunlearn.federation.strategy import strategy_class
+from fedunlearn.runs.page import SOFT, drawing
 from fedunlearn.study.dag.settings import Pipeline
 from fedunlearn.study.federated.plan import Case
 from fedunlearn.study.federated.settings import STRATEGIES
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 STORY = ("subset", "ssd", "leave")
 BEFORE = 15  # rounds that are shown before the request
-GREY = "0.45"  # of the retrained model
+GREY = SOFT  # of the retrained model
 
 
 def story(results: Results, case: Case, pipeline: Pipeline) -> "Figure":
@@ -23,14 +24,20 @@ def story(results: Results, case: Case, pipeline: Pipeline) -> "Figure":
 
     It shows a few strategies and whatever is not among the study's usual ones; the retrained model is dashed.
     """
+    with drawing():
+        return _story(results, case, pipeline)
+
+
+def _story(results: Results, case: Case, pipeline: Pipeline) -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     columns = {"forget": f"client_{case.forgotten(0)[0]}", "retain": "retain", "test": "test"}
     shown = [s for s in results.plan.settings.study.strategies if s in STORY or s not in STRATEGIES]
     for axes, (name, column) in zip(figure.subplots(1, 3, sharey=True), columns.items(), strict=True):
-        axes.axvline(case.round, color="0.6", linewidth=1)
-        axes.annotate(" request", (case.round, 0.02), ha="left", fontsize=8, color="0.35")
+        axes.axvline(case.round, color=GREY, linewidth=1)
+        axes.annotate(" request", (case.round, 0.02), ha="left", fontsize=8, color=GREY)
         for strategy in shown:
             points = curve(results, case, pipeline, strategy, column)
             if points:
@@ -39,8 +46,9 @@ def story(results: Results, case: Case, pipeline: Pipeline) -> "Figure":
         points = curve(results, case, pipeline, RETRAINED, column)
         if points:
             axes.plot(*zip(*points, strict=True), color=GREY, linestyle="--", label=label(RETRAINED))
-        axes.set(title=name, xlabel="round", ylim=(0, 1.03), xlim=(case.round - BEFORE, None))
-        axes.grid(alpha=0.25)
+        axes.set(title=name, xlabel="round", ylim=(0, 1.03), xlim=(max(0, case.round - BEFORE), None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.5, linewidth=0.6)
     figure.axes[0].set_ylabel("class accuracy")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return figure
@@ -66,27 +74,37 @@ def frontier(results: Results, case: Case, pipeline: Pipeline) -> "Figure":
 
     The dashed line is the distance between retrained models of two seeds.
     """
+    with drawing():
+        return _frontier(results, case, pipeline)
+
+
+def _frontier(results: Results, case: Case, pipeline: Pipeline) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.2), layout="constrained")
-    after = results.plan.settings.study.after
-    for axes, rounds in zip(figure.subplots(1, 2, sharey=True), (min(after), max(after)), strict=True):
+    after, dearest = results.plan.settings.study.after, 0.0
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, rounds in zip(panels, (min(after), max(after)), strict=True):
         for row in results.rows(case, pipeline):
             if (row.after, row.forgotten) != (rounds, case.forgotten(0)):
                 continue
             distance = row.distance("forget")
             if row.strategy != RETRAINED:
                 cost = statistics.fmean(results.costs(case, pipeline, row.strategy)["work"])
-                drawn = strategy_class(row.strategy)
+                dearest, drawn = max(dearest, cost), strategy_class(row.strategy)
                 text = f"{label(row.strategy)}: retain {row.mean('retain'):.2f}, test {row.mean('test'):.2f}"
-                axes.plot(cost, distance, drawn.marker, color=drawn.colour, mfc="none", label=text)
+                looks = {"color": drawn.colour, "mfc": "none", "clip_on": False, "zorder": 3}
+                axes.plot(cost, distance, drawn.marker, label=text, **looks)
             elif not isnan(distance):
                 axes.axhline(distance, color=GREY, linestyle="--", label="retrained with another seed")
-        axes.set(title=f"{rounds} rounds after", xlabel="work until applied, % of retraining", ylim=(0, None))
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(-0.2, 100)
-        axes.set_xticks([0, 1, 5, 20, 100], ["0", "1", "5", "20", "100"])
+        axes.set(title=f"{rounds} rounds after", xlabel="work until applied, % of retraining")
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        axes.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("|forget − retrained|")
+        axes.grid(alpha=0.5, linewidth=0.6)
+    # limits of shared axes come last: those that are set before a panel is drawn do not grow with it
+    panels[0].set(ylim=(0, None), ylabel="|forget − retrained|")
+    for axes in panels:
+        axes.set_xscale("symlog", linthresh=1)
+    ticks = [0, 1, 5, 20, 100]
+    panels[0].set_xlim(-0.2, max(100, 1.3 * dearest))
+    panels[0].set_xticks(ticks, [str(tick) for tick in ticks])
     return figure

@@ -1,26 +1,35 @@
-"""What a federated study leaves for people: REPORT.md, results.csv and pictures."""
+"""What a federated study leaves for people: a page, REPORT.md, results.csv and pictures."""
 
 import csv
 import io
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from itertools import product
 from math import isnan, nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import Environment
 
 from fedunlearn.config import settings
 from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.formats import duration
+from fedunlearn.runs.page import embedded, encoded, rendered
+from fedunlearn.runs.uncertainty import fraction, held_out
+from fedunlearn.runs.verdicts import Verdict
 from fedunlearn.study.dag.settings import PIPELINES, Pipeline
 from fedunlearn.study.federated.figures import frontier, story
 from fedunlearn.study.federated.plan import Case, Plan
 from fedunlearn.study.federated.settings import FederatedSettings, key_of
 from fedunlearn.study.federated.tables import COSTS, MEASURES, RETRAINED, Results, Row, label, number, title
+from fedunlearn.study.federated.verdicts import compared, verdicts
 from fedunlearn.study.pooled.report import svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CSV = ("case", "pipeline", "strategy", "forgotten", "after", "measure", "mean", "sd", "seeds", "retrained", "distance")
 HIDDEN = ("data.root", "study.home")  # where files lie on a machine is nobody else's business
@@ -29,12 +38,14 @@ Table = tuple[Case, Pipeline, list[Row]]
 
 
 def write(plan: Plan, root: Path) -> Path:
-    """Write the study's `report/` from what has been measured so far; returns the path of `REPORT.md`."""
+    """Write the study's `report/` from what has been measured so far; returns the path of `index.html`."""
     folder, results = root / "report", Results(plan, root)
     pipelines: list[Pipeline] = [pipeline for pipeline in PIPELINES if pipeline in plan.settings.study.pipelines]
     tables = [table for case in distinct(plan.cases()) for p in pipelines if (table := rows_of(results, case, p))]
     write_atomically(folder / "results.csv", as_csv(results, tables).encode())
-    captions = draw(results, tables, folder)
+    drawn = draw(tables, results)
+    for name, (_, figure) in drawn.items():
+        write_atomically(folder / f"{name}.svg", svg(figure))
     tasks = plan.tasks()
     found = [task.result(root) for task in tasks if task.is_done(root)]
     words: dict[str, Any] = {
@@ -46,13 +57,64 @@ def write(plan: Plan, root: Path) -> Path:
         "machines": sorted({result["machine"] for result in found}),
         "everyone": [table for pipeline in pipelines for table in everyone(results, pipeline)],
         "tables": [table_of(results, *parts) for parts in tables],
-        "pictures": captions,
+        "pictures": {name: caption for name, (caption, _) in drawn.items()},
         "values": list(shown_settings(plan.settings)),
     }
     template = files("fedunlearn.study.federated").joinpath("REPORT.md.jinja").read_text()
-    page = Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render(**words)
-    write_atomically(folder / "REPORT.md", page.encode())
-    return folder / "REPORT.md"
+    text = Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render(**words)
+    write_atomically(folder / "REPORT.md", encoded(text))
+    embedding = {name: (caption, embedded(figure)) for name, (caption, figure) in drawn.items()}
+    about, said = said_of(results, main_table(tables))
+    page = rendered(
+        "fedunlearn.study.federated",
+        "index.html.jinja",
+        **words | {"pictures": embedding, "about": about, "said": said},
+    )
+    write_atomically(folder / "index.html", encoded(page))
+    return folder / "index.html"
+
+
+def said_of(results: Results, table: Table | None) -> tuple[str, list[Verdict]]:
+    """Say which case the verdicts are about, and how near each strategy comes to the retrained model in it."""
+    if table is None:
+        return "", []
+    case, pipeline, rows = table
+    forgotten, found = case.forgotten(0), []
+    sizes = {measure: images_of(results, forgotten, measure) for measure in ("forget", "test")}
+    for one in compared(rows, forgotten, sizes):
+        costs = results.costs(case, pipeline, one.row.strategy)
+        found.append(replace(one, work=statistics.fmean(costs["work"])) if costs else one)
+    return title(case, pipeline), verdicts(found)
+
+
+def main_table(tables: list[Table]) -> Table | None:
+    """Give the table that is drawn and spoken of: the first case, in its last pipeline."""
+    return next(reversed([table for table in tables if table[0] == tables[0][0]]), None)
+
+
+def images_of(results: Results, forgotten: Sequence[int], measure: str) -> int:
+    """Count the images that a measure is an accuracy of."""
+    asked = sum(results.sizes[client] for client in forgotten)
+    if measure == "test":
+        return len(results.plan.workspace.dataset.test.labels)
+    return asked if measure == "forget" else sum(results.sizes) - asked
+
+
+def error_of(results: Results, row: Row, measure: str) -> float | None:
+    """Give the standard error of one seed's measure, as it is of so many images; None where none is known."""
+    values, images = row.values.get(measure, []), images_of(results, row.forgotten, measure)
+    if len(values) != 1:
+        return None
+    if measure in ("forget", "retain", "test", "id"):
+        return fraction(values[0], images).error
+    if measure != "gap":
+        return None
+    own, workspace = row.values["forget"][0], results.plan.workspace
+    labels = np.asarray(workspace.dataset.train.labels)
+    counts = sum(np.bincount(labels[workspace.slices[c]], minlength=labels.max() + 1) for c in row.forgotten)
+    test = len(workspace.dataset.test.labels)
+    forget = fraction(own, images_of(results, row.forgotten, "forget"))
+    return (forget - held_out(own - values[0], test, np.asarray(counts))).error
 
 
 def distinct(cases: list[Case]) -> list[Case]:
@@ -69,19 +131,17 @@ def rows_of(results: Results, case: Case, pipeline: Pipeline) -> Table | None:
     return (case, pipeline, rows) if any(row.strategy != RETRAINED for row in rows) else None
 
 
-def draw(results: Results, tables: list[Table], folder: Path) -> dict[str, str]:
-    """Draw the first case, in its last pipeline; returns captions by file name."""
-    captions = {}
-    for case, pipeline, _ in [parts for parts in tables if parts[0] == tables[0][0]][-1:]:
-        asked = title(case, pipeline)
-        pictures = {
-            "story": (f"Before and after a request, mean over seeds ({asked})", story(results, case, pipeline)),
-            "frontier": (f"Distance to the retrained model against cost ({asked})", frontier(results, case, pipeline)),
-        }
-        for name, (caption, figure) in pictures.items():
-            write_atomically(folder / f"{name}.svg", svg(figure))
-            captions[name] = caption
-    return captions
+def draw(tables: list[Table], results: Results) -> dict[str, tuple[str, "Figure"]]:
+    """Draw the first case, in its last pipeline; returns captions and figures by file name."""
+    table = main_table(tables)
+    if table is None:
+        return {}
+    case, pipeline, _ = table
+    asked = title(case, pipeline)
+    return {
+        "story": (f"Before and after a request, mean over seeds ({asked})", story(results, case, pipeline)),
+        "frontier": (f"Distance to the retrained model against cost ({asked})", frontier(results, case, pipeline)),
+    }
 
 
 def shown_settings(chosen: FederatedSettings) -> Iterator[tuple[str, Any, str | None]]:
@@ -99,7 +159,7 @@ def table_of(results: Results, case: Case, pipeline: Pipeline, rows: list[Row]) 
     """Write a table as words: a line for every strategy and time, and one for what each strategy cost."""
     lines = []
     for row in rows:
-        cells = [cell(row, measure) for measure in MEASURES]
+        cells = [cell(row, measure, error_of(results, row, measure)) for measure in MEASURES]
         lines.append([", ".join(map(str, row.forgotten)), str(row.after), label(row.strategy), *cells])
     costs = []
     for strategy in results.plan.settings.study.strategies:
@@ -108,6 +168,7 @@ def table_of(results: Results, case: Case, pipeline: Pipeline, rows: list[Row]) 
             costs.append([label(strategy), *(spread(found[name], name) for name in COSTS)])
     return {
         "title": title(case, pipeline),
+        "by": 2,
         "columns": ["forgotten", "rounds after", "strategy", *MEASURES.values()],
         "lines": lines,
         "cost_columns": ["strategy", *COSTS.values()],
@@ -126,11 +187,13 @@ def everyone(results: Results, pipeline: Pipeline) -> list[dict[str, Any]]:
     return [
         {
             "title": f"{PIPELINES[pipeline]}: every client in turn, distance to the retrained model",
+            "by": 0,
             "columns": ["strategy", "rounds after", "clients", *MEASURES.values()],
             "lines": distances(results, rows, asked),
         },
         {
             "title": f"{PIPELINES[pipeline]}: every client in turn, accuracy on its images when applied",
+            "by": 0,
             "columns": ["client", "images", "before", "held-out", "estimated", *map(label, strategies)],
             "lines": applied,
         },
@@ -176,19 +239,23 @@ def over_clients(rows: list[Row], measure: str) -> str:
     return f"{spread([*found.values()], measure)}; client {worst}: {number(found[worst], measure)}"
 
 
-def cell(row: Row, measure: str) -> str:
-    """Write mean ± standard deviation over seeds, and in parentheses the mean distance to the retrained model."""
-    text = spread(row.values.get(measure, []), measure)
+def cell(row: Row, measure: str, error: float | None = None) -> str:
+    """Write a mean ± deviation over seeds (of one seed: standard error), and the mean distance to the retrained model.
+
+    The distance stands in parentheses.
+    """
+    text = spread(row.values.get(measure, []), measure, error)
     distance = row.distance(measure)
     return text if isnan(distance) else f"{text} ({number(distance, measure)})"
 
 
-def spread(values: list[float], measure: str) -> str:
-    """Write mean ± standard deviation."""
+def spread(values: list[float], measure: str, error: float | None = None) -> str:
+    """Write mean ± standard deviation; of a single value, ± its standard error if that is known."""
     if not values:
         return "–"
     text = number(statistics.fmean(values), measure)
-    return f"{text} ± {number(statistics.stdev(values), measure)}" if len(values) > 1 else text
+    around = statistics.stdev(values) if len(values) > 1 else error
+    return text if around is None else f"{text} ± {number(around, measure)}"
 
 
 def as_csv(results: Results, tables: list[Table]) -> str:

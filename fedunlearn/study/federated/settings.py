@@ -1,11 +1,15 @@
 """The settings of a federated study."""
 
+import hashlib
+import inspect
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from fedunlearn.build import loss_of
 from fedunlearn.config import Config, Train, nearest_of
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import Strategy, settings_for, strategy_class, strategy_names, strategy_of
@@ -45,6 +49,12 @@ class FederatedSettings(StudySettings):
 
     rounds: int = Field(
         default=200, ge=1, le=10**6, description="of training; then comes the request, or the first of several in turn"
+    )
+    batch_norm_fraction: float = Field(
+        default=Config.model_fields["batch_norm_fraction"].default,
+        ge=0,
+        le=1,
+        description=Config.model_fields["batch_norm_fraction"].description,
     )
     train: Train = Train()
     unlearn: dict[str, dict[str, Any]] = Field(
@@ -89,6 +99,7 @@ class FederatedSettings(StudySettings):
             clients=self.clients,
             rounds=self.rounds,
             evaluate_every=TRACE,
+            batch_norm_fraction=self.batch_norm_fraction,
             data=self.data,
             partition=self.partition,
             model=model,
@@ -139,6 +150,7 @@ def check_strategies(chosen: FederatedSettings) -> None:
     for name in study.strategies:
         for pipeline in study.pipelines:
             strategy_of(chosen.config(pipeline, name, 0))
+            loss_of(chosen.config(pipeline, name, 0))
     if len(kept := keepers(chosen)) > 1:
         raise UserError(
             f"study.strategies: {kept[0]} and {kept[1]} both keep something of the base run, which is trained under "
@@ -157,5 +169,10 @@ def key_of(strategy: str) -> str:
 
 
 def identity_of(chosen: FederatedSettings) -> dict[str, Any]:
-    """Give the settings that a run depends on, whatever is forgotten in it and how."""
-    return chosen.model_dump(include={"clients", "rounds", "partition", "model", "train", "loss"})
+    """Give what a run depends on, whatever is forgotten in it and how; of a loss of one's own, its source too."""
+    shared = {"clients", "rounds", "batch_norm_fraction", "partition", "model", "train", "loss"}
+    values = chosen.model_dump(include=shared)
+    if chosen.train.loss:
+        file = Path(inspect.getfile(loss_of(chosen.config("ce_dl", "leave", 0))))
+        values["source_of_loss"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return values

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedunlearn.runs.report import COLOURS, split_figure
+from fedunlearn.runs.figures import COLOURS, split_figure
 from fedunlearn.study.dag.settings import PIPELINES, Pipeline
 from fedunlearn.study.dag.tasks import Task
 from fedunlearn.study.pooled.plan import Plan
