@@ -2,6 +2,7 @@
 
 import pytest
 
+from fedunlearn.errors import UserError
 from fedunlearn.runs.files import NEW
 from fedunlearn.runs.ledger import State
 from naive import FORGETS, SETTINGS, assert_same, average, pruned, settings_of, trained
@@ -65,7 +66,8 @@ def test_a_round_in_which_only_forget_clients_trained_is_not_replayed(federate):
 
 def test_without_stored_updates_a_request_is_set_aside_with_the_reason(federate):
     federate.shared("rounds=1")
-    federate(f"rounds=1 {EVERY} fork=before forget.schedule={{1:[3]}} forget.attempts=1")
+    with pytest.raises(UserError, match="request r1 is QUARANTINED; all else of the run is done"):
+        federate(f"rounds=1 {EVERY} fork=before forget.schedule={{1:[3]}} forget.attempts=1")
     (request,) = federate.requests()
     reason = "no update of a retain client is stored: strategy=federaser has to be chosen from the start"
     assert (request.state, request.detail["reason"]) == (State.QUARANTINED, reason)

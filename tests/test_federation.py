@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
+from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation.handle import SERVER
 from fedunlearn.federation.rounds import sample
@@ -173,14 +174,17 @@ def test_a_fraction_of_the_clients_trains_and_the_draw_depends_on_the_round_alon
 
 
 def test_a_request_that_cannot_be_applied_is_refused_with_the_reason(federate):
-    federate("rounds=1 forget.schedule={1:[0,1,2,3]}")
+    with pytest.raises(UserError, match="request r1 is REFUSED; all else of the run is done"):
+        federate("rounds=1 forget.schedule={1:[0,1,2,3]}")
     (request,) = federate.requests()
     assert (request.state, request.detail["reason"]) == (State.REFUSED, "no client would be left")
 
 
 def test_clients_without_examples_take_no_part_and_are_reported(federate, capsys):
     uneven = "rounds=1 partition.kind=class clients=11 data.limit=40 forget.schedule={1:[10]}"
-    grid = federate(uneven, nodes=3)
+    grid = LocalGrid(3)
+    with pytest.raises(UserError, match="request r1 is REFUSED; all else of the run is done"):
+        federate(uneven, grid=grid)
     assert "client 10 has 0 examples: it takes no part" in capsys.readouterr().err
     assert kinds(grid, client=10) == []
     (request,) = federate.requests()

@@ -209,7 +209,8 @@ def test_what_cannot_be_done_now_is_done_at_the_next_boundary_on_a_model_that_wa
 
 def test_what_can_never_be_done_is_set_aside_with_the_model_as_it_was(federate, failing, capsys):
     federate.shared(SETTINGS)
-    federate(f"{SETTINGS} {failing} {FORGETS} fork=before forget.attempts=2")
+    with pytest.raises(UserError, match="request r1 is QUARANTINED; all else of the run is done"):
+        federate(f"{SETTINGS} {failing} {FORGETS} fork=before forget.attempts=2")
     (request,) = federate.requests()
     assert (request.state, request.detail["attempts"]) == (State.QUARANTINED, 2)
     assert request.detail["reason"] == "the moon is wrong"
