@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedunlearn.errors import NotNowError, unusable_replies
+from fedunlearn.errors import NotNowError, UserError, unusable_replies
 
 
 def test_what_clients_sent_is_tried_again_and_all_else_is_a_bug():
@@ -17,7 +17,8 @@ def test_a_matrix_that_is_no_covariance_sets_the_request_aside(federate, monkeyp
         raise ValueError("the input covariance of stem.0 has an eigenvalue below zero")
 
     monkeypatch.setattr("fedunlearn.unlearning.null_space.projectors", no_covariance)
-    federate("rounds=2 strategy=subset forget.schedule={1:[3]} forget.attempts=1")
+    with pytest.raises(UserError, match="request r1 is QUARANTINED; all else of the run is done"):
+        federate("rounds=2 strategy=subset forget.schedule={1:[3]} forget.attempts=1")
     (request,) = federate.requests()
     assert (request.state, request.detail["reason"]) == (
         "QUARANTINED",

@@ -377,7 +377,7 @@ def test_a_picture_is_drawn_in_the_same_bytes(home):
     ("word", "message"),
     [
         ("forget.rounds_until_completed=1", "forget.rounds_until_completed is no setting"),
-        ("unlearn.rounds=1", "settings of a strategy are named unlearn.STRATEGY.NAME"),
+        ("unlearn.rounds=1", "unlearn is not of this form: settings of the strategies, by strategy"),
         ("unlearn.ssd.alfa=1", "unlearn.ssd.alfa is no setting of strategy=ssd: did you mean unlearn.ssd.alpha?"),
         ("unlearn.ssd.alpha=-1", "unlearn.ssd.alpha=-1 is not in 0"),
         ("unlearn.sdd.alpha=1", "unlearn.sdd names no strategy: did you mean unlearn.ssd?"),
