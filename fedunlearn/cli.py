@@ -15,7 +15,7 @@ from functools import wraps
 from importlib import import_module
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from click import Context, HelpFormatter
@@ -37,14 +37,10 @@ from fedunlearn.config import (
 )
 from fedunlearn.errors import UserError
 from fedunlearn.log import set_up
-from fedunlearn.runs.door import CLOSING_SECONDS
 from fedunlearn.runs.home import all_runs, open_run, runs_folder
 from fedunlearn.runs.ledger import FAILED, Request
-from fedunlearn.runs.lock import LockedError, is_locked
+from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.run import Run, last_round, open_ledger, read_about
-
-if TYPE_CHECKING:
-    from fedunlearn.apps.simulate import Resources
 
 log = getLogger("fedunlearn")
 
@@ -208,6 +204,7 @@ def forget(
             return show([found.ledger.cancel(cancel)], as_json)
         clients = client_numbers(client or [], found.config.clients)
         check_clients(clients, found.config.clients)
+        from fedunlearn.apps.asking import announcement, ask, check_servable
         from fedunlearn.apps.simulate import Resources
 
         resources = Resources(engine, nodes, gpus=gpus)
@@ -220,84 +217,11 @@ def forget(
         if dry_run:
             log.info("run %s: nothing is filed (--dry-run)", found.name)
             return show(earlier, as_json) if earlier else 0
-        return ask(found, clients, wait, wait_limit, as_json, resources, verbose)
-
-
-def announcement(found: Run, clients: list[int]) -> str:
-    """Say which run is about to be asked to forget whom."""
-    images = images_of(found)
-    who = [f"client {c} ({images[c]} images)" if c in images else f"client {c}" for c in clients]
-    state, config = "live" if found.is_live() else "idle", found.config
-    return (
-        f"run {found.name} ({config.data.name}, strategy={config.strategy}, {state}, after round "
-        f"{last_round(found.folder)} of {config.rounds}) is to forget {', '.join(who)}"
-    )
-
-
-def images_of(found: Run) -> dict[int, int]:
-    """Give the number of training images by client, as far as the run's metrics know it."""
-    known: dict[int, int] = {}
-    for row in found.metrics():
-        for kind in ("retain_clients", "forgotten"):
-            known |= {int(client): scores["examples"] for client, scores in row.get(kind, {}).items()}
-    return known
-
-
-def check_servable(found: Run) -> None:
-    """Raise UserError where a run that is not live could not serve a request: then none is filed."""
-    from fedunlearn.build import loss_of
-    from fedunlearn.federation.auditor import Auditor
-    from fedunlearn.federation.strategy import strategy_of
-    from fedunlearn.runs.home import check_data
-
-    found.check_checkpoint()
-    strategy_of(found.config)
-    loss_of(found.config)
-    check_data(found.folder, Auditor(found.config).fingerprint)
-
-
-def ask(
-    found: Run, clients: list[int], wait: bool, limit: float, as_json: bool, resources: "Resources", verbose: bool
-) -> int:
-    """File a request, and see to it that somebody applies it."""
-    handle = found.request(clients)
-
-    def follow() -> None:
-        log.info("waiting until run %s has applied the request, for %g s at most (--wait-limit)", found.name, limit)
-        handle.follow(lambda request: log.info("request %s: %s", request.id, request.state), limit=limit)
-
-    closing = f"run {found.name} is closing: waiting until it lets go, for {CLOSING_SECONDS} s at most"
-    try:
-        if not handle.is_open:
-            pass
-        elif not handle.is_taken(on_wait=lambda: log.info(closing)):
-            log.info("the request is applied here, on %d virtual nodes", resources.nodes)
-            try:
-                serve(found, resources, verbose=verbose)
-            except LockedError:  # another command came first, and serves all open requests
-                follow()
-        elif wait:
-            follow()
-        else:
-            log.info("run %s takes the request at its next round boundary", found.name)
-    except TimeoutError as error:
-        log.error("%s; the request stays filed", error)
-        return GAVE_UP
-    return show(handle.requests(), as_json)
-
-
-def serve(found: Run, resources: Any, *, verbose: bool) -> None:
-    """Apply the open requests of a run that nobody holds."""
-    from fedunlearn.apps import server_app
-    from fedunlearn.apps.simulate import simulate
-
-    config = found.config.model_copy(update={"run": found.name, "home": str(found.folder.parent.parent)})
-    simulate(
-        lambda grid: server_app.serve(grid, config),
-        resources,
-        way_on=lambda: "the request stays filed, and the same command goes on with it",
-        verbose=verbose,
-    )
+        try:
+            return show(ask(found, clients, resources, wait=wait, limit=wait_limit, verbose=verbose), as_json)
+        except TimeoutError as error:
+            log.error("%s; the request stays filed", error)
+            return GAVE_UP
 
 
 @cli.command()
@@ -317,15 +241,9 @@ def runs(home: Home = "", as_json: AsJson = False) -> int:
 def row_of(folder: Path) -> dict[str, Any]:
     """Say of a run how far it is; of a damaged one, what is wrong with it."""
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    row: dict[str, Any] = {
-        "run": folder.name,
-        "state": "damaged",
-        "round": "",
-        "rounds": "",
-        "data": "",
-        "strategy": "",
-    }
-    row |= {"requests": "", "MB": round(size / 1e6, 1), "created": ""}
+    columns = ("run", "state", "round", "rounds", "data", "strategy", "requests", "MB", "created")
+    row: dict[str, Any] = dict.fromkeys(columns, "")
+    row |= {"run": folder.name, "state": "damaged", "MB": round(size / 1e6, 1)}
     try:
         about, ledger = read_about(folder), open_ledger(folder)
         try:

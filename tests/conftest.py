@@ -101,7 +101,7 @@ def pictures(monkeypatch):
     """None in reports: they take longer to draw than these rounds to train. The tests of the report have them."""
     for name in ("split_figure", "accuracy_figure"):
         monkeypatch.setattr(f"fedunlearn.runs.report.{name}", lambda *about: None)
-    monkeypatch.setattr("fedunlearn.runs.report._embedded", lambda figure: "data:,")
+    monkeypatch.setattr("fedunlearn.runs.report.embedded", lambda figure: "data:,")
 
 
 @pytest.fixture(scope="session")

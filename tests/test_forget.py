@@ -9,7 +9,8 @@ import time
 import pytest
 
 from command_line import command
-from fedunlearn import cli, open_run
+from fedunlearn import open_run
+from fedunlearn.apps import asking
 from fedunlearn.errors import UserError
 from fedunlearn.runs import door
 from fedunlearn.runs.ledger import State
@@ -110,15 +111,15 @@ def test_a_live_run_takes_the_request_at_its_next_round_boundary(federate, capsy
 
 def test_a_run_that_has_closed_its_ledger_is_waited_for_and_then_applied(finished, capsys, monkeypatch):
     live = []
-    monkeypatch.setattr(cli, "serve", lambda found, resources, **options: live.append(found.is_live()))
+    monkeypatch.setattr(asking, "serve", lambda found, resources, **options: live.append(found.is_live()))
     with lock(finished.folder()):
-        asking = threading.Thread(target=command, args=("forget", "--client", "3"))
-        asking.start()
+        asker = threading.Thread(target=command, args=("forget", "--client", "3"))
+        asker.start()
         while "is closing: waiting" not in capsys.readouterr().err:
-            assert asking.is_alive()
+            assert asker.is_alive()
             time.sleep(0.05)
         assert live == []
-    asking.join(timeout=30)
+    asker.join(timeout=30)
     assert live == [False]
 
 
@@ -132,8 +133,8 @@ def test_who_comes_second_to_a_run_follows_the_first(finished, capsys, monkeypat
             time.sleep(0.02)
         raise LockedError("the first holds it")
 
-    serve = cli.serve
-    monkeypatch.setattr(cli, "serve", come_second)
+    serve = asking.serve
+    monkeypatch.setattr(asking, "serve", come_second)
     assert command("forget", "--client", "3", "--engine", "local") == 0
     assert "request r1: COMPLETED" in capsys.readouterr().err
     assert finished.requests()[0].state == State.COMPLETED

@@ -79,7 +79,7 @@ def whole(request, tmp_path_factory):
     federate, killed = Federate(home, home), Killed(home / "runs" / "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDUNLEARN_HOME", str(home))
-        patch.setattr("fedunlearn.runs.report._embedded", lambda figure: "data:,")
+        patch.setattr("fedunlearn.runs.report.embedded", lambda figure: "data:,")
         patch.setattr("strategies.subset.is_memorised", lambda *found: True)
         if request.param == "ssd":  # of the other one it would be the same
             for where, name, calls in (

@@ -423,7 +423,7 @@ def test_every_setting_has_a_description():
 def test_settings_of_a_strategy_do_its_tasks_again_and_no_others():
     words = [*SMALL, "study.strategies=[ssd,negate]"]
     keys = [
-        {task.name: task.key for task in FederatedStudy([*words, *more]).tasks(("train", "retrain", "forget"))}
+        {task.name: task.key for task in FederatedStudy([*words, *more]).plan.tasks(("train", "retrain", "forget"))}
         for more in ([], ["unlearn.ssd.alpha=3"])
     ]
     assert keys[0].keys() == keys[1].keys()

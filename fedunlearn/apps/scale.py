@@ -201,12 +201,7 @@ def figure(rows: list[dict[str, Any]]) -> Any:
 
     drawing = Figure(figsize=(10, 4), layout="constrained")
     speed, cost = drawing.subplots(1, 2)
-    above: dict[str, Any] = {
-        "loc": "lower center",
-        "bbox_to_anchor": (0.5, 1),
-        "ncols": 3,
-        "fontsize": 8,
-    }  # no bar below
+    above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 3, "fontsize": 8}
     kinds = sorted({(row["clients"], row["gpus"]) for row in rows})
     for kind in kinds:
         own = sorted((r for r in rows if (r["clients"], r["gpus"]) == kind), key=lambda r: r["actors"])

@@ -106,8 +106,7 @@ def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Audito
     """The run, locked, and the auditor that a simulation has."""
     config = prepared(config, asked)
     auditor = Auditor(config)
-    images = {"class_names": auditor.class_names, "shape": list(auditor.image_shape)}
-    with locked_run(config, fingerprint=auditor.fingerprint, asked=asked, images=images) as run:
+    with locked_run(config, fingerprint=auditor.fingerprint, images=auditor.images, asked=asked) as run:
         yield run, auditor
 
 

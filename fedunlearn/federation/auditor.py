@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedunlearn.build import Images
 from fedunlearn.config import Config
 from fedunlearn.federation.client import ClientRuntime
 from fedunlearn.federation.messages import Tensors
@@ -15,14 +16,14 @@ class Auditor:
 
     Attributes:
         class_names: K names.
-        image_shape: (H, W, channels).
+        images: what a model has to know of them.
         fingerprint: of all images.
     """
 
     def __init__(self, config: Config) -> None:
         self._runtime = ClientRuntime(config)
         self.class_names = self._runtime.dataset.class_names
-        self.image_shape = self._runtime.dataset.train.images.shape[1:]
+        self.images = Images(self.class_names, self._runtime.dataset.train.images.shape[1:])
         self.fingerprint = self._runtime.dataset.fingerprint
 
     def evaluate(self, params: Tensors, client: int) -> Counts:

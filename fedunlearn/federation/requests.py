@@ -12,13 +12,8 @@ from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.scores import Scorer
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.runs.formats import forgotten
-from fedunlearn.runs.ledger import OPEN, Request, State
+from fedunlearn.runs.ledger import OPEN, RECEIPT, Request, State
 from fedunlearn.runs.run import Run
-
-RECEIPT = {
-    "after", "attempts", "before", "clients", "completed_round", "completes_at", "costs", "kind", "not_before",
-    "reason", "request", "round", "seconds", "stored_bytes", "strategy",
-}  # fmt: skip  # what a receipt, or its row of metrics, says of every request
 
 log = getLogger("fedunlearn")
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedunlearn.config import Config, check, state_home, validated, values_of
 from fedunlearn.errors import UserError
@@ -16,6 +16,9 @@ from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.lock import is_locked, lock
 from fedunlearn.runs.run import Run, open_ledger, read_about, stored_config
+
+if TYPE_CHECKING:
+    from fedunlearn.build import Images
 
 OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
 SAME = ("clients", "data.", "partition.", "model.")  # settings that a fork must share with the run it goes on from
@@ -94,17 +97,15 @@ def is_finished(folder: Path) -> bool:
 
 
 @contextmanager
-def locked_run(
-    config: Config, *, fingerprint: str, asked: Mapping[str, Any], images: Mapping[str, Any] | None = None
-) -> Iterator[Run]:
+def locked_run(config: Config, *, fingerprint: str, images: "Images", asked: Mapping[str, Any]) -> Iterator[Run]:
     """Lock the run `config.run`, making it where it is new; its own stored settings count where it is not.
 
     Args:
         config: the settings of a new run.
         fingerprint: of the data set.
+        images: what a new run keeps of them.
         asked: settings that were named explicitly, by dotted name. A run that exists must agree with them, but for
             more `rounds` than it has: then it goes on.
-        images: fields of `build.Images`, which a new run keeps.
 
     Raises:
         UserError: another process holds the run, it has other settings than `asked`, or other data.
@@ -114,7 +115,7 @@ def locked_run(
     folder = runs_folder(state_home(config.home)) / name
     with lock(folder):
         if not (folder / "run.json").exists():
-            _make(folder, config, {"data": fingerprint, "images": images})
+            _make(folder, config, {"data": fingerprint, "images": images._asdict()})
         about, stored, kept = read_about(folder), stored_config(folder), agreed(folder, asked)
         check_data(folder, fingerprint)
         if kept != stored:

@@ -37,6 +37,10 @@ OPEN = (State.RECEIVED, State.COLLECTING, State.APPLIED, State.RECOVERING)
 FAILED = (State.REFUSED, State.QUARANTINED)
 VOID = (*FAILED, State.CANCELLED)
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
+RECEIPT = {
+    "after", "attempts", "before", "clients", "completed_round", "completes_at", "costs", "kind", "not_before",
+    "reason", "request", "round", "seconds", "stored_bytes", "strategy",
+}  # fmt: skip  # what a receipt, or its row of metrics, says of every request
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
 

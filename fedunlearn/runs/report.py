@@ -15,9 +15,8 @@ from fedunlearn.config import Config, fields_of, values_of
 from fedunlearn.runs import uncertainty
 from fedunlearn.runs.figures import MOST_DRAWN, Mark, accuracy_figure, curves, split_figure
 from fedunlearn.runs.files import write_atomically
-from fedunlearn.runs.ledger import FAILED, FORGOTTEN, Request, State
-from fedunlearn.runs.page import embedded as _embedded
-from fedunlearn.runs.page import encoded, rendered
+from fedunlearn.runs.ledger import FAILED, FORGOTTEN, RECEIPT, Request, State
+from fedunlearn.runs.page import embedded, encoded, rendered
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.uncertainty import fraction
 from fedunlearn.runs.verdicts import Moment, Verdict, latest, moments, named, seconds, verdicts
@@ -44,17 +43,12 @@ def summary(run: Run, class_counts: np.ndarray | None = None) -> str:
     for column in columns:
         words = column in columns[:2]
         table.add_column(column, justify="left" if words else "right", no_wrap=not words)
-    for when, who, scores, test in _score_rows(run):
+    for when, who, scores, test in score_rows(run):
         own = str(fraction(scores["class"], scores["examples"]))
         table.add_row(when, who, str(scores["examples"]), own, _gap(who, scores, test, class_counts), _id(who, scores))
     text = io.StringIO()
     Console(file=text, width=120).print(table)
     return text.getvalue().rstrip()
-
-
-def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any]]]:
-    """(when, who, scores) for before and after every request, and for the last evaluated round."""
-    return [row[:3] for row in _score_rows(run)]
 
 
 def write(
@@ -101,8 +95,8 @@ def write(
         current=current,
         changed=changed,
         unchanged=unchanged,
-        split=None if class_counts is None else _embedded(split_figure(class_counts, class_names)),
-        accuracy=_embedded(accuracy_figure(rows, marks(requests, events))),
+        split=None if class_counts is None else embedded(split_figure(class_counts, class_names)),
+        accuracy=embedded(accuracy_figure(rows, marks(requests, events))),
     )
     path = run.folder / "report" / "index.html"
     write_atomically(path, encoded(page))
@@ -215,8 +209,8 @@ def readable(at: str) -> str:
     return datetime.fromisoformat(at).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _score_rows(run: Run) -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """(when, who, scores, scores on test images) for before and after every request, and for the last evaluation."""
+def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """Give (when, who, scores, scores on test images) of before and after every request, and of the last evaluation."""
     points, evaluated = [], None
     for row in run.metrics():
         if row["kind"] == "forget":
@@ -304,12 +298,8 @@ def _commit_of(request: Request, events: Sequence[dict[str, Any]]) -> dict[str, 
 
 def _said_by_strategy(detail: dict[str, Any]) -> list[tuple[str, str]]:
     """List the numbers and words that a strategy put into the receipt by itself."""
-    known = {
-        "attempts", "completed_round", "completes_at", "not_before", "reason", "round", "seconds", "stored_bytes",
-        "strategy",
-    }  # fmt: skip
     return [
         (name, f"{value:.4g}" if isinstance(value, float) else str(value))
         for name, value in detail.items()
-        if name not in known and isinstance(value, int | float | str)
+        if name not in RECEIPT and isinstance(value, int | float | str)
     ]

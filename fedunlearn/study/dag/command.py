@@ -5,12 +5,13 @@ import multiprocessing
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from logging import getLogger
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -56,41 +57,45 @@ class StudyData(Protocol):
         ...
 
 
-class Study(Protocol):
-    """A study that `run_study` can run. It pickles as its settings, so that worker processes make it anew.
-
-    Attributes:
-        kind: `paper` or `federated`.
-    """
-
-    kind: str
-
-    @property
-    def settings(self) -> StudySettings:
-        """Everything that the study depends on."""
-        ...
-
-    @property
-    def threads(self) -> int:
-        """CPU threads a process."""
-        ...
-
-    @property
-    def workspace(self) -> StudyData:
-        """The images that its tasks work with."""
-        ...
+class StudyPlan(Protocol):
+    """All tasks of a study."""
 
     def tasks(self, stages: Sequence[str]) -> list[Task]:
         """Give all tasks of the stages; needs come before what needs them."""
         ...
 
-    def report(self, root: Path) -> Path:
-        """Write a report of what has been measured so far; returns its path."""
-        ...
 
+class Study(ABC):
+    """A study that `run_study` can run. It pickles as its settings, so that worker processes make it anew.
+
+    Attributes:
+        kind: `paper` or `federated`.
+        settings: everything that the study depends on.
+        workspace: this process's data and models.
+        plan: all tasks, by what they make.
+    """
+
+    kind: str
+    settings: StudySettings
+    workspace: StudyData
+    plan: StudyPlan
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the settings alone: another process opens its own data."""
+        return {"settings": self.settings}
+
+    @property
+    @abstractmethod
+    def threads(self) -> int:
+        """CPU threads a process."""
+
+    @abstractmethod
+    def report(self, root: Path) -> Path:
+        """Write a report of what has been measured so far; returns the path of its page."""
+
+    @abstractmethod
     def probe(self) -> float:
-        """Measure on a few steps how many seconds an image takes in training here."""
-        ...
+        """Measure on a few steps of an untrained model how many seconds an image takes in training here."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def run_study(study: Study, *, only_plan: bool = False) -> int:
 def wanted(study: Study) -> list[Task]:
     """Give the tasks of the wanted stages whose names match `study.only`."""
     scope = study.settings.study
-    return [task for task in study.tasks(scope.stages) if fnmatchcase(task.name, scope.only)]
+    return [task for task in study.plan.tasks(scope.stages) if fnmatchcase(task.name, scope.only)]
 
 
 def study_folder(study: Study) -> Path:

@@ -1,20 +1,19 @@
 """The federated study, as `run_study` runs it."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from fedunlearn.nn.sgd import LocalSGD
-from fedunlearn.study.dag.tasks import Task
+from fedunlearn.study.dag.command import Study
 from fedunlearn.study.federated import report
 from fedunlearn.study.federated.plan import Plan
-from fedunlearn.study.federated.settings import load
+from fedunlearn.study.federated.settings import FederatedSettings, load
 from fedunlearn.study.pooled.workspace import Workspace
 
 
-class FederatedStudy:
+class FederatedStudy(Study):
     """Compares every strategy, from the same base, with the retrained model (the paper's "gold").
 
     Args:
@@ -28,27 +27,20 @@ class FederatedStudy:
         0
     """
 
+    settings: FederatedSettings
     kind = "federated"
 
     def __init__(self, words: Iterable[str] = ()) -> None:
         self.settings = load(words)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle the settings alone: another process opens its own data."""
-        return {"settings": self.settings}
 
     @property
     def threads(self) -> int:
         """CPU threads a process."""
         return self.settings.train.threads
 
-    @property
+    @cached_property
     def workspace(self) -> Workspace:
         """This process's data and models."""
-        return self._workspace
-
-    @cached_property
-    def _workspace(self) -> Workspace:
         settings = self.settings
         return Workspace(settings, precision=settings.train.precision, attacked=settings.attacked)
 
@@ -56,10 +48,6 @@ class FederatedStudy:
     def plan(self) -> Plan:
         """All tasks, by what they make."""
         return Plan(self.settings, self.workspace)
-
-    def tasks(self, stages: Sequence[str]) -> list[Task]:
-        """Give all tasks of the stages; needs come before what needs them."""
-        return self.plan.tasks(stages)
 
     def report(self, root: Path) -> Path:
         """Write a report of what has been measured so far; returns the path of its page."""

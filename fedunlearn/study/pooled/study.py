@@ -1,20 +1,19 @@
 """The paper's study, as `run_study` runs it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from fedunlearn.study.dag.tasks import Task
+from fedunlearn.study.dag.command import Study
 from fedunlearn.study.pooled import report
 from fedunlearn.study.pooled.plan import Plan
-from fedunlearn.study.pooled.settings import load
+from fedunlearn.study.pooled.settings import PaperSettings, load
 from fedunlearn.study.pooled.training import Training
 from fedunlearn.study.pooled.workspace import PaperWorkspace
 
 
-class PaperStudy:
+class PaperStudy(Study):
     """Makes every table and figure of the paper, on pooled data, each number beside the paper's.
 
     Args:
@@ -28,37 +27,26 @@ class PaperStudy:
         0
     """
 
+    settings: PaperSettings
     kind = "paper"
 
     def __init__(self, words: Iterable[str] = ()) -> None:
         self.settings = load(words)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle the settings alone: another process opens its own data."""
-        return {"settings": self.settings}
 
     @property
     def threads(self) -> int:
         """CPU threads a process."""
         return self.settings.learning.threads
 
-    @property
+    @cached_property
     def workspace(self) -> PaperWorkspace:
         """This process's data and models."""
-        return self._workspace
-
-    @cached_property
-    def _workspace(self) -> PaperWorkspace:
         return PaperWorkspace(self.settings)
 
     @cached_property
     def plan(self) -> Plan:
         """All tasks, by what they make."""
         return Plan(self.settings, self.workspace)
-
-    def tasks(self, stages: Sequence[str]) -> list[Task]:
-        """Give all tasks of the stages; needs come before what needs them."""
-        return self.plan.tasks(stages)
 
     def report(self, root: Path) -> Path:
         """Write a report of what has been measured so far; returns the path of its page."""

@@ -1,0 +1,95 @@
+"""Asking a run to forget clients: what is said and checked before, and who applies the request."""
+
+from logging import getLogger
+
+from fedunlearn.apps.simulate import Resources, simulate
+from fedunlearn.runs.door import CLOSING_SECONDS
+from fedunlearn.runs.home import check_data
+from fedunlearn.runs.ledger import Request
+from fedunlearn.runs.lock import LockedError
+from fedunlearn.runs.run import Run, last_round
+
+log = getLogger("fedunlearn")
+
+# what applies a request imports torch when it is called: who only files one must not wait for it
+
+
+def announcement(found: Run, clients: list[int]) -> str:
+    """Say which run is about to be asked to forget whom."""
+    images = images_of(found)
+    who = [f"client {c} ({images[c]} images)" if c in images else f"client {c}" for c in clients]
+    state, config = "live" if found.is_live() else "idle", found.config
+    return (
+        f"run {found.name} ({config.data.name}, strategy={config.strategy}, {state}, after round "
+        f"{last_round(found.folder)} of {config.rounds}) is to forget {', '.join(who)}"
+    )
+
+
+def images_of(found: Run) -> dict[int, int]:
+    """Give the number of training images by client, as far as the run's metrics know it."""
+    known: dict[int, int] = {}
+    for row in found.metrics():
+        for kind in ("retain_clients", "forgotten"):
+            known |= {int(client): scores["examples"] for client, scores in row.get(kind, {}).items()}
+    return known
+
+
+def check_servable(found: Run) -> None:
+    """Raise UserError where a run that is not live could not serve a request: then none is filed."""
+    from fedunlearn.build import loss_of
+    from fedunlearn.federation.auditor import Auditor
+    from fedunlearn.federation.strategy import strategy_of
+
+    found.check_checkpoint()
+    strategy_of(found.config)
+    loss_of(found.config)
+    check_data(found.folder, Auditor(found.config).fingerprint)
+
+
+def ask(
+    found: Run, clients: list[int], resources: Resources, *, wait: bool, limit: float, verbose: bool
+) -> list[Request]:
+    """File a request, and see to it that somebody applies it.
+
+    Args:
+        wait: follow a live run's request to its end, for `limit` seconds at most.
+
+    Returns:
+        The new request and earlier ones that cover some of the clients, as they stand then.
+
+    Raises:
+        TimeoutError: the run has not applied the request, or does not let go; it stays filed.
+    """
+    handle = found.request(clients)
+
+    def follow() -> None:
+        log.info("waiting until run %s has applied the request, for %g s at most (--wait-limit)", found.name, limit)
+        handle.follow(lambda request: log.info("request %s: %s", request.id, request.state), limit=limit)
+
+    closing = f"run {found.name} is closing: waiting until it lets go, for {CLOSING_SECONDS} s at most"
+    if not handle.is_open:
+        return handle.requests()
+    if not handle.is_taken(on_wait=lambda: log.info(closing)):
+        log.info("the request is applied here, on %d virtual nodes", resources.nodes)
+        try:
+            serve(found, resources, verbose=verbose)
+        except LockedError:  # another command came first, and serves all open requests
+            follow()
+    elif wait:
+        follow()
+    else:
+        log.info("run %s takes the request at its next round boundary", found.name)
+    return handle.requests()
+
+
+def serve(found: Run, resources: Resources, *, verbose: bool) -> None:
+    """Apply the open requests of a run that nobody holds."""
+    from fedunlearn.apps import server_app
+
+    config = found.config.model_copy(update={"run": found.name, "home": str(found.folder.parent.parent)})
+    simulate(
+        lambda grid: server_app.serve(grid, config),
+        resources,
+        way_on=lambda: "the request stays filed, and the same command goes on with it",
+        verbose=verbose,
+    )
