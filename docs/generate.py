@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from fedunlearn.apps.scale import ScalingStudy
 from fedunlearn.cli import default_of
-from fedunlearn.config import Config, fields_of, range_of
+from fedunlearn.config import Config
 from fedunlearn.federation import tasks
 from fedunlearn.federation.handle import Federation
 from fedunlearn.federation.requests import Requests
@@ -30,6 +30,7 @@ from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.scores import Scorer
 from fedunlearn.federation.strategy import Strategy, strategy_class, strategy_names
 from fedunlearn.federation.tasks import ClientTask, tasks_of
+from fedunlearn.schema import fields_of, range_of
 from fedunlearn.study.federated.settings import FederatedSettings
 from fedunlearn.study.pooled.settings import PaperSettings
 

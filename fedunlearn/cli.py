@@ -24,23 +24,14 @@ from typer.core import TyperCommand
 
 from fedunlearn import __version__
 from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
-from fedunlearn.config import (
-    Config,
-    check_clients,
-    compose,
-    fields_of,
-    is_mapping,
-    name_of,
-    range_of,
-    state_home,
-    writable_home,
-)
+from fedunlearn.config import Config, check_clients, compose, state_home, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.log import set_up
 from fedunlearn.runs.home import all_runs, open_run, runs_folder
 from fedunlearn.runs.ledger import FAILED, Request
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.run import Run, last_round, open_ledger, read_about
+from fedunlearn.schema import fields_of, is_mapping, name_of, range_of
 
 log = getLogger("fedunlearn")
 

@@ -12,11 +12,12 @@ import typer
 from command_line import command
 from fedunlearn import __version__, cli
 from fedunlearn.apps.simulate import app_folder
-from fedunlearn.config import Config, fields_of
+from fedunlearn.config import Config
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import strategy_class, strategy_names
 from fedunlearn.federation.tasks import tasks_of
 from fedunlearn.runs.lock import lock
+from fedunlearn.schema import fields_of
 
 SMALL = ["clients=4", "rounds=2", "data.limit=120", "data.test_limit=40", "train.client_head_steps=20"]
 LOCAL = ["--engine", "local", "--nodes", "2"]

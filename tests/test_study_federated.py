@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedunlearn.config import fields_of
 from fedunlearn.errors import UserError
 from fedunlearn.federation.client import Client
 from fedunlearn.federation.server_data import ServerData
@@ -19,6 +18,7 @@ from fedunlearn.federation.server_state import ServerState
 from fedunlearn.runs import checkpoint
 from fedunlearn.runs.page import embedded
 from fedunlearn.runs.verdicts import Level
+from fedunlearn.schema import fields_of
 from fedunlearn.study.dag.command import study_folder
 from fedunlearn.study.federated.figures import frontier
 from fedunlearn.study.federated.plan import Case

@@ -1,7 +1,7 @@
 import pytest
 
-from fedunlearn.config import fields_of
 from fedunlearn.errors import UserError
+from fedunlearn.schema import fields_of
 from fedunlearn.study.pooled.settings import PaperSettings, load
 
 

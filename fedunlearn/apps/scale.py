@@ -22,10 +22,11 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedunlearn.config import Settings, check_names, compose, split_words, to_json, validated
+from fedunlearn.config import Settings, compose, split_words, to_json
 from fedunlearn.errors import UserError
 from fedunlearn.runs.home import runs_folder
 from fedunlearn.runs.run import Run
+from fedunlearn.schema import check_names, validated
 
 log = getLogger("fedunlearn")
 

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedunlearn.apps.signals import ends_with_superlink
 from fedunlearn.build import loss_of
-from fedunlearn.config import Config, compose, name_of, split_words, values_of, writable_home
+from fedunlearn.config import Config, compose, split_words, values_of, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.rounds import Rounds
@@ -22,6 +22,7 @@ from fedunlearn.runs import report
 from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.run import Run
+from fedunlearn.schema import name_of
 
 log = getLogger("fedunlearn")
 

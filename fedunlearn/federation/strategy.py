@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from fedunlearn.config import Config, nearest_of, setting_names, validated
+from fedunlearn.config import Config
 from fedunlearn.config import Settings as CheckedSettings
 from fedunlearn.errors import UserError
 from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.nodes import Results
 from fedunlearn.federation.tasks import BUILT_IN, tasks_of
 from fedunlearn.runs.run import Run
+from fedunlearn.schema import nearest_of, setting_names, validated
 
 ENTRY_POINTS = "fedunlearn.strategies"
 

@@ -10,12 +10,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedunlearn.config import Config, check, state_home, validated, values_of
+from fedunlearn.config import Config, check, state_home, values_of
 from fedunlearn.errors import UserError
 from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.lock import is_locked, lock
 from fedunlearn.runs.run import Run, open_ledger, read_about, stored_config
+from fedunlearn.schema import validated
 
 if TYPE_CHECKING:
     from fedunlearn.build import Images

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from fedunlearn.config import Config, fields_of, values_of
+from fedunlearn.config import Config, values_of
 from fedunlearn.runs import uncertainty
 from fedunlearn.runs.figures import MOST_DRAWN, Mark, accuracy_figure, curves, split_figure
 from fedunlearn.runs.files import write_atomically
@@ -20,6 +20,7 @@ from fedunlearn.runs.page import embedded, encoded, rendered
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.uncertainty import fraction
 from fedunlearn.runs.verdicts import Moment, Verdict, latest, moments, named, seconds, verdicts
+from fedunlearn.schema import fields_of
 
 HIDDEN = ("run", "home", "data.root")  # the first is the title; where files lie on a machine is nobody else's business
 

@@ -6,21 +6,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field
 
-from fedunlearn.config import (
-    Data,
-    Loss,
-    Model,
-    Partition,
-    Scale,
-    Settings,
-    check_clients,
-    check_names,
-    fields_of,
-    name_of,
-    settings,
-    validated,
-)
+from fedunlearn.config import Data, Loss, Model, Partition, Scale, Settings, check_clients, settings
 from fedunlearn.errors import UserError
+from fedunlearn.schema import check_names, fields_of, name_of, validated
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "folder"]
 Pipeline = Literal["no_mtl", "ce", "ce_dl"]

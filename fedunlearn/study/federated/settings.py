@@ -10,9 +10,10 @@ from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.build import loss_of
-from fedunlearn.config import Config, Train, nearest_of
+from fedunlearn.config import Config, Train
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import Strategy, settings_for, strategy_class, strategy_names, strategy_of
+from fedunlearn.schema import nearest_of
 from fedunlearn.study.dag.settings import Pipeline, Scope, StudySettings, check_scope, composed
 
 Scenario = Literal["single", "request_times", "sequential", "together", "everyone"]
