@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 .PHONY: demo check test lint docs lock clean
 
 demo: .venv/installed
-	$(BIN)/fedunlearn run digits run=demo-$$(date +%Y%m%d-%H%M%S) 'forget.schedule={20:[3]}'
+	$(BIN)/fedunlearn demo
 
 # The quick loop: no Ray, no process of its own
 check: .venv/installed lint

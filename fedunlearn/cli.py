@@ -1,4 +1,4 @@
-"""One command: `fedunlearn run | forget | runs | requests | report | study | scale | config`.
+"""One command: `fedunlearn run | forget | runs | requests | report | demo | study | scale | config`.
 
 Nothing here imports torch, Flower or Ray before a command needs it.
 """
@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from functools import wraps
@@ -271,7 +271,13 @@ def requests(
 
 @cli.command()
 @in_one_line
-def report(run: RunName = "", home: Home = "") -> int:
+def report(
+    run: RunName = "",
+    retrained: Annotated[
+        str, typer.Option(help="A run in which the forgotten clients never took part, to compare with.")
+    ] = "",
+    home: Home = "",
+) -> int:
     """Write a run's report anew, print its summary and where it lies."""
     set_up()
     from fedunlearn.federation.auditor import Auditor
@@ -282,9 +288,25 @@ def report(run: RunName = "", home: Home = "") -> int:
         config = found.config.model_copy(update={"home": home})
         auditor = Auditor(config)
         kind, counts = strategy_class(config.strategy), auditor.class_counts()
-        path = page.write(found, counts, auditor.class_names, label=kind.label, own_settings=kind.Settings)
+        words: dict[str, Any] = {"label": kind.label, "own_settings": kind.Settings}
+        with opened(retrained, home) if retrained else nullcontext() as other:
+            path = page.write(found, counts, auditor.class_names, **words, retrained=other)
+            compared = page.comparison(found, other) if other else []
         print(page.summary(found, counts))
+        for verdict in compared:
+            print(f"{verdict.title}: {verdict.text}")
         print(f"report: {path}")
+    return 0
+
+
+@cli.command()
+@in_one_line
+def demo(home: Home = "") -> int:
+    """Train on handwritten digits, forget a client on the way, and compare with the model retrained without it."""
+    set_up()
+    from fedunlearn.apps.demo import demonstrate
+
+    print(f"report: {demonstrate(f'demo-{datetime.now():%Y%m%d-%H%M%S}', home)}")
     return 0
 
 

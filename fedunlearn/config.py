@@ -258,7 +258,7 @@ def check(config: Config) -> Config:
         raise UserError(f"run={config.run!r} is no name: a letter or digit, then also '.', '_' and '-'")
     for round_, clients in config.forget.schedule.items():
         if not 1 <= round_ <= config.rounds:
-            raise UserError(f"forget.schedule: round {round_} is not in 1..{config.rounds}")
+            raise UserError(f"forget.schedule: round {round_} is not in 0..{config.rounds}")
         check_clients(clients, config.clients)
     return config
 

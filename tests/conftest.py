@@ -92,8 +92,8 @@ class Federate:
 
 @pytest.fixture
 def memorised(monkeypatch):
-    """After two rounds no client is memorised: `subset` would have nothing to do. Here it relabels."""
-    monkeypatch.setattr("strategies.subset.is_memorised", lambda *found: True)
+    """After two rounds no client is memorised: relabelling would have nothing to do. Here it relabels."""
+    monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: True)
 
 
 @pytest.fixture

@@ -111,8 +111,27 @@ def input_covariances(model, images):
             distance = step * max(1, x.shape[1] // step // 8)
             corners = range(0, wide.shape[1] - k + 1, distance)
             rows += [wide[:, i : i + k, j : j + k].flatten() for i in corners for j in corners]
-        covariances[name] = sum(torch.outer(row, row) for row in rows) / len(rows)
+        covariances[f"{name}.inputs"] = sum(torch.outer(row, row) for row in rows) / len(rows)
     return covariances
+
+
+def kronecker_factors(model, images, labels):
+    """Input covariances, and the mean of d d^T over images and positions of the gradients by outputs, one by one."""
+    factors = input_covariances(model, images)
+    layers = {n: m for n, m in model.named_modules() if f"{n}.inputs" in factors}
+    gradients = {name: [] for name in layers}
+    model.eval()
+    for image, label in zip(images, labels, strict=True):
+        outputs = {}
+        hooks = [m.register_forward_hook(lambda m, i, o, n=n: outputs.update({n: o})) for n, m in layers.items()]
+        loss = torch.nn.functional.cross_entropy(model(image[None]).class_logits, label[None])
+        for hook in hooks:
+            hook.remove()
+        for name, d in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            d = d[0].double()
+            gradients[name] += list(d.flatten(1).T) if d.ndim == 3 else [d]
+    found = {f"{name}.outputs": sum(torch.outer(d, d) for d in rows) / len(rows) for name, rows in gradients.items()}
+    return factors | found
 
 
 def projectors(covariances, *, ridge):
@@ -127,8 +146,8 @@ def projectors(covariances, *, ridge):
 
 def distill(model, images, soft_labels, projectors, *, steps, lr, momentum):
     """Steps down the cross-entropy to soft labels, each layer's step times its projector, written out."""
-    layers = {name: layer for name, layer in model.named_modules() if name in projectors}
-    speed = dict.fromkeys(projectors, 0.0)
+    layers = {name: layer for name, layer in model.named_modules() if f"{name}.inputs" in projectors}
+    speed = dict.fromkeys(layers, 0.0)
     model.eval()
     for chosen in steps:
         model.zero_grad()
@@ -138,7 +157,7 @@ def distill(model, images, soft_labels, projectors, *, steps, lr, momentum):
             gradient = layer.weight.grad.flatten(1)
             if layer.bias is not None:
                 gradient = torch.cat([gradient, layer.bias.grad[:, None]], 1)
-            speed[name] = momentum * speed[name] + gradient.double() @ projectors[name].double()
+            speed[name] = momentum * speed[name] + gradient.double() @ projectors[f"{name}.inputs"].double()
             with torch.no_grad():
                 size = layer.weight[0].numel()
                 layer.weight -= (lr * speed[name][:, :size].reshape(layer.weight.shape)).float()

@@ -4,7 +4,14 @@ from torch.testing import assert_close
 
 import reference
 from fedunlearn.nn.model import TwoHeadResNet18
-from fedunlearn.unlearning.dampening import dampen, dampen_and_prune, largest_alpha, selected_fraction
+from fedunlearn.unlearning.dampening import (
+    dampen,
+    dampen_and_prune,
+    dampening_cost,
+    largest_alpha,
+    selected_fraction,
+    strongest_alpha,
+)
 from fedunlearn.unlearning.fisher import diagonal_fisher
 
 
@@ -89,6 +96,44 @@ def test_no_ratio_exceeds_the_largest_alpha():
 def test_selected_fraction():
     full, forget = {"w": torch.ones(4)}, {"w": torch.tensor([0.5, 1.5, 2.5, 3.5])}
     assert selected_fraction(full, forget, alpha=2) == 0.5
+
+
+def test_by_hand_alpha_is_as_small_as_the_budget_allows():
+    theta = {"w": torch.tensor([2.0, 2.0, 2.0])}
+    full, forget = {"w": torch.ones(3)}, {"w": torch.tensor([4.0, 3.0, 2.0])}
+    costs = [0.5 * (2 * 3 / 4) ** 2, 0.5 * (2 * 2 / 3) ** 2, 0.5 * (2 * 1 / 2) ** 2]  # of factors 1/4, 1/3, 1/2
+    found = [strongest_alpha(theta, full, forget, budget=sum(costs[:n]) + 0.01) for n in range(4)]
+    assert found == pytest.approx([4, 3, 2, 1], rel=1e-4)
+    dampened = dampen(theta, full, forget, alpha=found[2], lambda_=1)
+    assert dampening_cost(theta, dampened, full) == pytest.approx(costs[0] + costs[1])
+
+
+@pytest.mark.parametrize("lambda_", [1.0, 0.3])
+@pytest.mark.parametrize("budget", [0.001, 0.03, 0.3, 1.0])
+def test_the_strongest_alpha_is_the_one_that_bisection_finds(budget, lambda_):
+    low, high = lambda_, 1e9
+
+    def cost(alpha):
+        return dampening_cost(case()[0], dampen(*case(), alpha=alpha, lambda_=lambda_), case()[1])
+
+    for _ in range(200):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if cost(middle) > budget else (low, middle)
+    found = strongest_alpha(*case(), budget=budget, lambda_=lambda_)
+    assert cost(found) <= budget
+    assert found == pytest.approx(high, rel=1e-4)
+
+
+def test_without_a_budget_nothing_is_dampened_and_with_any_alpha_is_lambda():
+    theta, full, forget = case()
+    alpha = strongest_alpha(theta, full, forget, budget=0)
+    assert_close(dampen(theta, full, forget, alpha=alpha, lambda_=1), theta, rtol=0, atol=0)
+    assert strongest_alpha(theta, full, forget, budget=1e9, lambda_=0.5) == 0.5
+
+
+def test_weights_that_matter_to_nobody_cost_nothing_and_set_no_alpha():
+    zero, theta = {"w": torch.zeros(3)}, {"w": torch.ones(3)}
+    assert strongest_alpha(theta, zero, zero, budget=0) == 1
 
 
 def test_a_step_dampens_every_parameter_and_prunes():

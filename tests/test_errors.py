@@ -16,7 +16,7 @@ def test_a_matrix_that_is_no_covariance_sets_the_request_aside(federate, monkeyp
     def no_covariance(covariances, *, ridge):
         raise ValueError("the input covariance of stem.0 has an eigenvalue below zero")
 
-    monkeypatch.setattr("fedunlearn.unlearning.null_space.projectors", no_covariance)
+    monkeypatch.setattr("fedunlearn.unlearning.kronecker.projectors", no_covariance)
     with pytest.raises(UserError, match="request r1 is QUARANTINED; all else of the run is done"):
         federate("rounds=2 strategy=subset forget.schedule={1:[3]} forget.attempts=1")
     (request,) = federate.requests()

@@ -109,6 +109,7 @@ class Requests:
             federation.state = state
             return self._failed(request, str(error))
         self._check(result)
+        log.info("── pruning the output neuron of client %s", ", ".join(map(str, request.clients)))
         federation.state = server_state.after_request(federation.state, request.clients)
         receipt = {
             "round": federation.round,

@@ -11,6 +11,8 @@ from fedunlearn.unlearning.pruning import pruned
 
 BESIDE = {"momentum": "momentum.", "frozen": "frozen.", "predictions": "predictions."}
 """Fields beside the model, and how their names begin in a checkpoint."""
+SOFTENED = "class_head.out."
+"""How names of the layer begin that gives class logits."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,15 @@ def freeze(state: ServerState, before: Mapping[str, Tensor], fraction: float, pa
     least = everything.kthvalue(count).values if count else -1.0
     frozen = {name: (value > least) | state.frozen.get(name, False) for name, value in relative.items()}
     return replace(state, frozen=frozen)
+
+
+def softened(state: ServerState, temperature: float) -> ServerState:
+    """Divide class logits by a temperature, in the last layer of the class head.
+
+    A model that has memorised its images is nearly sure of every class, and its gradients vanish. At T > 1 they do not.
+    """
+    last = [name for name in state.params if name.startswith(SOFTENED)]
+    return replace(state, params=state.params | {name: state.params[name] / temperature for name in last})
 
 
 def remember(state: ServerState, class_probs: Tensor) -> ServerState:

@@ -65,3 +65,38 @@ def layer_inputs(
         finally:
             for registered in hooks:
                 registered.remove()
+
+
+@contextmanager
+def layer_output_gradients(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], callback: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """Show `callback` the gradient by the output of every layer of some types, as a backward pass reaches it.
+
+    Args:
+        model: whose layers are watched.
+        kinds: types of layers, their subclasses included.
+        callback: is given a layer's name in the model, the layer, and the gradient by its output.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> with layer_output_gradients(model, (nn.Linear,), lambda name, layer, d: print(name, tuple(d.shape))):
+        ...     model(torch.ones(5, 3)).sum().backward()
+        2 (5, 1)
+        0 (5, 2)
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def on_forward(layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(lambda delta: callback(name, layer, delta))
+
+        return on_forward
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for registered in hooks:
+            registered.remove()

@@ -56,14 +56,17 @@ def shortened(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def accuracy_figure(rows: list[dict[str, Any]], asked: Sequence[Mark] = ()) -> "Figure":
+def accuracy_figure(
+    rows: list[dict[str, Any]], asked: Sequence[Mark] = (), retrained: list[dict[str, Any]] | None = None
+) -> "Figure":
     """Draw class and client-ID accuracy over the rounds, of retain clients, forgotten ones and the test set.
 
-    Of a forgotten client it also shows what held-out images of its class counts get.
+    Of a forgotten client it also shows what held-out images of its class counts get, and the retrained model on it.
 
     Args:
         rows: of `metrics.jsonl`.
         asked: requests, each a vertical line.
+        retrained: rows of the run in which the forgotten clients never took part.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -84,6 +87,10 @@ def accuracy_figure(rows: list[dict[str, Any]], asked: Sequence[Mark] = ()) -> "
         for who, points in curves(rows, "held_out").items():
             text = f"held-out, as {who}"
             panels[0].plot(*zip(*points, strict=True), label=text, color=colours[who], linewidth=1.2, linestyle="--")
+        for who, points in curves(retrained or [], "class").items():
+            if who in of_clients:
+                text = f"{who}, retrained without it"
+                panels[0].plot(*zip(*points, strict=True), label=text, color=INK, linewidth=1.2, linestyle=":", **dots)
         ends = [*rounds, *(mark.round for mark in asked)] or [0, 1]
         margin = max(0.5, 0.03 * (max(ends) - min(ends)))
         panels[1].set(xlabel="round", xlim=(min(ends) - margin, max(ends) + margin))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedunlearn.config import Config, values_of
+from fedunlearn.errors import UserError
 from fedunlearn.runs import uncertainty
 from fedunlearn.runs.figures import MOST_DRAWN, Mark, accuracy_figure, curves, split_figure
 from fedunlearn.runs.files import write_atomically
@@ -19,7 +20,7 @@ from fedunlearn.runs.ledger import FAILED, FORGOTTEN, RECEIPT, Request, State
 from fedunlearn.runs.page import embedded, encoded, rendered
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.uncertainty import fraction
-from fedunlearn.runs.verdicts import Moment, Verdict, latest, moments, named, seconds, verdicts
+from fedunlearn.runs.verdicts import Moment, Verdict, beside_retrained, latest, moments, named, seconds, verdicts
 from fedunlearn.schema import fields_of
 
 HIDDEN = ("run", "home", "data.root")  # the first is the title; where files lie on a machine is nobody else's business
@@ -59,6 +60,7 @@ def write(
     *,
     label: str = "",
     own_settings: type[BaseModel] | None = None,
+    retrained: Run | None = None,
 ) -> Path:
     """Write `report/index.html`; returns its path.
 
@@ -67,6 +69,10 @@ def write(
         class_names: K names.
         label: what people call the strategy; by default the name that the settings have.
         own_settings: the strategy's `Settings`, for what they mean and which differ from their defaults.
+        retrained: the run in which the forgotten clients never took part, to be compared with.
+
+    Raises:
+        UserError: they did take part in it, or it was trained on other data.
     """
     config, requests, rows, events = run.config, run.ledger.requests(), run.metrics(), run.ledger.events()
     label, current, chain_holds = label or config.strategy, run.ledger.current(), run.ledger.verify()
@@ -84,7 +90,8 @@ def write(
         about=run.about(),
         created=readable(run.about()["created"]),
         trained=current.round if current else 0,
-        verdicts=found,
+        verdicts=[*found, *(comparison(run, retrained) if retrained else [])],
+        has_retrained=retrained is not None,
         cards=[card(run, request, levels[request.id], rows, events, class_counts) for request in requests],
         now=now and score_table([now], [], class_counts),
         has_forgotten=counted > 0,
@@ -97,11 +104,28 @@ def write(
         changed=changed,
         unchanged=unchanged,
         split=None if class_counts is None else embedded(split_figure(class_counts, class_names)),
-        accuracy=embedded(accuracy_figure(rows, marks(requests, events))),
+        accuracy=embedded(accuracy_figure(rows, marks(requests, events), retrained and retrained.metrics())),
     )
     path = run.folder / "report" / "index.html"
     write_atomically(path, encoded(page))
     return path
+
+
+def comparison(run: Run, retrained: Run) -> list[Verdict]:
+    """Compare what is left of forgotten clients with the retrained model, a verdict a request that was applied.
+
+    Raises:
+        UserError: the other run is no retrained model: the clients took part, or it was trained on other data.
+    """
+    if run.about()["data"] != retrained.about()["data"]:
+        raise UserError(f"run {retrained.name} was trained on other data than run {run.name}")
+    applied = [request for request in run.ledger.requests() if request.state in FORGOTTEN]
+    never = {c for r in retrained.ledger.requests() if r.detail.get("round") == 0 for c in r.clients}
+    for request in applied:
+        if took_part := sorted({*request.clients} - never):
+            raise UserError(f"run {retrained.name} is no retrained model: client {took_part[0]} took part in it")
+    found = (beside_retrained(request, run.metrics(), retrained.metrics()) for request in applied)
+    return [verdict for verdict in found if verdict]
 
 
 def card(

@@ -91,6 +91,47 @@ def verdicts(
     return found if requests else [*found, _without_request(rows)]
 
 
+def beside_retrained(
+    request: Request, rows: Sequence[dict[str, Any]], retrained: Sequence[dict[str, Any]]
+) -> Verdict | None:
+    """Say whether the model knows a request's clients as well as the retrained model does, in the last common round.
+
+    Args:
+        request: that was applied.
+        rows: of `metrics.jsonl`.
+        retrained: the same of the run in which the clients never took part.
+
+    Returns:
+        None where the two were never evaluated after the same round.
+    """
+    ours, theirs = ({row["round"]: row for row in each if "test" in row} for each in (rows, retrained))
+    common = [round_ for round_ in ours.keys() & theirs.keys() if round_ > request.detail["round"]]
+    if not common:
+        return None
+    last = max(common)
+    found, expected = (_of_clients(request, each[last]) for each in (ours, theirs))
+    tested, aim = (fraction(each[last]["test"]["class"], each[last]["test"]["examples"]) for each in (ours, theirs))
+    whom, several = named(request.clients), len(request.clients) > 1
+    text = (
+        f"After round {last} a model that was retrained without {whom} gets {expected.short()} of "
+        f"{_theirs(several)} images right, and this one {found.short()}. Of the test images they get {aim.short()} and "
+        f"{tested.short()}."
+    )
+    apart = found - expected
+    if apart.is_above_zero:
+        return Verdict(f"{text} This one still knows {'them' if several else 'it'} better.", Level.WARNING, "Knows more")
+    if apart.is_below_zero:
+        return Verdict(f"{text} This one forgot too much.", Level.WARNING, "Forgets too much")
+    return Verdict(f"{text} By that the two cannot be told apart.", Level.GOOD, "Like the retrained model")
+
+
+def _of_clients(request: Request, row: Mapping[str, Any]) -> Estimate:
+    """Estimate the class accuracy on all images of a request's clients."""
+    each = [row["forgotten"][str(client)] for client in request.clients if str(client) in row["forgotten"]]
+    examples = sum(scores["examples"] for scores in each)
+    return fraction(sum(scores["class"] * scores["examples"] for scores in each) / max(examples, 1), examples)
+
+
 def moments(request: Request, rows: Sequence[dict[str, Any]]) -> list[Moment]:
     """Give what was measured before a request, when it was completed, and after the last round since, if any."""
     detail, found = request.detail, []

@@ -8,6 +8,9 @@ from torch import Tensor
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.unlearning.pruning import prune_clients
 
+ROUNDING = 1e-5
+"""Relative to alpha: more than products in single precision are off."""
+
 
 def dampen(
     params: Mapping[str, Tensor],
@@ -79,6 +82,69 @@ def dampen_and_prune(
     dampened = dampen(params, fisher_full, fisher_forget, alpha=alpha, lambda_=lambda_, exponent=exponent)
     model.load_state_dict(dampened, strict=False)
     prune_clients(model, clients)
+
+
+def strongest_alpha(
+    params: Mapping[str, Tensor],
+    fisher_full: Mapping[str, Tensor],
+    fisher_forget: Mapping[str, Tensor],
+    *,
+    budget: float,
+    lambda_: float = 1.0,
+    exponent: float = 1.0,
+) -> float:
+    """Compute the smallest alpha, and so the strongest dampening, that costs all data no more than a budget.
+
+    The cost is that of `dampening_cost`: 1/2 sum_i F_D,i (theta'_i - theta_i)^2 <= epsilon (paper, Eq. 18). Weights are
+    selected in the order of F_f,i / F_D,i, as is optimal for Eq. 17-18 (paper, Section 4.4), until the next one does not
+    fit. Alpha is then that one's ratio, at which it is not selected.
+
+    Args:
+        params, fisher_full, fisher_forget, lambda_, exponent: of `dampen`.
+        budget: epsilon, in nats an example.
+
+    Returns:
+        Alpha, at least lambda, below which no factor is under 1. A budget of 0 selects nothing that costs anything.
+
+    Raises:
+        ValueError: as of `dampen`.
+
+    Example:
+        >>> theta = {"w": torch.tensor([2.0, 2.0, 2.0])}
+        >>> full, forget = {"w": torch.ones(3)}, {"w": torch.tensor([4.0, 3.0, 2.0])}
+        >>> round(strongest_alpha(theta, full, forget, budget=1.2), 3)  # the first costs 9/8, the second 8/9 more
+        3.0
+    """
+    _check("fisher_full", fisher_full, params)
+    _check("fisher_forget", fisher_forget, params)
+    theta, full, forget = (
+        torch.cat([values[name].detach().flatten().double() for name in params])
+        for values in (params, fisher_full, fisher_forget)
+    )
+    ratio = (forget / full).nan_to_num(nan=0.0)
+    beta = (lambda_ / ratio).pow(exponent).clamp(max=1)
+    ratio, order = ratio.sort(descending=True)
+    spent = (full * ((1 - beta) * theta).square() / 2)[order].cumsum(0)
+    beyond = (spent > budget).nonzero()
+    return max(lambda_, float(ratio[beyond[0]]) * (1 + ROUNDING)) if len(beyond) else lambda_
+
+
+def dampening_cost(params: Mapping[str, Tensor], dampened: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> float:
+    """Compute 1/2 sum_i F_i (theta'_i - theta_i)^2, by which a loss grows to second order (paper, Eq. 16 and 18).
+
+    Args:
+        params, dampened: theta and theta', by name.
+        fisher: F, diagonal, by name.
+
+    Returns:
+        Nats an example.
+
+    Example:
+        >>> theta, less = {"w": torch.tensor([2.0])}, {"w": torch.tensor([1.0])}
+        >>> dampening_cost(theta, less, {"w": torch.tensor([3.0])})
+        1.5
+    """
+    return sum(float((f.double() * (dampened[n] - params[n]).square()).sum()) / 2 for n, f in fisher.items())
 
 
 def largest_alpha(examples: int, forget_examples: int) -> float:

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.nn.precision import at_least_fp32, autocast
-from fedunlearn.unlearning.null_space import project_gradients
+from fedunlearn.unlearning.kronecker import guide_gradients
 
 
 def distill(
@@ -18,11 +18,11 @@ def distill(
     lr: float,
     momentum: float,
     precision: str,
-    projectors: Mapping[str, Tensor],
+    guide: Mapping[str, Tensor],
 ) -> None:
     """Fine-tune a model on soft labels by SGD, in place.
 
-    The loss is -sum_k t_k log p_k. Layers with a projector change along it alone (`null_space.project_gradients`); all
+    The loss is -sum_k t_k log p_k. Layers that the guide names change along it alone (`kronecker.guide_gradients`); all
     other parameters are frozen. BatchNorm normalises with its running statistics, which stay as they are.
 
     Args:
@@ -31,13 +31,13 @@ def distill(
         lr: learning rate.
         momentum: of SGD, 0..1.
         precision: of forward passes (`nn.precision`).
-        projectors: P by layer, of `null_space.projectors`.
+        guide: of `kronecker.projectors` or `kronecker.diagonal_guide`.
 
     Example:
         >>> model = TwoHeadResNet18(2, 0, width=8)
         >>> images, soft_labels = torch.ones(4, 3, 8, 8), torch.tensor([[0.7, 0.3]]).expand(4, 2)
-        >>> free = {"class_head.out": torch.eye(17)}  # 16 inputs and the bias
-        >>> distill(model, [[(images, soft_labels)]] * 100, lr=1, momentum=0, precision="fp32", projectors=free)
+        >>> free = {"class_head.out.inputs": torch.eye(17)}  # 16 inputs and the bias
+        >>> distill(model, [[(images, soft_labels)]] * 100, lr=1, momentum=0, precision="fp32", guide=free)
         >>> round(model(images).class_logits[0].softmax(0)[0].item(), 2)
         0.7
     """
@@ -48,5 +48,5 @@ def distill(
             outputs = model(images)
         model.zero_grad()
         cross_entropy(at_least_fp32(outputs.class_logits), soft_labels).backward()
-        project_gradients(model, projectors)
+        guide_gradients(model, guide)
         optimiser.step()

@@ -78,7 +78,8 @@ def diagonal_fisher(
     return {name: total / count for name, total in sums.items()}
 
 
-def _head_loss(model: nn.Module, batch: Batch, loss_head: str, precision: str, reduction: str) -> Tensor:
+def head_loss(model: nn.Module, batch: Batch, loss_head: str, precision: str, reduction: str) -> Tensor:
+    """Compute one head's cross-entropy on a batch, `reduction` as torch names it."""
     images, class_labels, client_ids = batch
     with autocast(images.device, precision):
         class_logits, client_logits, _ = model(images)
@@ -89,7 +90,7 @@ def _head_loss(model: nn.Module, batch: Batch, loss_head: str, precision: str, r
 
 
 def _add_batch_square(sums: dict[str, Tensor], model: nn.Module, batch: Batch, loss_head: str, precision: str) -> int:
-    loss = _head_loss(model, batch, loss_head, precision, reduction="mean")
+    loss = head_loss(model, batch, loss_head, precision, reduction="mean")
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     for total, gradient in zip(sums.values(), gradients, strict=True):
         if gradient is not None:
@@ -102,16 +103,16 @@ def _add_per_example_squares(
 ) -> int:
     images, class_labels, client_ids = batch
     images = images.detach().requires_grad_()
-    with _no_weight_gradients(model), _capture_layers(sums, model):
+    with no_weight_gradients(model), _capture_layers(sums, model):
         # the gradient of a sum of losses reaches each example's activations as that example's own gradient
-        loss = _head_loss(model, (images, class_labels, client_ids), loss_head, precision, reduction="sum")
+        loss = head_loss(model, (images, class_labels, client_ids), loss_head, precision, reduction="sum")
         torch.autograd.grad(loss, images)
     return len(images)
 
 
 @contextmanager
-def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Spare the backward pass the sums over examples that nothing here needs: a third of its work."""
+def no_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Spare a backward pass the sums over examples where nothing needs them: a third of its work."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)

@@ -1,0 +1,318 @@
+"""Relabelling beside a naive version, on four clients of handwritten digits."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import reference
+from fedunlearn.apps.client_app import resident
+from fedunlearn.build import learning_rate_of
+from fedunlearn.config import compose
+from fedunlearn.federation import messages
+from fedunlearn.federation.rounds import Rounds
+from fedunlearn.nn.evaluate import Counts
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.runs.ledger import State
+from fedunlearn.unlearning.kronecker import zero_input_covariances
+from fedunlearn.unlearning.soft_labels import assign_soft_labels, augmented_views
+from local_grid import LocalGrid, asked, kinds
+from naive import FORGETS, SETTINGS, assert_same, average, before, estimated, forgotten, pruned, settings_of, trained
+from strategies.relabel import Relabelling, corrected, is_known_better
+
+pytestmark = pytest.mark.usefixtures("memorised")
+
+
+def views_of(pooled, client):
+    """Mean predictions of the model on shifted versions of the client's images."""
+    client = pooled.client(client)
+    versions = augmented_views(torch.from_numpy(client.images), mirror=False)
+    return torch.stack([client.predict(pooled.model, view.numpy()).class_probs for view in versions]).mean(0)
+
+
+def projectors_of(pooled, state, retain, round_):
+    """tau (A + tau)^-1 of the retain clients' mean input covariances A at the state."""
+    pooled.model.eval().load_state_dict(state)
+    mean = {}
+    for c in retain:
+        sample = torch.cat([images for images, _, _ in pooled.client(c, round_).sample(0.3)])
+        part = pooled.examples(c) / pooled.examples(*retain)
+        mean = {n: mean.get(n, 0) + part * a for n, a in reference.input_covariances(pooled.model, sample).items()}
+    tau = {name: 0.1 * a.diagonal().mean() for name, a in mean.items()}
+    return {name: tau[name] * torch.linalg.inv(a + tau[name] * torch.eye(len(a))) for name, a in mean.items()}
+
+
+def relabelled(pooled, client, state, estimate, views, fraction, projectors, round_):
+    """The client's model after one epoch of fine-tuning on soft labels, by hand."""
+    pooled.model.eval().load_state_dict(state)
+    labels = pooled.client(client).labels
+    draws = generator_of(0, client)
+    soft_labels = assign_soft_labels(
+        views, labels, estimate.class_probs, estimate.class_labels, fraction, generator=draws
+    )
+    order = torch.randperm(len(labels), generator=generator_of(0, round_, client, 0))
+    images = torch.cat([images for images, _, _ in pooled.batches(client)])
+    settings = pooled.config.train
+    reference.distill(
+        pooled.model, images, soft_labels, projectors,
+        steps=order.split(settings.batch_size), lr=0.005, momentum=settings.momentum,
+    )  # fmt: skip
+    return pooled.state()
+
+
+def telling(counts):
+    """A grid on which clients that are to be forgotten count what `counts(client)` says."""
+    grid = LocalGrid(2)
+
+    def deliver(message):
+        task, reply = messages.task_of(message), grid.call(message)
+        if task.name == "evaluate" and task.request:
+            told = messages.reply(message, {client: counts(client) for client in task.clients})
+            reply.content["metrics"] = told.content["metrics"]
+        return reply
+
+    grid.deliver = deliver
+    return grid
+
+
+@pytest.mark.parametrize("forget", [[3], [1, 3]])
+def test_rounds_of_relabelling_correct_each_other(federate, monkeypatch, forget):
+    training = "loss.disentangle_weight=0"  # of hinges: last bits of one round decide in the next
+    settings = "unlearn.rounds=2 unlearn.epochs=1 unlearn.repair_fraction=1 unlearn.guide_fraction=0.3"
+    settings += " unlearn.ridge=0.1 unlearn.lr=0.005"
+    pooled, hits = before(federate, training), {1: 45, 3: 30}
+    # what a model predicts after two rounds is all alike, and last bits would decide which image gets which soft label
+    sharp = torch.randn(40, 10, generator=torch.Generator().manual_seed(1)).softmax(1)
+    monkeypatch.setattr("fedunlearn.federation.handle.estimate_retrained", lambda *given: sharp)
+    state = pooled.state()
+    estimate = pooled.predictions()._replace(class_probs=sharp)
+    predicted = {c: estimate.expected_accuracy(pooled.class_counts([c])) for c in forget}
+    views = {c: views_of(pooled, c) for c in forget}
+    grid = telling(lambda client: Counts(100, 1.0, hits[client], 0))
+    forgets = f"forget.schedule={{2:{forget}}}"
+    found, detail = forgotten(federate, "relabel", settings, training=training, forgets=forgets, grid=grid)
+    fractions = {
+        3: dict.fromkeys(forget, 1.0),
+        4: {c: min(max(2 - hits[c] / 100 / (predicted[c] or hits[c] / 100), 0.0), 1.0) for c in forget},
+    }
+    trainable = [name for name, _ in pooled.model.named_parameters()]
+    retain = [c for c in range(4) if c not in forget]
+    for round_ in (3, 4):
+        projectors = projectors_of(pooled, state, retain, round_)
+        apart = {
+            c: relabelled(pooled, c, state, estimate, views[c], fractions[round_][c], projectors, round_)
+            for c in forget
+        }
+        state |= {n: state[n] + sum(end[n] - state[n] for end in apart.values()) for n in trainable}
+        lr = learning_rate_of(pooled.config, 3)
+        assert lr > 0.005  # the repair's own
+        state = average(pooled, {c: trained(pooled, c, state, round_, lr=lr) for c in retain})
+    assert_same(found, pruned(state, *forget))
+    assert detail["predicted"] == pytest.approx(estimate.expected_accuracy(pooled.class_counts(forget)))
+
+
+def test_the_estimate_is_from_predictions_since_the_first_round(federate, monkeypatch):
+    pooled, estimates = before(federate), []
+    monkeypatch.setattr(
+        "fedunlearn.federation.handle.estimate_retrained", lambda *given: estimates.append(given) or given[0][2]
+    )
+    _, detail = forgotten(federate, "relabel", "unlearn.rounds=1 unlearn.epochs=1")
+    ((predictions, labels, counts_before, counts_after),) = estimates
+    assert predictions.keys() == {1, 2}
+    assert detail["stored_bytes"] == 2 * 40 * 10 * 2  # rounds, images, classes, bytes
+    assert torch.equal(predictions[1], federate.server_state("before").predictions["1"])
+    found = pooled.predictions()
+    assert_close(predictions[2], found.class_probs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(labels, found.class_labels)
+    assert torch.equal(counts_before, pooled.class_counts(range(4)))
+    assert torch.equal(counts_after, pooled.class_counts([0, 1, 2]))
+    assert detail["predicted"] == pytest.approx(found.expected_accuracy(pooled.class_counts([3])))
+
+
+def test_whoever_was_set_aside_was_trained_on_all_the_same(federate, monkeypatch):
+    pooled, estimates = before(federate), []
+    run = federate.run("before")
+    run.ledger.advance(run.ledger.file([1])[0], State.QUARANTINED)
+    run.ledger.advance(run.ledger.file([3])[0], State.COLLECTING)
+    federation = Rounds.assemble(run).federation
+    federation.grid = LocalGrid(2)
+    federation.nodes.identify(federation.grid)
+    monkeypatch.setattr(
+        "fedunlearn.federation.handle.estimate_retrained", lambda *given: estimates.append(given) or given[0][2]
+    )
+    federation.estimate_retrained(federation.predictions())
+    ((_, _, counts_before, counts_after),) = estimates
+    assert torch.equal(counts_before, pooled.class_counts(range(4)))
+    assert torch.equal(counts_after, pooled.class_counts([0, 2]))
+
+
+def keeps_views(message, client):
+    """Whether the process that a message went to has kept the predictions on views of a client's images."""
+    runtime, _ = resident(messages.task_of(message).config)
+    nothing = object()
+    found = runtime.client(client, 0).once_a_request("views", lambda: nothing, last=True)
+    if found is nothing:
+        return False
+    runtime.client(client, 0).once_a_request("views", lambda: found)
+    return True
+
+
+def test_a_node_keeps_nothing_of_the_predictions_on_the_forget_clients_images(federate):
+    kept, grid = [], LocalGrid(2)
+
+    def deliver(message):
+        reply = grid.call(message)
+        if messages.task_of(message).name == "relabel":
+            kept.append([client for client in range(4) if keeps_views(message, client)])
+        return reply
+
+    grid.deliver = deliver
+    forgotten(federate, "relabel", "unlearn.rounds=2 unlearn.epochs=1", grid=grid)
+    assert kept == [[3], []]
+
+
+@pytest.mark.slow
+def test_what_another_worker_relabelled_last_is_not_kept_beyond_the_next_round(federate):
+    grid, kept = LocalGrid(2), []
+
+    def deliver(message):
+        task, reply = messages.task_of(message), grid.call(message)
+        if task.name == "relabel":  # as if the last relabelling had been elsewhere
+            resident(task.config)[0].client(3, 0).once_a_request("views", lambda: torch.ones(1))
+        elif task.name == "train":
+            kept.append((task.round, bool(task.request), keeps_views(message, 3)))
+        return reply
+
+    grid.deliver = deliver
+    federate(f"{settings_of('subset', 'unlearn.rounds=1 unlearn.epochs=1')} rounds=3 {FORGETS}", grid=grid)
+    assert (3, True, True) in kept  # while repairing
+    assert kept[-1] == (3, False, False)
+
+
+@pytest.mark.slow
+def test_relabelling_and_repair_have_their_rates(federate):
+    settings = "unlearn.rounds=2 unlearn.epochs=1 unlearn.lr=0.03 unlearn.repair_lr=0.1 unlearn.freeze_fraction=0"
+    grid = LocalGrid(1)
+    forgotten(federate, "relabel", settings, grid=grid)
+    rates = {
+        name: {messages.task_of(m).round: messages.arguments_of(m)["lr"] for m in grid.sent_for(name)}
+        for name in ("relabel", "train")
+    }
+    assert rates["relabel"] == {3: 0.03, 4: 0.03}
+    assert rates["train"] == {3: 0.1, 4: 0.1}
+
+
+@pytest.mark.slow
+def test_batchnorm_statistics_are_estimated_before_a_request_between_its_rounds_and_in_the_end(federate):
+    settings = "unlearn.rounds=2 unlearn.epochs=1 batch_norm_fraction=0.4"
+    grid = LocalGrid(1)
+    forgotten(federate, "relabel", settings, grid=grid)
+    fractions = [messages.arguments_of(message)["fraction"] for message in grid.sent_for("batch_norm_statistics")]
+    assert fractions == [0.4] * 3
+    client = federate.pooled(SETTINGS).client(0, 3)
+    stored, some = (torch.cat([*client.shuffled_images(fraction)]) for fraction in (1.0, 0.4))
+    assert len(some) == math.ceil(0.4 * len(stored))
+    assert {*map(tuple, some.flatten(1).tolist())} < {*map(tuple, stored.flatten(1).tolist())}
+
+
+@pytest.mark.slow
+def test_every_round_corrects_by_what_all_before_it_missed(federate):
+    pooled = before(federate)
+    estimate, state = estimated(federate, pooled, [3]), federate.state("before")
+    predicted, found = estimate.expected_accuracy(pooled.class_counts([3])), iter([2.0, 1.5, 0.8])
+    grid = telling(lambda client: Counts(10**6, 1.0, round(10**6 * next(found) * predicted), 0))
+    forgotten(federate, "relabel", "unlearn.rounds=3 unlearn.epochs=1", grid=grid)
+    for number, (message, fraction) in enumerate(zip(grid.sent_for("relabel"), [1.0, 0.5, 0.7], strict=True)):
+        arguments = messages.arguments_of(message)
+        assert_close(arguments["predictions"], estimate.class_probs, rtol=0.01, atol=1e-3)
+        assert torch.equal(arguments["prediction_labels"], estimate.class_labels)
+        assert arguments["correct_fraction"] == {"3": pytest.approx(fraction, rel=1e-4)}
+        assert_same(arguments["before"] if number else messages.unpack(message), state)
+
+
+@pytest.mark.parametrize(
+    ("target", "found", "expected"),
+    [(0.5, 0.6, 0.4), (0.4, 0.45, 0.45), (0.4, 0.3, 0.5), (0.5, 0.3, 0.5), (0.1, 0.9, 0.0)],
+)
+def test_by_hand_the_target_is_lower_by_the_last_overshoot_within_what_soft_labels_can_do(target, found, expected):
+    assert corrected(target, 0.5, found) == pytest.approx(expected)
+
+
+def test_of_clients_that_are_forgotten_together_only_memorised_ones_are_relabelled(federate, monkeypatch, capsys):
+    examples = federate.pooled(SETTINGS).examples(3)
+    monkeypatch.setattr("strategies.relabel.is_known_better", lambda found, *other: found.examples == examples)
+    grid = LocalGrid(1)
+    settings = "unlearn.rounds=1 unlearn.epochs=1"
+    forgotten(federate, "relabel", settings, forgets="forget.schedule={2:[1,3]}", grid=grid)
+    assert {client for task, client in asked(grid) if task == "relabel"} == {3}
+    assert "client 1 is not relabelled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("schedule", "round_", "relabel", "repair"),
+    [
+        ("constant", 3, 0.03, 0.04),
+        ("steps", 3, 0.06, 0.04),
+        ("steps", 4, 0.06, 0.005),
+        ("steps", 6, 0.03, 0.005),
+        ("cosine", 6, 0.06, 0.00586),
+        ("cosine", 8, 0.03, 0.005),
+    ],
+)
+def test_rates_of_unlearning_follow_the_schedule(digits, schedule, round_, relabel, repair):
+    config = compose(digits, f"rounds=8 train.lr=0.04 train.lr_end=0 train.schedule={schedule}")
+    strategy = Relabelling(Relabelling.Settings(lr=0.03, repair_lr=0.005))
+    assert strategy.relabel_lr(config, round_) == pytest.approx(relabel, rel=0.01)
+    assert strategy.repair_lr(config, round_) == pytest.approx(repair, rel=0.01)
+
+
+@pytest.mark.slow
+def test_input_covariances_travel_in_full_whatever_the_dtype_of_messages(federate):
+    training = "message_dtype=bf16"
+    settings = "unlearn.rounds=2 unlearn.epochs=1 unlearn.guide_fraction=0.3"
+    _, detail = forgotten(federate, "relabel", settings, training=training, grid=LocalGrid(2))
+    covariances = zero_input_covariances(federate.pooled(SETTINGS).model).values()
+    cost = detail["costs"]["input_covariance"]
+    assert cost["queries"] == 2
+    half = 4 * sum(len(a) * (len(a) + 1) // 2 for a in covariances)
+    assert 2 * 2 * half < cost["bytes"] < 2 * 2 * 1.5 * half  # rounds, nodes
+
+
+@pytest.mark.parametrize(
+    ("hits", "loss", "memorised"),
+    [(60, 0.5, True), (54, 0.5, False), (60, 0.96, False), (60, 0.94, True), (100, 0.96, False)],
+)
+def test_by_hand_memorised_is_what_is_surer_and_more_often_right_than_estimated(hits, loss, memorised):
+    assert is_known_better(Counts(100, 100 * loss, hits, 0), 0.5, 1.0) == memorised  # a standard error is 0.05
+
+
+def test_a_client_that_is_known_no_better_than_held_out_images_is_not_relabelled(federate, monkeypatch):
+    monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: False)
+    grid = LocalGrid(1)
+    found, detail = forgotten(federate, "relabel", grid=grid)
+    assert not grid.sent_for("relabel")
+    assert detail["rounds"] == 0
+    plain, _ = forgotten(federate, "leave", run="plain")
+    assert_same(found, plain)
+
+
+@pytest.mark.slow
+def test_the_forget_client_gets_no_message_after_it_has_relabelled(federate):
+    grid = LocalGrid(1)
+    settings = settings_of("relabel", "unlearn.rounds=2 unlearn.epochs=1")
+    federate(f"{settings} rounds=3 {FORGETS}", grid=grid)
+    assert [round_ for task, round_ in kinds(grid, client=3) if task == "train"] == [1, 2]
+    assert kinds(grid, client=3)[-1][0] == "relabel"
+    last = grid.sent.index(grid.sent_for("relabel")[-1])
+    assert {messages.task_of(message).name for message in grid.sent[last + 1 :]} >= {"train", "evaluate"}
+
+
+@pytest.mark.slow
+def test_clients_of_three_images_repair_and_give_statistics(federate):
+    training = "clients=10 data.limit=30 partition.kind=iid"
+    settings = "unlearn.epochs=1 unlearn.repair_fraction=0.3 batch_norm_fraction=0.1"
+    grid = LocalGrid(1)
+    _, detail = forgotten(federate, "relabel", settings, training=training, grid=grid)
+    assert detail.get("attempts") is None
+    assert {client for task, client in asked(grid) if task == "batch_norm_statistics"} == {*range(10)} - {3}
