@@ -140,7 +140,8 @@ class Forget(Settings):
     """Forget requests: those known in advance, and what holds for all of them."""
 
     schedule: dict[int, list[int]] = Field(
-        default_factory=dict, description="round -> clients forgotten after it, as {6:[3]}"
+        default_factory=dict,
+        description="round -> clients forgotten after it, as {6:[3]}; those of round 0 never take part",
     )
     attempts: int = Field(default=3, ge=1, le=100, description="times a request is tried before it is set aside")
     rounds_until_completed: int = Field(
@@ -257,7 +258,7 @@ def check(config: Config) -> Config:
     if config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
         raise UserError(f"run={config.run!r} is no name: a letter or digit, then also '.', '_' and '-'")
     for round_, clients in config.forget.schedule.items():
-        if not 1 <= round_ <= config.rounds:
+        if not 0 <= round_ <= config.rounds:
             raise UserError(f"forget.schedule: round {round_} is not in 0..{config.rounds}")
         check_clients(clients, config.clients)
     return config

@@ -135,7 +135,7 @@ class Relabelling(Strategy):
     @client_task(sends=factor_triangles, exact=True)
     @staticmethod
     def kronecker_factors(client: Client, model: TwoHeadResNet18, settings: Settings) -> Tensors:
-        """The covariances of each layer's inputs, and of the loss's gradients by its outputs, on a few of its images."""
+        """Covariances of each layer's inputs, and of the loss's gradients by its outputs, on a few of its images."""
         sample = client.sample(settings.guide_fraction, batch_size=client.evaluation_batch)
         return kronecker.upper(kronecker.kronecker_factors(model, sample, precision=client.precision))
 
@@ -171,20 +171,15 @@ class Relabelling(Strategy):
             last: whether this is the last round of the request.
         """
 
-        def make_views() -> Tensor:
-            model.load_state_dict(client.broadcast() if before is None else before)
-            versions = augmented_views(torch.from_numpy(client.images), mirror=client.config.data.mirror)
-            return torch.stack([client.predict(model, view.numpy()).class_probs for view in versions]).mean(0)
-
-        views = client.once_a_request("views", make_views, last=last)
-        soft_labels = assign_soft_labels(
-            views,
-            client.labels,
+        soft_labels = soft_labels_of(
+            client,
+            model,
             predictions,
             prediction_labels,
-            correct_fraction.get(str(client.id), 1.0),
-            generator=generator_of(client.config.seed, client.id),
-        ).to(client.device)
+            correct_fraction=correct_fraction.get(str(client.id), 1.0),
+            before=before,
+            last=last,
+        )
         model.load_state_dict(client.broadcast())
         distill(
             model,
@@ -305,6 +300,40 @@ class Relabelling(Strategy):
     def repair_lr(self, config: Config, round_: int) -> float:
         """Give `repair_lr`, or in the middle of training the schedule's present rate, where that is higher."""
         return max(self.settings.repair_lr, learning_rate_of(config, round_ + 1))
+
+
+def soft_labels_of(
+    client: Client,
+    model: TwoHeadResNet18,
+    predictions: Tensor,
+    prediction_labels: Tensor,
+    *,
+    correct_fraction: float = 1.0,
+    before: Tensors | None = None,
+    last: bool = False,
+) -> Tensor:
+    """Give soft labels for a client's images, [N, K], as `unlearning.soft_labels` assigns them.
+
+    Args:
+        model: to work with; it is another one afterwards.
+        predictions, prediction_labels, correct_fraction: of `assign_soft_labels`.
+        before: the model as it was before it was relabelled; by default the broadcast one.
+        last: whether nothing has to be kept for a further call during this request.
+    """
+
+    def make_views() -> Tensor:
+        model.load_state_dict(client.broadcast() if before is None else before)
+        versions = augmented_views(torch.from_numpy(client.images), mirror=client.config.data.mirror)
+        return torch.stack([client.predict(model, view.numpy()).class_probs for view in versions]).mean(0)
+
+    return assign_soft_labels(
+        client.once_a_request("views", make_views, last=last),
+        client.labels,
+        predictions,
+        prediction_labels,
+        correct_fraction,
+        generator=generator_of(client.config.seed, client.id),
+    ).to(client.device)
 
 
 def is_known_better(found: Counts, predicted: float, predicted_loss: float) -> bool:

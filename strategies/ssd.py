@@ -5,15 +5,17 @@ from logging import getLogger
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from fedunlearn.config import Config, Precision
 from fedunlearn.config import Settings as CheckedSettings
 from fedunlearn.errors import UserError, unusable_replies
 from fedunlearn.federation.client import Client
-from fedunlearn.federation.handle import Federation, ForgetSet
+from fedunlearn.federation.handle import Federation, ForgetSet, total_counts
 from fedunlearn.federation.messages import Tensors
+from fedunlearn.federation.server_state import SOFTENED
 from fedunlearn.federation.strategy import Strategy
-from fedunlearn.federation.tasks import client_task, parameters
+from fedunlearn.federation.tasks import ClientTask, client_task, parameters
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.unlearning.dampening import dampen, largest_alpha, selected_fraction
@@ -21,6 +23,7 @@ from fedunlearn.unlearning.fisher import diagonal_fisher
 
 BISECTED = {1.0: 4, 0.1: 3}  # values of lambda, and how many of alpha are tried with each
 CLOSE = 0.02  # candidates as near to the target as this are told apart by the test accuracy
+MOST_LOST = 0.05  # of the test accuracy: what costs more has destroyed the model, and is not chosen
 
 log = getLogger("fedunlearn")
 
@@ -29,7 +32,9 @@ class SelectiveDampening(Strategy):
     """theta_i *= min((lambda F_D,i / F_f,i)^e, 1) where F_f,i > alpha F_D,i (Eq. 8-9; Foster et al., 2024).
 
     The clients send Fisher diagonals at the present model: F_f of the forget clients, and F_D = sum of n_c F_c / sum of
-    n_c of all. The server dampens, and trains the client head anew, where it does so.
+    n_c of all. The server dampens, and trains the client head anew, where it does so. `tune=auto` looks for the
+    strength that takes the forget clients to the accuracy that the retrained model is estimated to have on them. It
+    passes over strengths that destroy the model: those that lose more than 0.05 of the test accuracy.
     """
 
     label, colour, marker = "SSD", "#6a994e", "s"
@@ -49,6 +54,9 @@ class SelectiveDampening(Strategy):
         exponent: float = Field(default=1.0, ge=0, le=100, description="power of the dampening factor")
         loss_head: Literal["class", "client"] = Field(default="class", description="whose loss the Fisher is of")
         estimator: Literal["per_example", "batch"] = Field(default="per_example", description="of the Fisher")
+        temperature: float = Field(
+            default=1.0, ge=1e-3, le=1e6, description="that class logits are divided by; above 1 memorised images count"
+        )
         precision: Precision = Field(default="fp32", description="of the Fisher's forward and backward passes")
         retain_fraction: float = Field(
             default=1.0,
@@ -82,9 +90,11 @@ class SelectiveDampening(Strategy):
         full, forget_fisher = self.fishers(federation, forget)
         strength = {"alpha": settings.alpha, "lambda_": settings.lambda_}
         if settings.tune == "auto":
-            predicted = federation.estimated_accuracy(forget)
+            estimate = federation.estimate_retrained(federation.predictions())
+            predicted = estimate.expected_accuracy(total_counts(federation.class_counts(forget).values()))
             trials = self.search(federation, forget, full, forget_fisher, predicted)
-            chosen = nearest(trials, predicted)
+            sound = min(trials[0]["test"], estimate.total.class_accuracy) - MOST_LOST
+            chosen = nearest([trials[0], *(trial for trial in trials if trial["test"] >= sound)], predicted)
             strength = {name: chosen[name] for name in strength}
             search = {"predicted": predicted, "trials": trials}
         self.dampen(federation, full, forget_fisher, **strength)
@@ -93,22 +103,17 @@ class SelectiveDampening(Strategy):
         return {**strength, "exponent": settings.exponent, **search, "selected": selected}
 
     def fishers(self, federation: Federation, forget: ForgetSet) -> tuple[Tensors, Tensors]:
-        """Collect F_D over all clients and F_f over the forget clients, means over examples.
-
-        With `retain_fraction` < 1 the retain clients' part of F_D is estimated from that fraction of their examples.
-        """
-        asked = federation.run(self.fisher, on=forget)
-        retain = federation.run(self.fisher, on=federation.retain, fraction=self.settings.retain_fraction)
-        n_forget, n = asked.weight, retain.weight + asked.weight
-        limit = largest_alpha(round(n), round(n_forget))
-        if self.settings.tune == "fixed" and self.settings.alpha >= limit:
+        """Collect F_D over all clients and F_f over the forget clients; warn of an alpha that selects nothing."""
+        settings, n_forget = self.settings, federation.examples(forget)
+        n = n_forget + federation.examples(federation.retain)
+        limit = largest_alpha(n, n_forget)
+        if settings.tune == "fixed" and settings.alpha >= limit:
             log.warning(
                 "── unlearn.alpha=%g selects nothing: for this forget set, of %d of %d examples, take less than %.2f",
-                self.settings.alpha, n_forget, n, limit,
+                settings.alpha, n_forget, n, limit,
             )  # fmt: skip
-        device = federation.server.device
-        full = {name: ((retain.tensors[name] + f) / n).to(device) for name, f in asked.tensors.items()}
-        return full, {name: value.to(device) for name, value in asked.mean().items()}
+        fraction, temperature = settings.retain_fraction, settings.temperature
+        return collect_fishers(federation, self.fisher, forget, fraction=fraction, temperature=temperature)
 
     def dampen(
         self, federation: Federation, full: Tensors, forget_fisher: Tensors, *, alpha: float, lambda_: float
@@ -160,6 +165,29 @@ class SelectiveDampening(Strategy):
                 low, high = (middle, high) if trials[-1]["forgotten"] < target else (low, middle)
         federation.state = before
         return trials
+
+
+def collect_fishers(
+    federation: Federation, task: ClientTask, forget: ForgetSet, *, fraction: float, temperature: float
+) -> tuple[Tensors, Tensors]:
+    """Collect F_D over all clients and F_f over the forget clients, means over examples.
+
+    Args:
+        task: gives a client's Fisher, of a `fraction` of its images.
+        fraction: of each retain client's images; with less than 1 their part of F_D is estimated.
+        temperature: that class logits are divided by meanwhile. The Fishers are by the weights as they are.
+    """
+    with federation.softened(temperature):
+        asked = federation.run(task, on=forget)
+        retain = federation.run(task, on=federation.retain, fraction=fraction)
+
+    def hardened(name: str, value: Tensor) -> Tensor:
+        last = name.startswith(SOFTENED)  # the clients had this layer divided by the temperature
+        return (value / temperature**2 if last else value).to(federation.server.device)
+
+    n = retain.weight + asked.weight
+    full = {name: hardened(name, (retain.tensors[name] + f) / n) for name, f in asked.tensors.items()}
+    return full, {name: hardened(name, f) for name, f in asked.mean().items()}
 
 
 def nearest(trials: list[dict[str, float]], target: float) -> dict[str, float]:

@@ -9,12 +9,12 @@ from fedunlearn.errors import unusable_replies
 from fedunlearn.federation.client import Client
 from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.messages import Tensors
-from fedunlearn.federation.server_state import SOFTENED
 from fedunlearn.federation.tasks import client_task, parameters
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.unlearning.dampening import dampen, dampening_cost, selected_fraction, strongest_alpha
 from fedunlearn.unlearning.fisher import diagonal_fisher
 from strategies.relabel import Relabelling
+from strategies.ssd import collect_fishers
 
 log = getLogger("fedunlearn")
 
@@ -32,8 +32,8 @@ class SubsetUnlearning(Relabelling):
        Grosse, 2015). `Relabelling` says the rest: repair, correction, client head, frozen weights.
 
     Dampening raises the loss of D_f, and training that carries on would lower it again along the same way. After
-    relabelling the loss is as low as it will be, so that there is no way back. Pruning of the forget clients' neurons is
-    the run's own (Algorithm 1, line 6).
+    relabelling the loss is as low as it will be, so that there is no way back. Pruning of the forget clients' neurons
+    is the run's own (Algorithm 1, line 6).
     """
 
     label, colour, marker = "dampen + relabel (ours)", "#2a6f97", "o"
@@ -91,7 +91,11 @@ class SubsetUnlearning(Relabelling):
     def dampen_within_budget(self, federation: Federation, forget: ForgetSet) -> dict[str, float]:
         """Dampen as strongly as epsilon allows; returns what the receipt says of it."""
         settings = self.settings
-        full, forget_fisher = self.fishers(federation, forget)
+        log.info("── Fisher diagonals of %d forget and %d retain clients", len(forget), len(federation.retain))
+        fraction, temperature = settings.fisher_fraction, settings.temperature
+        full, forget_fisher = collect_fishers(
+            federation, self.fisher, forget, fraction=fraction, temperature=temperature
+        )
         with federation.editing() as model, unusable_replies():
             params = {name: value.detach().clone() for name, value in model.named_parameters()}
             alpha = strongest_alpha(params, full, forget_fisher, budget=settings.epsilon, lambda_=settings.lambda_)
@@ -104,19 +108,3 @@ class SubsetUnlearning(Relabelling):
             selected, alpha, settings.lambda_, spent, settings.epsilon,
         )  # fmt: skip
         return {"alpha": alpha, "lambda_": settings.lambda_, "selected": selected, "spent": spent}
-
-    def fishers(self, federation: Federation, forget: ForgetSet) -> tuple[Tensors, Tensors]:
-        """Collect F_D over all clients and F_f over the forget clients, of predictions softened by the temperature."""
-        log.info("── Fisher diagonals of %d forget and %d retain clients", len(forget), len(federation.retain))
-        with federation.softened(self.settings.temperature):
-            asked = federation.run(self.fisher, on=forget)
-            retain = federation.run(self.fisher, on=federation.retain, fraction=self.settings.fisher_fraction)
-        n, device = retain.weight + asked.weight, federation.server.device
-        full = {name: ((retain.tensors[name] + f) / n).to(device) for name, f in asked.tensors.items()}
-        forget_fisher = {name: value.to(device) for name, value in asked.mean().items()}
-        return self.hardened(full), self.hardened(forget_fisher)
-
-    def hardened(self, fisher: Tensors) -> Tensors:
-        """Give the Fisher by the weights themselves, where clients had the last layer's divided by the temperature."""
-        scale = {name: self.settings.temperature**-2 for name in fisher if name.startswith(SOFTENED)}
-        return {name: value * scale.get(name, 1.0) for name, value in fisher.items()}

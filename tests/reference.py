@@ -122,8 +122,9 @@ def kronecker_factors(model, images, labels):
     gradients = {name: [] for name in layers}
     model.eval()
     for image, label in zip(images, labels, strict=True):
-        outputs = {}
-        hooks = [m.register_forward_hook(lambda m, i, o, n=n: outputs.update({n: o})) for n, m in layers.items()]
+        outputs, hooks = {}, []
+        for name, layer in layers.items():
+            hooks.append(layer.register_forward_hook(lambda m, i, o, n=name, seen=outputs: seen.update({n: o})))
         loss = torch.nn.functional.cross_entropy(model(image[None]).class_logits, label[None])
         for hook in hooks:
             hook.remove()

@@ -13,7 +13,7 @@ from fedunlearn.runs.ledger import Ledger, State
 from local_grid import LocalGrid, asked, equal, kinds
 from naive import FORGETS, SETTINGS, assert_same, average, before, forgotten, pruned, trained
 
-EVERYTHING = {"ascent", "federaser", "leave", "negate", "pga", "relabel", "retrain", "ssd", "subset"}
+EVERYTHING = {"ascent", "federaser", "gradients", "leave", "negate", "pga", "relabel", "retrain", "ssd", "subset"}
 
 
 def test_the_strategies_that_are_installed():

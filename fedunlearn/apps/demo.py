@@ -52,8 +52,9 @@ def demonstrate(name: str, home: str = "") -> Path:
             simulate(
                 lambda grid: train(grid, config, [*WORDS, *own]),
                 Resources("local", config.clients),
-                way_on=lambda: f"{shlex.join(['fedunlearn', 'run', APP, *WORDS, *own])} goes on after round "
-                f"{last_round(folder)}",
+                way_on=lambda: (
+                    f"{shlex.join(['fedunlearn', 'run', APP, *WORDS, *own])} goes on after round {last_round(folder)}"
+                ),
             )
         log.info("waiting for the model that is retrained without client %d", CLIENT)
         if other.wait():

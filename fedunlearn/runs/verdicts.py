@@ -119,7 +119,9 @@ def beside_retrained(
     )
     apart = found - expected
     if apart.is_above_zero:
-        return Verdict(f"{text} This one still knows {'them' if several else 'it'} better.", Level.WARNING, "Knows more")
+        return Verdict(
+            f"{text} This one still knows {'them' if several else 'it'} better.", Level.WARNING, "Knows more"
+        )
     if apart.is_below_zero:
         return Verdict(f"{text} This one forgot too much.", Level.WARNING, "Forgets too much")
     return Verdict(f"{text} By that the two cannot be told apart.", Level.GOOD, "Like the retrained model")

@@ -1,10 +1,10 @@
 """Kronecker factors of the Fisher of a model's layers, and gradients that are guided by them.
 
-The Fisher of a layer with weights W is approximated by F = A (x) G. A is the mean of x x^T over the layer's inputs x, and
-G is the mean of d d^T over the loss's gradients d by its outputs (Martens and Grosse, 2015, "Optimizing neural networks
-with Kronecker-factored approximate curvature", Section 3.1). A step along (F + damping)^-1 of the retain clients' images
-changes their predictions little. With A alone it is a step in the null space of their inputs (Zeng et al., 2019,
-"Continual learning of context-dependent processing in neural networks").
+The Fisher of a layer with weights W is approximated by F = A (x) G. A is the mean of x x^T over the layer's inputs x. G
+is the mean of d d^T over the loss's gradients d by its outputs (Martens and Grosse, 2015, "Optimizing neural networks
+with Kronecker-factored approximate curvature", Section 3.1). A step along (F + damping)^-1 of the retain clients'
+images changes their predictions little. With A alone it is a step in the null space of their inputs (Zeng et al.,
+2019, "Continual learning of context-dependent processing in neural networks").
 
 Everything here is a dict of tensors whose names are a layer's name and one of `INPUTS`, `OUTPUTS`, `DIAGONAL`.
 """
@@ -40,7 +40,8 @@ def zero_input_covariances(model: TwoHeadResNet18) -> dict[str, Tensor]:
         `{layer.inputs: [d, d]}` in fp32.
 
     Example:
-        >>> zero_input_covariances(TwoHeadResNet18(num_classes=2, num_clients=3, width=8))["class_head.out.inputs"].shape
+        >>> model = TwoHeadResNet18(num_classes=2, num_clients=3, width=8)
+        >>> zero_input_covariances(model)["class_head.out.inputs"].shape
         torch.Size([17, 17])
     """
     sizes = {name: layer.weight[0].numel() + (layer.bias is not None) for name, layer in _layers(model).items()}
@@ -158,9 +159,7 @@ def _on_device(zeros: Mapping[str, Tensor], model: TwoHeadResNet18) -> dict[str,
     return {name: total.to(model.pruned.device) for name, total in zeros.items()}
 
 
-def projectors(
-    factors: Mapping[str, Tensor], *, ridge: float, output_ridge: float | None = None
-) -> dict[str, Tensor]:
+def projectors(factors: Mapping[str, Tensor], *, ridge: float, output_ridge: float | None = None) -> dict[str, Tensor]:
     """Compute P = tau (A + tau I)^-1 of every factor, with tau = ridge * mean of A's diagonal.
 
     P is the identity along directions that inputs (or gradients by outputs) do not have, and tau / (tau + lambda) along
@@ -181,7 +180,8 @@ def projectors(
         ValueError: A + tau I of a layer has an eigenvalue below zero, which no mean of x x^T has.
 
     Example:
-        >>> projectors({"layer.inputs": torch.diag(torch.tensor([6.0, 0.0, 0.0]))}, ridge=1.0)["layer.inputs"].diagonal()
+        >>> a = torch.diag(torch.tensor([6.0, 0.0, 0.0]))
+        >>> projectors({"layer.inputs": a}, ridge=1.0)["layer.inputs"].diagonal()
         tensor([0.2500, 1.0000, 1.0000])
     """
     by_kind = {INPUTS: ridge, OUTPUTS: ridge if output_ridge is None else output_ridge}

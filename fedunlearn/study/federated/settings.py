@@ -20,7 +20,7 @@ Scenario = Literal["single", "request_times", "sequential", "together", "everyon
 Stage = Literal["train", "retrain", "forget", "report"]
 
 STAGES: tuple[Stage, ...] = ("train", "retrain", "forget", "report")
-STRATEGIES = ("subset", "ssd", "leave", "ascent", "pga", "federaser", "negate")
+STRATEGIES = ("subset", "relabel", "gradients", "ssd", "leave", "ascent", "pga", "federaser", "negate")
 RETRAINING = "retrain"  # a strategy that is no subject of a study: its models are what all others are compared with
 TRACE = 5  # rounds between evaluations, and points of a curve
 

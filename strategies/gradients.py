@@ -1,0 +1,139 @@
+"""Relabelling by a few gradients: for forget clients that send gradients, but do not train for those who stay."""
+
+from dataclasses import replace
+from logging import getLogger
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedunlearn.federation.client import Client
+from fedunlearn.federation.handle import Federation
+from fedunlearn.federation.messages import Tensors, floating
+from fedunlearn.federation.server_state import ServerState
+from fedunlearn.federation.tasks import Update, client_task, parameters
+from fedunlearn.nn.evaluate import Counts
+from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.precision import at_least_fp32, autocast
+from fedunlearn.unlearning import kronecker
+from strategies.relabel import Goal, Relabelling, soft_labels_of
+
+HALVINGS = 4  # of the last step, where it went too far
+
+log = getLogger("fedunlearn")
+
+
+class GradientRelabelling(Relabelling):
+    """theta <- theta - lr (F_D + damping)^-1 g, a few times, g being the forget clients' gradient to their soft labels.
+
+    The soft labels, the guide F_D and all that comes after are those of `Relabelling`. The forget clients send a mean
+    gradient, one pass over their images, as they do for a Fisher. The server guides it and takes the step. It goes on
+    until as many of their images are right as the retrained model is estimated to get, and shortens the last step to
+    that.
+    """
+
+    label, colour, marker = "few gradients", "#8338ec", "X"
+
+    class Settings(Relabelling.Settings):
+        """Settings of relabelling by gradients; `rounds` and `epochs` of relabelling mean nothing here."""
+
+        steps: int = Field(default=8, ge=1, le=1000, description="at most, each with a gradient of the forget clients")
+        lr: float = Field(default=4.0, ge=0, le=1e6, description="length of a step, in guided gradients")
+        guide: Literal["inputs", "kronecker", "diagonal"] = Field(
+            default="kronecker", description=Relabelling.Settings.model_fields["guide"].description
+        )
+        guide_fraction: float = Field(
+            default=0.1, ge=1e-6, le=1, description=Relabelling.Settings.model_fields["guide_fraction"].description
+        )
+
+    @client_task(sends=parameters)
+    @staticmethod
+    def gradient(
+        client: Client,
+        model: TwoHeadResNet18,
+        settings: Settings,
+        *,
+        predictions: Tensor,
+        prediction_labels: Tensor,
+        before: Tensors | None = None,
+    ) -> Update:
+        """Its mean gradient towards soft labels for its images, and how many of these the model gets right.
+
+        Args:
+            predictions: estimated of the retrained model on held-out images, [T, K].
+            prediction_labels: classes of these images, [T].
+            before: the model as it was before the first step; by default the broadcast one.
+        """
+        soft_labels = soft_labels_of(client, model, predictions, prediction_labels, before=before)
+        model.load_state_dict(client.broadcast())
+        model.eval()
+        model.zero_grad()
+        for images, place in client.own_batches(client.generator()):
+            with autocast(images.device, client.precision):
+                outputs = model(images)
+            targets = soft_labels[place]
+            cross_entropy(at_least_fp32(outputs.class_logits), targets, reduction="sum").backward()
+        found = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad / client.examples
+            for name, p in model.named_parameters()
+        }
+        model.zero_grad()
+        return Update(found, client.examples, client.evaluate(model))
+
+    def relabel_known(self, federation: Federation, goal: Goal) -> None:
+        """Step until the forget clients' accuracy is the estimated one, then let the retain clients repair."""
+        if not goal.known:
+            return
+        first = last = federation.state
+        guide = kronecker.symmetric(self.guide(federation, 1))
+        examples = {client: federation.examples([client]) for client in goal.known}
+        aim = sum(goal.accuracy[client] * n for client, n in examples.items()) / sum(examples.values())
+        for step in range(1, self.settings.steps + 1):
+            results = federation.run(
+                self.gradient,
+                on=goal.known,
+                predictions=goal.estimate.class_probs,
+                prediction_labels=goal.estimate.class_labels,
+                before=first.params if step > 1 else None,
+            )
+            found = results.total.class_accuracy
+            log.info("── gradient %d: %.3f of the images right, to be %.3f", step, found, aim)
+            if found <= aim:
+                break
+            last = federation.state
+            federation.apply(self.guided(federation, results.mean(), guide))
+        self.shorten(federation, goal, last, aim)
+        self.repair_round(federation, 1)
+
+    def guided(self, federation: Federation, gradient: Tensors, guide: Tensors) -> Tensors:
+        """Give the step that a gradient becomes."""
+        model = federation.model()
+        for name, p in model.named_parameters():
+            p.grad = gradient[name].to(p.device)
+        kronecker.guide_gradients(model, guide)
+        step = {n: -self.settings.lr * p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return step
+
+    def shorten(self, federation: Federation, goal: Goal, before: ServerState, aim: float) -> None:
+        """Go back on the last step, where it went too far, to about the place where the accuracy is the aimed one."""
+        if not self.too_far(federation, goal, aim):
+            return
+        after, low, high = federation.state, 0.0, 1.0
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            federation.state = between(before, after, middle)
+            low, high = (low, middle) if self.too_far(federation, goal, aim) else (middle, high)
+        federation.state = between(before, after, (low + high) / 2)
+
+    def too_far(self, federation: Federation, goal: Goal, aim: float) -> bool:
+        """Say whether fewer images are right than aimed at."""
+        return sum(federation.evaluate(goal.known).values(), Counts()).class_accuracy < aim
+
+
+def between(before: ServerState, after: ServerState, way: float) -> ServerState:
+    """Give the state at a part of the way from one to another."""
+    moved = {n: value + way * (after.params[n] - value) for n, value in floating(before.params).items()}
+    return replace(after, params=after.params | moved)

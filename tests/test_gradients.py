@@ -1,0 +1,106 @@
+"""Relabelling by a few gradients, on four clients of handwritten digits."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import reference
+from fedunlearn.nn.evaluate import Counts
+from fedunlearn.nn.rng import generator_of
+from fedunlearn.unlearning.soft_labels import assign_soft_labels
+from local_grid import LocalGrid, asked
+from naive import before, estimated, forgotten, pruned
+from strategies.gradients import GradientRelabelling
+from test_relabel import views_of
+
+pytestmark = pytest.mark.usefixtures("memorised")
+QUICK = "unlearn.repair_lr=0 train.lr=0 unlearn.freeze_fraction=0"
+
+
+def soft_gradient(pooled, client, estimate):
+    """The mean gradient towards the client's soft labels, of the whole loss at once."""
+    views, labels = views_of(pooled, client), pooled.client(client).labels
+    draws = generator_of(0, client)
+    soft = assign_soft_labels(views, labels, estimate.class_probs, estimate.class_labels, 1.0, generator=draws)
+    images = torch.cat([images for images, _, _ in pooled.batches(client)])
+    pooled.model.eval().zero_grad()
+    loss = -(soft * pooled.model(images).class_logits.log_softmax(1)).sum(1).mean()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in pooled.model.named_parameters() if p.grad is not None}
+
+
+def mean_factors(pooled, clients, temperature):
+    """Kronecker factors of all the clients' images at softened predictions, image by image."""
+    with torch.no_grad():
+        for p in pooled.model.class_head.out.parameters():
+            p /= temperature
+    parts = [torch.cat(part) for part in zip(*(b for c in clients for b in pooled.batches(c)), strict=True)]
+    found = reference.kronecker_factors(pooled.model, parts[0], parts[1])
+    with torch.no_grad():
+        for p in pooled.model.class_head.out.parameters():
+            p *= temperature
+    return found
+
+
+@pytest.mark.slow
+def test_a_step_is_the_mean_gradient_guided_by_both_factors(federate, monkeypatch):
+    pooled, layer = before(federate), "class_head.hidden"
+    estimate = estimated(federate, pooled, [3])
+    gradient = soft_gradient(pooled, 3, estimate)
+    factors = mean_factors(pooled, range(3), 4.0)
+    by = {}
+    for kind, ridge in (("inputs", 0.1), ("outputs", 0.3)):
+        a = factors[f"{layer}.{kind}"]
+        tau = ridge * a.diagonal().mean()
+        by[kind] = tau * torch.linalg.inv(a + tau * torch.eye(len(a)))
+    rows = torch.cat([gradient[f"{layer}.weight"], gradient[f"{layer}.bias"][:, None]], 1).double()
+    step = -1000 * by["outputs"] @ rows @ by["inputs"]
+    monkeypatch.setattr(Counts, "class_accuracy", property(lambda self: 1.0))
+    settings = f"{QUICK} unlearn.steps=1 unlearn.lr=1000 unlearn.guide_fraction=1 unlearn.ridge=0.1"
+    start = pooled.state()
+    found, _ = forgotten(federate, "gradients", settings)
+    moved = found[f"{layer}.weight"].double() - start[f"{layer}.weight"].double()
+    assert float((moved - step[:, :-1]).norm()) < 0.02 * float(step[:, :-1].norm())
+    assert_close(found["stem.1.weight"], start["stem.1.weight"])
+
+
+def test_no_step_is_taken_where_the_accuracy_is_already_the_estimated_one(federate):
+    """As many images are right as estimated: the client is asked for one gradient, and the model stays."""
+    pooled = before(federate)
+    grid = LocalGrid(2)
+    found, detail = forgotten(federate, "gradients", f"{QUICK} unlearn.lr=0 unlearn.steps=3", grid=grid)
+    wanted = pruned(pooled.state())
+    for name in ("stem.0.weight", "class_head.out.weight"):
+        assert_close(found[name], wanted[name], rtol=0, atol=1e-6)
+    assert [task for task, client in asked(grid) if client == 3].count("relabel") == 0
+    assert "predicted" in detail
+
+
+@pytest.mark.parametrize("stop", [0.3, 0.81])
+def test_by_hand_the_last_step_is_shortened_to_where_the_accuracy_is_the_aimed_one(federate, monkeypatch, stop):
+    """A step along which the accuracy falls below the aim at that part of the way."""
+    pooled, start = before(federate), {}
+    place = "class_head.out.bias"
+
+    def too_far(self, federation, goal, aim):
+        way = float((federation.state.params[place] - start[place]).mean())
+        return way > stop
+
+    def guided(self, federation, gradient, guide):
+        return {place: torch.ones_like(federation.state.params[place])}
+
+    start |= pooled.state()
+    monkeypatch.setattr(GradientRelabelling, "too_far", too_far)
+    monkeypatch.setattr(GradientRelabelling, "guided", guided)
+    monkeypatch.setattr(Counts, "class_accuracy", property(lambda self: 1.0))
+    found, _ = forgotten(federate, "gradients", f"{QUICK} unlearn.steps=1")
+    assert float((found[place] - start[place]).mean()) == pytest.approx(stop, abs=1 / 2**4)
+
+
+def test_the_forget_client_sends_gradients_and_never_trains(federate):
+    grid = LocalGrid(2)
+    forgotten(federate, "gradients", f"{QUICK} unlearn.steps=2 unlearn.lr=0.001", grid=grid)
+    tasks = [task for task, client in asked(grid) if client == 3]
+    after = tasks[tasks.index("gradient") :]
+    assert set(after) <= {"gradient", "evaluate"}
+    assert 1 <= after.count("gradient") <= 2
