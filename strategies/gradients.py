@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from logging import getLogger
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +17,7 @@ from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.nn.precision import at_least_fp32, autocast
 from fedunlearn.unlearning import kronecker
-from strategies.relabel import Goal, Relabelling, soft_labels_of
+from strategies.relabel import Goal, KroneckerSettings, Relabelling, soft_labels_of
 
 HALVINGS = 4  # of the last step, where it went too far
 
@@ -36,17 +35,11 @@ class GradientRelabelling(Relabelling):
 
     label, colour, marker = "few gradients", "#8338ec", "X"
 
-    class Settings(Relabelling.Settings):
-        """Settings of relabelling by gradients; `rounds` and `epochs` of relabelling mean nothing here."""
+    class Settings(KroneckerSettings):
+        """Settings of relabelling by gradients."""
 
         steps: int = Field(default=8, ge=1, le=1000, description="at most, each with a gradient of the forget clients")
         lr: float = Field(default=4.0, ge=0, le=1e6, description="length of a step, in guided gradients")
-        guide: Literal["inputs", "kronecker", "diagonal"] = Field(
-            default="kronecker", description=Relabelling.Settings.model_fields["guide"].description
-        )
-        guide_fraction: float = Field(
-            default=0.1, ge=1e-6, le=1, description=Relabelling.Settings.model_fields["guide_fraction"].description
-        )
 
     @client_task(sends=parameters)
     @staticmethod
@@ -81,6 +74,10 @@ class GradientRelabelling(Relabelling):
         }
         model.zero_grad()
         return Update(found, client.examples, client.evaluate(model))
+
+    def rounds(self, goal: Goal) -> int:
+        """Count the rounds of relabelling: one, in which there may be several steps."""
+        return int(bool(goal.known))
 
     def relabel_known(self, federation: Federation, goal: Goal) -> None:
         """Step until the forget clients' accuracy is the estimated one, then let the retain clients repair."""

@@ -61,6 +61,51 @@ def factor_triangles(model: TwoHeadResNet18) -> Tensors:
     return kronecker.upper(kronecker.zero_factors(model))
 
 
+class GuidedSettings(CheckedSettings):
+    """Settings of what guides a relabelling, and of what follows it."""
+
+    guide: Literal["inputs", "kronecker", "diagonal"] = Field(
+        default="inputs",
+        description="what of the retain clients' Fisher guides the steps: the Kronecker factor of the layers' "
+        "inputs, both Kronecker factors, or the diagonal",
+    )
+    guide_fraction: float = Field(
+        default=0.05, ge=1e-6, le=1, description="of each retain client's images that the guide is taken of"
+    )
+    temperature: float = Field(
+        default=4.0, ge=1e-3, le=1e6, description="that class logits are divided by where a guide needs gradients"
+    )
+    ridge: float = Field(
+        default=0.02,
+        ge=1e-9,
+        description="damping, relative to the mean of the inputs' factor, or of the diagonal; smaller spares "
+        "retain clients",
+    )
+    output_ridge: float = Field(
+        default=0.3, ge=1e-9, description="the same, relative to the mean of the outputs' factor"
+    )
+    repair_fraction: float = Field(
+        default=0.3, ge=1e-6, le=1, description="of each retain client's images that it repairs with"
+    )
+    repair_lr: float = Field(
+        default=0.005, ge=0, le=100, description="learning rate of the repair, or the schedule's if that is higher"
+    )
+    freeze_fraction: float = Field(
+        default=0.9, ge=0, le=1, description="of the weights, those that changed most, that hardly move from then on"
+    )
+
+
+class KroneckerSettings(GuidedSettings):
+    """The same, with both Kronecker factors by default."""
+
+    guide: Literal["inputs", "kronecker", "diagonal"] = Field(
+        default="kronecker", description=GuidedSettings.model_fields["guide"].description
+    )
+    guide_fraction: float = Field(
+        default=0.1, ge=1e-6, le=1, description=GuidedSettings.model_fields["guide_fraction"].description
+    )
+
+
 class Relabelling(Strategy):
     """theta += sum of (theta_f - theta), then theta += mean of (theta_r - theta), `rounds` times.
 
@@ -78,7 +123,7 @@ class Relabelling(Strategy):
 
     label, colour, marker = "relabelling", "#468faf", "P"
 
-    class Settings(CheckedSettings):
+    class Settings(GuidedSettings):
         """Settings of relabelling."""
 
         rounds: int = Field(
@@ -91,42 +136,10 @@ class Relabelling(Strategy):
             le=100,
             description="learning rate of the forget clients, up to twice that while the schedule's has still to fall",
         )
-        guide: Literal["inputs", "kronecker", "diagonal"] = Field(
-            default="inputs",
-            description="what of the retain clients' Fisher guides the steps: the Kronecker factor of the layers' "
-            "inputs, both Kronecker factors, or the diagonal",
-        )
-        guide_fraction: float = Field(
-            default=0.05, ge=1e-6, le=1, description="of each retain client's images that the guide is taken of"
-        )
-        temperature: float = Field(
-            default=4.0, ge=1e-3, le=1e6, description="that class logits are divided by where a guide needs gradients"
-        )
-        ridge: float = Field(
-            default=0.02,
-            ge=1e-9,
-            description="damping, relative to the mean of the inputs' factor, or of the diagonal; smaller spares "
-            "retain clients",
-        )
-        output_ridge: float = Field(
-            default=0.3, ge=1e-9, description="the same, relative to the mean of the outputs' factor"
-        )
-        repair_fraction: float = Field(
-            default=0.3, ge=1e-6, le=1, description="of each retain client's images that it repairs with"
-        )
-        repair_lr: float = Field(
-            default=0.005, ge=0, le=100, description="learning rate of the repair, or the schedule's if that is higher"
-        )
-        freeze_fraction: float = Field(
-            default=0.9,
-            ge=0,
-            le=1,
-            description="of the weights, those that changed most, that hardly move from then on",
-        )
 
     @client_task(sends=input_triangles, exact=True)
     @staticmethod
-    def input_covariance(client: Client, model: TwoHeadResNet18, settings: Settings) -> Tensors:
+    def input_covariance(client: Client, model: TwoHeadResNet18, settings: GuidedSettings) -> Tensors:
         """The covariance of each layer's inputs on a few of its images."""
         sample = client.sample(settings.guide_fraction, batch_size=client.evaluation_batch)
         images = (images for images, _, _ in sample)
@@ -134,14 +147,14 @@ class Relabelling(Strategy):
 
     @client_task(sends=factor_triangles, exact=True)
     @staticmethod
-    def kronecker_factors(client: Client, model: TwoHeadResNet18, settings: Settings) -> Tensors:
+    def kronecker_factors(client: Client, model: TwoHeadResNet18, settings: GuidedSettings) -> Tensors:
         """Covariances of each layer's inputs, and of the loss's gradients by its outputs, on a few of its images."""
         sample = client.sample(settings.guide_fraction, batch_size=client.evaluation_batch)
         return kronecker.upper(kronecker.kronecker_factors(model, sample, precision=client.precision))
 
     @client_task(sends=tasks.parameters)
     @staticmethod
-    def guiding_fisher(client: Client, model: TwoHeadResNet18, settings: Settings) -> Tensors:
+    def guiding_fisher(client: Client, model: TwoHeadResNet18, settings: GuidedSettings) -> Tensors:
         """Its diagonal Fisher on a few of its images: the mean of the squared gradient, a parameter."""
         return diagonal_fisher(model, client.sample(settings.guide_fraction), precision=client.precision)
 

@@ -1,7 +1,7 @@
 """The paper's pipeline, made to last: Fisher diagonals, dampening within a budget, relabelling, pruning."""
 
 from logging import getLogger
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from fedunlearn.federation.tasks import client_task, parameters
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.unlearning.dampening import dampen, dampening_cost, selected_fraction, strongest_alpha
 from fedunlearn.unlearning.fisher import diagonal_fisher
-from strategies.relabel import Relabelling
+from strategies.relabel import KroneckerSettings, Relabelling
 from strategies.ssd import collect_fishers
 
 log = getLogger("fedunlearn")
@@ -38,7 +38,7 @@ class SubsetUnlearning(Relabelling):
 
     label, colour, marker = "dampen + relabel (ours)", "#2a6f97", "o"
 
-    class Settings(Relabelling.Settings):
+    class Settings(KroneckerSettings, Relabelling.Settings):
         """Settings of the pipeline."""
 
         epsilon: float = Field(
@@ -52,21 +52,7 @@ class SubsetUnlearning(Relabelling):
         fisher_fraction: float = Field(
             default=0.1, ge=1e-6, le=1, description="of each retain client's images that its Fisher is taken of"
         )
-        lr: float = Field(
-            default=0.12,
-            ge=0,
-            le=100,
-            description="learning rate of the forget clients, up to twice that while the schedule's has still to fall",
-        )
-        guide: Literal["inputs", "kronecker", "diagonal"] = Field(
-            default="kronecker", description=Relabelling.Settings.model_fields["guide"].description
-        )
-        guide_fraction: float = Field(
-            default=0.1,
-            ge=1e-6,
-            le=1,
-            description=Relabelling.Settings.model_fields["guide_fraction"].description,
-        )
+        lr: float = Field(default=0.12, ge=0, le=100, description=Relabelling.Settings.model_fields["lr"].description)
 
     @client_task(sends=parameters)
     @staticmethod

@@ -24,6 +24,8 @@ from fedunlearn.runs.verdicts import Moment, Verdict, beside_retrained, latest, 
 from fedunlearn.schema import fields_of
 
 HIDDEN = ("run", "home", "data.root")  # the first is the title; where files lie on a machine is nobody else's business
+MAY_DIFFER = ("run", "home", "fork", "data.root", "strategy", "unlearn.", "forget.", "evaluate_every", "message_dtype")
+"""How names of settings begin in which a run and the one that it is compared with may differ."""
 
 ABOUT_STATES = {
     State.RECEIVED: "the request is in the ledger",
@@ -115,10 +117,14 @@ def comparison(run: Run, retrained: Run) -> list[Verdict]:
     """Compare what is left of forgotten clients with the retrained model, a verdict a request that was applied.
 
     Raises:
-        UserError: the other run is no retrained model: the clients took part, or it was trained on other data.
+        UserError: the other run is no retrained model: the clients took part, or it has other data or settings.
     """
     if run.about()["data"] != retrained.about()["data"]:
         raise UserError(f"run {retrained.name} was trained on other data than run {run.name}")
+    ours, theirs = (values_of(each.config) for each in (run, retrained))
+    for name, value in ours.items():
+        if not name.startswith(MAY_DIFFER) and theirs.get(name) != value:
+            raise UserError(f"run {retrained.name} has {name}={theirs.get(name)}, run {run.name} has {value}")
     applied = [request for request in run.ledger.requests() if request.state in FORGOTTEN]
     never = {c for r in retrained.ledger.requests() if r.detail.get("round") == 0 for c in r.clients}
     for request in applied:

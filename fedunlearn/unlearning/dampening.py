@@ -96,7 +96,7 @@ def strongest_alpha(
     """Compute the smallest alpha, and so the strongest dampening, that costs all data no more than a budget.
 
     The cost is that of `dampening_cost`: 1/2 sum_i F_D,i (theta'_i - theta_i)^2 <= epsilon (paper, Eq. 18). Weights are
-    selected in the order of F_f,i / F_D,i, as is optimal for Eq. 17-18 (paper, Section 4.4), until the next does not
+    selected in the order of F_f,i / F_D,i, as is optimal for Eq. 17-18 (paper, Section 4.3), until the next does not
     fit. Alpha is then that one's ratio, and a little more, so that no rounding selects it.
 
     Args:
