@@ -28,11 +28,17 @@ docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # plain pip may pick a torch beside which torchvision cannot be imported; uv installs the pair that is pinned.
+# `--torch-backend=auto` takes the build of torch for this machine: without a GPU one without CUDA, which is far smaller.
+# Where the index of these builds cannot be reached, everything comes from the usual one.
 # Compiled once here, since where Python writes no bytecode every process would compile torch's sources for itself
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
+	mkdir -p build
+	grep -vE '^(cuda-|nvidia-|triton=)' requirements.lock > build/requirements.txt
+	UV_HTTP_RETRIES=1 $(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python \
+		--torch-backend=auto --requirements build/requirements.txt 2> /dev/null \
+		|| $(BIN)/python -m uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 

@@ -13,7 +13,7 @@ def test_what_clients_sent_is_tried_again_and_all_else_is_a_bug():
 
 
 def test_a_matrix_that_is_no_covariance_sets_the_request_aside(federate, monkeypatch, memorised):
-    def no_covariance(covariances, *, ridge):
+    def no_covariance(factors, **ridges):
         raise ValueError("the input covariance of stem.0 has an eigenvalue below zero")
 
     monkeypatch.setattr("fedunlearn.unlearning.kronecker.projectors", no_covariance)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedunlearn.apps.scale import figure as scaling_figure
+from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.strategy import strategy_class
 from fedunlearn.runs import page as pages
@@ -15,7 +16,7 @@ from fedunlearn.runs import report
 from fedunlearn.runs.figures import Mark, shortened
 from fedunlearn.runs.ledger import Request, State
 from fedunlearn.runs.uncertainty import Estimate, fraction, held_out, memorisation_gap
-from fedunlearn.runs.verdicts import Level, named, verdicts
+from fedunlearn.runs.verdicts import Level, beside_retrained, named, verdicts
 
 NASTY = [r"$\frac$", "$x_1$", "caf\udce9", "a\x01b\nc", "<b>&amp;</b>", "犬", "100 %", "{}", "\\", "a name " * 20]
 
@@ -108,6 +109,27 @@ def test_a_client_that_comes_back_in_later_rounds_is_not_called_forgotten():
 def test_rounds_before_the_request_say_nothing_of_it():
     request = completed({3: 0.15}, {3: 0.01})
     assert verdict(request, [later({}, 20), later({}, 10)]) == verdict(request)
+
+
+@pytest.mark.parametrize(
+    ("retrained", "title", "level"),
+    [
+        (0.0, "Like the retrained model", Level.GOOD),
+        (-0.2, "Knows more", Level.WARNING),
+        (0.15, "Forgets too much", Level.WARNING),
+    ],
+)
+def test_beside_the_retrained_model_a_client_is_known_as_well_or_better_or_less(retrained, title, level):
+    request = completed({3: 0.15}, {3: 0.0})
+    said = beside_retrained(request, [later({3: 0.0})], [later({3: retrained}, 20), later({3: retrained}, 30)])
+    assert (said.title, said.level) == (title, level)
+    assert f"After round 30 a model that was retrained without client 3 gets {0.8 + retrained:.2f}" in said.text
+
+
+def test_models_that_were_never_measured_after_the_same_round_are_not_compared():
+    request = completed({3: 0.15}, {3: 0.0})
+    assert beside_retrained(request, [later({3: 0.0}, 30)], [later({3: 0.0}, 25)]) is None
+    assert beside_retrained(request, [later({3: 0.0}, 20)], [later({3: 0.0}, 20)]) is None  # as the request found it
 
 
 def test_forgetting_that_harms_the_model_has_its_price_told():
@@ -486,3 +508,29 @@ def test_rows_that_a_crash_cut_short_or_repeated_count_once(forgot):
     rounds = [row for row in forgot.metrics() if row["kind"] == "round"]
     assert [row["round"] for row in rounds] == [1, 2, 3]
     assert rounds[-1]["loss"] == 1.5
+
+
+def test_a_run_beside_the_retrained_model(forgot, federate):
+    federate("rounds=3 strategy=leave forget.schedule={0:[3]} run=retrained")
+    retrained = federate.run("retrained")
+    page = words(written(forgot, retrained=retrained))
+    assert "a model that was retrained without client 3 gets" in page
+    assert "The dotted line is the model that was retrained without it." in page
+    assert "retrained" not in words(written(forgot))
+    rows = retrained.metrics()
+    assert "3" not in rows[-1]["retain_clients"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ("rounds=3 forget.schedule={1:[3]}", "is no retrained model: client 3 took part in it"),
+        ("rounds=3 forget.schedule={0:[1]}", "is no retrained model: client 3 took part in it"),
+        ("rounds=3 forget.schedule={0:[3]} seed=1", "has seed=1, run test has 0"),
+        ("rounds=3 forget.schedule={0:[3]} data.test_limit=30", "was trained on other data than run test"),
+    ],
+)
+def test_what_is_no_retrained_model_is_refused(forgot, federate, settings, reason):
+    federate(f"{settings} strategy=leave run=other")
+    with pytest.raises(UserError, match=f"run other {reason}"):
+        written(forgot, retrained=federate.run("other"))

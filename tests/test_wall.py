@@ -76,7 +76,12 @@ def machines(federate, monkeypatch):
 @pytest.mark.parametrize("strategy", strategy_names())
 @pytest.mark.usefixtures("memorised")
 def test_every_strategy_forgets_without_the_clients_images_and_without_an_auditor(federate, machines, strategy):
-    more = {"federaser": "unlearn.every=1", "subset": "unlearn.epochs=1", "ssd": "unlearn.tune=auto"}
+    more = {
+        "federaser": "unlearn.every=1",
+        "subset": "unlearn.epochs=1",
+        "relabel": "unlearn.epochs=1",
+        "ssd": "unlearn.tune=auto",
+    }
     settings = settings_of(strategy, more.get(strategy, ""))
     federate(f"{settings} rounds=1")
     federate.run().ledger.file([3])
@@ -90,7 +95,8 @@ def test_every_strategy_forgets_without_the_clients_images_and_without_an_audito
         assert scores["retain"]["examples"] > 0
         assert scores["test"]["examples"] == 40
     asked = "class_counts" in request.detail["costs"]
-    assert asked == (strategy in ("ascent", "pga", "ssd", "subset"))  # what travels is counted
+    estimates = ("ascent", "gradients", "pga", "relabel", "ssd", "subset")
+    assert asked == (strategy in estimates)  # what travels is counted
 
 
 class Cheating(Strategy):

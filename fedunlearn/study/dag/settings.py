@@ -111,8 +111,8 @@ def composed(schema: type[S], package: str, words: Iterable[str]) -> S:
 
 def check_scope(chosen: StudySettings) -> None:
     """Raise UserError for lists that are empty, and for seeds or clients to forget that cannot be."""
-    for name, _, value in settings(chosen):
-        if isinstance(value, list) and not value:
+    for name, declared, value in settings(chosen):
+        if isinstance(value, list) and not value and declared.default != []:
             raise UserError(f"{name}=[] leaves nothing to do")
     seeds, order = chosen.study.seeds, chosen.study.order
     if len(set(seeds)) != len(seeds) or not all(0 <= seed <= 10**6 for seed in seeds):

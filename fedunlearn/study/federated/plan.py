@@ -57,7 +57,8 @@ class Plan:
                 tasks.append(self.base(pipeline, seed))
             for case in self.cases():
                 if "retrain" in stages:
-                    tasks += [self.retrained(pipeline, case.forgotten(at), seed) for at, _ in case.requests]
+                    seeds = [seed, *self.settings.study.retrained_seeds]
+                    tasks += [self.retrained(pipeline, case.forgotten(at), s) for s in seeds for at, _ in case.requests]
                 if "forget" in stages:
                     tasks += [self.forget(name, pipeline, case, seed) for name in self.settings.study.strategies]
         return list({task.key: task for task in tasks}.values())

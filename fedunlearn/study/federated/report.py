@@ -24,7 +24,7 @@ from fedunlearn.study.dag.settings import PIPELINES, Pipeline
 from fedunlearn.study.federated.figures import frontier, story
 from fedunlearn.study.federated.plan import Case, Plan
 from fedunlearn.study.federated.settings import FederatedSettings, key_of
-from fedunlearn.study.federated.tables import COSTS, MEASURES, RETRAINED, Results, Row, label, number, title
+from fedunlearn.study.federated.tables import COSTS, MEASURES, RETRAINED, Results, Row, label, number, reach, title
 from fedunlearn.study.federated.verdicts import compared, verdicts
 from fedunlearn.study.pooled.report import svg
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CSV = ("case", "pipeline", "strategy", "forgotten", "after", "measure", "mean", "sd", "seeds", "retrained", "distance")
+RESURFACED, INSIDE = "resurfaced", "inside of retrained models, 95 %"
 HIDDEN = ("data.root", "study.home")  # where files lie on a machine is nobody else's business
 
 Table = tuple[Case, Pipeline, list[Row]]
@@ -160,6 +161,7 @@ def table_of(results: Results, case: Case, pipeline: Pipeline, rows: list[Row]) 
     lines = []
     for row in rows:
         cells = [cell(row, measure, error_of(results, row, measure)) for measure in MEASURES]
+        cells += [spread(results.resurfaced(row), "gap"), inside([row])]
         lines.append([", ".join(map(str, row.forgotten)), str(row.after), label(row.strategy), *cells])
     costs = []
     for strategy in results.plan.settings.study.strategies:
@@ -169,7 +171,7 @@ def table_of(results: Results, case: Case, pipeline: Pipeline, rows: list[Row]) 
     return {
         "title": title(case, pipeline),
         "by": 2,
-        "columns": ["forgotten", "rounds after", "strategy", *MEASURES.values()],
+        "columns": ["forgotten", "rounds after", "strategy", *MEASURES.values(), RESURFACED, INSIDE],
         "lines": lines,
         "cost_columns": ["strategy", *COSTS.values()],
         "costs": costs,
@@ -188,7 +190,7 @@ def everyone(results: Results, pipeline: Pipeline) -> list[dict[str, Any]]:
         {
             "title": f"{PIPELINES[pipeline]}: every client in turn, distance to the retrained model",
             "by": 0,
-            "columns": ["strategy", "rounds after", "clients", *MEASURES.values()],
+            "columns": ["strategy", "rounds after", "clients", *MEASURES.values(), RESURFACED, INSIDE],
             "lines": distances(results, rows, asked),
         },
         {
@@ -203,10 +205,11 @@ def everyone(results: Results, pipeline: Pipeline) -> list[dict[str, Any]]:
 def distances(results: Results, rows: dict[tuple[str, int, int], Row], asked: list[int]) -> list[list[str]]:
     """Write distances to the retrained model, over clients: a line for every strategy and time."""
     study, lines = results.plan.settings.study, []
-    for strategy, after in product(study.strategies, study.after):
+    for strategy, after in product([*study.strategies, RETRAINED], study.after):
         found = [rows[strategy, after, client] for client in asked if (strategy, after, client) in rows]
         if found:
             cells = [over_clients(found, measure) for measure in MEASURES]
+            cells += [spread([rate for row in found for rate in results.resurfaced(row)], "gap"), inside(found)]
             lines.append([label(strategy), str(after), str(len(found)), *cells])
     return lines
 
@@ -237,6 +240,19 @@ def over_clients(rows: list[Row], measure: str) -> str:
         return "–"
     worst = max(found, key=found.__getitem__)
     return f"{spread([*found.values()], measure)}; client {worst}: {number(found[worst], measure)}"
+
+
+def inside(rows: Sequence[Row]) -> str:
+    """Write how many models know the client as well as a retrained model, to within what two of these are apart.
+
+    The distance that counts is fixed by the retrained models alone (`tables.reach`).
+    """
+    limit = reach(rows, "forget")
+    apart = [abs(a - b) for row in rows if row.strategy != RETRAINED for a, b in row.pairs("forget")]
+    if isnan(limit):
+        return "–"
+    within = f"{sum(distance <= limit for distance in apart)} of {len(apart)} " if apart else ""
+    return f"{within}(± {number(limit, 'forget')})"
 
 
 def cell(row: Row, measure: str, error: float | None = None) -> str:

@@ -43,6 +43,10 @@ class FederatedScope(Scope):
     apart: int = Field(default=10, ge=1, le=10**6, description="rounds between sequential requests")
     after: list[int] = Field(default=[0, 1, 3, 10, 30], description="rounds after a request at which it is measured")
     seeds: list[int] = Field(default=[0], description="repetitions: of weights, shuffling, augmentation")
+    retrained_seeds: list[int] = Field(
+        default=[],
+        description="further seeds of retrained models: how far two of them are apart stands beside distances",
+    )
 
 
 class FederatedSettings(StudySettings):

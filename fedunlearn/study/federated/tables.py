@@ -4,12 +4,14 @@ Each is beside the same of the retrained model (the paper's "gold").
 """
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations, product
-from math import isnan, nan
+from math import isnan, nan, sqrt
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import t as student
 
 from fedunlearn.federation.strategy import strategy_class
 from fedunlearn.federation.tasks import tasks_of
@@ -50,6 +52,7 @@ class Row:
         after: rounds since the last of these requests.
         values: by measure, one a seed.
         retrained: the same of the retrained model.
+        further: the same of retrained models of further seeds.
     """
 
     case: Case
@@ -59,6 +62,7 @@ class Row:
     after: int
     values: dict[str, list[float]]
     retrained: dict[str, list[float]]
+    further: dict[str, list[float]] = field(default_factory=dict)
 
     def mean(self, measure: str) -> float:
         """Give the mean over seeds."""
@@ -73,9 +77,34 @@ class Row:
 
         Of the retrained model itself it is that between models of two seeds (nan for one seed).
         """
-        ours, target = self.values.get(measure, []), self.retrained.get(measure, [])
-        pairs = list(combinations(target, 2) if self.strategy == RETRAINED else zip(ours, target, strict=False))
-        return statistics.fmean(abs(a - b) for a, b in pairs) if pairs else nan
+        pairs = combinations(self.all_retrained(measure), 2) if self.strategy == RETRAINED else self.pairs(measure)
+        apart = [abs(a - b) for a, b in pairs]
+        return statistics.fmean(apart) if apart else nan
+
+    def pairs(self, measure: str) -> list[tuple[float, float]]:
+        """Pair the values with the retrained model's, seed by seed."""
+        return [*zip(self.values.get(measure, []), self.retrained.get(measure, []), strict=False)]
+
+    def all_retrained(self, measure: str) -> list[float]:
+        """Give the values of all retrained models, those of further seeds among them."""
+        return [*self.retrained.get(measure, []), *self.further.get(measure, [])]
+
+
+def reach(rows: Iterable[Row], measure: str) -> float:
+    """Give the distance within which 95 of 100 pairs of retrained models are, whatever any strategy does.
+
+    It is t sqrt(2 s^2), with s^2 the variance over retrained models of one request, pooled over requests, and t the
+    97.5 % quantile of Student's distribution with as many degrees of freedom as s^2 has.
+
+    Args:
+        rows: one a request; nan where no request has two retrained models.
+    """
+    groups = [values for row in rows if len(values := row.all_retrained(measure)) > 1]
+    freedom = sum(len(values) - 1 for values in groups)
+    if not freedom:
+        return nan
+    pooled = sum((len(values) - 1) * statistics.variance(values) for values in groups) / freedom
+    return float(student.ppf(0.975, freedom)) * sqrt(2 * pooled)
 
 
 def measures(row: dict[str, Any], forgotten: Sequence[int], sizes: Sequence[int]) -> dict[str, float]:
@@ -134,7 +163,28 @@ class Results:
                 for measure, value in (values or {}).items() if ours and target else ():
                     if not isnan(value):
                         store.setdefault(measure, []).append(value)
+        for seed in set(self.plan.settings.study.retrained_seeds) - set(self.plan.settings.study.seeds):
+            scores = self.scored(self.plan.retrained(pipeline, forgotten, seed), round_, forgotten)
+            for measure, value in (scores or {}).items():
+                row.further.setdefault(measure, []).append(value)
         return row
+
+    def resurfaced(self, row: Row) -> list[float]:
+        """Give how much of the memorisation gap has come back since a first request was applied, by seed.
+
+        (gap_t - gap_0) / (gap_before - gap_0): 0 where the client stayed where it was put, 1 where it is as well known
+        as before.
+        """
+        if not row.after or row.strategy == RETRAINED or row.forgotten != row.case.forgotten(0):
+            return []
+        applied = self._row(row.case, row.pipeline, row.strategy, 0, 0).values.get("gap", [])
+        total = sum(self.sizes[client] for client in row.forgotten)
+        before = [
+            sum(self.sizes[c] * (found[f"client_{c}"] - found[f"held_out_{c}"]) for c in row.forgotten) / total
+            for found in self.before(row.case, row.pipeline)
+        ]
+        triples = zip(row.values["gap"], applied, before, strict=False)
+        return [(now - then) / (first - then) for now, then, first in triples if first > then]
 
     def before(self, case: Case, pipeline: Pipeline) -> list[dict[str, float]]:
         """Give what was measured of the base just before the request, by seed."""
