@@ -37,11 +37,14 @@ case "${1:-}" in
   memorised) exec bash benchmarks/gpu.sh federated study.name=memorised rounds=40 data.limit=10000 train.crop_padding=0 \
                train.flip=false 'study.after=[0,1,3,10]' 'study.strategies=[subset,leave,ssd]' 'study.scenarios=[single]' \
                'study.pipelines=[ce_dl]' "${@:2}" ;;
+  pipeline) exec bash benchmarks/gpu.sh federated scale=laptop study.name=pipeline data.limit=5000 train.precision=fp32 \
+              'study.after=[0,1,3,10,30,100]' 'study.scenarios=[single,everyone,sequential]' 'study.retrained_seeds=[1]' \
+              'study.strategies=[subset,leave]' "${@:2}" ;;
   digits) share_gpu
           python3 -m fedunlearn study federated dataset=digits study.name=gpu-digits study.workers=3 'study.seeds=[0]' \
             'study.after=[0,1]' 'study.scenarios=[single]' 'study.pipelines=[ce_dl]' "${@:2}" ;;
   federation) python3 -m benchmarks.federation --images 20000 --rounds 4 --gpus 0.5 ;;
   scaling) python3 -m fedunlearn scale name=gpu 'clients=[10,100]' 'actors=[1,2,4]' 'gpus=[0.25]' \
              'overrides="data.limit=20000 model.width=64"' ;;
-  *) echo "usage: $0 pooled|study|federated|memorised|digits|math|fisher|layers|sweep|epoch|federation|scaling" >&2; exit 2 ;;
+  *) echo "usage: $0 pooled|study|federated|memorised|pipeline|digits|math|fisher|layers|sweep|epoch|federation|scaling" >&2; exit 2 ;;
 esac

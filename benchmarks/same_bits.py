@@ -35,12 +35,12 @@ from fedunlearn.study.dag.command import run_study
 from fedunlearn.study.federated.study import FederatedStudy
 from fedunlearn.study.pooled.study import PaperStudy
 
-STRATEGIES = ("subset", "ssd", "leave", "ascent", "pga", "federaser", "negate", "retrain")
+STRATEGIES = ("subset", "relabel", "gradients", "ssd", "leave", "ascent", "pga", "federaser", "negate", "retrain")
 RUN = (
     "clients=8 rounds=6 data.limit=160 data.test_limit=100 partition.kind=iid train.epochs=10 train.batch_size=20 "
     "train.lr=0.05 train.server_momentum=0.3 train.crop_padding=0 train.precision=fp32 train.client_head_steps=20 "
     "forget.schedule={3:[2],5:[1,4]}"
-)  # so that clients 1 and 4 are known by heart when they leave
+)  # so that clients 1 and 4 are memorised when they leave
 POOLED = [
     "dataset=digits", "scale=laptop", "study.workers=1", "study.seeds=[0]", "study.order=[0]", "data.limit=300",
     "data.test_limit=100", "learning.epochs=2", "search.trials=2", "learning.precision=fp32", "finetuning.epochs=1",
