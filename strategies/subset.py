@@ -53,6 +53,9 @@ class SubsetUnlearning(Relabelling):
             default=0.1, ge=1e-6, le=1, description="of each retain client's images that its Fisher is taken of"
         )
         lr: float = Field(default=0.12, ge=0, le=100, description=Relabelling.Settings.model_fields["lr"].description)
+        freeze_fraction: float = Field(
+            default=0.97, ge=0, le=1, description=KroneckerSettings.model_fields["freeze_fraction"].description
+        )
 
     @client_task(sends=parameters)
     @staticmethod

@@ -53,7 +53,7 @@ def test_every_command_says_what_it_does(path, option, capsys):
 
 def test_all_commands_of_the_design_are_there():
     known = {" ".join(path) for path in paths()}
-    assert known == {"", "run", "forget", "runs", "requests", "report", "scale", "config"} | {
+    assert known == {"", "run", "forget", "runs", "requests", "report", "demo", "scale", "config"} | {
         "study",
         "study paper",
         "study federated",
@@ -90,7 +90,7 @@ def test_config_lists_every_setting_with_default_range_and_meaning(capsys):
         ("rounds", ["rounds"]),
         ("unlearn", ["unlearn"]),
         ("ssd", ["unlearn.tune", "unlearn.alpha", "unlearn.lambda_"]),
-        ("subset", ["unlearn.rounds", "unlearn.epochs", "unlearn.lr"]),
+        ("subset", ["unlearn.guide", "unlearn.guide_fraction", "unlearn.temperature"]),
     ],
 )
 def test_config_of_a_group_a_setting_or_a_strategy(name, names, capsys):
