@@ -295,6 +295,8 @@ def report(
         print(page.summary(found, counts))
         for verdict in compared:
             print(f"{verdict.title}: {verdict.text}")
+        if other and not compared:
+            print(f"run {other.name} was not measured after a round that is measured here too")
         print(f"report: {path}")
     return 0
 

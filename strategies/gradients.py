@@ -17,19 +17,19 @@ from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.nn.precision import at_least_fp32, autocast
 from fedunlearn.unlearning import kronecker
-from strategies.relabel import Goal, KroneckerSettings, Relabelling, soft_labels_of
+from strategies.relabel import Goal, Guided, KroneckerSettings, soft_labels_of
 
 HALVINGS = 4  # of the last step, where it went too far
 
 log = getLogger("fedunlearn")
 
 
-class GradientRelabelling(Relabelling):
+class GradientRelabelling(Guided):
     """theta <- theta - lr (F_D + damping)^-1 g, a few times, g being the forget clients' gradient to their soft labels.
 
-    The soft labels, the guide F_D and all that comes after are those of `Relabelling`. The forget clients send a mean
-    gradient, one pass over their images, as they do for a Fisher. The server guides it and takes the step. It goes on
-    until as many of their images are right as the retrained model is estimated to get, and shortens the last step to
+    The soft labels, the guide F_D and all that comes after are those of `strategies.relabel`. The forget clients send a
+    mean gradient, one pass over their images, as they do for a Fisher. The server guides it and takes the step. It goes
+    on until as many of their images are right as the retrained model is estimated to get, and shortens the last step to
     that.
     """
 
@@ -75,18 +75,19 @@ class GradientRelabelling(Relabelling):
         model.zero_grad()
         return Update(found, client.examples, client.evaluate(model))
 
-    def rounds(self, goal: Goal) -> int:
-        """Count the rounds of relabelling: one, in which there may be several steps."""
-        return int(bool(goal.known))
+    def relabel_known(self, federation: Federation, goal: Goal) -> int:
+        """Step until the forget clients' accuracy is the estimated one, then let the retain clients repair.
 
-    def relabel_known(self, federation: Federation, goal: Goal) -> None:
-        """Step until the forget clients' accuracy is the estimated one, then let the retain clients repair."""
+        A step after which more images are right than before went too far. It is taken back, and the next are half as
+        long.
+        """
         if not goal.known:
-            return
+            return 0
         first = last = federation.state
         guide = kronecker.symmetric(self.guide(federation, 1))
         examples = {client: federation.examples([client]) for client in goal.known}
         aim = sum(goal.accuracy[client] * n for client, n in examples.items()) / sum(examples.values())
+        lr, least = self.settings.lr, 1.0
         for step in range(1, self.settings.steps + 1):
             results = federation.run(
                 self.gradient,
@@ -99,18 +100,22 @@ class GradientRelabelling(Relabelling):
             log.info("── gradient %d: %.3f of the images right, to be %.3f", step, found, aim)
             if found <= aim:
                 break
-            last = federation.state
-            federation.apply(self.guided(federation, results.mean(), guide))
+            if found > least:
+                federation.state, lr = last, lr / 2
+                continue
+            last, least = federation.state, found
+            federation.apply(self.guided(federation, results.mean(), guide, lr))
         self.shorten(federation, goal, last, aim)
         self.repair_round(federation, 1)
+        return 1
 
-    def guided(self, federation: Federation, gradient: Tensors, guide: Tensors) -> Tensors:
+    def guided(self, federation: Federation, gradient: Tensors, guide: Tensors, lr: float) -> Tensors:
         """Give the step that a gradient becomes."""
         model = federation.model()
         for name, p in model.named_parameters():
             p.grad = gradient[name].to(p.device)
         kronecker.guide_gradients(model, guide)
-        step = {n: -self.settings.lr * p.grad for n, p in model.named_parameters() if p.grad is not None}
+        step = {n: -lr * p.grad for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         return step
 

@@ -106,7 +106,100 @@ class KroneckerSettings(GuidedSettings):
     )
 
 
-class Relabelling(Strategy):
+class Guided(Strategy):
+    """What strategies have in common that move forget clients' images towards soft labels, guided by F of the others.
+
+    They differ in `relabel_known` alone, and in what they ask of forget clients for that.
+    """
+
+    Settings = GuidedSettings
+
+    @client_task(sends=input_triangles, exact=True)
+    @staticmethod
+    def input_covariance(client: Client, model: TwoHeadResNet18, settings: GuidedSettings) -> Tensors:
+        """The covariance of each layer's inputs on a few of its images."""
+        sample = client.sample(settings.guide_fraction, batch_size=client.evaluation_batch)
+        images = (images for images, _, _ in sample)
+        return kronecker.upper(kronecker.input_covariances(model, images, precision=client.precision))
+
+    @client_task(sends=factor_triangles, exact=True)
+    @staticmethod
+    def kronecker_factors(client: Client, model: TwoHeadResNet18, settings: GuidedSettings) -> Tensors:
+        """Covariances of each layer's inputs, and of the loss's gradients by its outputs, on a few of its images."""
+        sample = client.sample(settings.guide_fraction, batch_size=client.evaluation_batch)
+        return kronecker.upper(kronecker.kronecker_factors(model, sample, precision=client.precision))
+
+    @client_task(sends=tasks.parameters)
+    @staticmethod
+    def guiding_fisher(client: Client, model: TwoHeadResNet18, settings: GuidedSettings) -> Tensors:
+        """Its diagonal Fisher on a few of its images: the mean of the squared gradient, a parameter."""
+        return diagonal_fisher(model, client.sample(settings.guide_fraction), precision=client.precision)
+
+    def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
+        """Relabel the forget clients that are known too well, train the client head anew, and freeze.
+
+        Returns:
+            `predicted`, the estimated accuracy on all forget clients' images, and `rounds`, how many were made.
+        """
+        before, goal = federation.state, self.goal(federation, forget)
+        rounds = self.relabel_known(federation, goal)
+        federation.recalibrate_client_head()
+        federation.freeze(since=before, fraction=self.settings.freeze_fraction)
+        return {"predicted": goal.total, "rounds": rounds}
+
+    def goal(self, federation: Federation, forget: ForgetSet) -> Goal:
+        """Estimate what the retrained model says of the forget clients' images, and see which are known better.
+
+        Others are left alone: relabelling would only show them to the model once more.
+        """
+        estimate, found = federation.estimate_retrained(federation.predictions()), federation.evaluate(forget)
+        counts = federation.class_counts(forget)
+        accuracy = {client: estimate.expected_accuracy(counts[client]) for client in forget}
+        known = [
+            client
+            for client in forget
+            if is_known_better(found[client], accuracy[client], estimate.expected_loss(counts[client]))
+        ]
+        for client in sorted({*forget} - {*known}):
+            log.info("── client %d is not relabelled: its images are known no better than after retraining", client)
+        return Goal(estimate, accuracy, known, estimate.expected_accuracy(total_counts(counts.values())))
+
+    def relabel_known(self, federation: Federation, goal: Goal) -> int:
+        """Relabel the images of `goal.known`; returns in how many rounds."""
+        raise NotImplementedError
+
+    def guide(self, federation: Federation, number: int) -> Tensors:
+        """Give what guides the forget clients' steps at the present model, matrices as triangles."""
+        settings = self.settings
+        kinds = {"inputs": self.input_covariance, "kronecker": self.kronecker_factors, "diagonal": self.guiding_fisher}
+        with federation.softened(settings.temperature):
+            results = federation.run(kinds[settings.guide], on=federation.retain, at_round=federation.round + number)
+        means = {name: value.to(federation.server.device) for name, value in results.mean().items()}
+        if settings.guide == "diagonal":
+            return kronecker.diagonal_guide(federation.server.model, means, ridge=settings.ridge)
+        with unusable_replies():
+            factors = kronecker.symmetric(means)
+            found = kronecker.projectors(factors, ridge=settings.ridge, output_ridge=settings.output_ridge)
+        return kronecker.upper(found)
+
+    def repair_round(self, federation: Federation, number: int) -> None:
+        """Let the retain clients train on a fraction of their images."""
+        results = federation.run(
+            tasks.train,
+            on=federation.retain,
+            at_round=federation.round + number,
+            lr=self.repair_lr(federation.config, federation.round),
+            fraction=self.settings.repair_fraction,
+            embeddings=False,
+        )
+        federation.apply(results.mean())
+
+    def repair_lr(self, config: Config, round_: int) -> float:
+        """Give `repair_lr`, or in the middle of training the schedule's present rate, where that is higher."""
+        return max(self.settings.repair_lr, learning_rate_of(config, round_ + 1))
+
+
+class Relabelling(Guided):
     """theta += sum of (theta_f - theta), then theta += mean of (theta_r - theta), `rounds` times.
 
     The server estimates what the retrained model would predict on its held-out images. Each forget client f matches
@@ -136,27 +229,6 @@ class Relabelling(Strategy):
             le=100,
             description="learning rate of the forget clients, up to twice that while the schedule's has still to fall",
         )
-
-    @client_task(sends=input_triangles, exact=True)
-    @staticmethod
-    def input_covariance(client: Client, model: TwoHeadResNet18, settings: GuidedSettings) -> Tensors:
-        """The covariance of each layer's inputs on a few of its images."""
-        sample = client.sample(settings.guide_fraction, batch_size=client.evaluation_batch)
-        images = (images for images, _, _ in sample)
-        return kronecker.upper(kronecker.input_covariances(model, images, precision=client.precision))
-
-    @client_task(sends=factor_triangles, exact=True)
-    @staticmethod
-    def kronecker_factors(client: Client, model: TwoHeadResNet18, settings: GuidedSettings) -> Tensors:
-        """Covariances of each layer's inputs, and of the loss's gradients by its outputs, on a few of its images."""
-        sample = client.sample(settings.guide_fraction, batch_size=client.evaluation_batch)
-        return kronecker.upper(kronecker.kronecker_factors(model, sample, precision=client.precision))
-
-    @client_task(sends=tasks.parameters)
-    @staticmethod
-    def guiding_fisher(client: Client, model: TwoHeadResNet18, settings: GuidedSettings) -> Tensors:
-        """Its diagonal Fisher on a few of its images: the mean of the squared gradient, a parameter."""
-        return diagonal_fisher(model, client.sample(settings.guide_fraction), precision=client.precision)
 
     @client_task(kind="train", trains=True)
     @staticmethod
@@ -207,42 +279,10 @@ class Relabelling(Strategy):
         )
         return Update(client.changes(model), 1, client.evaluate(model))
 
-    def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
-        """Relabel the forget clients that are known too well, train the client head anew, and freeze.
-
-        Returns:
-            `predicted`, the estimated accuracy on all forget clients' images, and `rounds`, how many were made.
-        """
-        before, goal = federation.state, self.goal(federation, forget)
-        self.relabel_known(federation, goal)
-        federation.recalibrate_client_head()
-        federation.freeze(since=before, fraction=self.settings.freeze_fraction)
-        return {"predicted": goal.total, "rounds": self.rounds(goal)}
-
-    def goal(self, federation: Federation, forget: ForgetSet) -> Goal:
-        """Estimate what the retrained model says of the forget clients' images, and see which are known better.
-
-        Others are left alone: relabelling would only show them to the model once more.
-        """
-        estimate, found = federation.estimate_retrained(federation.predictions()), federation.evaluate(forget)
-        counts = federation.class_counts(forget)
-        accuracy = {client: estimate.expected_accuracy(counts[client]) for client in forget}
-        known = [
-            client
-            for client in forget
-            if is_known_better(found[client], accuracy[client], estimate.expected_loss(counts[client]))
-        ]
-        for client in sorted({*forget} - {*known}):
-            log.info("── client %d is not relabelled: its images are known no better than after retraining", client)
-        return Goal(estimate, accuracy, known, estimate.expected_accuracy(total_counts(counts.values())))
-
-    def rounds(self, goal: Goal) -> int:
-        """Count the rounds of relabelling."""
-        return self.settings.rounds if goal.known else 0
-
-    def relabel_known(self, federation: Federation, goal: Goal) -> None:
+    def relabel_known(self, federation: Federation, goal: Goal) -> int:
         """Relabel and repair, in rounds; each corrects what the one before it missed."""
-        before, targets, rounds = federation.state, dict(goal.accuracy), self.rounds(goal)
+        rounds = self.settings.rounds if goal.known else 0
+        before, targets = federation.state, dict(goal.accuracy)
         for number in range(1, rounds + 1):
             log.info("── relabelling, round %d of %d: clients' images towards %.3f", number, rounds, goal.total)
             if number > 1:
@@ -252,6 +292,7 @@ class Relabelling(Strategy):
             correct = {str(c): targets[c] / goal.accuracy[c] for c in goal.known if goal.accuracy[c]}
             self.relabel_round(federation, goal, number, before, correct)
             self.repair_round(federation, number)
+        return rounds
 
     def relabel_round(
         self,
@@ -276,32 +317,6 @@ class Relabelling(Strategy):
         )
         federation.apply(results.sum())
 
-    def guide(self, federation: Federation, number: int) -> Tensors:
-        """Give what guides the forget clients' steps at the present model, matrices as triangles."""
-        settings = self.settings
-        kinds = {"inputs": self.input_covariance, "kronecker": self.kronecker_factors, "diagonal": self.guiding_fisher}
-        with federation.softened(settings.temperature):
-            results = federation.run(kinds[settings.guide], on=federation.retain, at_round=federation.round + number)
-        means = {name: value.to(federation.server.device) for name, value in results.mean().items()}
-        if settings.guide == "diagonal":
-            return kronecker.diagonal_guide(federation.server.model, means, ridge=settings.ridge)
-        with unusable_replies():
-            factors = kronecker.symmetric(means)
-            found = kronecker.projectors(factors, ridge=settings.ridge, output_ridge=settings.output_ridge)
-        return kronecker.upper(found)
-
-    def repair_round(self, federation: Federation, number: int) -> None:
-        """Let the retain clients train on a fraction of their images."""
-        results = federation.run(
-            tasks.train,
-            on=federation.retain,
-            at_round=federation.round + number,
-            lr=self.repair_lr(federation.config, federation.round),
-            fraction=self.settings.repair_fraction,
-            embeddings=False,
-        )
-        federation.apply(results.mean())
-
     def relabel_lr(self, config: Config, round_: int) -> float:
         """Give `lr`, up to twice of it where the schedule's rate has still to fall by as much.
 
@@ -309,10 +324,6 @@ class Relabelling(Strategy):
         """
         now, last = learning_rate_of(config, round_ + 1), learning_rate_of(config, config.rounds)
         return self.settings.lr * (min(2.0, now / last) if last else 1.0)
-
-    def repair_lr(self, config: Config, round_: int) -> float:
-        """Give `repair_lr`, or in the middle of training the schedule's present rate, where that is higher."""
-        return max(self.settings.repair_lr, learning_rate_of(config, round_ + 1))
 
 
 def soft_labels_of(

@@ -94,7 +94,7 @@ class SelectiveDampening(Strategy):
             predicted = estimate.expected_accuracy(total_counts(federation.class_counts(forget).values()))
             trials = self.search(federation, forget, full, forget_fisher, predicted)
             sound = min(trials[0]["test"], estimate.total.class_accuracy) - MOST_LOST
-            chosen = nearest([trials[0], *(trial for trial in trials if trial["test"] >= sound)], predicted)
+            chosen = nearest([trial for trial in trials if trial["test"] >= sound], predicted)
             strength = {name: chosen[name] for name in strength}
             search = {"predicted": predicted, "trials": trials}
         self.dampen(federation, full, forget_fisher, **strength)

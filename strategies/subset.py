@@ -45,8 +45,8 @@ class SubsetUnlearning(Relabelling):
             default=1e-4,
             ge=0,
             le=1e6,
-            description="budget of dampening: what it may add to the loss on all clients' images, to second order "
-            "(Eq. 18), in nats; 0 dampens nothing",
+            description="budget of dampening: what it may add to the softened loss on all clients' images, to second "
+            "order (Eq. 18), in nats; 0 asks for no Fisher and dampens nothing",
         )
         lambda_: float = Field(default=1.0, ge=0, description="dampening strength; 0 zeroes what is selected")
         fisher_fraction: float = Field(
@@ -68,14 +68,14 @@ class SubsetUnlearning(Relabelling):
 
         Returns:
             `predicted`, the estimated accuracy on all forget clients' images, `rounds` of relabelling, and of dampening
-            `alpha`, `lambda_`, `selected` (the fraction of weights) and `spent` (of epsilon, in nats).
+            `alpha`, `lambda_`, `selected` (the fraction of weights) and `spent` (of epsilon, in nats), with a budget.
         """
         before, goal = federation.state, self.goal(federation, forget)
-        dampened = self.dampen_within_budget(federation, forget)
-        self.relabel_known(federation, goal)
+        dampened = self.dampen_within_budget(federation, forget) if self.settings.epsilon else {}
+        rounds = self.relabel_known(federation, goal)
         federation.recalibrate_client_head()
         federation.freeze(since=before, fraction=self.settings.freeze_fraction)
-        return {"predicted": goal.total, "rounds": self.rounds(goal), **dampened}
+        return {"predicted": goal.total, "rounds": rounds, **dampened}
 
     def dampen_within_budget(self, federation: Federation, forget: ForgetSet) -> dict[str, float]:
         """Dampen as strongly as epsilon allows; returns what the receipt says of it."""
@@ -96,4 +96,6 @@ class SubsetUnlearning(Relabelling):
             "── dampening %.2g of the weights (alpha %.3g, lambda %g), which spends %.2g of %g nats",
             selected, alpha, settings.lambda_, spent, settings.epsilon,
         )  # fmt: skip
+        if selected:
+            federation.recalibrate_batch_norm()
         return {"alpha": alpha, "lambda_": settings.lambda_, "selected": selected, "spent": spent}

@@ -86,7 +86,7 @@ def test_by_hand_the_last_step_is_shortened_to_where_the_accuracy_is_the_aimed_o
         way = float((federation.state.params[place] - start[place]).mean())
         return way > stop
 
-    def guided(self, federation, gradient, guide):
+    def guided(self, federation, gradient, guide, lr):
         return {place: torch.ones_like(federation.state.params[place])}
 
     start |= pooled.state()

@@ -126,10 +126,24 @@ def test_beside_the_retrained_model_a_client_is_known_as_well_or_better_or_less(
     assert f"After round 30 a model that was retrained without client 3 gets {0.8 + retrained:.2f}" in said.text
 
 
+def test_beside_the_retrained_model_a_destroyed_one_is_no_success():
+    destroyed = later({3: 0.0})
+    destroyed["test"] = {"class": 0.3, "examples": 1000}
+    said = beside_retrained(completed({3: 0.15}, {3: 0.0}), [destroyed], [later({3: 0.0})])
+    assert (said.title, said.level) == ("Forgotten, at a price", Level.WARNING)
+
+
+def test_a_request_after_the_last_round_is_compared_with_the_retrained_model_of_that_round():
+    request = completed({3: 0.15}, {3: 0.0})  # completed after round 20, in which it was applied
+    said = beside_retrained(request, [later({}, 20)], [later({3: 0.0}, 20)])
+    assert "After round 20" in said.text
+    assert said.level == Level.GOOD
+
+
 def test_models_that_were_never_measured_after_the_same_round_are_not_compared():
     request = completed({3: 0.15}, {3: 0.0})
     assert beside_retrained(request, [later({3: 0.0}, 30)], [later({3: 0.0}, 25)]) is None
-    assert beside_retrained(request, [later({3: 0.0}, 20)], [later({3: 0.0}, 20)]) is None  # as the request found it
+    assert beside_retrained(request, [later({}, 30)], [later({}, 30)]) is None  # nobody has looked at its images
 
 
 def test_forgetting_that_harms_the_model_has_its_price_told():
@@ -526,6 +540,7 @@ def test_a_run_beside_the_retrained_model(forgot, federate):
     [
         ("rounds=3 forget.schedule={1:[3]}", "is no retrained model: client 3 took part in it"),
         ("rounds=3 forget.schedule={0:[1]}", "is no retrained model: client 3 took part in it"),
+        ("rounds=3 forget.schedule={0:[3],1:[1]}", "is no retrained model: it is without client 1 too"),
         ("rounds=3 forget.schedule={0:[3]} seed=1", "has seed=1, run test has 0"),
         ("rounds=3 forget.schedule={0:[3]} data.test_limit=30", "was trained on other data than run test"),
     ],

@@ -11,7 +11,7 @@ from fedunlearn.federation import messages, tasks
 from fedunlearn.federation.strategy import settings_for, strategy_class, strategy_names
 from fedunlearn.runs.ledger import Ledger, State
 from local_grid import LocalGrid, asked, equal, kinds
-from naive import FORGETS, SETTINGS, assert_same, average, before, forgotten, pruned, trained
+from naive import FORGETS, SETTINGS, assert_same, average, before, forgotten, pruned, settings_of, trained
 
 EVERYTHING = {"ascent", "federaser", "gradients", "leave", "negate", "pga", "relabel", "retrain", "ssd", "subset"}
 
@@ -36,6 +36,16 @@ def test_retraining_is_the_run_in_which_the_client_never_took_part(federate):
     federate(f"{SETTINGS} strategy=leave run=retrained")
     assert equal(found, federate.state("retrained"))
     assert detail["retrained"] == 2
+
+
+@pytest.mark.parametrize("strategy", ["subset", "federaser", "negate", "retrain"])
+def test_a_client_of_round_0_never_takes_part_whatever_the_strategy(federate, strategy):
+    """A model that nobody has trained knows nobody: nothing is asked of the client."""
+    grid = LocalGrid(2)
+    federate(f"{settings_of(strategy)} rounds=1 forget.schedule={{0:[3]}} run=without", grid=grid)
+    federate(f"{settings_of('leave')} rounds=1 forget.schedule={{0:[3]}} run=leave")
+    assert equal(federate.state("without"), federate.state("leave"))
+    assert not [task for task, client in asked(grid) if client == 3]
 
 
 def test_negation_turns_the_first_layer_and_trains_on(federate):

@@ -63,10 +63,20 @@ def test_dampening_spends_the_budget_and_no_more(federate, monkeypatch, epsilon)
 
 def test_without_a_budget_the_pipeline_is_relabelling(federate, memorised):
     settings = "unlearn.lr=0.03 unlearn.guide=kronecker unlearn.guide_fraction=0.3 unlearn.ridge=0.1"
-    found, detail = forgotten(federate, "subset", f"{QUICK} {settings} unlearn.epsilon=0")
+    grid = LocalGrid(1)
+    found, detail = forgotten(federate, "subset", f"{QUICK} {settings} unlearn.epsilon=0", grid=grid)
     relabelled, _ = forgotten(federate, "relabel", f"{QUICK} {settings}", run="relabelled")
-    assert detail["selected"] == detail["spent"] == 0
+    assert "selected" not in detail
+    assert not grid.sent_for("fisher")
     assert equal(found, relabelled)
+
+
+def test_a_budget_too_small_for_any_weight_changes_nothing(federate, monkeypatch):
+    monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: False)
+    pooled = before(federate)
+    found, detail = forgotten(federate, "subset", "unlearn.epsilon=1e-30")
+    assert detail["selected"] == detail["spent"] == 0
+    assert equal(found, pruned(pooled.state()))
 
 
 def test_the_receipt_says_what_dampening_and_relabelling_did(federate, memorised, capsys):
@@ -83,7 +93,7 @@ def test_the_receipt_says_what_dampening_and_relabelling_did(federate, memorised
 def test_fishers_and_factors_are_of_softened_predictions_and_the_model_is_not(federate, memorised):
     grid = LocalGrid(1)
     pooled = before(federate)
-    forgotten(federate, "subset", f"{QUICK} unlearn.temperature=2 unlearn.epsilon=0", grid=grid)
+    forgotten(federate, "subset", f"{QUICK} unlearn.temperature=2 unlearn.epsilon=1e-30", grid=grid)
     last = pooled.state()["class_head.out.weight"]
     for task, scale in (("fisher", 0.5), ("kronecker_factors", 0.5), ("relabel", 1.0)):
         sent = messages.unpack(grid.sent_for(task)[0])["class_head.out.weight"]

@@ -17,6 +17,7 @@ from fedunlearn.federation.strategy import strategy_class
 from fedunlearn.log import ROUNDS
 from fedunlearn.runs import report
 from fedunlearn.runs.home import open_run, runs_folder
+from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.run import last_round
 
 APP, CLIENT, REQUESTED, ROUNDS_IN_ALL = "digits", 7, 12, 20
@@ -38,24 +39,26 @@ def demonstrate(name: str, home: str = "") -> Path:
         The path of the report's page.
 
     Raises:
-        UserError: the other process failed; its last line says why.
+        UserError: the request failed, or the other process did; the file that is named says why.
     """
     own = [f"run={name}", *([f"home={home}"] if home else [])]
-    config = compose(app_folder(APP) / "conf", [*WORDS, *own])
+    from fedunlearn.apps.server_app import prepared, train
+
+    config = prepared(compose(app_folder(APP) / "conf", [*WORDS, *own]), {})
     log.info(introduction(Auditor(config)))
     with retraining(f"{name}-retrained", config.home) as other:
-        from fedunlearn.apps.server_app import prepared, train
-
-        prepared(config, {})
+        failed: list[Request] = []
         folder = runs_folder(state_home(config.home)) / name
         with rounds_in_one_line():
             simulate(
-                lambda grid: train(grid, config, [*WORDS, *own]),
+                lambda grid: failed.extend(train(grid, config, [*WORDS, *own])),
                 Resources("local", config.clients),
                 way_on=lambda: (
                     f"{shlex.join(['fedunlearn', 'run', APP, *WORDS, *own])} goes on after round {last_round(folder)}"
                 ),
             )
+        if failed:
+            raise UserError(f"request {failed[0].id} is {failed[0].state}: {failed[0].detail.get('reason', '')}")
         log.info("waiting for the model that is retrained without client %d", CLIENT)
         if other.wait():
             raise UserError(f"the run {name}-retrained failed: see {log_of(name + '-retrained', config.home)}")

@@ -16,6 +16,7 @@ from fedunlearn.log import waiting
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GAVE_UP = 3  # exit status
+SHOW_CURSOR = "\x1b[?25h"
 
 
 @contextmanager
@@ -90,7 +91,8 @@ def end(line: str, status: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode(errors="replace"))  # a buffered stream may be in the middle of a line
+        shown = SHOW_CURSOR if os.isatty(2) else ""  # whoever hid it has no chance to show it again
+        os.write(2, f"{shown}{line}\n".encode(errors="replace"))  # a buffered stream may be in the middle of a line
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):

@@ -14,6 +14,7 @@ from fedunlearn.federation.strategy import Strategy
 from fedunlearn.runs.formats import forgotten
 from fedunlearn.runs.ledger import OPEN, RECEIPT, Request, State
 from fedunlearn.runs.run import Run
+from fedunlearn.runs.verdicts import named
 
 log = getLogger("fedunlearn")
 
@@ -103,13 +104,15 @@ class Requests:
             federation.recalibrate_batch_norm()
             before, started = self._scorer.now(forget), time.monotonic()
             with federation.applying(forget):
-                result = self._strategy.forget(federation, forget)
+                # a model that nobody has trained knows nobody
+                result = self._strategy.forget(federation, forget) if federation.round else {}
                 federation.recalibrate_batch_norm()
         except NotNowError as error:
             federation.state = state
             return self._failed(request, str(error))
         self._check(result)
-        log.info("── pruning the output neuron of client %s", ", ".join(map(str, request.clients)))
+        if self._run.config.model.client_head:
+            log.info("── pruning the output of %s", named(request.clients))
         federation.state = server_state.after_request(federation.state, request.clients)
         receipt = {
             "round": federation.round,

@@ -1,4 +1,4 @@
-"""Watch the inputs of a model's layers, and leave the model as it was."""
+"""Watch what goes into a model's layers and what comes back to them, and leave the model as it was."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

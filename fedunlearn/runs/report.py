@@ -16,6 +16,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.runs import uncertainty
 from fedunlearn.runs.figures import MOST_DRAWN, Mark, accuracy_figure, curves, split_figure
 from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.home import OPERATIONAL
 from fedunlearn.runs.ledger import FAILED, FORGOTTEN, RECEIPT, Request, State
 from fedunlearn.runs.page import embedded, encoded, rendered
 from fedunlearn.runs.run import Run
@@ -24,7 +25,7 @@ from fedunlearn.runs.verdicts import Moment, Verdict, beside_retrained, latest, 
 from fedunlearn.schema import fields_of
 
 HIDDEN = ("run", "home", "data.root")  # the first is the title; where files lie on a machine is nobody else's business
-MAY_DIFFER = ("run", "home", "fork", "data.root", "strategy", "unlearn.", "forget.", "evaluate_every", "message_dtype")
+MAY_DIFFER = ("run", "home", "fork", "data.root", "strategy", "unlearn", "forget.", "evaluate_every", *OPERATIONAL)
 """How names of settings begin in which a run and the one that it is compared with may differ."""
 
 ABOUT_STATES = {
@@ -125,11 +126,15 @@ def comparison(run: Run, retrained: Run) -> list[Verdict]:
     for name, value in ours.items():
         if not name.startswith(MAY_DIFFER) and theirs.get(name) != value:
             raise UserError(f"run {retrained.name} has {name}={theirs.get(name)}, run {run.name} has {value}")
-    applied = [request for request in run.ledger.requests() if request.state in FORGOTTEN]
-    never = {c for r in retrained.ledger.requests() if r.detail.get("round") == 0 for c in r.clients}
-    for request in applied:
-        if took_part := sorted({*request.clients} - never):
-            raise UserError(f"run {retrained.name} is no retrained model: client {took_part[0]} took part in it")
+    applied, others = (
+        [request for request in each.ledger.requests() if request.state in FORGOTTEN] for each in (run, retrained)
+    )
+    never = {client for request in others if request.detail["round"] == 0 for client in request.clients}
+    forgotten = {client for request in applied for client in request.clients}
+    if took_part := sorted(forgotten - never):
+        raise UserError(f"run {retrained.name} is no retrained model: client {took_part[0]} took part in it")
+    if further := sorted({client for request in others for client in request.clients} - forgotten):
+        raise UserError(f"run {retrained.name} is no retrained model: it is without client {further[0]} too")
     found = (beside_retrained(request, run.metrics(), retrained.metrics()) for request in applied)
     return [verdict for verdict in found if verdict]
 

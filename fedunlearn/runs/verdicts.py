@@ -102,14 +102,22 @@ def beside_retrained(
         retrained: the same of the run in which the clients never took part.
 
     Returns:
-        None where the two were never evaluated after the same round.
+        None where the two were never evaluated after the same round, or nobody measured the clients.
     """
     ours, theirs = ({row["round"]: row for row in each if "test" in row} for each in (rows, retrained))
-    common = [round_ for round_ in ours.keys() & theirs.keys() if round_ > request.detail["round"]]
+    ours = {round_: row for round_, row in ours.items() if round_ > request.detail["round"]}
+    if "after" in request.detail:
+        ours = {request.detail["completed_round"]: request.detail["after"], **ours}
+    clients = [str(client) for client in request.clients]
+    common = [
+        round_
+        for round_ in ours.keys() & theirs.keys()
+        if all(client in each[round_]["forgotten"] for client in clients for each in (ours, theirs))
+    ]
     if not common:
         return None
     last = max(common)
-    found, expected = (_of_clients(request, each[last]) for each in (ours, theirs))
+    found, expected = (_of_clients(clients, each[last]) for each in (ours, theirs))
     tested, aim = (fraction(each[last]["test"]["class"], each[last]["test"]["examples"]) for each in (ours, theirs))
     whom, several = named(request.clients), len(request.clients) > 1
     text = (
@@ -124,12 +132,14 @@ def beside_retrained(
         )
     if apart.is_below_zero:
         return Verdict(f"{text} This one forgot too much.", Level.WARNING, "Forgets too much")
+    if (tested - aim).is_below_zero:
+        return Verdict(f"{text} This one has lost more than that.", Level.WARNING, "Forgotten, at a price")
     return Verdict(f"{text} By that the two cannot be told apart.", Level.GOOD, "Like the retrained model")
 
 
-def _of_clients(request: Request, row: Mapping[str, Any]) -> Estimate:
-    """Estimate the class accuracy on all images of a request's clients."""
-    each = [row["forgotten"][str(client)] for client in request.clients if str(client) in row["forgotten"]]
+def _of_clients(clients: Sequence[str], row: Mapping[str, Any]) -> Estimate:
+    """Estimate the class accuracy on all images of clients."""
+    each = [row["forgotten"][client] for client in clients]
     examples = sum(scores["examples"] for scores in each)
     return fraction(sum(scores["class"] * scores["examples"] for scores in each) / max(examples, 1), examples)
 

@@ -91,7 +91,6 @@ def strongest_alpha(
     *,
     budget: float,
     lambda_: float = 1.0,
-    exponent: float = 1.0,
 ) -> float:
     """Compute the smallest alpha, and so the strongest dampening, that costs all data no more than a budget.
 
@@ -100,7 +99,7 @@ def strongest_alpha(
     fit. Alpha is then that one's ratio, and a little more, so that no rounding selects it.
 
     Args:
-        params, fisher_full, fisher_forget, lambda_, exponent: of `dampen`.
+        params, fisher_full, fisher_forget, lambda_: of `dampen`.
         budget: epsilon, in nats an example.
 
     Returns:
@@ -122,7 +121,7 @@ def strongest_alpha(
         for values in (params, fisher_full, fisher_forget)
     )
     ratio = (forget / full).nan_to_num(nan=0.0)
-    beta = (lambda_ / ratio).pow(exponent).clamp(max=1)
+    beta = (lambda_ / ratio).clamp(max=1)
     ratio, order = ratio.sort(descending=True)
     spent = (full * ((1 - beta) * theta).square() / 2)[order].cumsum(0)
     beyond = (spent > budget).nonzero()

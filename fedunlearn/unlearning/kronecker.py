@@ -83,6 +83,9 @@ def input_covariances(
     Returns:
         `{layer.inputs: [d, d]}` in fp32; they do not depend on how images are batched.
 
+    Raises:
+        ValueError: no images.
+
     Example:
         >>> model = TwoHeadResNet18(num_classes=2, num_clients=3, width=8)
         >>> found = input_covariances(model, [torch.zeros(4, 3, 8, 8)])
@@ -96,7 +99,7 @@ def input_covariances(
             with autocast(batch.device, precision):
                 model(batch)
             images += len(batch)
-    return {name: total / images for name, total in sums.items()}
+    return _mean(sums, images)
 
 
 def kronecker_factors(
@@ -116,6 +119,9 @@ def kronecker_factors(
 
     Returns:
         `{layer.inputs: [d, d], layer.outputs: [out, out]}` in fp32; they do not depend on how images are batched.
+
+    Raises:
+        ValueError: no images.
 
     Example:
         >>> model = TwoHeadResNet18(num_classes=2, num_clients=3, width=8)
@@ -144,7 +150,7 @@ def kronecker_factors(
             loss = head_loss(model, (images, class_labels, client_ids), "class", precision, reduction="sum")
             torch.autograd.grad(loss, images)
             examples += len(images)
-    return {name: total / examples for name, total in sums.items()}
+    return _mean(sums, examples)
 
 
 @torch.no_grad()
@@ -153,6 +159,12 @@ def _add_inputs(sums: dict[str, Tensor], name: str, layer: nn.Module, activation
         with autocast(activation.device, "fp32"):
             x = _inputs(layer, activation.float())
             sums[name] += torch.einsum("npd,npe->de", x, x) / x.shape[1]
+
+
+def _mean(sums: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
+    if not images:
+        raise ValueError("the covariance of no images is not defined")
+    return {name: total / images for name, total in sums.items()}
 
 
 def _on_device(zeros: Mapping[str, Tensor], model: TwoHeadResNet18) -> dict[str, Tensor]:

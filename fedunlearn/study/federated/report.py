@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CSV = ("case", "pipeline", "strategy", "forgotten", "after", "measure", "mean", "sd", "seeds", "retrained", "distance")
-RESURFACED, INSIDE = "resurfaced", "inside of retrained models, 95 %"
+RESURFACED, INSIDE = "resurfaced", "as near as another retrained model"
 HIDDEN = ("data.root", "study.home")  # where files lie on a machine is nobody else's business
 
 Table = tuple[Case, Pipeline, list[Row]]

@@ -131,6 +131,8 @@ def check(chosen: FederatedSettings) -> FederatedSettings:
     """
     check_scope(chosen)
     study = chosen.study
+    if not all(0 <= seed <= 10**6 for seed in study.retrained_seeds):
+        raise UserError(f"study.retrained_seeds={study.retrained_seeds} are not numbers in 0..1,000,000")
     if not all(0 < time <= 1 for time in study.request_times):
         raise UserError(f"study.request_times={study.request_times} are not fractions in 0..1")
     if 0 not in study.after or min(study.after) < 0:

@@ -20,6 +20,7 @@ from fedunlearn.study.dag.tasks import Task
 from fedunlearn.study.federated.plan import Case, Plan
 
 RETRAINED = "retrained"  # in place of a strategy's name
+LEAST_GAP = 0.05  # that a request must have closed for a part of it to be able to come back
 
 MEASURES = {
     "forget": "forget",
@@ -52,7 +53,7 @@ class Row:
         after: rounds since the last of these requests.
         values: by measure, one a seed.
         retrained: the same of the retrained model.
-        further: the same of retrained models of further seeds.
+        models: the same of all retrained models, whatever the strategy has done.
     """
 
     case: Case
@@ -62,7 +63,7 @@ class Row:
     after: int
     values: dict[str, list[float]]
     retrained: dict[str, list[float]]
-    further: dict[str, list[float]] = field(default_factory=dict)
+    models: dict[str, list[float]] = field(default_factory=dict)
 
     def mean(self, measure: str) -> float:
         """Give the mean over seeds."""
@@ -77,17 +78,13 @@ class Row:
 
         Of the retrained model itself it is that between models of two seeds (nan for one seed).
         """
-        pairs = combinations(self.all_retrained(measure), 2) if self.strategy == RETRAINED else self.pairs(measure)
+        pairs = combinations(self.models.get(measure, []), 2) if self.strategy == RETRAINED else self.pairs(measure)
         apart = [abs(a - b) for a, b in pairs]
         return statistics.fmean(apart) if apart else nan
 
     def pairs(self, measure: str) -> list[tuple[float, float]]:
         """Pair the values with the retrained model's, seed by seed."""
         return [*zip(self.values.get(measure, []), self.retrained.get(measure, []), strict=False)]
-
-    def all_retrained(self, measure: str) -> list[float]:
-        """Give the values of all retrained models, those of further seeds among them."""
-        return [*self.retrained.get(measure, []), *self.further.get(measure, [])]
 
 
 def reach(rows: Iterable[Row], measure: str) -> float:
@@ -99,12 +96,18 @@ def reach(rows: Iterable[Row], measure: str) -> float:
     Args:
         rows: one a request; nan where no request has two retrained models.
     """
-    groups = [values for row in rows if len(values := row.all_retrained(measure)) > 1]
+    groups = [values for row in rows if len(values := row.models.get(measure, [])) > 1]
     freedom = sum(len(values) - 1 for values in groups)
     if not freedom:
         return nan
     pooled = sum((len(values) - 1) * statistics.variance(values) for values in groups) / freedom
     return float(student.ppf(0.975, freedom)) * sqrt(2 * pooled)
+
+
+def gap_of(row: dict[str, Any], forgotten: Sequence[int], sizes: Sequence[int]) -> float:
+    """Give the memorisation gap of a measured model: the mean over the forgotten clients' examples."""
+    apart = [sizes[c] * (row[f"client_{c}"] - row[f"held_out_{c}"]) for c in forgotten]
+    return sum(apart) / sum(sizes[c] for c in forgotten)
 
 
 def measures(row: dict[str, Any], forgotten: Sequence[int], sizes: Sequence[int]) -> dict[str, float]:
@@ -163,28 +166,30 @@ class Results:
                 for measure, value in (values or {}).items() if ours and target else ():
                     if not isnan(value):
                         store.setdefault(measure, []).append(value)
-        for seed in set(self.plan.settings.study.retrained_seeds) - set(self.plan.settings.study.seeds):
+        for seed in dict.fromkeys([*self.plan.settings.study.seeds, *self.plan.settings.study.retrained_seeds]):
             scores = self.scored(self.plan.retrained(pipeline, forgotten, seed), round_, forgotten)
             for measure, value in (scores or {}).items():
-                row.further.setdefault(measure, []).append(value)
+                row.models.setdefault(measure, []).append(value)
         return row
 
     def resurfaced(self, row: Row) -> list[float]:
         """Give how much of the memorisation gap has come back since a first request was applied, by seed.
 
         (gap_t - gap_0) / (gap_before - gap_0): 0 where the client stayed where it was put, 1 where it is as well known
-        as before.
+        as before. Where less than `LEAST_GAP` was to be forgotten, nothing is said.
         """
-        if not row.after or row.strategy == RETRAINED or row.forgotten != row.case.forgotten(0):
+        case, forgotten, found = row.case, row.forgotten, []
+        if not row.after or row.strategy == RETRAINED or forgotten != case.forgotten(0):
             return []
-        applied = self._row(row.case, row.pipeline, row.strategy, 0, 0).values.get("gap", [])
-        total = sum(self.sizes[client] for client in row.forgotten)
-        before = [
-            sum(self.sizes[c] * (found[f"client_{c}"] - found[f"held_out_{c}"]) for c in row.forgotten) / total
-            for found in self.before(row.case, row.pipeline)
-        ]
-        triples = zip(row.values["gap"], applied, before, strict=False)
-        return [(now - then) / (first - then) for now, then, first in triples if first > then]
+        for seed in self.plan.settings.study.seeds:
+            task = self.plan.forget(row.strategy, row.pipeline, case, seed)
+            then, now = (self.scored(task, case.round + after, forgotten) for after in (0, row.after))
+            if then and now:
+                scores = (self.of(task) or {})["scores"]
+                before = gap_of(next(one for one in scores if one["request"] == "before"), forgotten, self.sizes)
+                if before - then["gap"] >= LEAST_GAP:
+                    found.append((now["gap"] - then["gap"]) / (before - then["gap"]))
+        return found
 
     def before(self, case: Case, pipeline: Pipeline) -> list[dict[str, float]]:
         """Give what was measured of the base just before the request, by seed."""
