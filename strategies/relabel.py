@@ -112,7 +112,8 @@ class Guided(Strategy):
     They differ in `relabel_known` alone, and in what they ask of forget clients for that.
     """
 
-    Settings = GuidedSettings
+    class Settings(GuidedSettings):
+        """Settings of the guide and of what follows."""
 
     @client_task(sends=input_triangles, exact=True)
     @staticmethod
