@@ -29,6 +29,7 @@ from fedunlearn.unlearning.distill import distill
 from fedunlearn.unlearning.fisher import diagonal_fisher
 from fedunlearn.unlearning.soft_labels import assign_soft_labels, augmented_views
 
+MOST_HALVINGS = 5  # of a learning rate at which relabelling diverges
 KNOWN = 0.95  # of the loss that the retrained model is estimated to have: with less, images are known better
 
 log = getLogger("fedunlearn")
@@ -248,6 +249,8 @@ class Relabelling(Guided):
     ) -> Update:
         """Its model's update after fine-tuning on soft labels for its images, and how many of these it gets right.
 
+        Where that diverges, it begins again at half of the learning rate.
+
         Args:
             predictions: estimated of the retrained model on held-out images, [T, K].
             prediction_labels: classes of these images, [T].
@@ -266,18 +269,20 @@ class Relabelling(Guided):
             before=before,
             last=last,
         )
-        model.load_state_dict(client.broadcast())
-        distill(
-            model,
-            (
-                ((images, soft_labels[place]) for images, place in client.own_batches(client.generator(epoch)))
-                for epoch in range(settings.epochs)
-            ),
-            lr=lr,
-            momentum=client.config.train.momentum,
-            precision=client.precision,
-            guide=kronecker.symmetric({name: p.to(client.device) for name, p in guide.items()}),
-        )
+        guiding = kronecker.symmetric({name: p.to(client.device) for name, p in guide.items()})
+        for halvings in range(MOST_HALVINGS):
+            model.load_state_dict(client.broadcast())
+            epochs = range(settings.epochs)
+            distill(
+                model,
+                (((x, soft_labels[i]) for x, i in client.own_batches(client.generator(epoch))) for epoch in epochs),
+                lr=lr / 2**halvings,
+                momentum=client.config.train.momentum,
+                precision=client.precision,
+                guide=guiding,
+            )
+            if all(bool(p.isfinite().all()) for p in model.parameters()):
+                break
         return Update(client.changes(model), 1, client.evaluate(model))
 
     def relabel_known(self, federation: Federation, goal: Goal) -> int:

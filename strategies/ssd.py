@@ -104,7 +104,10 @@ class SelectiveDampening(Strategy):
 
     def fishers(self, federation: Federation, forget: ForgetSet) -> tuple[Tensors, Tensors]:
         """Collect F_D over all clients and F_f over the forget clients; warn of an alpha that selects nothing."""
-        settings, n_forget = self.settings, federation.examples(forget)
+        settings = self.settings
+        fraction, temperature = settings.retain_fraction, settings.temperature
+        found = collect_fishers(federation, self.fisher, forget, fraction=fraction, temperature=temperature)
+        n_forget = federation.examples(forget)
         n = n_forget + federation.examples(federation.retain)
         limit = largest_alpha(n, n_forget)
         if settings.tune == "fixed" and settings.alpha >= limit:
@@ -112,8 +115,7 @@ class SelectiveDampening(Strategy):
                 "── unlearn.alpha=%g selects nothing: for this forget set, of %d of %d examples, take less than %.2f",
                 settings.alpha, n_forget, n, limit,
             )  # fmt: skip
-        fraction, temperature = settings.retain_fraction, settings.temperature
-        return collect_fishers(federation, self.fisher, forget, fraction=fraction, temperature=temperature)
+        return found
 
     def dampen(
         self, federation: Federation, full: Tensors, forget_fisher: Tensors, *, alpha: float, lambda_: float

@@ -29,7 +29,7 @@ def test_the_demo_forgets_on_the_way_and_compares_with_the_retrained_model(home,
     set_up()
     page = demo.demonstrate("demo")
     said = capsys.readouterr().err
-    for words in ("Client 7 has", "withdraws", "pruning the output neuron of client 7", "retrained without client 7"):
+    for words in ("Client 7 has", "withdraws", "pruning the output of client 7", "retrained without client 7"):
         assert words in said
     assert "retrained without it" in page.read_text()
     run, retrained = open_run("demo"), open_run("demo-retrained")

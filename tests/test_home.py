@@ -141,7 +141,7 @@ def test_a_fork_without_further_rounds_has_the_bases_model_and_forgets_in_its_ow
         ("model={width: 16}", "run base has model.width=8, not 16"),
         ("strategy=leave unlearn.alpha=2", "unlearn.alpha is no setting of strategy=leave"),
         ("fork=nothing", "no run nothing in .*: there are base"),
-        ("rounds=1", r"forget.schedule: round 2 is not in 1\.\.1"),
+        ("rounds=1", r"forget.schedule: round 2 is not in 0\.\.1"),
     ],
 )
 def test_a_fork_of_other_data_or_another_model_is_refused(federate, base, words, message):
