@@ -316,3 +316,21 @@ def test_clients_of_three_images_repair_and_give_statistics(federate):
     _, detail = forgotten(federate, "relabel", settings, training=training, grid=grid)
     assert detail.get("attempts") is None
     assert {client for task, client in asked(grid) if task == "batch_norm_statistics"} == {*range(10)} - {3}
+
+
+def test_relabelling_that_diverges_begins_again_at_half_the_rate(federate, monkeypatch):
+    rates = []
+
+    def diverging(model, batches, *, lr, **others):
+        rates.append(lr)
+        with torch.no_grad():
+            model.projection.bias.fill_(math.nan if len(rates) < 3 else 0.5)
+
+    monkeypatch.setattr("strategies.relabel.distill", diverging)
+    pooled = before(federate)
+    settings = "unlearn.rounds=1 unlearn.lr=0.04 unlearn.repair_lr=0 train.lr=0 unlearn.freeze_fraction=0"
+    found, detail = forgotten(federate, "relabel", settings)
+    assert rates == pytest.approx([0.04, 0.02, 0.01])
+    assert_close(found["projection.bias"], torch.full_like(found["projection.bias"], 0.5))
+    assert_close(found["stem.0.weight"], pooled.state()["stem.0.weight"])
+    assert detail["rounds"] == 1
