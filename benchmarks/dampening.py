@@ -7,6 +7,7 @@ mix of the client. Then BatchNorm statistics are estimated again, and each class
 """
 
 import argparse
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from fedunlearn.nn.evaluate import Counts, Predictions
+from fedunlearn.nn.evaluate import Counts, Predictions, predict
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.runs import checkpoint
 from fedunlearn.study.dag.command import study_folder
@@ -44,19 +45,14 @@ class Case:
 
     def by_class(self, indices: Tensor, temperature: float) -> list[tuple[int, Fisher]]:
         """Give the number of images, and their mean diagonal Fisher, of every class."""
-        labels, last = self.pool.train.labels[indices], self.model.class_head.out
-        found: list[tuple[int, Fisher]] = []
-        with torch.no_grad():
-            for p in last.parameters():
-                p /= temperature
-        for k in range(self.classes):
-            chosen = indices[labels == k]
-            batches = self.pool.train.batches(chosen, EVALUATION_BATCH)
-            found.append((len(chosen), diagonal_fisher(self.model, batches) if len(chosen) else {}))
-        with torch.no_grad():
-            for p in last.parameters():
-                p *= temperature
-        return found
+        labels, model = self.pool.train.labels[indices], copy.deepcopy(self.model)
+        for p in model.class_head.out.parameters():
+            p.data /= temperature
+        parts = [indices[labels == k] for k in range(self.classes)]
+        return [
+            (len(part), diagonal_fisher(model, self.pool.train.batches(part, EVALUATION_BATCH)) if len(part) else {})
+            for part in parts
+        ]
 
     def predictions(self) -> Predictions:
         """Predict all training images."""
@@ -79,13 +75,13 @@ def main() -> None:
         case = Case(model, workspace.pool, client, len(workspace.dataset.class_names))
         start = {name: value.clone() for name, value in model.state_dict().items()}
         before = case.predictions()
-        held_out = workspace.predictions(model).test
+        held_out = predict(model, case.pool.test.batches(case.pool.test.all()))
         aim = held_out.expected_accuracy(workspace.class_counts(client))
         for kind, (temperature, matched) in KINDS.items():
             model.load_state_dict(start)
             ratios = ratios_of(case, temperature, matched=matched)
             fraction = zero_until(case, start, ratios, aim)
-            after, tested = case.predictions(), workspace.predictions(model).test.total.class_accuracy
+            after, tested = case.predictions(), case.pool.count_test(model, "fp32").class_accuracy
             both = [accuracies(found, client) for found in (before, after)]
             totals.append([str(seed), kind, f"{fraction:.2%}", *map(shown, summary(both)), shown(tested)])
             for k, count in enumerate(workspace.class_counts(client).tolist()):

@@ -259,7 +259,6 @@ class Relabelling(Guided):
             before: the model as it was before it was relabelled; by default the broadcast one, as in the first round.
             last: whether this is the last round of the request.
         """
-
         soft_labels = soft_labels_of(
             client,
             model,
