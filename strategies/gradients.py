@@ -17,7 +17,7 @@ from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.nn.precision import at_least_fp32, autocast
 from fedunlearn.unlearning import kronecker
-from strategies.relabel import Goal, Guided, KroneckerSettings, soft_labels_of
+from strategies.relabel import Goal, Guided, GuidedSettings, soft_labels_of
 
 HALVINGS = 4  # of the last step, where it went too far
 
@@ -35,7 +35,7 @@ class GradientRelabelling(Guided):
 
     label, colour, marker = "few gradients", "#8338ec", "X"
 
-    class Settings(KroneckerSettings):
+    class Settings(GuidedSettings):
         """Settings of relabelling by gradients."""
 
         steps: int = Field(default=8, ge=1, le=1000, description="at most, each with a gradient of the forget clients")
@@ -50,17 +50,14 @@ class GradientRelabelling(Guided):
         *,
         predictions: Tensor,
         prediction_labels: Tensor,
-        before: Tensors | None = None,
     ) -> Update:
         """Its mean gradient towards soft labels for its images, and how many of these the model gets right.
 
         Args:
             predictions: estimated of the retrained model on held-out images, [T, K].
             prediction_labels: classes of these images, [T].
-            before: the model as it was before the first step; by default the broadcast one.
         """
-        soft_labels = soft_labels_of(client, model, predictions, prediction_labels, before=before)
-        model.load_state_dict(client.broadcast())
+        soft_labels = soft_labels_of(client, model, predictions, prediction_labels)
         model.eval()
         model.zero_grad()
         for images, place in client.own_batches(client.generator()):
@@ -75,16 +72,14 @@ class GradientRelabelling(Guided):
         model.zero_grad()
         return Update(found, client.examples, client.evaluate(model))
 
-    def relabel_known(self, federation: Federation, goal: Goal) -> int:
+    def relabel_known(self, federation: Federation, goal: Goal) -> None:
         """Step until the forget clients' accuracy is the estimated one, then let the retain clients repair.
 
         A step after which more images are right than before went too far. It is taken back, and the next are half as
         long.
         """
-        if not goal.known:
-            return 0
-        first = last = federation.state
-        guide = kronecker.symmetric(self.guide(federation, 1))
+        last = federation.state
+        guide = kronecker.symmetric({name: p.float() for name, p in self.guide(federation).items()})
         examples = {client: federation.examples([client]) for client in goal.known}
         aim = sum(goal.accuracy[client] * n for client, n in examples.items()) / sum(examples.values())
         lr, least = self.settings.lr, 1.0
@@ -94,7 +89,6 @@ class GradientRelabelling(Guided):
                 on=goal.known,
                 predictions=goal.estimate.class_probs,
                 prediction_labels=goal.estimate.class_labels,
-                before=first.params if step > 1 else None,
             )
             found = results.total.class_accuracy
             log.info("── gradient %d: %.3f of the images right, to be %.3f", step, found, aim)
@@ -106,8 +100,7 @@ class GradientRelabelling(Guided):
             last, least = federation.state, found
             federation.apply(self.guided(federation, results.mean(), guide, lr))
         self.shorten(federation, goal, last, aim)
-        self.repair_round(federation, 1)
-        return 1
+        self.repair_round(federation, 1, last=True)
 
     def guided(self, federation: Federation, gradient: Tensors, guide: Tensors, lr: float) -> Tensors:
         """Give the step that a gradient becomes."""

@@ -1,7 +1,7 @@
 """The paper's pipeline, made to last: Fisher diagonals, dampening within a budget, relabelling, pruning."""
 
 from logging import getLogger
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from fedunlearn.federation.tasks import client_task, parameters
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.unlearning.dampening import dampen, dampening_cost, selected_fraction, strongest_alpha
 from fedunlearn.unlearning.fisher import diagonal_fisher
-from strategies.relabel import KroneckerSettings, Relabelling
+from strategies.relabel import Relabelling
 from strategies.ssd import collect_fishers
 
 log = getLogger("fedunlearn")
@@ -28,8 +28,8 @@ class SubsetUnlearning(Relabelling):
        where a loss as high as possible is wanted of D_f, and F_D is its diagonal. Here alpha is as small as epsilon
        allows (`unlearning.dampening.strongest_alpha`).
     2. Relabelling: delta = -(F_D + damping)^-1 g, where the predictions of the retrained model are wanted of D_f, and g
-       is the gradient towards them. F_D has Kronecker factors A (x) G of the retain clients' images there (Martens and
-       Grosse, 2015). `Relabelling` says the rest: repair, correction, client head, frozen weights.
+       is the gradient towards them. F_D has Kronecker factors A (x) G there (Martens and Grosse, 2015), of the server's
+       held-out images. `Relabelling` says the rest: when to stop, repair, frozen weights.
 
     Dampening raises the loss of D_f, and training that carries on would lower it again along the same way. After
     relabelling the loss is as low as it will be, so that there is no way back. Pruning of the forget clients' neurons
@@ -38,9 +38,12 @@ class SubsetUnlearning(Relabelling):
 
     label, colour, marker = "dampen + relabel (ours)", "#2a6f97", "o"
 
-    class Settings(KroneckerSettings, Relabelling.Settings):
+    class Settings(Relabelling.Settings):
         """Settings of the pipeline."""
 
+        guide: Literal["inputs", "kronecker", "diagonal"] = Field(
+            default="kronecker", description=Relabelling.Settings.model_fields["guide"].description
+        )
         epsilon: float = Field(
             default=1e-4,
             ge=0,
@@ -53,29 +56,26 @@ class SubsetUnlearning(Relabelling):
             default=0.1, ge=1e-6, le=1, description="of each retain client's images that its Fisher is taken of"
         )
         lr: float = Field(default=0.12, ge=0, le=100, description=Relabelling.Settings.model_fields["lr"].description)
-        freeze_fraction: float = Field(
-            default=0.97, ge=0, le=1, description=KroneckerSettings.model_fields["freeze_fraction"].description
-        )
 
-    @client_task(sends=parameters)
+    @client_task(sends=parameters, dtype="bf16")
     @staticmethod
     def fisher(client: Client, model: TwoHeadResNet18, settings: Settings, *, fraction: float = 1.0) -> Tensors:
         """Its diagonal Fisher: the mean over its images of the squared gradient, a parameter."""
         return diagonal_fisher(model, client.sample(fraction), precision=client.precision)
 
     def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
-        """Dampen within the budget, relabel what is known too well, train the client head anew, and freeze.
+        """Dampen within the budget, relabel what is known too well, and freeze.
 
         Returns:
-            `predicted`, the estimated accuracy on all forget clients' images, `rounds` of relabelling, and of dampening
-            `alpha`, `lambda_`, `selected` (the fraction of weights) and `spent` (of epsilon, in nats), with a budget.
+            What `Relabelling.forget` does, and of dampening `alpha`, `lambda_`, `selected` (the fraction of weights)
+            and `spent` (of epsilon, in nats), with a budget.
         """
         before, goal = federation.state, self.goal(federation, forget)
         dampened = self.dampen_within_budget(federation, forget) if self.settings.epsilon else {}
-        rounds = self.relabel_known(federation, goal)
-        federation.recalibrate_client_head()
+        if goal.known:
+            self.relabel_known(federation, goal)
         federation.freeze(since=before, fraction=self.settings.freeze_fraction)
-        return {"predicted": goal.total, "rounds": rounds, **dampened}
+        return {"predicted": goal.total, "relabelled": goal.known, **dampened}
 
     def dampen_within_budget(self, federation: Federation, forget: ForgetSet) -> dict[str, float]:
         """Dampen as strongly as epsilon allows; returns what the receipt says of it."""
@@ -96,6 +96,4 @@ class SubsetUnlearning(Relabelling):
             "── dampening %.2g of the weights (alpha %.3g, lambda %g), which spends %.2g of %g nats",
             selected, alpha, settings.lambda_, spent, settings.epsilon,
         )  # fmt: skip
-        if selected:
-            federation.recalibrate_batch_norm()
         return {"alpha": alpha, "lambda_": settings.lambda_, "selected": selected, "spent": spent}

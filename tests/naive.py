@@ -104,11 +104,11 @@ def pruned(state, *clients):
     return pruned_state(state, clients or [3])
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, atol=1e-5):
     assert found.keys() == expected.keys()
     for name, value in found.items():
         if value.is_floating_point():
-            assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+            assert_close(value, expected[name], rtol=1e-4, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def estimated(federate, pooled, forget):

@@ -90,7 +90,7 @@ def test_config_lists_every_setting_with_default_range_and_meaning(capsys):
         ("rounds", ["rounds"]),
         ("unlearn", ["unlearn"]),
         ("ssd", ["unlearn.tune", "unlearn.alpha", "unlearn.lambda_"]),
-        ("subset", ["unlearn.guide", "unlearn.guide_fraction", "unlearn.temperature"]),
+        ("subset", ["unlearn.guide", "unlearn.guide_images", "unlearn.temperature"]),
     ],
 )
 def test_config_of_a_group_a_setting_or_a_strategy(name, names, capsys):

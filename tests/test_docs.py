@@ -162,7 +162,7 @@ def test_what_strategies_ask_for_is_found_in_their_code():
     assert generate.asked_by(strategy_class("leave")) == set()
     assert {"fisher", "class_counts", "evaluate"} <= generate.asked_by(strategy_class("ssd"))
     assert {"climb", "train", "class_counts"} <= generate.asked_by(strategy_class("pga"))
-    assert {"relabel", "input_covariance"} <= generate.asked_by(strategy_class("subset"))
+    assert {"relabel", "repair"} <= generate.asked_by(strategy_class("subset"))
     assert {"train", "evaluate"} <= generate.asked_in_a_run()
 
 

@@ -5,8 +5,10 @@ import torch
 from torch.testing import assert_close
 
 import reference
+from fedunlearn.federation.handle import SERVER
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.rng import generator_of
+from fedunlearn.unlearning.fisher import with_drawn_labels
 from fedunlearn.unlearning.soft_labels import assign_soft_labels
 from local_grid import LocalGrid, asked
 from naive import before, estimated, forgotten, pruned
@@ -29,13 +31,16 @@ def soft_gradient(pooled, client, estimate):
     return {name: p.grad.clone() for name, p in pooled.model.named_parameters() if p.grad is not None}
 
 
-def mean_factors(pooled, clients, temperature):
-    """Kronecker factors of all the clients' images at softened predictions, image by image."""
+def held_out_factors(pooled, temperature):
+    """Kronecker factors of all held-out images at softened predictions, with classes drawn from these."""
+    generator = generator_of(0, 2, SERVER, 1)
+    batches = pooled.server.sample(500, generator)
     with torch.no_grad():
         for p in pooled.model.class_head.out.parameters():
             p /= temperature
-    parts = [torch.cat(part) for part in zip(*(b for c in clients for b in pooled.batches(c)), strict=True)]
-    found = reference.kronecker_factors(pooled.model, parts[0], parts[1])
+    drawn = with_drawn_labels(pooled.model, batches, generator)
+    images, labels, _ = (torch.cat(part) for part in zip(*drawn, strict=True))
+    found = reference.kronecker_factors(pooled.model, images, labels)
     with torch.no_grad():
         for p in pooled.model.class_head.out.parameters():
             p *= temperature
@@ -47,7 +52,7 @@ def test_a_step_is_the_mean_gradient_guided_by_both_factors(federate, monkeypatc
     pooled, layer = before(federate), "class_head.hidden"
     estimate = estimated(federate, pooled, [3])
     gradient = soft_gradient(pooled, 3, estimate)
-    factors = mean_factors(pooled, range(3), 4.0)
+    factors = held_out_factors(pooled, 4.0)
     by = {}
     for kind, ridge in (("inputs", 0.1), ("outputs", 0.3)):
         a = factors[f"{layer}.{kind}"]
@@ -56,7 +61,7 @@ def test_a_step_is_the_mean_gradient_guided_by_both_factors(federate, monkeypatc
     rows = torch.cat([gradient[f"{layer}.weight"], gradient[f"{layer}.bias"][:, None]], 1).double()
     step = -1000 * by["outputs"] @ rows @ by["inputs"]
     monkeypatch.setattr(Counts, "class_accuracy", property(lambda self: 1.0))
-    settings = f"{QUICK} unlearn.steps=1 unlearn.lr=1000 unlearn.guide_fraction=1 unlearn.ridge=0.1"
+    settings = f"{QUICK} unlearn.steps=1 unlearn.lr=1000 unlearn.ridge=0.1"
     start = pooled.state()
     found, _ = forgotten(federate, "gradients", settings)
     moved = found[f"{layer}.weight"].double() - start[f"{layer}.weight"].double()

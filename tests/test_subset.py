@@ -62,7 +62,7 @@ def test_dampening_spends_the_budget_and_no_more(federate, monkeypatch, epsilon)
 
 
 def test_without_a_budget_the_pipeline_is_relabelling(federate, memorised):
-    settings = "unlearn.lr=0.03 unlearn.guide=kronecker unlearn.guide_fraction=0.3 unlearn.ridge=0.1"
+    settings = "unlearn.lr=0.03 unlearn.guide=kronecker unlearn.guide_images=30 unlearn.ridge=0.1"
     grid = LocalGrid(1)
     found, detail = forgotten(federate, "subset", f"{QUICK} {settings} unlearn.epsilon=0", grid=grid)
     relabelled, _ = forgotten(federate, "relabel", f"{QUICK} {settings}", run="relabelled")
@@ -82,20 +82,20 @@ def test_a_budget_too_small_for_any_weight_changes_nothing(federate, monkeypatch
 def test_the_receipt_says_what_dampening_and_relabelling_did(federate, memorised, capsys):
     grid = LocalGrid(2)
     _, detail = forgotten(federate, "subset", f"{QUICK} unlearn.epsilon=0.01", grid=grid)
-    assert {"alpha", "lambda_", "selected", "spent", "predicted", "rounds"} <= detail.keys()
+    assert {"alpha", "lambda_", "selected", "spent", "predicted", "relabelled"} <= detail.keys()
     said = capsys.readouterr().err
     for words in ("Fisher diagonals of 1 forget and 3 retain clients", "dampening", "alpha", "nats", "relabelling"):
         assert words in said
     tasks = [task for task, _ in asked(grid)]
-    assert tasks.index("fisher") < tasks.index("kronecker_factors") < tasks.index("relabel")
+    assert tasks.index("fisher") < tasks.index("relabel") < tasks.index("repair")
 
 
-def test_fishers_and_factors_are_of_softened_predictions_and_the_model_is_not(federate, memorised):
+def test_fishers_are_of_softened_predictions_and_the_model_is_not(federate, memorised):
     grid = LocalGrid(1)
     pooled = before(federate)
     forgotten(federate, "subset", f"{QUICK} unlearn.temperature=2 unlearn.epsilon=1e-30", grid=grid)
     last = pooled.state()["class_head.out.weight"]
-    for task, scale in (("fisher", 0.5), ("kronecker_factors", 0.5), ("relabel", 1.0)):
+    for task, scale in (("fisher", 0.5), ("relabel", 1.0)):
         sent = messages.unpack(grid.sent_for(task)[0])["class_head.out.weight"]
         torch.testing.assert_close(sent, scale * last)
 

@@ -64,7 +64,6 @@ def run_task(message: Message, context: Context) -> Message:
     runtime, strategy = resident(asked.config)
     task = tasks_of(type(strategy))[asked.name]
     torch.set_num_threads(runtime.config.train.threads)
-    runtime.work_on(asked.request)
     broadcast = {name: value.to(runtime.device) for name, value in messages.unpack(message).items()}
     arguments = messages.arguments_of(message)
     sums: Tensors = {}
@@ -81,7 +80,7 @@ def run_task(message: Message, context: Context) -> Message:
         counts[number] = update.counts
         if update.statistics is not None:
             statistics[str(number)] = update.statistics
-    packed = messages.pack(sums, "fp32" if task.exact else runtime.config.message_dtype) if sums else None
+    packed = messages.pack(sums, task.dtype or runtime.config.message_dtype) if sums else None
     return messages.reply(message, counts, packed, weight=weight, statistics=statistics)
 
 

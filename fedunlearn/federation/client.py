@@ -1,9 +1,8 @@
 """A client: one owner's images, on the machine where they are. Only client tasks are given one."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +21,6 @@ from fedunlearn.nn.rng import generator_of
 from fedunlearn.nn.schedule import loss_weights
 from fedunlearn.nn.sgd import LocalSGD
 
-T = TypeVar("T")
-
 
 class ClientRuntime:
     """What one process needs to be any of the clients that its node hosts: their images, and a model to work with.
@@ -38,17 +35,10 @@ class ClientRuntime:
         self.dataset = build.open_dataset(config)
         self.slices = build.slices_of(config, self.dataset)
         self.model = build.on_device(build.model_of(config, self.dataset), self.device)
-        self._request = ""
-        self._scratch: dict[int, dict[str, object]] = {}
 
     def client(self, number: int, round_: int, broadcast: Tensors | None = None) -> "Client":
         """Give the client of that number, in a round, which was sent the tensors `broadcast` of a model."""
-        return Client(self, number, round_, broadcast or {}, self._scratch.setdefault(number, {}))
-
-    def work_on(self, request: str) -> None:
-        """Forget what was kept for another forget request than this one (or for any, in rounds of training)."""
-        if request != self._request:
-            self._request, self._scratch = request, {}
+        return Client(self, number, round_, broadcast or {})
 
     @cached_property
     def sgd(self) -> LocalSGD:
@@ -76,10 +66,8 @@ class Client:
         device: where the model is.
     """
 
-    def __init__(
-        self, runtime: ClientRuntime, number: int, round_: int, broadcast: Tensors, scratch: dict[str, object]
-    ) -> None:
-        self._runtime, self._broadcast, self._scratch = runtime, broadcast, scratch
+    def __init__(self, runtime: ClientRuntime, number: int, round_: int, broadcast: Tensors) -> None:
+        self._runtime, self._broadcast = runtime, broadcast
         self.id, self.round = number, round_
         self.config, self.device = runtime.config, runtime.device
 
@@ -223,19 +211,6 @@ class Client:
     def changes(self, model: TwoHeadResNet18) -> Tensors:
         """Give how the model differs from the broadcast one: theta_c - theta, everything that is floating-point."""
         return {name: value - self._broadcast[name] for name, value in floating(model.state_dict()).items()}
-
-    def once_a_request(self, name: str, make: Callable[[], T], *, last: bool = False) -> T:
-        """Give what `make` made when it was first asked for during this forget request, if this process still has it.
-
-        A process may be another one in the next round, so that `make` must give the same again. What is kept goes with
-        the first message that is not of this request, and after the `last` time that it is asked for.
-        """
-        if name not in self._scratch:
-            self._scratch[name] = make()
-        kept = self._scratch[name]
-        if last:
-            del self._scratch[name]
-        return kept  # type: ignore[return-value]
 
     @property
     def _own(self) -> np.ndarray:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from logging import getLogger
 from typing import Any
 
@@ -155,7 +154,6 @@ class Federation:
             asked,
             self.state.params,
             arguments=arguments,
-            request=self._request_token(),
             one_client_each=one_client_each,
             on_reply=on_reply,
         )
@@ -282,6 +280,21 @@ class Federation:
             batch_norm.recalibrate(model, results.sum())
         return results.cost
 
+    def held_out_batch_norm(self, images: int = 500) -> None:
+        """Estimate BatchNorm statistics of the present model on held-out images: no client is asked.
+
+        It is for models in between. In the end the run estimates them on the retain clients' images.
+
+        Args:
+            images: how many of the server's, at random.
+        """
+        generator = generator_of(self.config.seed, self.round, SERVER)
+        with self.editing() as model:
+            if self.config.batch_norm_fraction and batch_norm.no_statistics(model):
+                sample = (images for images, _, _ in self.server.sample(images, generator))
+                precision = self.config.train.precision
+                batch_norm.recalibrate(model, batch_norm.batch_statistics(model, sample, precision=precision))
+
     def recalibrate_client_head(self) -> None:
         """Train the client head from the retain clients' embeddings as they are now, where the server trains it."""
         if server_trains_client_head(self.config):
@@ -302,9 +315,10 @@ class Federation:
     def freeze(self, *, since: ServerState, fraction: float) -> None:
         """Freeze that fraction of the weights, those that changed most since an earlier state.
 
-        Rounds of training move frozen weights by `frozen_lr_scale` only.
+        Rounds of training move frozen weights by `frozen_lr_scale` only. The client head stays free: it has to follow
+        the embeddings.
         """
-        names = [name for name, _ in self.server.model.named_parameters()]
+        names = [name for name, _ in self.server.model.named_parameters() if not name.startswith("client_head.")]
         self.state = server_state.freeze(self.state, since.params, fraction, names)
 
     def frozen_lr_scale(self, round_: int) -> float:
@@ -359,13 +373,6 @@ class Federation:
             yield
         finally:
             self._forget, self._class_counts = ForgetSet(()), {}
-
-    def _request_token(self) -> str:
-        """Name the request for caches of the clients' processes; it says nothing to anybody else."""
-        if not self._forget.clients:
-            return ""
-        text = f"{self.config.run} {self.config.seed} {self._forget.request} {self.round}"
-        return sha256(text.encode()).hexdigest()[:16]
 
 
 def total_counts(counts: Iterable[Tensor]) -> Tensor:

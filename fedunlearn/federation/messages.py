@@ -24,7 +24,6 @@ class Task:
         round: that random draws depend on.
         clients: for whom.
         arguments: further arguments of the client task, as JSON; tensors travel beside it.
-        request: an opaque name of the forget request that is being applied; empty in rounds of training.
     """
 
     config: str
@@ -32,7 +31,6 @@ class Task:
     round: int
     clients: list[int]
     arguments: str = "{}"
-    request: str = ""
 
 
 def pack(tensors: Mapping[str, Tensor], dtype: str) -> ArrayRecord:

@@ -158,7 +158,6 @@ class Nodes:
         state: Mapping[str, Tensor],
         *,
         arguments: Mapping[str, Any] | None = None,
-        request: str = "",
         one_client_each: bool = False,
     ) -> list[Message]:
         """Make one message to every node that hosts some of `clients`: those with most examples first.
@@ -169,7 +168,6 @@ class Nodes:
         Args:
             state: of the model that is broadcast.
             arguments: of the client task.
-            request: an opaque name of the forget request that is being applied.
             one_client_each: give every client a message of its own.
         """
         wanted = set(clients)
@@ -183,7 +181,7 @@ class Nodes:
             records = {"arrays": self.packed(state), **records}
         return [
             Message(
-                messages.request(Task(self._config, task.name, round_, own, text, request), records),
+                messages.request(Task(self._config, task.name, round_, own, text), records),
                 node,
                 task.kind,
                 group_id=str(round_),

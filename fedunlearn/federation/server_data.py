@@ -1,5 +1,7 @@
 """What the server has: held-out images that are no client's, class names, and a model to work with."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -7,7 +9,7 @@ from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.nn.evaluate import Predictions, predict
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import Batch, TwoHeadResNet18
 
 NOBODY = -1
 
@@ -39,3 +41,10 @@ class ServerData:
         size = evaluation_batch(train.batch_size, self.device)
         everything = batches(data, np.arange(len(data.labels)), NOBODY, batch_size=size, device=self.device)
         return predict(model, everything, precision=train.precision)
+
+    def sample(self, count: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Give so many held-out images at random, or all where there are fewer, in batches on the server's device."""
+        data = self._held_out
+        chosen = torch.randperm(len(data.labels), generator=generator)[:count].numpy()
+        size = evaluation_batch(self.config.train.batch_size, self.device)
+        return batches(data, chosen, NOBODY, batch_size=size, device=self.device)

@@ -61,7 +61,7 @@ class ClientTask:
         kind: of message, in Flower's words: `train`, `evaluate` or `query`.
         sends: names and shapes of the tensors that are summed over clients. A reply with others is refused.
         sends_apart: the shape of the `statistics` of each client, if it sends any.
-        exact: tensors travel in fp32 even where `message_dtype` is bf16.
+        dtype: of the tensors that it sends, `fp32` or `bf16`; by default the run's `message_dtype`.
         needs_model: whether the model travels with the task.
         trains: whether a query of it counts as a round of training in comparisons of cost.
     """
@@ -70,7 +70,7 @@ class ClientTask:
     kind: str = "query"
     sends: Shapes = weights
     sends_apart: Callable[[TwoHeadResNet18], Tensor] | None = None
-    exact: bool = False
+    dtype: str = ""
     needs_model: bool = True
     trains: bool = False
 

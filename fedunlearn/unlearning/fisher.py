@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, group_norm
 
 from fedunlearn.nn.hooks import kept_modes
-from fedunlearn.nn.model import Batch
+from fedunlearn.nn.model import Batch, TwoHeadResNet18
 from fedunlearn.nn.precision import at_least_fp32, autocast
 from fedunlearn.unlearning import fisher_triton
 
@@ -76,6 +76,42 @@ def diagonal_fisher(
     if count == 0:
         raise ValueError("the Fisher of no examples is not defined")
     return {name: total / count for name, total in sums.items()}
+
+
+@torch.no_grad()
+def with_drawn_labels(
+    model: TwoHeadResNet18, batches: Iterable[Batch], generator: torch.Generator, *, precision: str = "fp32"
+) -> list[Batch]:
+    """Draw the classes of images from what the model predicts, in place of their labels.
+
+    The mean over such examples of the squared gradient is the Fisher, that over labelled examples the empirical one
+    (Kunstner et al., 2019, "Limitations of the empirical Fisher approximation for natural gradient descent").
+
+    Args:
+        model: predicts in eval mode, and is as before at the end.
+        batches: of `(images [N, ...], class_labels [N], client_ids [N])`, on the model's device.
+        generator: of the draws, on the CPU.
+        precision: of the forward passes (`nn.precision`).
+
+    Returns:
+        The same batches with other class labels.
+
+    Example:
+        >>> from fedunlearn.nn.model import TwoHeadResNet18
+        >>> batch = torch.ones(4, 3, 8, 8), torch.tensor([7, 7, 7, 7]), torch.tensor([0, 1, 2, 0])
+        >>> ((_, labels, _),) = with_drawn_labels(TwoHeadResNet18(2, 3, width=8), [batch], torch.Generator())
+        >>> labels.max() < 2
+        tensor(True)
+    """
+    drawn = []
+    with kept_modes(model):
+        model.eval()
+        for images, _, client_ids in batches:
+            with autocast(images.device, precision):
+                probs = at_least_fp32(model(images).class_logits).softmax(1)
+            labels = torch.multinomial(probs.cpu(), 1, generator=generator)[:, 0].to(images.device)
+            drawn.append((images, labels, client_ids))
+    return drawn
 
 
 def head_loss(model: nn.Module, batch: Batch, loss_head: str, precision: str, reduction: str) -> Tensor:
