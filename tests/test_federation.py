@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation.handle import SERVER
-from fedunlearn.federation.rounds import sample
+from fedunlearn.federation.rounds import Rounds, sample
 from fedunlearn.nn.client_head import train_client_head
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.runs.ledger import State
@@ -99,6 +99,41 @@ def test_the_federated_step_is_the_pooled_one(federate, loss_head):
     recalibrated(pooled, (1, 3), fraction=0.5)
     assert not equal(pooled.state(), before)
     assert_close(federate.state("forgets"), pooled.state(), rtol=1e-4, atol=1e-5)
+
+
+def test_held_out_images_give_batch_norm_statistics_and_no_client_is_asked(federate):
+    federate("rounds=1 batch_norm_fraction=0.5")
+    federation, grid = Rounds.assemble(federate.run()).federation, LocalGrid(2)
+    federation.grid, before = grid, federation.state
+    federation.held_out_batch_norm(20)
+    pooled = federate.pooled("rounds=1")
+    pooled.model.load_state_dict(before.params)
+    batches = pooled.server.sample(20, generator_of(0, 1, SERVER))
+    batch_norm.recalibrate(pooled.model, batch_norm.batch_statistics(pooled.model, (x for x, _, _ in batches)))
+    assert equal(federation.state.params, pooled.state())
+    assert not equal(federation.state.params, before.params)
+    assert not grid.sent
+
+
+def test_without_batch_norm_fraction_held_out_images_change_no_statistics(federate):
+    federate("rounds=1 batch_norm_fraction=0")
+    federation = Rounds.assemble(federate.run()).federation
+    before = federation.state
+    federation.held_out_batch_norm()
+    assert equal(federation.state.params, before.params)
+
+
+def test_a_sample_of_held_out_images_is_drawn_without_replacement_and_has_their_labels(federate):
+    server = federate.pooled("rounds=1").server
+    everything = server.sample(10**6, torch.Generator().manual_seed(0))
+    some = [*server.sample(15, torch.Generator().manual_seed(0))]
+    images = torch.cat([images for images, _, _ in some]).flatten(1)
+    assert len(images) == len(images.unique(dim=0)) == 15
+    labelled = {tuple(x.flatten().tolist()): int(k) for xs, ks, _ in everything for x, k in zip(xs, ks, strict=True)}
+    assert len(labelled) == 40
+    assert all(
+        labelled[tuple(x.flatten().tolist())] == int(k) for xs, ks, _ in some for x, k in zip(xs, ks, strict=True)
+    )
 
 
 def test_a_request_ends_with_a_client_head_of_the_new_embeddings(federate):

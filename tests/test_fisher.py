@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 import reference
 from fedunlearn.nn.model import Outputs, TwoHeadResNet18
-from fedunlearn.unlearning.fisher import diagonal_fisher
+from fedunlearn.unlearning.fisher import diagonal_fisher, with_drawn_labels
 
 
 def two_head(norm="batch", clients=4):
@@ -151,3 +151,29 @@ def test_bf16_is_close():
     flat_exact, flat_rounded = (torch.cat([value.flatten() for value in f.values()]) for f in (exact, rounded))
     error = float((flat_rounded - flat_exact).norm() / flat_exact.norm())
     assert 0 < error < 0.05
+
+
+def test_labels_are_drawn_as_often_as_the_model_predicts_them():
+    model, many = two_head(), 20_000
+    images, _, clients = examples(1)
+    with torch.no_grad():
+        probs = model.eval()(images).class_logits.softmax(1)[0]
+    batch = images.expand(many, -1, -1, -1), torch.full((many,), 2), clients.expand(many)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ((_, labels, _),) = with_drawn_labels(model, [batch], torch.Generator().manual_seed(0))
+    found = torch.bincount(labels, minlength=3) / many
+    assert_close(found.double(), probs, rtol=0, atol=4 * 0.5 / many**0.5)  # four standard errors
+    assert probs.min() > 0.05
+    assert model.training
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_with_the_same_draws_the_same_labels_come_whatever_the_labels_were():
+    model = two_head()
+    drawn = [with_drawn_labels(model, batches(4), torch.Generator().manual_seed(3)) for _ in range(2)]
+    other = [(images, (labels + 1) % 3, clients) for images, labels, clients in batches(4)]
+    drawn.append(with_drawn_labels(model, other, torch.Generator().manual_seed(3)))
+    first, *rest = (torch.cat([labels for _, labels, _ in found]) for found in drawn)
+    assert all(torch.equal(first, again) for again in rest)
+    assert not torch.equal(first, examples()[1])

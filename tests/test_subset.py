@@ -100,6 +100,21 @@ def test_fishers_are_of_softened_predictions_and_the_model_is_not(federate, memo
         torch.testing.assert_close(sent, scale * last)
 
 
+def test_fishers_and_updates_travel_in_half_of_the_bytes_whatever_the_dtype_of_messages(federate, memorised):
+    grid, dtypes = LocalGrid(2), {}
+
+    def deliver(message):
+        reply, task = grid.call(message), messages.task_of(message).name
+        if "arrays" in reply.content.array_records:
+            dtypes.setdefault(task, set()).update(array.dtype for array in reply.content["arrays"].values())
+        return reply
+
+    grid.deliver = deliver
+    forgotten(federate, "subset", f"{QUICK} unlearn.epsilon=1e-6", grid=grid)
+    for task in ("fisher", "relabel", "repair"):
+        assert dtypes[task] == {"int16"}, task
+
+
 def test_the_pipeline_has_the_settings_of_relabelling_and_its_own():
     own, shared = SubsetUnlearning.Settings.model_fields.keys(), Relabelling.Settings.model_fields.keys()
     assert own - shared == {"epsilon", "lambda_", "fisher_fraction"}
