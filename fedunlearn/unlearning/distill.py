@@ -1,6 +1,6 @@
 """Fine-tune a model towards soft labels."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ def distill(
     momentum: float,
     precision: str,
     guide: Mapping[str, Tensor],
-    until: Callable[[], bool] = lambda: False,
-) -> bool:
+) -> None:
     """Fine-tune a model on soft labels by SGD, in place.
 
     The loss is -sum_k t_k log p_k. Layers that the guide names change along it alone (`kronecker.guide_gradients`); all
@@ -33,31 +32,21 @@ def distill(
         momentum: of SGD, 0..1.
         precision: of forward passes (`nn.precision`).
         guide: of `kronecker.projectors` or `kronecker.diagonal_guide`.
-        until: is asked after every epoch; the first true ends it.
-
-    Returns:
-        Whether `until` ended it.
 
     Example:
         >>> model = TwoHeadResNet18(2, 0, width=8)
         >>> images, soft_labels = torch.ones(4, 3, 8, 8), torch.tensor([[0.7, 0.3]]).expand(4, 2)
         >>> free = {"class_head.out.inputs": torch.eye(17)}  # 16 inputs and the bias
-        >>> epochs = [[(images, soft_labels)]] * 100
-        >>> distill(model, epochs, lr=1, momentum=0, precision="fp32", guide=free)
-        False
+        >>> distill(model, [[(images, soft_labels)]] * 100, lr=1, momentum=0, precision="fp32", guide=free)
         >>> round(model(images).class_logits[0].softmax(0)[0].item(), 2)
         0.7
     """
     optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     model.eval()
-    for epoch in epochs:
-        for images, soft_labels in epoch:
-            with autocast(images.device, precision):
-                outputs = model(images)
-            model.zero_grad()
-            cross_entropy(at_least_fp32(outputs.class_logits), soft_labels).backward()
-            guide_gradients(model, guide)
-            optimiser.step()
-        if until():
-            return True
-    return False
+    for images, soft_labels in (batch for epoch in epochs for batch in epoch):
+        with autocast(images.device, precision):
+            outputs = model(images)
+        model.zero_grad()
+        cross_entropy(at_least_fp32(outputs.class_logits), soft_labels).backward()
+        guide_gradients(model, guide)
+        optimiser.step()

@@ -2,9 +2,9 @@
 
 The Fisher of a layer with weights W is approximated by F = A (x) G. A is the mean of x x^T over the layer's inputs x. G
 is the mean of d d^T over the loss's gradients d by its outputs (Martens and Grosse, 2015, "Optimizing neural networks
-with Kronecker-factored approximate curvature", Section 3.1). A step along (F + damping)^-1 of the retain clients'
-images changes their predictions little. With A alone it is a step in the null space of their inputs (Zeng et al.,
-2019, "Continual learning of context-dependent processing in neural networks").
+with Kronecker-factored approximate curvature", Section 3.1). A step along (F + damping)^-1 changes the predictions on
+images like those of F little. With A alone it is a step in the null space of their inputs (Zeng et al., 2019,
+"Continual learning of context-dependent processing in neural networks").
 
 Everything here is a dict of tensors whose names are a layer's name and one of `INPUTS`, `OUTPUTS`, `DIAGONAL`.
 """
