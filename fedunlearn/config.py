@@ -184,7 +184,9 @@ class Config(Settings):
         "0 keeps the averages of the clients' running statistics",
     )
     message_dtype: Precision = Field(
-        default="fp32", description="of the tensors in messages; sums and the server's model stay fp32"
+        default="fp32",
+        description="of the tensors in messages, where a client task has no `dtype` of its own; sums and the server's "
+        "model stay fp32",
     )
     window: int = Field(default=8, ge=1, le=10**6, description="messages in flight at once")
     timeout: float = Field(

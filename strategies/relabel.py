@@ -13,10 +13,12 @@ from torch import Tensor
 from fedunlearn.build import learning_rate_of
 from fedunlearn.config import Config
 from fedunlearn.config import Settings as CheckedSettings
+from fedunlearn.errors import unusable_replies
 from fedunlearn.federation import tasks
 from fedunlearn.federation.client import Client
 from fedunlearn.federation.handle import SERVER, Federation, ForgetSet, total_counts
 from fedunlearn.federation.messages import Tensors
+from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.federation.tasks import Update, client_task
 from fedunlearn.nn.evaluate import Counts, Predictions
@@ -69,12 +71,12 @@ class GuidedSettings(CheckedSettings):
     )
     ridge: float = Field(
         default=0.02,
-        ge=1e-9,
+        ge=1e-5,
         description="damping, relative to the mean of the inputs' factor, or of the diagonal; smaller spares "
         "retain clients",
     )
     output_ridge: float = Field(
-        default=0.3, ge=1e-9, description="the same, relative to the mean of the outputs' factor"
+        default=0.3, ge=1e-5, description="the same, relative to the mean of the outputs' factor"
     )
     repair_fraction: float = Field(
         default=0.3, ge=1e-6, le=1, description="of each retain client's images that it repairs with"
@@ -112,9 +114,15 @@ class Guided(Strategy):
             `predicted`, the estimated accuracy on all forget clients' images, and `relabelled`, which clients were.
         """
         before, goal = federation.state, self.goal(federation, forget)
+        return self.relabel_and_freeze(federation, goal, since=before)
+
+    def relabel_and_freeze(self, federation: Federation, goal: Goal, *, since: ServerState) -> dict[str, Any]:
+        """Relabel what is known too well, and freeze what has changed since a state; returns as `forget` does."""
         if goal.known:
             self.relabel_known(federation, goal)
-        federation.freeze(since=before, fraction=self.settings.freeze_fraction)
+        else:
+            federation.recalibrate_client_head()
+        federation.freeze(since=since, fraction=self.settings.freeze_fraction)
         return {"predicted": goal.total, "relabelled": goal.known}
 
     def goal(self, federation: Federation, forget: ForgetSet) -> Goal:
@@ -148,16 +156,18 @@ class Guided(Strategy):
         precision, ridge = federation.config.train.precision, settings.ridge
         with federation.softened(settings.temperature):
             model = federation.model()
-        batches = with_drawn_labels(model, federation.server.sample(settings.guide_images, generator), generator)
-        if settings.guide == "diagonal":
-            fisher = diagonal_fisher(model, batches, precision=precision)
-            guide = kronecker.diagonal_guide(model, fisher, ridge=ridge)
-        elif settings.guide == "inputs":
-            factors = kronecker.input_covariances(model, (images for images, _, _ in batches), precision=precision)
-            guide = kronecker.projectors(factors, ridge=ridge)
-        else:
-            factors = kronecker.kronecker_factors(model, batches, precision=precision)
-            guide = kronecker.projectors(factors, ridge=ridge, output_ridge=settings.output_ridge)
+        sample = federation.server.sample(settings.guide_images, generator)
+        batches = with_drawn_labels(model, sample, generator, precision=precision)
+        with unusable_replies():
+            if settings.guide == "diagonal":
+                fisher = diagonal_fisher(model, batches, precision=precision)
+                guide = kronecker.diagonal_guide(model, fisher, ridge=ridge)
+            elif settings.guide == "inputs":
+                factors = kronecker.input_covariances(model, (images for images, _, _ in batches), precision=precision)
+                guide = kronecker.projectors(factors, ridge=ridge)
+            else:
+                factors = kronecker.kronecker_factors(model, batches, precision=precision)
+                guide = kronecker.projectors(factors, ridge=ridge, output_ridge=settings.output_ridge)
         return {name: values.half() for name, values in kronecker.upper(guide).items()}
 
     def repair_round(self, federation: Federation, number: int, *, last: bool) -> None:

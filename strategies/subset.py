@@ -72,10 +72,7 @@ class SubsetUnlearning(Relabelling):
         """
         before, goal = federation.state, self.goal(federation, forget)
         dampened = self.dampen_within_budget(federation, forget) if self.settings.epsilon else {}
-        if goal.known:
-            self.relabel_known(federation, goal)
-        federation.freeze(since=before, fraction=self.settings.freeze_fraction)
-        return {"predicted": goal.total, "relabelled": goal.known, **dampened}
+        return self.relabel_and_freeze(federation, goal, since=before) | dampened
 
     def dampen_within_budget(self, federation: Federation, forget: ForgetSet) -> dict[str, float]:
         """Dampen as strongly as epsilon allows; returns what the receipt says of it."""
@@ -96,4 +93,6 @@ class SubsetUnlearning(Relabelling):
             "── dampening %.2g of the weights (alpha %.3g, lambda %g), which spends %.2g of %g nats",
             selected, alpha, settings.lambda_, spent, settings.epsilon,
         )  # fmt: skip
+        if selected:
+            federation.held_out_batch_norm()
         return {"alpha": alpha, "lambda_": settings.lambda_, "selected": selected, "spent": spent}

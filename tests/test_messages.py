@@ -81,3 +81,10 @@ def test_weighted_sums():
 def test_only_floating_tensors_are_averaged():
     state = {"w": torch.ones(1), "count": torch.tensor(3), "pruned": torch.tensor([True])}
     assert messages.floating(state).keys() == {"w"}
+
+
+def test_a_running_variance_is_not_rounded():
+    """What decays to nothing by many rounded changes would end below zero."""
+    state = {"0.running_var": torch.rand(100), "0.running_mean": torch.randn(100)}
+    arrived = messages.unpack(message(messages.request(TASK, {"arrays": messages.pack(state, "bf16")})))
+    assert all(torch.equal(arrived[name], value) for name, value in state.items())

@@ -242,3 +242,10 @@ def test_every_task_says_what_a_client_shares():
     for name in EVERYTHING:
         for task in tasks.tasks_of(strategy_class(name)).values():
             assert task.shares.endswith("."), f"{name}: {task.name}"
+
+
+def test_a_dtype_that_messages_do_not_know_is_refused_where_the_task_is_defined():
+    with pytest.raises(ValueError, match="dtype='fp16' of the client task climb is neither 'fp32' nor 'bf16'"):
+
+        @client_task(dtype="fp16")
+        def climb(client, model, settings): ...

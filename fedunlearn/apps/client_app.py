@@ -1,7 +1,6 @@
 """What Flower runs on a node: a client task for each of the clients that a message names, one after another.
 
-A node keeps nothing between messages but caches by content, and what a task keeps during one forget request. Every
-message says all that it needs.
+A node keeps nothing between messages but caches by content. Every message says all that it needs.
 """
 
 import os

@@ -286,12 +286,12 @@ class Federation:
         It is for models in between. In the end the run estimates them on the retain clients' images.
 
         Args:
-            images: how many of the server's, at random.
+            images: how many of the server's, at random; two at least.
         """
         generator = generator_of(self.config.seed, self.round, SERVER)
         with self.editing() as model:
             if self.config.batch_norm_fraction and batch_norm.no_statistics(model):
-                sample = (images for images, _, _ in self.server.sample(images, generator))
+                sample = (images for images, _, _ in self.server.sample(max(2, images), generator))
                 precision = self.config.train.precision
                 batch_norm.recalibrate(model, batch_norm.batch_statistics(model, sample, precision=precision))
 

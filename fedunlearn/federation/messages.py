@@ -36,10 +36,13 @@ class Task:
 def pack(tensors: Mapping[str, Tensor], dtype: str) -> ArrayRecord:
     """Pack tensors as they travel: fp32 rounded to bf16 for `dtype="bf16"`, and everything as it is for `"fp32"`.
 
-    Flower's arrays know no bf16, so that its bits travel as int16.
+    Flower's arrays know no bf16, so that its bits travel as int16. Running statistics of BatchNorm are never rounded:
+    a rounded change could make a variance negative.
     """
     if dtype == "bf16":
-        tensors = {name: _bits(value) if value.dtype == torch.float32 else value for name, value in tensors.items()}
+        tensors = {
+            n: _bits(v) if v.dtype == torch.float32 and not n.endswith(STATISTICS) else v for n, v in tensors.items()
+        }
     return ArrayRecord(dict(tensors))
 
 
@@ -60,6 +63,7 @@ def task_of(message: Message) -> Task:
     return Task(**cast(dict[str, Any], dict(message.content.config_records["task"])))
 
 
+STATISTICS = ("running_mean", "running_var")
 ONE, MANY = "tensor:", "tensors:"
 
 

@@ -46,5 +46,4 @@ class ServerData:
         """Give so many held-out images at random, or all where there are fewer, in batches on the server's device."""
         data = self._held_out
         chosen = torch.randperm(len(data.labels), generator=generator)[:count].numpy()
-        size = evaluation_batch(self.config.train.batch_size, self.device)
-        return batches(data, chosen, NOBODY, batch_size=size, device=self.device)
+        return batches(data, chosen, NOBODY, batch_size=self.config.train.batch_size, device=self.device)

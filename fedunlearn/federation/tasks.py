@@ -130,7 +130,10 @@ def client_task_of(function: Function, **options: Any) -> ClientTask:
     plain = function.__func__ if isinstance(function, staticmethod) else function
     if plain.__annotations__.get("return") in (Counts, Tensor, "Counts", "Tensor"):
         options = {"sends": nothing, **options}
-    return ClientTask(plain, **options)
+    task = ClientTask(plain, **options)
+    if task.dtype not in ("", "fp32", "bf16"):
+        raise ValueError(f"dtype={task.dtype!r} of the client task {task.name} is neither 'fp32' nor 'bf16'")
+    return task
 
 
 def one_row_a_class(model: TwoHeadResNet18) -> Tensor:
