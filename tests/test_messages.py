@@ -16,7 +16,7 @@ def message(content):
 
 def test_what_is_sent_arrives():
     state = {"b": torch.randn(2, 3), "a": torch.tensor([True, False]), "n": torch.tensor(5)}
-    task = Task('{"x": 1}', "climb", 3, [0, 4], '{"until": 0.5}', "0123")
+    task = Task('{"x": 1}', "climb", 3, [0, 4], '{"until": 0.5}')
     sent = message(messages.request(task, {"arrays": messages.pack(state, "fp32")}))
     assert messages.task_of(sent) == task
     arrived = messages.unpack(sent)

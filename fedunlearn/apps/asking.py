@@ -2,8 +2,9 @@
 
 from logging import getLogger
 
+from fedunlearn.apps.signals import stopped_by_signals
 from fedunlearn.apps.simulate import Resources, simulate
-from fedunlearn.runs.door import CLOSING_SECONDS
+from fedunlearn.runs.door import CLOSING_SECONDS, RequestHandle
 from fedunlearn.runs.home import check_data
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.lock import LockedError
@@ -61,6 +62,18 @@ def ask(
         TimeoutError: the run has not applied the request, or does not let go; it stays filed.
     """
     handle = found.request(clients)
+    with stopped_by_signals(filed):
+        see_to(found, handle, resources, wait=wait, limit=limit, verbose=verbose)
+    return handle.requests()
+
+
+def filed() -> str:
+    """Say what goes on where a signal ends a command that has filed a request."""
+    return "the request stays filed, and the same command goes on with it"
+
+
+def see_to(found: Run, handle: RequestHandle, resources: Resources, *, wait: bool, limit: float, verbose: bool) -> None:
+    """See to it that somebody applies a request that is filed; the rest as for `ask`."""
 
     def follow() -> None:
         log.info("waiting until run %s has applied the request, for %g s at most (--wait-limit)", found.name, limit)
@@ -68,7 +81,7 @@ def ask(
 
     closing = f"run {found.name} is closing: waiting until it lets go, for {CLOSING_SECONDS} s at most"
     if not handle.is_open:
-        return handle.requests()
+        return
     if not handle.is_taken(on_wait=lambda: log.info(closing)):
         log.info("the request is applied here, on %d virtual nodes", resources.nodes)
         try:
@@ -79,7 +92,6 @@ def ask(
         follow()
     else:
         log.info("run %s takes the request at its next round boundary", found.name)
-    return handle.requests()
 
 
 def serve(found: Run, resources: Resources, *, verbose: bool) -> None:
@@ -90,6 +102,6 @@ def serve(found: Run, resources: Resources, *, verbose: bool) -> None:
     simulate(
         lambda grid: server_app.serve(grid, config),
         resources,
-        way_on=lambda: "the request stays filed, and the same command goes on with it",
+        way_on=filed,
         verbose=verbose,
     )
