@@ -29,7 +29,7 @@ class SubsetUnlearning(Relabelling):
        allows (`unlearning.dampening.strongest_alpha`).
     2. Relabelling: delta = -(F_D + damping)^-1 g, where the predictions of the retrained model are wanted of D_f, and g
        is the gradient towards them. F_D has Kronecker factors A (x) G there (Martens and Grosse, 2015), of the server's
-       held-out images. `Relabelling` says the rest: when to stop, repair, frozen weights.
+       held-out images. `Relabelling` says the rest: correction, repair, frozen weights.
 
     Dampening raises the loss of D_f, and training that carries on would lower it again along the same way. After
     relabelling the loss is as low as it will be, so that there is no way back. Pruning of the forget clients' neurons

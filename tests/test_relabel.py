@@ -67,7 +67,7 @@ def telling(counts, forget):
 
     def deliver(message):
         task, reply = messages.task_of(message), grid.call(message)
-        if task.name == "evaluate" and task.clients == forget:
+        if task.name == "evaluate" and {*task.clients} <= {*forget}:
             told = messages.reply(message, {client: counts(client) for client in task.clients})
             reply.content["metrics"] = told.content["metrics"]
         return reply
