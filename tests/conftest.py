@@ -1,4 +1,5 @@
 import logging
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,16 @@ from naive import Pooled
 DIGITS = Path(__file__).parent.parent / "simulations" / "digits" / "conf"
 SMALL = "clients=4 rounds=3 data.limit=120 data.test_limit=40 train.lr=0.02 train.client_head_steps=20"
 FIXED_SSD = "strategy=ssd unlearn.tune=fixed unlearn.alpha=2 unlearn.lambda_=0.5"  # where a test names no strategy
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: tests of Ray and of other processes mostly wait for them."""
+    return min(os.cpu_count() + 1, 4)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that none of them is what all other workers wait for in the end."""
+    items.sort(key=lambda item: next((n for n, mark in enumerate(("ray", "slow")) if item.get_closest_marker(mark)), 2))
 
 
 @pytest.fixture(autouse=True)

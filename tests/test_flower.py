@@ -104,12 +104,14 @@ def test_settings_reach_the_server_and_mistakes_in_them_end_with_one_line(home, 
 
 def test_fedunlearn_run_on_ray_gives_the_bits_of_one_process_whatever_is_killed(home):
     """A person's lines are on stderr, and Flower's and Ray's are not among them."""
+    started = time.monotonic()
     local = [*fedunlearn_run("run=local", "--nodes", "2"), "--engine", "local"]
     assert subprocess.run(local, capture_output=True, text=True, timeout=280).returncode == 0
     two = ["--nodes", "2", "--workers", "2"]
     killed = []
     with subprocess.Popen(fedunlearn_run("run=ray", *two), stderr=subprocess.PIPE, text=True) as run:
         for line in run.stderr:
+            print(f"{time.monotonic() - started:.0f} s", line, end="")  # a failure shows where the time went
             if line.startswith("round   1/4"):
                 killed = workers(home)
                 os.kill(killed[0], signal.SIGKILL)
@@ -117,6 +119,7 @@ def test_fedunlearn_run_on_ray_gives_the_bits_of_one_process_whatever_is_killed(
                 os.kill(int((home / "runs" / "ray" / "lock").read_text()), signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
     assert len(killed) == 2
+    print(f"{time.monotonic() - started:.0f} s: the run is dead, and so is whatever it had started")
     done = subprocess.run(fedunlearn_run("run=ray", *two), capture_output=True, text=True, timeout=280)
     lines = done.stderr.splitlines()
     assert done.returncode == 0, done.stderr
