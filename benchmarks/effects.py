@@ -46,7 +46,7 @@ def main() -> None:
 def results_of(setting: str, seed: int, home: Path, engine: str) -> list[float]:
     """Run once, on two nodes, and give its measures."""
     name = f"{setting or 'defaults'}-{seed}".replace("=", "-").replace(" ", "-")
-    words = [f"run={name}", f"home={home}", f"seed={seed}", "strategy=ssd", "unlearn.tune=fixed"]
+    words = [f"run={name}", f"home={home}", f"seed={seed}", "strategy=ssd", "unlearn.tune=fixed", "forget.gate=false"]
     words += ["forget.schedule={20:[3]}", *split_words(setting)]
     command = [sys.executable, "-m", "fedunlearn", "run", "digits", *words, "--nodes", "2", "--workers", "2"]
     done = subprocess.run([*command, "--engine", engine], capture_output=True, text=True)

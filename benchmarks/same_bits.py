@@ -39,7 +39,7 @@ STRATEGIES = ("subset", "relabel", "gradients", "ssd", "leave", "ascent", "pga",
 RUN = (
     "clients=8 rounds=6 data.limit=160 data.test_limit=100 partition.kind=iid train.epochs=10 train.batch_size=20 "
     "train.lr=0.05 train.server_momentum=0.3 train.crop_padding=0 train.precision=fp32 train.client_head_steps=20 "
-    "forget.schedule={3:[2],5:[1,4]}"
+    "forget.schedule={3:[2],5:[1,4]} forget.gate=false reply_band=0"
 )  # so that clients 1 and 4 are memorised when they leave
 POOLED = [
     "dataset=digits", "scale=laptop", "study.workers=1", "study.seeds=[0]", "study.order=[0]", "data.limit=300",

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from functools import wraps
+from getpass import getuser
 from importlib import import_module
 from logging import getLogger
 from pathlib import Path
@@ -176,6 +177,8 @@ def forget(
     status: Annotated[str, typer.Option(metavar="ID", help="Show one request of the run.")] = "",
     list_: Annotated[bool, typer.Option("--list", help="List the run's requests.")] = False,
     cancel: Annotated[str, typer.Option(metavar="ID", help="Take back a request that was not taken up yet.")] = "",
+    accept: Annotated[str, typer.Option(metavar="ID", help="Take the model that did not pass the gate.")] = "",
+    by: Annotated[str, typer.Option(help="Who answers for --accept; by default your user name.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and file nothing.")] = False,
     as_json: AsJson = False,
     home: Home = "",
@@ -194,25 +197,27 @@ def forget(
         if cancel:
             return show([found.ledger.cancel(cancel)], as_json)
         clients = client_numbers(client or [], found.config.clients)
-        check_clients(clients, found.config.clients)
-        from fedunlearn.apps.asking import announcement, ask, check_servable
+        if not accept:
+            check_clients(clients, found.config.clients)
+        from fedunlearn.apps import asking
         from fedunlearn.apps.simulate import Resources
 
         resources = Resources(engine, nodes, gpus=gpus)
         resources.check()
+        following: dict[str, Any] = {"limit": wait_limit, "verbose": verbose}
+        if accept:
+            with still_filed():
+                return show([asking.accept(found, accept, by or getuser(), resources, **following)], as_json)
         earlier = found.ledger.covering(clients)
         if not earlier:
-            log.info(announcement(found, clients))
+            log.info(asking.announcement(found, clients))
             if not found.is_live():
-                check_servable(found)
+                asking.check_servable(found)
         if dry_run:
             log.info("run %s: nothing is filed (--dry-run)", found.name)
             return show(earlier, as_json) if earlier else 0
-        try:
-            return show(ask(found, clients, resources, wait=wait, limit=wait_limit, verbose=verbose), as_json)
-        except TimeoutError as error:
-            log.error("%s; the request stays filed", error)
-            return GAVE_UP
+        with still_filed():
+            return show(asking.ask(found, clients, resources, wait=wait, **following), as_json)
 
 
 @cli.command()
@@ -227,6 +232,16 @@ def runs(home: Home = "", as_json: AsJson = False) -> int:
     else:
         table([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
     return 0
+
+
+@contextmanager
+def still_filed() -> Iterator[None]:
+    """End the command with a line of its own where it waited for long enough: the request goes on without it."""
+    try:
+        yield
+    except TimeoutError as error:
+        log.error("%s; the request stays filed", error)
+        raise SystemExit(GAVE_UP) from error
 
 
 def row_of(folder: Path) -> dict[str, Any]:

@@ -144,6 +144,16 @@ class Forget(Settings):
         description="round -> clients forgotten after it, as {6:[3]}; those of round 0 never take part",
     )
     attempts: int = Field(default=3, ge=1, le=100, description="times a request is tried before it is set aside")
+    gate: bool = Field(
+        default=True,
+        description="whether a new model must pass the gate; false takes whatever a strategy makes, as in comparisons",
+    )
+    budget: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="of accuracy that a request may cost, on the retain clients' and on held-out images",
+    )
     rounds_until_completed: int = Field(
         default=0,
         ge=0,
@@ -191,6 +201,12 @@ class Config(Settings):
     window: int = Field(default=8, ge=1, le=10**6, description="messages in flight at once")
     timeout: float = Field(
         default=3600.0, ge=0.1, le=10**6, description="seconds without any reply after which silent nodes are left out"
+    )
+    reply_band: float = Field(
+        default=5.0,
+        ge=0,
+        le=10**6,
+        description="times the usual size of an update that a node's may have (by the root of its examples); 0 for any",
     )
     data: Data = Data()
     partition: Partition = Partition()

@@ -17,7 +17,7 @@ from fedunlearn.errors import NotNowError
 from fedunlearn.federation import messages, tasks
 from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.messages import Tensors
-from fedunlearn.federation.nodes import Results
+from fedunlearn.federation.replies import Results
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.runs import checkpoint
 from fedunlearn.runs.files import NEW

@@ -98,7 +98,13 @@ class Guided(Strategy):
     class Settings(GuidedSettings):
         """Settings of the guide and of what follows."""
 
-    @client_task(kind="train", sends_apart=tasks.embedding_rows, trains=True, dtype="bf16")
+    @client_task(
+        kind="train",
+        sends_apart=tasks.embedding_rows,
+        check=tasks.embeddings_of_images,
+        trains=True,
+        dtype="bf16",
+    )
     @staticmethod
     def repair(
         client: Client, model: TwoHeadResNet18, settings: GuidedSettings, *, lr: float, embeddings: bool

@@ -15,7 +15,7 @@ from fedunlearn.federation.handle import Federation, ForgetSet, total_counts
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.server_state import SOFTENED
 from fedunlearn.federation.strategy import Strategy
-from fedunlearn.federation.tasks import ClientTask, client_task, parameters
+from fedunlearn.federation.tasks import ClientTask, client_task, nonnegative, parameters
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.unlearning.dampening import dampen, largest_alpha, selected_fraction
@@ -70,7 +70,7 @@ class SelectiveDampening(Strategy):
         if self.settings.loss_head == "client" and not config.model.client_head:
             raise UserError("unlearn.loss_head=client needs model.client_head=true")
 
-    @client_task(sends=parameters)
+    @client_task(sends=parameters, check=nonnegative, spread=20)
     @staticmethod
     def fisher(
         client: Client, model: TwoHeadResNet18, settings: "SelectiveDampening.Settings", *, fraction: float = 1.0

@@ -9,7 +9,7 @@ from fedunlearn.errors import unusable_replies
 from fedunlearn.federation.client import Client
 from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.messages import Tensors
-from fedunlearn.federation.tasks import client_task, parameters
+from fedunlearn.federation.tasks import client_task, nonnegative, parameters
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.unlearning.dampening import dampen, dampening_cost, selected_fraction, strongest_alpha
 from fedunlearn.unlearning.fisher import diagonal_fisher
@@ -57,7 +57,7 @@ class SubsetUnlearning(Relabelling):
         )
         lr: float = Field(default=0.12, ge=0, le=100, description=Relabelling.Settings.model_fields["lr"].description)
 
-    @client_task(sends=parameters, dtype="bf16")
+    @client_task(sends=parameters, dtype="bf16", check=nonnegative, spread=20)
     @staticmethod
     def fisher(client: Client, model: TwoHeadResNet18, settings: Settings, *, fraction: float = 1.0) -> Tensors:
         """Its diagonal Fisher: the mean over its images of the squared gradient, a parameter."""

@@ -38,7 +38,7 @@ def test_dampening_nothing_is_tried_too(federate):
     pooled, run = before(federate), federate.run("before")
     federation = Rounds.assemble(run).federation
     federation.grid = LocalGrid(2)
-    federation.nodes.identify(federation.grid)
+    federation.nodes.identify(federation.grid, {})
     run.ledger.advance(run.ledger.file([3])[0], State.COLLECTING)
     strategy = SelectiveDampening(SelectiveDampening.Settings())
     with federation.applying(ForgetSet((3,))):

@@ -67,6 +67,24 @@ def ask(
     return handle.requests()
 
 
+def accept(found: Run, request_id: str, by: str, resources: Resources, *, limit: float, verbose: bool) -> Request:
+    """Have the model of a request taken that did not pass the gate.
+
+    Args:
+        by: who answers for that; the receipt says it.
+
+    Raises:
+        UserError: there is no such request, or it is not one that the gate has set aside.
+        TimeoutError: as for `ask`.
+    """
+    if not found.is_live():
+        check_servable(found)
+    handle = RequestHandle(found.folder, found.ledger, (found.ledger.accept(request_id, by).id,))
+    with stopped_by_signals(filed):
+        see_to(found, handle, resources, wait=True, limit=limit, verbose=verbose)
+    return found.ledger.request(request_id)
+
+
 def filed() -> str:
     """Say what goes on where a signal ends a command that has filed a request."""
     return "the request stays filed, and the same command goes on with it"

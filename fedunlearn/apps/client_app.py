@@ -16,7 +16,6 @@ from flwr.app import Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 
 from fedunlearn.config import from_json
-from fedunlearn.data.partition import hosted
 from fedunlearn.federation import messages
 from fedunlearn.federation.client import ClientRuntime
 from fedunlearn.federation.messages import Tensors
@@ -85,11 +84,11 @@ def run_task(message: Message, context: Context) -> Message:
 
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
-    """Reply with the clients that this node hosts (`partition.hosted`) and how many examples each has."""
+    """Reply with the clients that this node can answer for, all of them in a simulation, and their examples."""
     runtime, _ = resident(messages.task_of(message).config)
-    index, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
-    mine = hosted(tuple(map(len, runtime.slices)), nodes)[index]
-    reply = messages.reply(message, {client: Counts(len(runtime.slices[client])) for client in mine})
+    counts = {client: Counts(len(own)) for client, own in enumerate(runtime.slices)}
+    reply = messages.reply(message, counts)
     about = reply.content.metric_records["metrics"]
-    about["node"], about["nodes"], about["gpu"] = index, nodes, int(runtime.device.type == "cuda")
+    about["node"], about["nodes"] = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    about["gpu"] = int(runtime.device.type == "cuda")
     return reply

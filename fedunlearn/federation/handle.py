@@ -13,7 +13,8 @@ from torch import Tensor
 from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_client_head
 from fedunlearn.errors import NotNowError, unusable_replies
 from fedunlearn.federation import server_state, tasks
-from fedunlearn.federation.nodes import Nodes, Results, add_cost
+from fedunlearn.federation.nodes import Nodes
+from fedunlearn.federation.replies import Results, add_cost
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.tasks import ClientTask

@@ -39,18 +39,25 @@ def pack(tensors: Mapping[str, Tensor], dtype: str) -> ArrayRecord:
     Flower's arrays know no bf16, so that its bits travel as int16. Running statistics of BatchNorm are never rounded:
     a rounded change could make a variance negative.
     """
-    if dtype == "bf16":
-        tensors = {
-            n: _bits(v) if v.dtype == torch.float32 and not n.endswith(STATISTICS) else v for n, v in tensors.items()
-        }
-    return ArrayRecord(dict(tensors))
+    packed = {n: _bits(v) if travels_as(n, v, dtype) == torch.int16 else v for n, v in tensors.items()}
+    return ArrayRecord(packed)
 
 
-def unpack(message: Message, name: str = "arrays") -> Tensors:
-    """Give the tensors of a record of a message, writable and in the sender's order; bf16 bits as fp32 again."""
+def travels_as(name: str, tensor: Tensor, dtype: str) -> torch.dtype:
+    """Give the dtype in which `pack` sends a tensor; int16 stands for the bits of bf16."""
+    rounded = dtype == "bf16" and tensor.dtype == torch.float32 and not name.endswith(STATISTICS)
+    return torch.int16 if rounded else tensor.dtype
+
+
+def unpack(message: Message, name: str = "arrays", *, only: str = "") -> Tensors:
+    """Give the tensors of a record of a message, writable and in the sender's order; bf16 bits as fp32 again.
+
+    Args:
+        only: how the names end of those that are wanted.
+    """
     sent = cast(Mapping[str, Any], message.content.get(name, {}))
-    arrays = {name: torch.from_numpy(array.numpy().copy()) for name, array in sent.items()}
-    return {name: _from_bits(value) if value.dtype == torch.int16 else value for name, value in arrays.items()}
+    arrays = {name: torch.from_numpy(array.numpy().copy()) for name, array in sent.items() if name.endswith(only)}
+    return {name: from_bits(value) if value.dtype == torch.int16 else value for name, value in arrays.items()}
 
 
 def request(task: Task, records: Mapping[str, ArrayRecord]) -> RecordDict:
@@ -111,6 +118,11 @@ def reply(
     return Message(content, reply_to=message)
 
 
+def clients_of(message: Message) -> list[int]:
+    """Read for which clients a reply answers, as often as it says so."""
+    return list(cast(list[int], message.content.metric_records["metrics"]["client"]))
+
+
 def counts_of(message: Message) -> dict[int, Counts]:
     """Read each client's counts from a reply."""
     columns = cast(dict[str, Any], message.content.metric_records["metrics"])
@@ -151,5 +163,6 @@ def _bits(values: Tensor) -> Tensor:
     return values.to(torch.bfloat16).view(torch.int16)
 
 
-def _from_bits(bits: Tensor) -> Tensor:
+def from_bits(bits: Tensor) -> Tensor:
+    """Give the fp32 tensor whose bf16 bits travelled as int16."""
     return bits.view(torch.bfloat16).float()

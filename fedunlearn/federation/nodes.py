@@ -3,89 +3,27 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from logging import getLogger
-from typing import Any, cast
+from typing import Any
 
-import torch
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedunlearn.data.partition import hosted
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
-from fedunlearn.federation.messages import Task, Tensors
+from fedunlearn.federation.band import judged
+from fedunlearn.federation.messages import Task
+from fedunlearn.federation.replies import Expected, Introduction, Results, introduction, listed
 from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.log import waiting
-from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadResNet18
 
 WAIT_SECONDS = 600
 ATTEMPTS = 3
-MOST_LISTED = 100
-DIVERGED = "has training diverged? try a lower train.lr"
-LARGEST = ("workers", "worker_mebibytes")  # of a cost: does not add up over queries
 
 log = getLogger("fedunlearn")
-
-
-@dataclass
-class Results:
-    """What a query of clients brought: sums over those who replied, and what it cost.
-
-    Attributes:
-        tensors: by name, the sum over clients of weight times tensor.
-        weight: the sum of the clients' weights.
-        counts: by client.
-        statistics: by client, where the task sends any.
-        worker_seconds: wall-clock seconds by worker process.
-        worker_mebibytes: peak memory by worker process.
-        work: processor seconds of all workers together.
-        bytes: of all tensors sent in both directions.
-        seconds: wall-clock seconds of the query.
-    """
-
-    tensors: Tensors = field(default_factory=dict)
-    weight: float = 0.0
-    counts: dict[int, Counts] = field(default_factory=dict)
-    statistics: dict[int, Tensor] = field(default_factory=dict)
-    worker_seconds: Counter[int] = field(default_factory=Counter)
-    worker_mebibytes: dict[int, float] = field(default_factory=dict)
-    work: float = 0.0
-    bytes: int = 0
-    seconds: float = 0.0
-
-    def sum(self) -> Tensors:
-        """Give the sum of weight times tensor."""
-        return self.tensors
-
-    def mean(self) -> Tensors:
-        """Give the mean of the tensors, each client with its weight (its examples, if the task says nothing else)."""
-        return {name: total / self.weight for name, total in self.tensors.items()}
-
-    @property
-    def total(self) -> Counts:
-        """Counts over all clients."""
-        return sum(self.counts.values(), Counts())
-
-    @property
-    def cost(self) -> dict[str, float]:
-        """Seconds (wall-clock, work of all workers, wall-clock of the busiest), workers, bytes, peak memory of one."""
-        return {
-            "seconds": self.seconds,
-            "work": self.work,
-            "busiest": max(self.worker_seconds.values(), default=0.0),
-            "workers": len(self.worker_seconds),
-            "bytes": self.bytes,
-            "worker_mebibytes": max(self.worker_mebibytes.values(), default=0.0),
-        }
-
-
-def add_cost(costs: dict[str, Any], name: str, cost: Mapping[str, float]) -> None:
-    """Book a query's cost under `name`: sums, but for numbers of workers and their memory."""
-    cost = {**cost, "queries": 1}
-    before = costs.get(name, dict.fromkeys(cost, 0))
-    costs[name] = {key: max(before[key], v) if key in LARGEST else before[key] + v for key, v in cost.items()}
 
 
 class Nodes:
@@ -94,58 +32,78 @@ class Nodes:
     Args:
         config: settings as JSON, which travel with every message.
         model: that says which shapes replies have.
+        pixels: of an image.
+        clients: of the federation.
         dtype: of the tensors in messages, `fp32` or `bf16`.
         timeout: seconds of silence after which nodes are left out.
+        band: times the usual size that what a node sends may have; 0 for any.
     """
 
-    def __init__(self, config: str, model: TwoHeadResNet18, *, dtype: str, timeout: float) -> None:
-        self._config, self._model, self._dtype, self._timeout = config, model, dtype, timeout
+    def __init__(
+        self,
+        config: str,
+        model: TwoHeadResNet18,
+        *,
+        pixels: int,
+        clients: int,
+        dtype: str,
+        timeout: float,
+        band: float,
+    ) -> None:
+        self._config, self._model, self._pixels, self._clients = config, model, pixels, clients
+        self._dtype, self._timeout, self._band = dtype, timeout, band
         self.nodes: list[int] = []  # Flower's node ids, by position in the federation
         self.clients_of: dict[int, list[int]] = {}  # Flower's node id -> clients, in order
         self.examples: dict[int, int] = {}  # client -> how many it has
         self.gpu = False
 
-    def identify(self, grid: Grid) -> None:
-        """Learn which node hosts which clients, waiting until all nodes of the federation are there.
+    def identify(self, grid: Grid, known: Mapping[int, int]) -> None:
+        """Learn which clients each node can answer for, and share them out, when all nodes are there.
 
-        A node that fails to say it three times is named in the log and left out.
+        A node that three times says nothing, or what cannot be true, is named in the log and left out. So is one that
+        contradicts what is known of a client, or what most others say of it.
+
+        Args:
+            known: the examples of clients, from earlier starts of the run.
 
         Raises:
             UserError: no node works, or not all are connected in time.
         """
         with waiting("the nodes' first answers", limit=WAIT_SECONDS):
             found = self._introduced(grid)
-        for _, reply in sorted(found.items()):
-            counts, node = messages.counts_of(reply), reply.metadata.src_node_id
-            self.nodes.append(node)
-            self.clients_of[node] = list(counts)
-            self.examples |= {client: count.examples for client, count in counts.items()}
-            self.gpu |= bool(reply.content.metric_records["metrics"]["gpu"])
+        by_place = dict(sorted(found.items(), key=lambda pair: (pair[1].place, pair[0])))
+        claims = {node: about.examples for node, about in by_place.items()}
+        for node, reason in contradictions(claims, known).items():
+            log.warning("node %d is left out: %s", [*by_place].index(node), reason)
+            del claims[node]
+        if not claims:
+            raise UserError("no node works: the reasons are in the log above")
+        self.nodes, self.gpu = list(claims), any(found[node].gpu for node in claims)
+        self.examples = {client: examples for claim in claims.values() for client, examples in claim.items()}
+        self.clients_of = dict(zip(claims, assigned(list(claims.values())), strict=True))
 
-    def _introduced(self, grid: Grid) -> dict[int, Message]:
-        """Give what every node says of itself, by position in the federation."""
-        found: dict[int, Message] = {}
+    def _introduced(self, grid: Grid) -> dict[int, Introduction]:
+        """Give what every node says of itself, by Flower's id, when there are as many as most of them speak of."""
+        found: dict[int, Introduction] = {}
         failures: Counter[int] = Counter()
         expected, deadline = 1, time.monotonic() + WAIT_SECONDS
         while len(found) + sum(count == ATTEMPTS for count in failures.values()) < expected:
             if time.monotonic() > deadline:
                 raise UserError(f"{len(found)} of {expected} nodes are connected after {WAIT_SECONDS} s")
-            known = {reply.metadata.src_node_id for reply in found.values()}
-            unknown = [node for node in grid.get_node_ids() if node not in known and failures[node] < ATTEMPTS]
+            unknown = [node for node in grid.get_node_ids() if node not in found and failures[node] < ATTEMPTS]
             if not unknown:
                 time.sleep(0.1)
             content = messages.request(Task(self._config, "identify", 0, []), {})
             sent = [Message(content, node, "query.identify") for node in unknown]
             patience = min(self._timeout, WAIT_SECONDS)
-            for message, reply in zip(sent, grid.send_and_receive(sent, timeout=patience), strict=True):
-                if reply.has_error():
-                    node = message.metadata.dst_node_id
+            for node, reply in zip(unknown, grid.send_and_receive(sent, timeout=patience), strict=True):
+                try:
+                    found[node] = introduction(reply, self._clients)
+                except ValueError as error:
                     failures[node] += 1
-                    log.warning("node %s, attempt %d of %d: %s", node, failures[node], ATTEMPTS, _reason(reply))
-                    continue
-                about = cast(Mapping[str, int], reply.content["metrics"])
-                found[about["node"]] = reply
-                expected = about["nodes"]
+                    log.warning("node %s, attempt %d of %d: %s", node, failures[node], ATTEMPTS, error)
+            if found:
+                expected = most_common(about.nodes for about in found.values())
         if not found:
             raise UserError("no node works: the reasons are in the log above")
         return found
@@ -206,21 +164,32 @@ class Nodes:
             on_reply: is shown every reply alone.
         """
         results, started = Results(), time.monotonic()
-        shapes = task.sends(self._model)
-        apart = task.sends_apart(self._model) if task.sends_apart else None
-        for message, reply in zip(sent, replies, strict=True):
-            asked = messages.task_of(message)
-            try:
-                one = _checked(reply, asked.clients, shapes, apart)
-            except ValueError as error:
-                node = self.nodes.index(message.metadata.dst_node_id)
-                listed = _listed(asked.clients)
-                log.warning("round %d: node %d (clients %s) is left out: %s", asked.round, node, listed, error)
+        believed = self._believed(task, sent, replies)
+        for message, one, reason in judged(believed, self._band * task.spread, self.examples):
+            if reason:
+                self._refuse(message, reason)
                 continue
             on_reply(one)
-            _include(results, one, message, reply)
+            results.include(one)
         results.seconds = time.monotonic() - started
         return results
+
+    def _believed(
+        self, task: ClientTask, sent: Iterable[Message], replies: Iterable[Message]
+    ) -> Iterator[tuple[Message, Results]]:
+        """Give the replies that are what was asked for and can be true, each with the message that it answers."""
+        sent = list(sent)
+        variances = messages.unpack(sent[0], only="running_var") if sent else {}  # the same model in all of them
+        expected = Expected(task, self._model, self._dtype, self.examples, self._pixels, variances)
+        for message, reply in zip(sent, replies, strict=True):
+            try:
+                yield message, expected.read(reply, message)
+            except ValueError as error:
+                self._refuse(message, str(error))
+
+    def _refuse(self, message: Message, reason: str) -> None:
+        asked, node = messages.task_of(message), self.nodes.index(message.metadata.dst_node_id)
+        log.warning("round %d: node %d (clients %s) is left out: %s", asked.round, node, listed(asked.clients), reason)
 
     def query(
         self,
@@ -242,52 +211,51 @@ class Nodes:
         return messages.pack(state, self._dtype)
 
 
-def _include(results: Results, one: Results, message: Message, reply: Message) -> None:
-    """Add one reply to the results, and what it cost."""
-    messages.add_to(results.tensors, one.tensors)
-    results.weight += one.weight
-    results.counts |= one.counts
-    results.statistics |= one.statistics
-    work = cast(MetricRecord, reply.content["work"])
-    worker, seconds = int(cast(int, work["worker"])), float(cast(float, work["seconds"]))
-    results.worker_seconds[worker] += seconds  # type: ignore[assignment]
-    results.worker_mebibytes[worker] = float(cast(float, work["mebibytes"]))
-    results.work += float(cast(float, work["work"]))
-    results.bytes += messages.bytes_of(message) + messages.bytes_of(reply)
+def contradictions(claims: Mapping[int, Mapping[int, int]], known: Mapping[int, int]) -> dict[int, str]:
+    """Say which nodes are not believed, and why.
+
+    Args:
+        claims: by node, the examples of the clients that it says it can answer for.
+        known: the examples of clients that are certain.
+    """
+    said: dict[int, list[int]] = {}
+    for claim in claims.values():
+        for client, examples in claim.items():
+            said.setdefault(client, []).append(examples)
+    sure = {client: most_said(values) for client, values in said.items()} | dict(known)
+    found = {}
+    for node, claim in claims.items():
+        wrong = {client: examples for client, examples in claim.items() if sure[client] != examples}
+        for client, examples in list(wrong.items())[:1]:
+            others = f"has {sure[client]}" if sure[client] is not None else "has another number for other nodes"
+            found[node] = f"it says that client {client} has {examples} examples, and the client {others}"
+    return found
 
 
-def _checked(reply: Message, clients: list[int], shapes: Mapping[str, Tensor], apart: Tensor | None) -> Results:
-    """What a reply says, if it is as asked for; ValueError with the reason otherwise."""
-    if reply.has_error():
-        raise ValueError(_reason(reply))
-    try:
-        tensors, counts, statistics = messages.unpack(reply), messages.counts_of(reply), messages.statistics_of(reply)
-        weight, _ = messages.weight_of(reply), reply.content["work"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"its reply is not in the expected form ({error!r})") from error
-    if sorted(counts) != sorted(clients):
-        raise ValueError(f"it answered for clients {_listed(counts)}")
-    if tensors.keys() != shapes.keys():
-        raise ValueError(f"it sent wrong names: {_listed(sorted(tensors.keys() ^ shapes.keys())[:3])}")
-    for client, value in statistics.items():
-        if client not in clients or apart is None or value.shape != apart.shape:
-            raise ValueError(f"it sent statistics of client {client} of shape {list(value.shape)}")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"it sent NaN or infinite statistics of client {client} ({DIVERGED})")
-    for name, value in tensors.items():
-        if value.shape != shapes[name].shape:
-            raise ValueError(f"it sent {name} of shape {list(value.shape)}, not {list(shapes[name].shape)}")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"it sent NaN or infinite values in {name} ({DIVERGED})")
-    return Results(tensors, weight, counts, statistics)
+def most_said(values: list[int]) -> int | None:
+    """Give what more than half of them are; None where nothing is."""
+    value, times = Counter(values).most_common(1)[0]
+    return value if 2 * times > len(values) else None
 
 
-def _reason(reply: Message) -> str:
-    """The innermost line of an error reply that says something."""
-    lines: Iterator[str] = (line.strip() for line in (reply.error.reason or "unknown error").splitlines())
-    return [line for line in lines if line][-1]
+def most_common(values: Iterable[int]) -> int:
+    """Give the value that occurs most often, the smallest of several."""
+    return min(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))[0]
 
 
-def _listed(values: Iterable[Any]) -> str:
-    words = list(map(str, values))
-    return ", ".join(words[:MOST_LISTED] + ["..."] * (len(words) > MOST_LISTED)) or "none"
+def assigned(claims: list[Mapping[int, int]]) -> list[list[int]]:
+    """Share clients out to the nodes that can answer for them.
+
+    Nodes that can all answer for the same ones get about equally many examples each (`partition.hosted`). A client that
+    only some can answer for goes to the first of them.
+
+    Example:
+        >>> assigned([{0: 5, 1: 1}, {0: 5, 1: 1}]), assigned([{0: 5}, {0: 5, 1: 1}])
+        ([[0], [1]], [[0], [1]])
+    """
+    if all(claim.keys() == claims[0].keys() for claim in claims):
+        clients = sorted(claims[0])
+        groups = hosted(tuple(claims[0][client] for client in clients), len(claims))
+        return [[clients[place] for place in group] for group in groups]
+    first = {client: place for place, claim in reversed(list(enumerate(claims))) for client in claim}
+    return [sorted(client for client in claim if first[client] == place) for place, claim in enumerate(claims)]

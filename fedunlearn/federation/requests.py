@@ -8,8 +8,9 @@ from typing import Any
 
 from fedunlearn.errors import NotNowError, UserError
 from fedunlearn.federation import server_state
+from fedunlearn.federation.gate import Gate
 from fedunlearn.federation.handle import Federation, ForgetSet
-from fedunlearn.federation.scores import Scorer
+from fedunlearn.federation.scores import Scorer, Scores
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.runs.formats import forgotten
 from fedunlearn.runs.ledger import OPEN, RECEIPT, Request, State
@@ -42,6 +43,7 @@ class Requests:
         self._run, self._ledger, self._settings = run, run.ledger, run.config.forget
         self._federation, self._strategy, self._scorer, self._on_commit = federation, strategy, scorer, on_commit
         self._last_round: int | None = None  # of this process's training, where it trains
+        self._scores: Scores = {}  # of the model that was applied last, while it is the present one
 
     def expect_rounds(self, rounds: int) -> int:
         """Learn how many rounds this process is to train; returns how many it takes to complete every open request."""
@@ -91,7 +93,7 @@ class Requests:
         return self._ledger.advance(request, State.REFUSED, reason=reason)
 
     def _apply(self, request: Request) -> Request:
-        """Let the strategy forget, and commit; or restore the state and count a failed attempt.
+        """Let the strategy forget, and commit what passes the gate; or restore the state.
 
         The model's BatchNorm statistics are those of the retain clients before and after, so that what changes in the
         scores comes from the weights. Of clients that were never trained on there is nothing to forget.
@@ -105,15 +107,16 @@ class Requests:
             before, started = self._scorer.now(forget), time.monotonic()
             with federation.applying(forget):
                 # a model that nobody has trained knows nobody
-                result = self._strategy.forget(federation, forget) if federation.round else {}
-                federation.recalibrate_batch_norm()
+                gate = Gate(federation, forget, before) if self._settings.gate and federation.round else None
+                result = self._unlearn(request, forget)
+                after = self._scorer.now(forget) if gate else {}
+                verdict = gate.verdict(after) if gate else {}
         except NotNowError as error:
             federation.state = state
             return self._failed(request, str(error))
-        self._check(result)
-        if self._run.config.model.client_head:
-            log.info("── pruning the output of %s", named(request.clients))
-        federation.state = server_state.after_request(federation.state, request.clients)
+        if verdict and not verdict["passed"] and "accepted_by" not in request.detail:
+            federation.state = state
+            return self._not_taken(request, verdict)
         receipt = {
             "round": federation.round,
             "completes_at": self._completes_at(),
@@ -122,11 +125,24 @@ class Requests:
             "costs": federation.costs,
             "stored_bytes": stored_bytes,
             "before": before,
+            **({"gate": verdict} if verdict else {}),
         }
         tensors = federation.state.tensors()
         applied = self._run.commit(tensors, federation.round, request, **receipt, **result)
         assert applied is not None
+        self._scores = after
         return applied
+
+    def _unlearn(self, request: Request, forget: ForgetSet) -> dict[str, Any]:
+        """Let the strategy forget, if there is anything to forget, and prune; returns what it says for the receipt."""
+        federation = self._federation
+        result = self._strategy.forget(federation, forget) if federation.round else {}
+        self._check(result)
+        federation.recalibrate_batch_norm()
+        if self._run.config.model.client_head:
+            log.info("── pruning the output of %s", named(request.clients))
+        federation.state = server_state.after_request(federation.state, request.clients)
+        return result
 
     def _check(self, result: Any) -> None:
         """Raise UserError where a receipt cannot hold what `forget` returned."""
@@ -148,8 +164,18 @@ class Requests:
         state = State.QUARANTINED if last else State.COLLECTING
         return self._ledger.advance(request, state, attempts=attempts, reason=reason)
 
+    def _not_taken(self, request: Request, verdict: dict[str, Any]) -> Request:
+        """Set a request aside whose model did not pass the gate."""
+        log.warning(
+            "── request %s is set aside: %s; the model stays as it was, its clients stay out of training. Figures: "
+            "fedunlearn requests %s --json. To take the new model all the same: fedunlearn forget --accept %s",
+            request.id, verdict["reason"], request.id, request.id,
+        )  # fmt: skip
+        return self._ledger.advance(request, State.QUARANTINED, reason=verdict["reason"], gate=verdict)
+
     def _complete(self, request: Request) -> None:
-        receipt = {"completed_round": self._federation.round, "after": self._scorer.now()}
+        at_once = self._scores and self._federation.round == request.detail["round"]
+        receipt = {"completed_round": self._federation.round, "after": self._scores if at_once else self._scorer.now()}
         self._run.record("forget", request=request.id, clients=request.clients, **request.detail, **receipt)
         log.info(forgotten(self._ledger.advance(request, State.COMPLETED, **receipt)))
         self._on_commit(self._federation.round)

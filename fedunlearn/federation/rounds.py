@@ -21,8 +21,9 @@ from fedunlearn.errors import NotNowError, UserError
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.handle import Federation
-from fedunlearn.federation.nodes import MOST_LISTED, Nodes
+from fedunlearn.federation.nodes import Nodes
 from fedunlearn.federation.ordered_grid import OrderedGrid
+from fedunlearn.federation.replies import MOST_LISTED
 from fedunlearn.federation.requests import Requests
 from fedunlearn.federation.scores import Scorer
 from fedunlearn.federation.server_data import ServerData
@@ -78,7 +79,15 @@ class Rounds(FlowerStrategy):
         torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         strategy, server = strategy_of(run.config), ServerData(run.config)
         state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(server_state.BESIDE.values())))
-        nodes = Nodes(for_clients(run.config), server.model, dtype=run.config.message_dtype, timeout=run.config.timeout)
+        nodes = Nodes(
+            for_clients(run.config),
+            server.model,
+            pixels=server.pixels,
+            clients=run.config.clients,
+            dtype=run.config.message_dtype,
+            timeout=run.config.timeout,
+            band=run.config.reply_band,
+        )
         federation = Federation(run, server, nodes, state)
         scorer = Scorer(federation, auditor)
         requests = Requests(run, federation, strategy, scorer, on_commit=on_commit)
@@ -92,7 +101,8 @@ class Rounds(FlowerStrategy):
         num_rounds = self.requests.expect_rounds(num_rounds)
         self._run.ledger.reopen()
         grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
-        self.federation.nodes.identify(grid)
+        self.federation.nodes.identify(grid, self._run.ledger.examples())
+        self._run.ledger.keep_examples(self.federation.nodes.examples)
         self._announce()
         if self.federation.round == 0 and self._run.ledger.current() is None:
             self._commit()

@@ -8,7 +8,7 @@ import torch
 from fedunlearn.federation import tasks
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.handle import Federation
-from fedunlearn.federation.nodes import MOST_LISTED, Results
+from fedunlearn.federation.replies import MOST_LISTED, Results
 from fedunlearn.nn.evaluate import Counts, Predictions
 
 Scores = dict[str, Any]

@@ -21,6 +21,7 @@ class ServerData:
         device: where the model is.
         model: the one that tensors of a state are loaded into.
         class_names: K names.
+        pixels: of an image.
     """
 
     def __init__(self, config: Config) -> None:
@@ -29,6 +30,7 @@ class ServerData:
         dataset = build.open_dataset(config)
         self._held_out, self._make = dataset.test, lambda *place: build.model_of(config, dataset, *place)
         self.class_names, self.fingerprint = dataset.class_names, dataset.fingerprint
+        self.pixels = int(np.prod(dataset.test.images.shape[1:3]))
         self.model = build.on_device(self.new_model(), self.device)
 
     def new_model(self, *place: int) -> TwoHeadResNet18:

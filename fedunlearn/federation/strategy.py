@@ -13,7 +13,7 @@ from fedunlearn.config import Config
 from fedunlearn.config import Settings as CheckedSettings
 from fedunlearn.errors import UserError
 from fedunlearn.federation.handle import Federation, ForgetSet
-from fedunlearn.federation.nodes import Results
+from fedunlearn.federation.replies import Results
 from fedunlearn.federation.tasks import BUILT_IN, tasks_of
 from fedunlearn.runs.run import Run
 from fedunlearn.schema import nearest_of, setting_names, validated

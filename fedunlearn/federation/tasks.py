@@ -4,6 +4,7 @@ What a task returns is what a client shares, and nothing else of a client ever t
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -17,6 +18,7 @@ from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.unlearning import batch_norm
 
+ROUNDING = 1e-3  # of sums in fp32, relative
 Shapes = Callable[[TwoHeadResNet18], Mapping[str, Tensor]]
 
 
@@ -53,6 +55,23 @@ def nothing(model: TwoHeadResNet18) -> Tensors:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """What one reply brought, as a task's `check` gets it.
+
+    Attributes:
+        tensors: sums over the reply's clients, by name.
+        statistics: by client.
+        examples: that each client of the reply has.
+        pixels: of an image.
+    """
+
+    tensors: Mapping[str, Tensor]
+    statistics: Mapping[int, Tensor]
+    examples: Mapping[int, int]
+    pixels: int
+
+
+@dataclass(frozen=True)
 class ClientTask:
     """A function `(client, model, settings, **arguments)` that a node calls for each of its clients in a message.
 
@@ -64,6 +83,9 @@ class ClientTask:
         dtype: of the tensors that it sends, `fp32` or `bf16`; by default the run's `message_dtype`.
         needs_model: whether the model travels with the task.
         trains: whether a query of it counts as a round of training in comparisons of cost.
+        check: raises ValueError for values that no honest client sends, as negative Fishers. Dtypes, shapes, counts
+            and finite values are checked anyway.
+        spread: by how much more than the updates of a round what honest clients send may differ in size.
     """
 
     function: Callable[..., Any]
@@ -73,6 +95,8 @@ class ClientTask:
     dtype: str = ""
     needs_model: bool = True
     trains: bool = False
+    check: Callable[[Sent], None] | None = None
+    spread: float = 1.0
 
     @property
     def name(self) -> str:
@@ -136,6 +160,45 @@ def client_task_of(function: Function, **options: Any) -> ClientTask:
     return task
 
 
+def nonnegative(sent: Sent) -> None:
+    """Refuse values below zero, which Fishers and other means of squares do not have."""
+    for name, value in sent.tensors.items():
+        if bool((value < 0).any()):
+            raise ValueError(f"it sent {name} below zero")
+
+
+def of_these_images(sent: Sent) -> None:
+    """Refuse class counts that are not those of the client's images."""
+    for client, counts in sent.statistics.items():
+        if bool((counts < 0).any()) or int(counts.sum()) != sent.examples[client]:
+            raise ValueError(f"it sent class counts of client {client} that do not add up to its examples")
+
+
+def embeddings_of_images(sent: Sent) -> None:
+    """Refuse counts, sums and sums of squares that embeddings of the client's images cannot have."""
+    for client, rows in sent.statistics.items():
+        count, (total, squares) = rows[:, 0], rows[:, 1:].double().chunk(2, 1)
+        if bool((count < 0).any() or (count != count.round()).any()) or not 1 <= count.sum() <= sent.examples[client]:
+            raise ValueError(f"it sent embedding statistics of {count.sum():g} images of client {client}")
+        _check_squares(f"embedding statistics of client {client}", count.double()[:, None], total, squares)
+
+
+def batches_of_images(sent: Sent) -> None:
+    """Refuse counts, sums and sums of squares that layers' inputs of the clients' images cannot have."""
+    most = sum(sent.examples.values()) * sent.pixels
+    for name, (count, total, squares) in sent.tensors.items():
+        if not 2 <= count[0] <= most or bool((count != count[0]).any()) or count[0] != count[0].round():
+            raise ValueError(f"it sent statistics of {count[0]:g} values of {name}, of {most} pixels")
+        _check_squares(f"statistics of {name}", count, total, squares)
+
+
+def _check_squares(what: str, count: Tensor, total: Tensor, squares: Tensor) -> None:
+    """Raise ValueError where n sum(x^2) < (sum x)^2, but for rounding in fp32; nothing may be summed of no values."""
+    short = count * squares < total.square() * (1 - ROUNDING)
+    if bool((squares < 0).any() or short.any() or ((count == 0) & (squares > 0)).any()):
+        raise ValueError(f"it sent {what} that no values have")
+
+
 def one_row_a_class(model: TwoHeadResNet18) -> Tensor:
     """Give the shape of a number for each class, [K]."""
     return torch.zeros(_classes(model), dtype=torch.int64)
@@ -147,7 +210,7 @@ def embedding_rows(model: TwoHeadResNet18) -> Tensor:
     return torch.zeros(_classes(model), 1 + 2 * hidden.in_features)
 
 
-@client_task(kind="train", sends_apart=embedding_rows, trains=True)
+@client_task(kind="train", sends_apart=embedding_rows, trains=True, check=embeddings_of_images)
 def train(
     client: Client,
     model: TwoHeadResNet18,
@@ -175,19 +238,19 @@ def evaluate(client: Client, model: TwoHeadResNet18, settings: Any) -> Counts:
     return client.evaluate(model)
 
 
-@client_task(sends_apart=one_row_a_class, needs_model=False)
+@client_task(sends_apart=one_row_a_class, needs_model=False, check=of_these_images, spread=math.inf)
 def class_counts(client: Client, model: TwoHeadResNet18, settings: Any) -> Tensor:
     """How many images of each class it has."""
     return client.class_counts
 
 
-@client_task(sends_apart=embedding_rows)
+@client_task(sends_apart=embedding_rows, check=embeddings_of_images)
 def embedding_statistics(client: Client, model: TwoHeadResNet18, settings: Any) -> Tensor:
     """Statistics of its embeddings: count, mean and variance for each class."""
     return client.embedding_statistics(model)
 
 
-@client_task(sends=batch_norm.no_statistics)
+@client_task(sends=batch_norm.no_statistics, check=batches_of_images)
 def batch_norm_statistics(client: Client, model: TwoHeadResNet18, settings: Any, *, fraction: float = 1.0) -> Update:
     """Sums over its images that BatchNorm statistics are estimated from: count, sum and sum of squares a channel."""
     sums = batch_norm.batch_statistics(model, client.shuffled_images(fraction), precision=client.precision)

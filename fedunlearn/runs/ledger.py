@@ -8,7 +8,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ class State(StrEnum):
     RECOVERING = "RECOVERING"  # the retain clients train on for the rounds that were asked for
     COMPLETED = "COMPLETED"
     REFUSED = "REFUSED"
-    QUARANTINED = "QUARANTINED"  # could not be applied; its clients stay out of training
+    QUARANTINED = "QUARANTINED"  # could not be applied, or its model not be taken; its clients stay out of training
     CANCELLED = "CANCELLED"  # taken back by whoever asked, before it was taken up
 
 
@@ -38,8 +38,8 @@ FAILED = (State.REFUSED, State.QUARANTINED)
 VOID = (*FAILED, State.CANCELLED)
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 RECEIPT = {
-    "after", "attempts", "before", "clients", "completed_round", "completes_at", "costs", "kind", "not_before",
-    "reason", "request", "round", "seconds", "stored_bytes", "strategy",
+    "accepted_at", "accepted_by", "after", "attempts", "before", "clients", "completed_round", "completes_at", "costs",
+    "gate", "kind", "not_before", "reason", "request", "round", "seconds", "stored_bytes", "strategy",
 }  # fmt: skip  # what a receipt, or its row of metrics, says of every request
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
@@ -77,6 +77,7 @@ CREATE TABLE IF NOT EXISTS requests (
 CREATE TABLE IF NOT EXISTS current_checkpoint (
     one INTEGER PRIMARY KEY CHECK (one = 1), round INTEGER NOT NULL, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL,
     finished INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS clients (client INTEGER PRIMARY KEY, examples INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY, at TEXT NOT NULL, event TEXT NOT NULL, hash TEXT NOT NULL);
 """
@@ -185,6 +186,24 @@ class Ledger:
             self._advance(request, State.CANCELLED, {})
         return self.request(request_id)
 
+    def accept(self, request_id: str, by: str) -> Request:
+        """Have the model of a request taken that did not pass the gate: it is applied once more, without the gate.
+
+        Args:
+            by: who answers for that.
+
+        Raises:
+            UserError: there is no such request, or it is not one that the gate has set aside.
+        """
+        with self._transaction():
+            request = self.request(request_id)
+            if request.state != State.QUARANTINED or "gate" not in request.detail:
+                raise UserError(
+                    f"request {request_id} is {request.state}: the gate has set nothing aside to be accepted"
+                )
+            self._advance(request, State.COLLECTING, {"accepted_by": by, "accepted_at": _now(), "attempts": 0})
+        return self.request(request_id)
+
     def commit(
         self, round_: int, checkpoint: str, sha256: str, *, request: Request | None = None, **detail: Any
     ) -> Request | None:
@@ -219,6 +238,19 @@ class Ledger:
         """Take back the mark of `finish`: this process will look at requests again."""
         with self._transaction():
             self._execute("UPDATE current_checkpoint SET finished = 0")
+
+    def examples(self) -> dict[int, int]:
+        """Give how many examples each client has, as its node said when it was there first."""
+        return dict(self._rows("SELECT client, examples FROM clients ORDER BY client"))
+
+    def keep_examples(self, examples: Mapping[int, int]) -> None:
+        """Keep the examples of clients that were not there before."""
+        known = self.examples()
+        if new := {client: count for client, count in examples.items() if client not in known}:
+            with self._transaction():
+                for client, count in new.items():
+                    self._execute("INSERT INTO clients VALUES (?, ?)", (client, count))
+                self._record(examples={str(client): count for client, count in new.items()})
 
     def events(self) -> list[dict[str, Any]]:
         """The audit chain, oldest first."""

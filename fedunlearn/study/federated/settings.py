@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.build import loss_of
-from fedunlearn.config import Config, Train
+from fedunlearn.config import Config, Forget, Train
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import Strategy, settings_for, strategy_class, strategy_names, strategy_of
 from fedunlearn.schema import nearest_of
@@ -110,6 +110,7 @@ class FederatedSettings(StudySettings):
             model=model,
             train=self.train,
             loss=loss,
+            forget=Forget(gate=False),  # what a method does to a model is to be measured, whatever it is
             unlearn=self.of_strategy(strategy).model_dump(),
         )
 

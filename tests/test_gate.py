@@ -1,0 +1,142 @@
+"""The gate that every new model passes before it replaces the old one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from command_line import command
+from fedunlearn.errors import UserError
+from fedunlearn.federation.gate import Evidence, changed_fraction, refusal
+from fedunlearn.nn.evaluate import Counts
+from fedunlearn.runs.ledger import State
+from fedunlearn.runs.uncertainty import fraction
+from local_grid import LocalGrid, equal
+from test_relabel import telling
+
+MANY = 10**6
+PARAMS = {"w": torch.tensor([1.0, 2.0, 3.0]), "n": torch.tensor(3)}
+BEFORE = Evidence(PARAMS, fraction(0.9, MANY), fraction(0.6, MANY), fraction(0.95, MANY) - fraction(0.6, MANY))
+CHANGED = {"w": torch.tensor([1.0, 2.0, 4.0]), "n": torch.tensor(3)}
+GOOD = Evidence(CHANGED, fraction(0.88, MANY), fraction(0.59, MANY), fraction(0.6, MANY) - fraction(0.59, MANY))
+
+
+def refused(before, after, budget=0.05, retrained=0.6):
+    return refusal(before, after, retrained, budget)
+
+
+def test_a_good_model_passes():
+    assert refused(BEFORE, GOOD) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"params": {"w": torch.tensor([1.0, torch.nan, 3.0])}}, "w is not finite"),
+        ({"params": {"w": torch.tensor([1.0, torch.inf, 3.0])}}, "w is not finite"),
+        ({"retain": fraction(0.84, MANY)}, "accuracy on the retain clients' images is 0.840, to be 0.900"),
+        ({"test": fraction(0.1, MANY)}, r"accuracy on held-out images is 0.100, to be 0.600 \(forget.budget=0.05\)"),
+        ({"gap": fraction(0.97, MANY) - fraction(0.6, MANY)}, r"grows from \+0.350 to \+0.370"),
+        ({"gap": BEFORE.gap}, r"nothing is forgotten: the memorisation gap was \+0.350, and is \+0.350"),
+        ({"gap": fraction(0.93, MANY) - fraction(0.6, MANY)}, "nothing is forgotten"),
+    ],
+)
+def test_a_model_that_is_destroyed_or_has_forgotten_nothing_does_not_pass(change, reason):
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(refused(BEFORE, replace(GOOD, **change)))
+
+
+def test_the_budget_is_what_may_be_lost():
+    lost = replace(GOOD, retain=fraction(0.8, MANY))
+    assert refused(BEFORE, lost)
+    assert not refused(BEFORE, lost, budget=0.11)
+
+
+def test_of_few_images_chance_is_not_called_a_loss():
+    few = replace(BEFORE, test=fraction(0.6, 20))
+    assert not refused(few, replace(GOOD, test=fraction(0.4, 20)))
+    assert refused(few, replace(GOOD, test=fraction(0.1, 20)))
+
+
+def test_what_the_retrained_model_would_not_know_either_is_not_called_a_loss():
+    without_a_class = replace(GOOD, test=fraction(0.5, MANY))
+    assert refused(BEFORE, without_a_class)
+    assert not refused(BEFORE, without_a_class, retrained=0.52)
+    assert refused(BEFORE, replace(GOOD, test=fraction(0.54, MANY)), retrained=0.9)
+
+
+def test_where_nothing_was_memorised_nothing_has_to_be_gone():
+    unknown = replace(BEFORE, gap=fraction(0.61, MANY) - fraction(0.6, MANY))
+    assert not refused(unknown, replace(GOOD, params=PARAMS, gap=unknown.gap))
+
+
+def test_the_fraction_of_values_that_changed():
+    assert changed_fraction(PARAMS, PARAMS) == 0
+    assert changed_fraction(PARAMS, CHANGED) == pytest.approx(1 / 3)
+
+
+# In a run ------------------------------------------------------------------------------------------------------------
+
+LEARNED = "rounds=8 train.epochs=3 data.limit=200 data.test_limit=100"
+ASKS = f"{LEARNED} fork=before forget.schedule={{8:[3]}} forget.gate=true"
+DESTRUCTIVE = {
+    "ssd": "strategy=ssd unlearn.tune=fixed unlearn.alpha=0.01 unlearn.lambda_=0",
+    "ascent": "strategy=ascent unlearn.lr=5 unlearn.repair_rounds=0",
+    "negate": "strategy=negate unlearn.repair_rounds=0",
+}
+
+
+@pytest.fixture
+def trained(federate):
+    """A run that knows something: what is destroyed has to be there."""
+    federate.shared(f"{LEARNED} strategy=leave")
+    return federate
+
+
+@pytest.mark.parametrize("strategy", DESTRUCTIVE)
+def test_a_destroyed_model_is_never_taken(trained, capsys, strategy):
+    before = trained.state("before")
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        trained(f"{ASKS} {DESTRUCTIVE[strategy]}")
+    (request,) = trained.requests()
+    assert request.state == State.QUARANTINED
+    assert "accuracy on" in request.detail["reason"]
+    gate = request.detail["gate"]
+    assert not gate["passed"]
+    assert gate["reason"] == request.detail["reason"]
+    assert gate["retain"][1] < gate["retain"][0] - gate["budget"] or gate["test"][1] < gate["test"][0] - gate["budget"]
+    assert 0 < gate["changed"] <= 1
+    assert gate["measured_by"]["gap"] == "the forget clients"
+    assert equal(trained.state(), before)
+    assert trained.run().ledger.current().round == 8
+    said = capsys.readouterr().err
+    assert "the model stays as it was" in said
+    assert "fedunlearn forget --accept r1" in said
+
+
+def test_a_request_that_changes_nothing_of_a_memorised_client_is_not_completed(trained):
+    examples = trained.pooled(LEARNED).examples(3)
+    grid = telling(lambda client: Counts(examples, 0.1, examples), [3])
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        trained(f"{ASKS} strategy=leave", grid=grid)
+    assert trained.requests()[0].detail["reason"].startswith("nothing is forgotten: the memorisation gap was +")
+
+
+def test_training_goes_on_without_the_client_of_a_request_that_was_set_aside(trained):
+    grid = LocalGrid(4)
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        trained(f"{ASKS} rounds=9 {DESTRUCTIVE['ssd']}", grid=grid)
+    assert trained.run().metrics()[-1]["clients"] == [0, 1, 2]
+
+
+def test_a_person_can_take_the_model_all_the_same_and_the_receipt_says_who(trained, capsys):
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        trained(f"{ASKS} {DESTRUCTIVE['ssd']}")
+    assert command("forget", "--accept", "r1", "--by", "Dr. Who", "--run", "test", "--engine", "local") == 0
+    (request,) = trained.requests()
+    assert request.state == State.COMPLETED
+    assert request.detail["accepted_by"] == "Dr. Who"
+    assert request.detail["gate"]["passed"] is False
+    assert not equal(trained.state(), trained.state("before"))
+    assert command("forget", "--accept", "r1", "--run", "test") == 2
+    assert "request r1 is COMPLETED: the gate has set nothing aside" in capsys.readouterr().err
