@@ -1,7 +1,7 @@
 # These targets need nothing but Python 3.11 or newer; the first of them installs everything into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo check test lint docs lock clean
 

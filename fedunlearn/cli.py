@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from functools import wraps
-from getpass import getuser
 from importlib import import_module
 from logging import getLogger
 from pathlib import Path
@@ -177,8 +176,8 @@ def forget(
     status: Annotated[str, typer.Option(metavar="ID", help="Show one request of the run.")] = "",
     list_: Annotated[bool, typer.Option("--list", help="List the run's requests.")] = False,
     cancel: Annotated[str, typer.Option(metavar="ID", help="Take back a request that was not taken up yet.")] = "",
-    accept: Annotated[str, typer.Option(metavar="ID", help="Take the model that did not pass the gate.")] = "",
-    by: Annotated[str, typer.Option(help="Who answers for --accept; by default your user name.")] = "",
+    accept: Annotated[str, typer.Option(metavar="ID", help="Apply a request again, without the gate.")] = "",
+    by: Annotated[str, typer.Option(help="Who answers for --accept.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and file nothing.")] = False,
     as_json: AsJson = False,
     home: Home = "",
@@ -197,6 +196,8 @@ def forget(
         if cancel:
             return show([found.ledger.cancel(cancel)], as_json)
         clients = client_numbers(client or [], found.config.clients)
+        if accept and (clients or dry_run or not by):
+            raise UserError("--accept ID goes with --by NAME, and with neither --client nor --dry-run")
         if not accept:
             check_clients(clients, found.config.clients)
         from fedunlearn.apps import asking
@@ -207,7 +208,7 @@ def forget(
         following: dict[str, Any] = {"limit": wait_limit, "verbose": verbose}
         if accept:
             with still_filed():
-                return show([asking.accept(found, accept, by or getuser(), resources, **following)], as_json)
+                return show([asking.accept(found, accept, by, resources, **following)], as_json)
         earlier = found.ledger.covering(clients)
         if not earlier:
             log.info(asking.announcement(found, clients))

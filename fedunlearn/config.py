@@ -203,10 +203,16 @@ class Config(Settings):
         default=3600.0, ge=0.1, le=10**6, description="seconds without any reply after which silent nodes are left out"
     )
     reply_band: float = Field(
-        default=5.0,
+        default=300.0,
         ge=0,
         le=10**6,
-        description="times the usual size of an update that a node's may have (by the root of its examples); 0 for any",
+        description="times the usual size that what a node sends may have (by the root of its examples); 0 for any",
+    )
+    client_share: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="of all examples that one client may say it has, of three clients or more",
     )
     data: Data = Data()
     partition: Partition = Partition()

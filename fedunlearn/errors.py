@@ -16,6 +16,10 @@ class NotNowError(Exception):
     """
 
 
+class DestroyedError(Exception):
+    """Weights of the model are not finite: nobody is asked about such a model, and it is never committed."""
+
+
 @contextmanager
 def unusable_replies() -> Iterator[None]:
     """Turn a ValueError over what clients sent into a NotNowError: other replies may do.

@@ -35,7 +35,7 @@ class GradientAscent(Strategy):
         )
         repair_lr: float = Field(default=0.01, ge=0, le=100, description="learning rate of these rounds")
 
-    @client_task(kind="train")
+    @client_task(kind="train", compared=False)
     @staticmethod
     def climb(
         client: Client, model: TwoHeadResNet18, settings: Settings, *, until: float, radius: float | None = None

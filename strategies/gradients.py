@@ -41,7 +41,7 @@ class GradientRelabelling(Guided):
         steps: int = Field(default=8, ge=1, le=1000, description="at most, each with a gradient of the forget clients")
         lr: float = Field(default=4.0, ge=0, le=1e6, description="length of a step, in guided gradients")
 
-    @client_task(sends=parameters)
+    @client_task(sends=parameters, compared=False)
     @staticmethod
     def gradient(
         client: Client,

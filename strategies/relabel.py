@@ -225,7 +225,7 @@ class Relabelling(Guided):
             description="learning rate of the forget clients, up to twice that while the schedule's has still to fall",
         )
 
-    @client_task(kind="train", trains=True, dtype="bf16")
+    @client_task(kind="train", trains=True, dtype="bf16", compared=False)
     @staticmethod
     def relabel(
         client: Client,

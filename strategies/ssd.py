@@ -70,7 +70,7 @@ class SelectiveDampening(Strategy):
         if self.settings.loss_head == "client" and not config.model.client_head:
             raise UserError("unlearn.loss_head=client needs model.client_head=true")
 
-    @client_task(sends=parameters, check=nonnegative, spread=20)
+    @client_task(sends=parameters, check=nonnegative)
     @staticmethod
     def fisher(
         client: Client, model: TwoHeadResNet18, settings: "SelectiveDampening.Settings", *, fraction: float = 1.0

@@ -57,7 +57,7 @@ class SubsetUnlearning(Relabelling):
         )
         lr: float = Field(default=0.12, ge=0, le=100, description=Relabelling.Settings.model_fields["lr"].description)
 
-    @client_task(sends=parameters, dtype="bf16", check=nonnegative, spread=20)
+    @client_task(sends=parameters, dtype="bf16", check=nonnegative)
     @staticmethod
     def fisher(client: Client, model: TwoHeadResNet18, settings: Settings, *, fraction: float = 1.0) -> Tensors:
         """Its diagonal Fisher: the mean over its images of the squared gradient, a parameter."""

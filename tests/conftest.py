@@ -1,5 +1,4 @@
 import logging
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -21,11 +20,6 @@ DIGITS = Path(__file__).parent.parent / "simulations" / "digits" / "conf"
 SMALL = "clients=4 rounds=3 data.limit=120 data.test_limit=40 train.lr=0.02 train.client_head_steps=20"
 SMALL += " forget.gate=false"  # of models that know nothing yet, chance decides whether they pass
 FIXED_SSD = "strategy=ssd unlearn.tune=fixed unlearn.alpha=2 unlearn.lambda_=0.5"  # where a test names no strategy
-
-
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores: tests of Ray and of other processes mostly wait for them."""
-    return min(os.cpu_count() + 1, 4)
 
 
 def pytest_collection_modifyitems(items):

@@ -53,6 +53,7 @@ def test_small_ones_pass_and_a_width_of_nothing_lets_all_pass():
 def test_sizes_are_by_the_root_of_the_examples_and_running_statistics_do_not_count():
     assert sizes_of(reply(0, 2.0), {0: 100}) == pytest.approx({"update": 0.2})
     assert sizes_of(reply(0, 2.0), {0: 400}) == pytest.approx({"update": 0.1})
+    assert sizes_of(Results({"w": torch.tensor([8.0])}, 2, {0: Counts(4), 1: Counts(4)}), {0: 4, 1: 4}) == {"update": 2}
     two = Results({}, 2, {0: Counts(4), 1: Counts(9)}, {0: torch.tensor([8.0]), 1: torch.tensor([9.0])})
     assert sizes_of(two, {0: 4, 1: 9}) == pytest.approx({"statistics": 2.0})
 

@@ -13,7 +13,6 @@ EVERY = "strategy=federaser unlearn.every=1"
 
 def test_federaser_replays_calibrated_updates(federate):
     training = f"{SETTINGS} train.server_momentum=0 train.lr=0.005"
-    training += " reply_band=0"  # a batch of two images makes one client's update a hundred times larger
     settings = settings_of("federaser", f"unlearn.every=1 unlearn.calibration_fraction=0.5 {training}")
     federate(f"{settings} {FORGETS}")
     (request,) = federate.requests()

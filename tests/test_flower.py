@@ -17,7 +17,7 @@ from benchmarks.superlink import superlink as started
 APP = Path(__file__).parent.parent / "simulations" / "digits"
 SMALL = "rounds=4 data.limit=200 data.test_limit=40 forget.schedule={2:[3]}"
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

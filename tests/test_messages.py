@@ -28,12 +28,12 @@ def test_what_is_sent_arrives():
     assert messages.counts_of(reply) == counts
     assert messages.weight_of(reply) == 11
     assert messages.unpack(reply).keys() == {"b"}
-    assert torch.equal(messages.statistics_of(reply)[4], torch.ones(2))
+    assert torch.equal(messages.unpack(reply, "statistics")["4"], torch.ones(2))
 
 
 def test_a_reply_of_counts_alone_has_no_tensors():
     reply = messages.reply(message(messages.request(TASK, {})), {0: Counts(1)})
-    assert (messages.unpack(reply), messages.statistics_of(reply), messages.weight_of(reply)) == ({}, {}, 0)
+    assert (messages.unpack(reply), messages.unpack(reply, "statistics"), messages.weight_of(reply)) == ({}, {}, 0)
 
 
 def test_arguments_of_a_task_arrive_as_they_were_sent():

@@ -13,7 +13,7 @@ from conftest import DIGITS, small
 from fedunlearn.apps.client_app import app
 from fedunlearn.config import compose
 from fedunlearn.federation import messages, replies, tasks
-from fedunlearn.federation.nodes import Nodes, assigned, contradictions
+from fedunlearn.federation.nodes import Nodes, assigned, contradictions, too_many
 from fedunlearn.federation.rounds import for_clients
 from fedunlearn.federation.server_data import ServerData
 from local_grid import LocalGrid
@@ -42,6 +42,7 @@ class Conversation:
             dtype="fp32",
             timeout=9,
             band=5,
+            share=0.9,
         )
         self.nodes.identify(self.grid, {})
         state = self.server.model.state_dict()
@@ -161,6 +162,8 @@ FORM = {
     "work as text": part("work", ConfigRecord({"seconds": "1"})),
     "work as a list": metric("work", "seconds", [1.0, 2.0]),
     "seconds": metric("work", "seconds", float("nan")),
+    "negative seconds": metric("work", "seconds", -1.0),
+    "absurd work": metric("work", "work", 1e308),
     "memory": metric("work", "mebibytes", float("inf")),
     "worker": metric("work", "worker", 0.5),
     "clients": metric("metrics", "client", [0, 3]),
@@ -175,10 +178,10 @@ COUNTS = {
     "half examples": counted("examples", 10.5),
     "more right than examples": counted("class_correct", 10**6),
     "negative hits": counted("client_correct", -1),
-    "a negative loss": counted("loss", -1.0),
     "a NaN loss": counted("loss", float("nan")),
     "an infinite loss": counted("loss", float("inf")),
     "an absurd loss": counted("loss", 1e300),
+    "another weight": metric("metrics", "weight", 1.5),
     "no weight": metric("metrics", "weight", 0.0),
     "a negative weight": metric("metrics", "weight", -3.0),
     "a NaN weight": metric("metrics", "weight", float("nan")),
@@ -189,6 +192,7 @@ LIES = {
     **{("fisher", name): lie for name, lie in {**FORM, **COUNTS}.items()},
     **{("evaluate", name): lie for name, lie in COUNTS.items()},
     ("evaluate", "arrays"): part("arrays", ArrayRecord({"a": torch.zeros(1)})),
+    ("evaluate", "a negative loss"): counted("loss", -1.0),
     ("evaluate", "fewer examples"): counted("examples", 1),
     ("fisher", "below zero"): array(lambda v: -v - 1),
     ("train", "negative variance"): lambda r: array(lambda v: v - 1e6)(r, "stem.1.running_var"),
@@ -200,6 +204,9 @@ LIES = {
     ("train", "statistics of another shape"): statistics(lambda rows: rows[1:]),
     ("class_counts", "negative"): statistics(lambda counts: counts - 1),
     ("class_counts", "more images"): statistics(lambda counts: counts * 2),
+    ("class_counts", "none"): part("statistics", None),
+    ("class_counts", "one client's"): lambda r: r.content["statistics"].pop("1"),
+    ("class_counts", "sums that wrap"): statistics(lambda c: c * 0 + 2**62),
     ("class_counts", "fractions"): statistics(lambda counts: counts.float()),
     ("batch_norm_statistics", "more values"): first_row(lambda v: v * 1e6),
     ("batch_norm_statistics", "no values"): first_row(lambda v: v * 0),
@@ -265,11 +272,9 @@ def introduced(reply, **changes):
         ({"examples": [1, 1]}, "not in the expected form"),
         ({"client": [0, 1, 2, 9]}, "hosts clients 0, 1, 2, 9, of 4"),
         ({"client": [0, 0, 1, 2]}, "hosts clients 0, 0, 1, 2"),
-        ({"node": 7}, "node 7 of 2"),
-        ({"node": -1}, "node -1 of 2"),
-        ({"nodes": 0}, "of 0"),
+        ({"nodes": 0}, "one of 0 nodes"),
         ({"nodes": 1.5}, "no whole number"),
-        ({"node": [1, 2]}, "no whole number"),
+        ({"nodes": [1, 2]}, "no whole number"),
     ],
 )
 def test_what_a_node_says_of_itself_must_be_possible(talk, changes, reason):
@@ -293,3 +298,11 @@ def test_a_client_is_one_nodes():
     assert assigned([{0: 5, 1: 1, 2: 4}] * 2) == [[0], [1, 2]]
     assert assigned([{0: 5}, {0: 5, 1: 1}, {2: 3}]) == [[0], [1], [2]]
     assert assigned([{3: 5}, {3: 5}]) == [[3], []]
+    everything = dict.fromkeys(range(6), 10)
+    assert assigned([everything, {0: 10, 1: 10, 2: 10}]) == [[3, 4, 5], [0, 1, 2]]
+
+
+def test_a_client_that_says_it_has_nearly_everything_is_not_believed():
+    assert too_many({10: {0: 5, 1: 7}, 11: {2: 10**6}}, 0.9).keys() == {11}
+    assert too_many({10: {0: 5, 1: 7}, 11: {2: 60}}, 0.9) == {}
+    assert too_many({10: {0: 5}, 11: {1: 10**6}}, 0.9) == {}  # of two, nobody can say who has too many

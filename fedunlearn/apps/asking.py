@@ -68,7 +68,7 @@ def ask(
 
 
 def accept(found: Run, request_id: str, by: str, resources: Resources, *, limit: float, verbose: bool) -> Request:
-    """Have the model of a request taken that did not pass the gate.
+    """Have a request applied once more, and its model taken although the gate has refused it.
 
     Args:
         by: who answers for that; the receipt says it.

@@ -89,6 +89,6 @@ def identify(message: Message, context: Context) -> Message:
     counts = {client: Counts(len(own)) for client, own in enumerate(runtime.slices)}
     reply = messages.reply(message, counts)
     about = reply.content.metric_records["metrics"]
-    about["node"], about["nodes"] = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    about["nodes"] = int(context.node_config["num-partitions"])
     about["gpu"] = int(runtime.device.type == "cuda")
     return reply

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from statistics import median
+from statistics import mean, median
 
 import torch
 from flwr.app import Message
@@ -29,6 +29,9 @@ def judged(replies: Replies, width: float, examples: Mapping[int, int]) -> Itera
         width: times the median that a size may be; 0 lets everything pass.
         examples: that each client has.
     """
+    if not width:
+        yield from ((message, one, "") for message, one in replies)
+        return
     coming = iter(replies)
     first = list(islice(coming, FIRST))
     sizes = [sizes_of(one, examples) for _, one in first]
@@ -47,7 +50,7 @@ def judged(replies: Replies, width: float, examples: Mapping[int, int]) -> Itera
 
 
 def sizes_of(one: Results, examples: Mapping[int, int]) -> dict[str, float]:
-    """Measure what a reply brings: the norm of its mean over the root of its examples, and statistics an example.
+    """Measure a reply: the norm of its mean over the root of a client's examples, and statistics by example.
 
     Updates of more steps are larger, about by the root of the steps. Running statistics of BatchNorm do not count.
     """
@@ -55,7 +58,7 @@ def sizes_of(one: Results, examples: Mapping[int, int]) -> dict[str, float]:
     means = [value.double() / one.weight for name, value in one.tensors.items() if not name.endswith(STATISTICS)]
     if means:
         norm = torch.stack([value.square().sum() for value in means]).sum().sqrt()
-        found["update"] = float(norm) / math.sqrt(max(1, sum(examples[client] for client in one.counts)))
+        found["update"] = float(norm) / math.sqrt(max(1, mean(examples[client] for client in one.counts)))
     if one.statistics:
         found["statistics"] = max(float(v.double().norm()) / max(1, examples[c]) for c, v in one.statistics.items())
     return found
@@ -66,6 +69,6 @@ def too_large(size: Mapping[str, float], others: list[dict[str, float]], width: 
     for kind, value in size.items():
         known = [other[kind] for other in others if kind in other]
         usual = median(known) if len(known) >= FEWEST - 1 else math.inf
-        if usual and width and value > width * usual:
+        if usual and value > width * usual:
             return f"its {kind} {VERBS[kind]} {value / usual:.3g} times as large as is usual (reply_band)"
     return ""

@@ -143,11 +143,13 @@ class Federation:
 
         Raises:
             NotNowError: nobody replied, or not every client that is to be forgotten.
+            DestroyedError: the model as it is now is not finite.
 
         Example:
             `federation.apply(federation.run(self.climb, on=forget, until=0.4).mean())`
         """
         asked = list(on)
+        server_state.check_finite(self.state)
         results = self.nodes.query(
             self.grid,
             task,
@@ -228,6 +230,7 @@ class Federation:
 
         Raises:
             NotNowError: there are none, and the model keeps averages of the clients' running statistics.
+            DestroyedError: the new model is not finite.
         """
         self.state = server_state.apply_round(
             self.state,
@@ -236,6 +239,7 @@ class Federation:
             beta=self.config.train.server_momentum,
             frozen_lr_scale=self.frozen_lr_scale(round_),
         )
+        server_state.check_finite(self.state)
         self.fit_client_head(results.statistics, round_)
         asked = self.retain if is_evaluated(self.config, round_) else results.counts
         return self.recalibrate_batch_norm(on=asked, at_round=round_)

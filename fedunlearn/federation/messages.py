@@ -135,11 +135,6 @@ def weight_of(message: Message) -> float:
     return float(cast(float, message.content.metric_records["metrics"]["weight"]))
 
 
-def statistics_of(message: Message) -> dict[int, Tensor]:
-    """Read each client's own statistics from a reply."""
-    return {int(client): value for client, value in unpack(message, "statistics").items()}
-
-
 def add_to(sums: Tensors, values: Mapping[str, Tensor], weight: float = 1) -> None:
     """Do `sums[name] += weight * values[name]` in place, starting from zero where `sums` has no such name."""
     for name, value in values.items():

@@ -22,6 +22,7 @@ from fedunlearn.nn.model import TwoHeadResNet18
 
 WAIT_SECONDS = 600
 ATTEMPTS = 3
+FEWEST = 3  # clients, of which one can have too large a share
 
 log = getLogger("fedunlearn")
 
@@ -37,6 +38,7 @@ class Nodes:
         dtype: of the tensors in messages, `fp32` or `bf16`.
         timeout: seconds of silence after which nodes are left out.
         band: times the usual size that what a node sends may have; 0 for any.
+        share: of all examples that one client may have, of three clients or more.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class Nodes:
         dtype: str,
         timeout: float,
         band: float,
+        share: float,
     ) -> None:
         self._config, self._model, self._pixels, self._clients = config, model, pixels, clients
-        self._dtype, self._timeout, self._band = dtype, timeout, band
+        self._dtype, self._timeout, self._band, self._share = dtype, timeout, band, share
         self.nodes: list[int] = []  # Flower's node ids, by position in the federation
         self.clients_of: dict[int, list[int]] = {}  # Flower's node id -> clients, in order
         self.examples: dict[int, int] = {}  # client -> how many it has
@@ -71,10 +74,9 @@ class Nodes:
         """
         with waiting("the nodes' first answers", limit=WAIT_SECONDS):
             found = self._introduced(grid)
-        by_place = dict(sorted(found.items(), key=lambda pair: (pair[1].place, pair[0])))
-        claims = {node: about.examples for node, about in by_place.items()}
-        for node, reason in contradictions(claims, known).items():
-            log.warning("node %d is left out: %s", [*by_place].index(node), reason)
+        claims = {node: found[node].examples for node in sorted(found)}
+        for node, reason in (contradictions(claims, known) | too_many(claims, self._share)).items():
+            log.warning("node %s is left out: %s", node, reason)
             del claims[node]
         if not claims:
             raise UserError("no node works: the reasons are in the log above")
@@ -165,7 +167,8 @@ class Nodes:
         """
         results, started = Results(), time.monotonic()
         believed = self._believed(task, sent, replies)
-        for message, one, reason in judged(believed, self._band * task.spread, self.examples):
+        band = self._band if task.compared else 0.0
+        for message, one, reason in judged(believed, band, self.examples):
             if reason:
                 self._refuse(message, reason)
                 continue
@@ -232,6 +235,19 @@ def contradictions(claims: Mapping[int, Mapping[int, int]], known: Mapping[int, 
     return found
 
 
+def too_many(claims: Mapping[int, Mapping[int, int]], share: float) -> dict[int, str]:
+    """Say which nodes claim more examples for a client than that share of all: no other client would count."""
+    examples = {client: count for claim in claims.values() for client, count in claim.items()}
+    most = share * sum(examples.values())
+    large = [client for client, count in examples.items() if count > most and len(examples) >= FEWEST]
+    return {
+        node: f"it says that client {client} has {examples[client]} examples, more than {share:g} of all (client_share)"
+        for node, claim in claims.items()
+        for client in large
+        if claim.get(client) == examples[client]
+    }
+
+
 def most_said(values: list[int]) -> int | None:
     """Give what more than half of them are; None where nothing is."""
     value, times = Counter(values).most_common(1)[0]
@@ -246,8 +262,9 @@ def most_common(values: Iterable[int]) -> int:
 def assigned(claims: list[Mapping[int, int]]) -> list[list[int]]:
     """Share clients out to the nodes that can answer for them.
 
-    Nodes that can all answer for the same ones get about equally many examples each (`partition.hosted`). A client that
-    only some can answer for goes to the first of them.
+    Nodes that can all answer for the same ones get about equally many examples each (`partition.hosted`). Otherwise
+    those clients go first that fewest nodes can answer for, then those with most examples. Each goes to the node that
+    has the fewest examples so far.
 
     Example:
         >>> assigned([{0: 5, 1: 1}, {0: 5, 1: 1}]), assigned([{0: 5}, {0: 5, 1: 1}])
@@ -257,5 +274,9 @@ def assigned(claims: list[Mapping[int, int]]) -> list[list[int]]:
         clients = sorted(claims[0])
         groups = hosted(tuple(claims[0][client] for client in clients), len(claims))
         return [[clients[place] for place in group] for group in groups]
-    first = {client: place for place, claim in reversed(list(enumerate(claims))) for client in claim}
-    return [sorted(client for client in claim if first[client] == place) for place, claim in enumerate(claims)]
+    examples = {client: count for claim in claims for client, count in claim.items()}
+    groups: list[list[int]] = [[] for _ in claims]
+    able = {client: [place for place, claim in enumerate(claims) if client in claim] for client in examples}
+    for client in sorted(examples, key=lambda c: (len(able[c]), -examples[c], c)):
+        groups[min(able[client], key=lambda place: sum(examples[c] for c in groups[place]))].append(client)
+    return [sorted(group) for group in groups]

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from fedunlearn.federation import messages
 from fedunlearn.federation.messages import Tensors
-from fedunlearn.federation.tasks import ClientTask, Sent
+from fedunlearn.federation.tasks import ROUNDING, ClientTask, Sent
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadResNet18
 
 MOST_LISTED = 100
 MOST_EXAMPLES = 10**8  # of one client
-MOST_LOSS = 1e6  # of one example
+MOST = 1e30  # of a number that is added up: sums stay finite
 MOST_EPOCHS = 1000  # of a client task that trains
 DIVERGED = "has training diverged? try a lower train.lr"
 LARGEST = ("workers", "worker_mebibytes")  # of a cost: does not add up over queries
-ROUNDING = 1e-5  # of a sum in fp32, relative
 
 
 class RefusedError(ValueError):
@@ -104,9 +103,8 @@ def add_cost(costs: dict[str, Any], name: str, cost: Mapping[str, float]) -> Non
 
 
 class Introduction(NamedTuple):
-    """What a node says of itself: its place among how many nodes, whether it has a GPU, the examples by client."""
+    """What a node says of itself: among how many nodes it is, whether it has a GPU, the examples by client."""
 
-    place: int
     nodes: int
     gpu: bool
     examples: dict[int, int]
@@ -168,9 +166,9 @@ class Expected:
             number(messages.weight_of(reply), "weight"),
             counts,
             self._statistics(content.get("statistics"), clients),
-            Counter({worker: number(work["seconds"], "seconds")}),  # type: ignore[dict-item]
-            {worker: number(work["mebibytes"], "mebibytes")},
-            number(work["work"], "work"),
+            Counter({worker: amount(work["seconds"], "seconds")}),  # type: ignore[dict-item]
+            {worker: amount(work["mebibytes"], "mebibytes")},
+            amount(work["work"], "work"),
         )
 
     def _tensors(self, record: Any, shapes: Mapping[str, Tensor]) -> Tensors:
@@ -183,10 +181,13 @@ class Expected:
     def _statistics(self, record: Any, clients: list[int]) -> dict[int, Tensor]:
         arrays = _arrays(record)
         names = {str(client): client for client in clients}
-        if not self.task.sends_apart or not arrays.keys() <= names.keys():
+        if self.task.sends_apart is None:
             if arrays:
-                raise RefusedError(f"it sent statistics of clients {listed(sorted(arrays))}")
+                raise RefusedError("it sent statistics, which nobody asked for")
             return {}
+        optional = bool(self.task.sends(self.model))  # beside an update; else they are all that is sent
+        if arrays.keys() != names.keys() and (arrays or not optional):
+            raise RefusedError(f"it sent statistics of clients {listed(sorted(arrays))}")
         shape = self.task.sends_apart(self.model)
         return {
             names[name]: _tensor(f"statistics of client {name}", array, shape, "fp32") for name, array in arrays.items()
@@ -203,11 +204,12 @@ class Expected:
                 raise RefusedError(f"it counted {examples} of the {has} examples of client {client}")
             if not all(0 <= whole(hits, "hits") <= examples for hits in right):
                 raise RefusedError(f"it counted {max(right)} right answers to {examples} examples of client {client}")
-            if not 0 <= number(loss, "loss") <= MOST_LOSS * max(examples, 1):
+            least = 0.0 if self.task.kind == "evaluate" else -MOST  # a loss of one's own may be negative
+            if not least <= number(loss, "loss") <= MOST:
                 raise RefusedError(f"it sent a loss of {loss:g} on {examples} examples of client {client} ({DIVERGED})")
-        most = max(len(found.counts), sum(self.examples[client] for client in found.counts))
-        if not 0 < found.weight <= most:
-            raise RefusedError(f"it sent a weight of {found.weight:g}, of {most} examples")
+        clients, examples = len(found.counts), sum(self.examples[client] for client in found.counts)
+        if found.weight not in (clients, examples):
+            raise RefusedError(f"it sent a weight of {found.weight:g}, for {clients} clients with {examples} examples")
 
     def _check_variances(self, found: Results) -> None:
         """Refuse running variances below zero, but for rounding."""
@@ -234,7 +236,6 @@ def introduction(reply: Message, clients: int) -> Introduction:
         numbers = messages.clients_of(reply)
         counts = messages.counts_of(reply)
         found = Introduction(
-            whole(about["node"], "place"),
             whole(about["nodes"], "number of nodes"),
             bool(about["gpu"]),
             {client: whole(counts[client].examples, "examples") for client in numbers},
@@ -245,8 +246,8 @@ def introduction(reply: Message, clients: int) -> Introduction:
         raise RefusedError(f"its reply is not in the expected form ({error!r})") from error
     if len(set(numbers)) < len(numbers) or not all(0 <= client < clients for client in numbers):
         raise RefusedError(f"it says that it hosts clients {listed(numbers)}, of {clients}")
-    if not 0 <= found.place < found.nodes:
-        raise RefusedError(f"it says that it is node {found.place} of {found.nodes}")
+    if found.nodes < 1:
+        raise RefusedError(f"it says that it is one of {found.nodes} nodes")
     for client, examples in found.examples.items():
         if not 0 <= examples <= MOST_EXAMPLES:
             raise RefusedError(f"it says that client {client} has {examples} examples")
@@ -264,6 +265,13 @@ def number(value: Any, what: str) -> float:
     """Give a finite number, or raise RefusedError."""
     if type(value) not in (int, float) or not math.isfinite(value):
         raise RefusedError(f"it sent {value!r} as {what}, which is no number")
+    return float(value)
+
+
+def amount(value: Any, what: str) -> float:
+    """Give a number of seconds or bytes, or raise RefusedError."""
+    if not 0 <= number(value, what) <= MOST:
+        raise RefusedError(f"it sent {value!r} as {what}")
     return float(value)
 
 

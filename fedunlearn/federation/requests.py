@@ -6,7 +6,7 @@ from collections.abc import Callable
 from logging import getLogger
 from typing import Any
 
-from fedunlearn.errors import NotNowError, UserError
+from fedunlearn.errors import DestroyedError, NotNowError, UserError
 from fedunlearn.federation import server_state
 from fedunlearn.federation.gate import Gate
 from fedunlearn.federation.handle import Federation, ForgetSet
@@ -104,13 +104,18 @@ class Requests:
         stored_bytes = state.stored_bytes + self._strategy.stored_bytes(self._run)
         try:
             federation.recalibrate_batch_norm()
-            before, started = self._scorer.now(forget), time.monotonic()
+            before = self._scorer.now(forget)
             with federation.applying(forget):
                 # a model that nobody has trained knows nobody
                 gate = Gate(federation, forget, before) if self._settings.gate and federation.round else None
+                federation.costs, started = {}, time.monotonic()
                 result = self._unlearn(request, forget)
+                costs, seconds = federation.costs, time.monotonic() - started
                 after = self._scorer.now(forget) if gate else {}
                 verdict = gate.verdict(after) if gate else {}
+        except DestroyedError as error:
+            federation.state = state
+            return self._not_taken(request, {"passed": False, "reason": str(error)})
         except NotNowError as error:
             federation.state = state
             return self._failed(request, str(error))
@@ -121,8 +126,8 @@ class Requests:
             "round": federation.round,
             "completes_at": self._completes_at(),
             "strategy": self._run.config.strategy,
-            "seconds": time.monotonic() - started,
-            "costs": federation.costs,
+            "seconds": seconds,
+            "costs": costs,
             "stored_bytes": stored_bytes,
             "before": before,
             **({"gate": verdict} if verdict else {}),
@@ -168,7 +173,7 @@ class Requests:
         """Set a request aside whose model did not pass the gate."""
         log.warning(
             "── request %s is set aside: %s; the model stays as it was, its clients stay out of training. Figures: "
-            "fedunlearn requests %s --json. To take the new model all the same: fedunlearn forget --accept %s",
+            "fedunlearn requests %s --json. To make it again and take it: fedunlearn forget --accept %s --by NAME",
             request.id, verdict["reason"], request.id, request.id,
         )  # fmt: skip
         return self._ledger.advance(request, State.QUARANTINED, reason=verdict["reason"], gate=verdict)

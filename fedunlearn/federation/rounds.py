@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedunlearn.build import is_evaluated
 from fedunlearn.config import Config, Forget, to_json
-from fedunlearn.errors import NotNowError, UserError
+from fedunlearn.errors import DestroyedError, NotNowError, UserError
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.handle import Federation
@@ -87,6 +87,7 @@ class Rounds(FlowerStrategy):
             dtype=run.config.message_dtype,
             timeout=run.config.timeout,
             band=run.config.reply_band,
+            share=run.config.client_share,
         )
         federation = Federation(run, server, nodes, state)
         scorer = Scorer(federation, auditor)
@@ -144,6 +145,8 @@ class Rounds(FlowerStrategy):
             raise UserError(f"round {round_}: no client answered")
         try:
             batch_norm = self.federation.apply_round(results, results.mean(), round_)
+        except DestroyedError as error:
+            raise UserError(f"round {round_}: {error} (has training diverged? try a lower train.lr)") from error
         except NotNowError as error:
             log.warning("round %d: no BatchNorm statistics, averages in their place: %s", round_, error)
             batch_norm = {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fedunlearn.errors import DestroyedError
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.unlearning.pruning import pruned
 
@@ -55,6 +56,13 @@ class ServerState:
     def stored_bytes(self) -> int:
         """Bytes that are kept for requests to come, beside the model: predictions on held-out images."""
         return sum(value.nbytes for value in self.predictions.values())
+
+
+def check_finite(state: ServerState) -> None:
+    """Raise DestroyedError where a value of the model is NaN or infinite."""
+    for name, value in state.params.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise DestroyedError(f"{name} of the new model is not finite")
 
 
 def apply_update(state: ServerState, update: Mapping[str, Tensor]) -> ServerState:

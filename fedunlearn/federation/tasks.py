@@ -4,7 +4,6 @@ What a task returns is what a client shares, and nothing else of a client ever t
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -28,7 +27,8 @@ class Update:
 
     Attributes:
         tensors: by name; the sum over clients has each client's tensors times its `weight`.
-        weight: the client's examples for a mean over examples, 1 for a plain sum or a mean over clients.
+        weight: the client's examples for a mean over examples, 1 for a plain sum or a mean over clients. Others are
+            refused, since a weight is a client's word too.
         counts: examples, and loss and hits where the task counted them.
         statistics: a tensor of this client alone, which is not summed.
     """
@@ -85,7 +85,8 @@ class ClientTask:
         trains: whether a query of it counts as a round of training in comparisons of cost.
         check: raises ValueError for values that no honest client sends, as negative Fishers. Dtypes, shapes, counts
             and finite values are checked anyway.
-        spread: by how much more than the updates of a round what honest clients send may differ in size.
+        compared: whether a reply that is far larger than the others' is refused (`reply_band`); not for tasks of forget
+            clients alone, who must all be believed or none.
     """
 
     function: Callable[..., Any]
@@ -96,7 +97,7 @@ class ClientTask:
     needs_model: bool = True
     trains: bool = False
     check: Callable[[Sent], None] | None = None
-    spread: float = 1.0
+    compared: bool = True
 
     @property
     def name(self) -> str:
@@ -170,7 +171,8 @@ def nonnegative(sent: Sent) -> None:
 def of_these_images(sent: Sent) -> None:
     """Refuse class counts that are not those of the client's images."""
     for client, counts in sent.statistics.items():
-        if bool((counts < 0).any()) or int(counts.sum()) != sent.examples[client]:
+        examples = sent.examples[client]
+        if bool(((counts < 0) | (counts > examples)).any()) or int(counts.sum()) != examples:
             raise ValueError(f"it sent class counts of client {client} that do not add up to its examples")
 
 
@@ -238,7 +240,7 @@ def evaluate(client: Client, model: TwoHeadResNet18, settings: Any) -> Counts:
     return client.evaluate(model)
 
 
-@client_task(sends_apart=one_row_a_class, needs_model=False, check=of_these_images, spread=math.inf)
+@client_task(sends_apart=one_row_a_class, needs_model=False, check=of_these_images, compared=False)
 def class_counts(client: Client, model: TwoHeadResNet18, settings: Any) -> Tensor:
     """How many images of each class it has."""
     return client.class_counts

@@ -187,16 +187,18 @@ class Ledger:
         return self.request(request_id)
 
     def accept(self, request_id: str, by: str) -> Request:
-        """Have the model of a request taken that did not pass the gate: it is applied once more, without the gate.
+        """Have a request applied once more, and its model taken whatever the gate says; a finite one it must be.
 
         Args:
             by: who answers for that.
 
         Raises:
-            UserError: there is no such request, or it is not one that the gate has set aside.
+            UserError: there is no such request, it is not one that the gate has set aside, or another one covers it.
         """
         with self._transaction():
             request = self.request(request_id)
+            if later := self.covering(request.clients):
+                raise UserError(f"request {request_id} is not needed any more: {later[0].id} is {later[0].state}")
             if request.state != State.QUARANTINED or "gate" not in request.detail:
                 raise UserError(
                     f"request {request_id} is {request.state}: the gate has set nothing aside to be accepted"
