@@ -93,6 +93,4 @@ class SubsetUnlearning(Relabelling):
             "── dampening %.2g of the weights (alpha %.3g, lambda %g), which spends %.2g of %g nats",
             selected, alpha, settings.lambda_, spent, settings.epsilon,
         )  # fmt: skip
-        if selected:
-            federation.held_out_batch_norm()
         return {"alpha": alpha, "lambda_": settings.lambda_, "selected": selected, "spent": spent}
