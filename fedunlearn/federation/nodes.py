@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import getLogger
+from statistics import multimode
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
@@ -105,7 +106,7 @@ class Nodes:
                     failures[node] += 1
                     log.warning("node %s, attempt %d of %d: %s", node, failures[node], ATTEMPTS, error)
             if found:
-                expected = most_common(about.nodes for about in found.values())
+                expected = min(multimode(about.nodes for about in found.values()))
         if not found:
             raise UserError("no node works: the reasons are in the log above")
         return found
@@ -252,11 +253,6 @@ def most_said(values: list[int]) -> int | None:
     """Give what more than half of them are; None where nothing is."""
     value, times = Counter(values).most_common(1)[0]
     return value if 2 * times > len(values) else None
-
-
-def most_common(values: Iterable[int]) -> int:
-    """Give the value that occurs most often, the smallest of several."""
-    return min(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))[0]
 
 
 def assigned(claims: list[Mapping[int, int]]) -> list[list[int]]:
