@@ -1,3 +1,4 @@
+import json
 import logging
 import shutil
 import sys
@@ -12,6 +13,8 @@ from fedunlearn.apps.server_app import server_app
 from fedunlearn.config import compose
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
+from fedunlearn.runs.home import write_about
+from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.run import Run
 from local_grid import LocalGrid
 from naive import Pooled
@@ -51,6 +54,13 @@ def small(overrides: str = "") -> str:
     return f"{SMALL} {strategy}run=test {overrides}"
 
 
+def rewrite(folder: Path, **changes) -> None:
+    """Have the run itself say something else in its `run.json`."""
+    ledger = Ledger(folder / "ledger.sqlite")
+    write_about(folder, ledger, json.loads((folder / "run.json").read_text()) | changes)
+    ledger.close()
+
+
 @dataclass
 class Federate:
     """Runs the whole server app of a small digits federation in this process."""
@@ -68,9 +78,11 @@ class Federate:
         kept = self.kept / sha256(f"{small(overrides)} {nodes}".encode()).hexdigest()
         if not kept.exists():
             self(f"{overrides} run={name}", nodes=nodes)
-            shutil.copytree(self.folder(name), kept)
+            shutil.copytree(self.home / "keys", kept / "keys")
+            shutil.copytree(self.folder(name), kept / "run")
         elif not self.folder(name).exists():
-            shutil.copytree(kept, self.folder(name))
+            shutil.copytree(kept / "keys", self.home / "keys", dirs_exist_ok=True)
+            shutil.copytree(kept / "run", self.folder(name))
 
     def folder(self, name: str = "test") -> Path:
         return self.home / "runs" / name

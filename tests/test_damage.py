@@ -9,6 +9,7 @@ import sqlite3
 import pytest
 
 from command_line import command
+from conftest import rewrite
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.run import read_about
 from local_grid import equal
@@ -178,8 +179,7 @@ def test_a_scheduled_request_that_fails_makes_the_status_1(home, capsys):
 
 
 def test_a_request_that_could_not_be_applied_is_not_filed(two, monkeypatch, capsys):
-    about = read_about(two.folder())
-    (two.folder() / "run.json").write_text(json.dumps(about | {"data": "of other images"}))
+    rewrite(two.folder(), data="of other images")
     assert "run test was trained on other data" in failed(capsys, "forget", "--run", "test", "--client", "1", *LOCAL)
     assert two.requests() == []
 

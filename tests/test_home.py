@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import DIGITS
+from conftest import DIGITS, rewrite
 from fedunlearn import open_run
 from fedunlearn.build import learning_rate_of
 from fedunlearn.config import compose, from_json
@@ -65,9 +65,9 @@ def test_more_rounds_are_kept_where_the_run_is_stopped_and_the_horizon_stays_the
 
 
 def test_a_horizon_of_its_own_is_kept_in_further_rounds(federate, base):
-    about = read_about(base)
-    about["config"]["train"]["schedule_rounds"] = 2
-    (base / "run.json").write_text(json.dumps(about))
+    config = read_about(base)["config"]
+    config["train"]["schedule_rounds"] = 2
+    rewrite(base, config=config)
     federate("run=base rounds=4")
     assert stored_config(base).train.schedule_rounds == 2
 
@@ -90,8 +90,7 @@ def test_fewer_rounds_and_other_settings_are_refused_and_change_nothing(federate
 
 
 def test_more_rounds_of_other_data_are_refused_and_change_nothing(federate, base):
-    about = base / "run.json"
-    about.write_text(about.read_text().replace('"data": "', '"data": "0'))
+    rewrite(base, data="of other images")
     before = contents(base)
     with pytest.raises(UserError, match="was trained on other data"):
         federate("run=base rounds=5")
@@ -115,7 +114,7 @@ def test_a_fork_goes_on_from_the_base_and_leaves_it_as_it_was(federate, base):
     assert fork.metrics()[: len(origin.metrics())] == origin.metrics()
     assert fork.ledger.requests() == origin.ledger.requests()
     assert fork.ledger.events()[: len(origin.ledger.events())] == origin.ledger.events()
-    assert fork.ledger.verify()
+    assert fork.ledger.head().is_signed
     assert fork.ledger.current().round == 4
     assert not [task for task, _ in kinds(grid, client=3) if task == "train"]  # it was forgotten in the base
     assert trained(federate("run=other fork=base strategy=leave rounds=4")) == []  # the same words again resume it
@@ -153,8 +152,7 @@ def test_a_fork_of_other_data_or_another_model_is_refused(federate, base, words,
 
 
 def test_a_fork_of_data_that_have_changed_since_is_refused(federate, base):
-    about = base / "run.json"
-    about.write_text(about.read_text().replace('"data": "', '"data": "0'))
+    rewrite(base, data="of other images")
     with pytest.raises(UserError, match="run base was trained on other data: a fork goes on from it"):
         federate("run=other fork=base")
     assert [folder.name for folder in all_runs(federate.home)] == ["base"]
@@ -185,8 +183,7 @@ def test_the_live_run_comes_first_then_the_newest_finished_one(federate, base):
         (base.parent / name).mkdir()
         for file in ("run.json", "ledger.sqlite"):
             (base.parent / name / file).write_bytes((base / file).read_bytes())
-        about = read_about(base) | {"created": f"2100-01-0{day}T00:00:00"}
-        (base.parent / name / "run.json").write_text(json.dumps(about))
+        rewrite(base.parent / name, created=f"2100-01-0{day}T00:00:00")
     run = federate.run("three")
     run.ledger.commit(0, "round-00000.safetensors", "00")  # as if it had been stopped before its first round
     run.ledger.close()

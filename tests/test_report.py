@@ -241,11 +241,6 @@ def test_without_a_request_the_verdict_is_of_the_test_images():
     assert "nothing has been measured yet" in said.text
 
 
-def test_a_changed_ledger_comes_first():
-    first, _ = verdicts([completed({3: 0.1}, {3: 0.0})], [], label="ssd", chain_holds=False)
-    assert first.level == Level.FAILED
-
-
 def test_many_clients_are_not_all_named():
     assert named([7]) == "client 7"
     assert named([1, 2, 3, 4, 5]) == "clients 1, 2, 3, 4 and 5"
@@ -301,7 +296,12 @@ def test_page_is_self_contained_and_tells_before_and_after(forgot):
     assert not re.findall(r"<(?:script|link)", page)
     assert page.count("data:image/svg+xml;base64,") == 4  # two figures, each for a light and for a dark page
     text = words(page)
-    for said in ("Client 3 was forgotten after round 2 by ssd", "COMPLETED", "The audit chain holds", "after round 3"):
+    for said in (
+        "Client 3 was forgotten after round 2 by ssd",
+        "COMPLETED",
+        "The ledger is as the run wrote it",
+        "after round 3",
+    ):
         assert said in text
     assert "<code>train.client_head_steps</code></td><td><code>20</code>" in page
 
@@ -327,7 +327,7 @@ def test_a_card_shows_what_the_ledger_knows(forgot):
     assert f"selected {request.detail['selected']:.4g}" in text
     for task in request.detail["costs"]:
         assert f" {task} " in text
-    assert events[-1]["hash"] in text
+    assert forgot.ledger.head().root in text
 
 
 def test_a_digest_that_is_the_present_model_is_not_called_replaced(forgot):
@@ -375,12 +375,6 @@ def test_without_an_auditor_the_page_does_not_say_who_has_what(forgot):
     text = report.write(forgot, None, []).read_text()
     assert "Who has what" not in text
     assert text.count('<img alt="') == 1
-
-
-def test_a_changed_ledger_shows(forgot):
-    forgot.ledger._db.execute("UPDATE events SET event = replace(event, '[3]', '[2]')")
-    page = report.write(forgot, None, []).read_text()
-    assert "is BROKEN: the ledger was changed by hand" in page[: page.index("What the words mean")]
 
 
 def test_summary_has_a_row_a_group_and_moment(federate):

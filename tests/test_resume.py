@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from command_line import command
-from conftest import Federate
+from conftest import Federate, rewrite
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.runs import checkpoint
@@ -107,7 +107,7 @@ def test_a_run_that_is_killed_at_any_message_or_commit_goes_on_to_the_same_weigh
         assert equal(federate.server_state(name).tensors(), expected), f"killed at {stops}"
         run = federate.run(name)
         assert len([event for event in run.ledger.events() if event.get("state") == State.APPLIED]) == 1
-        assert run.ledger.verify()
+        assert run.ledger.head() == run.ledger.kept_head()
         assert [row["round"] for row in run.metrics() if row["kind"] == "round"] == [1, 2, 3]
         assert len(list((run.folder / "checkpoints").iterdir())) == 1
 
@@ -222,8 +222,7 @@ def test_a_run_keeps_its_settings_its_data_and_its_holder(federate):
         federate("rounds=1 train={lr:0.123}")
     with lock(federate.folder()), pytest.raises(UserError, match="run test is locked by process"):
         federate("rounds=1")
-    about = federate.folder() / "run.json"
-    about.write_text(about.read_text().replace('"data": "', '"data": "0'))
+    rewrite(federate.folder(), data="of other images")
     with pytest.raises(UserError, match="was trained on other data"):
         federate("rounds=1")
 

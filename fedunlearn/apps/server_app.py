@@ -21,7 +21,7 @@ from fedunlearn.log import set_up
 from fedunlearn.runs import report
 from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
 from fedunlearn.runs.ledger import Request
-from fedunlearn.runs.run import Run
+from fedunlearn.runs.run import Run, open_ledger
 from fedunlearn.schema import name_of
 
 log = getLogger("fedunlearn")
@@ -119,6 +119,7 @@ def prepared(config: Config, asked: dict[str, Any]) -> Config:
     """
     folder = runs_folder(writable_home(config.home)) / config.run
     if config.run and (folder / "run.json").exists():
+        open_ledger(folder).close()  # raises where the run's files were changed
         config = agreed(folder, asked).model_copy(update={"home": config.home, "run": config.run})
     elif config.fork:
         config = forked(config, asked)

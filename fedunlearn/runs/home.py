@@ -1,5 +1,6 @@
 """The runs of a state folder: found, opened, resumed, given more rounds, forked."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -117,13 +118,13 @@ def locked_run(config: Config, *, fingerprint: str, images: "Images", asked: Map
     with lock(folder):
         if not (folder / "run.json").exists():
             _make(folder, config, {"data": fingerprint, "images": images._asdict()})
-        about, stored, kept = read_about(folder), stored_config(folder), agreed(folder, asked)
-        check_data(folder, fingerprint)
-        if kept != stored:
-            _write_about(folder, about | {"config": kept.model_dump()})
-        operational = {setting: value for setting, value in asked.items() if setting in OPERATIONAL}
         ledger = open_ledger(folder)
         try:
+            about, stored, kept = read_about(folder), stored_config(folder), agreed(folder, asked)
+            check_data(folder, fingerprint)
+            if kept != stored:
+                write_about(folder, ledger, about | {"config": kept.model_dump()})
+            operational = {setting: value for setting, value in asked.items() if setting in OPERATIONAL}
             run = Run(folder, kept.model_copy(update={"home": config.home, "run": name, **operational}), ledger)
             if current := ledger.current():
                 run.delete_all_but(current.checkpoint)
@@ -178,7 +179,15 @@ def _make(folder: Path, config: Config, data: Mapping[str, Any]) -> None:
             _copy(base, folder)
     versions = {package: version(package) for package in PACKAGES}
     content = {"created": datetime.now(UTC).isoformat(), **data, "versions": versions}
-    _write_about(folder, content | {"config": config.model_dump()})
+    ledger = Ledger(folder / "ledger.sqlite")
+    try:
+        if not config.fork:
+            ledger.begin_anew()
+            if ledger.current():
+                raise UserError(f"{folder / 'run.json'} is missing: put back a copy of it, or remove the folder")
+        write_about(folder, ledger, content | {"config": config.model_dump()})
+    finally:
+        ledger.close()
 
 
 def _copy(base: Path, folder: Path) -> None:
@@ -188,7 +197,8 @@ def _copy(base: Path, folder: Path) -> None:
             shutil.copytree(part, folder / part.name, dirs_exist_ok=True)
     if (base / "metrics.jsonl").exists():
         shutil.copy(base / "metrics.jsonl", folder)
-    source, copy = Ledger(base / "ledger.sqlite"), Ledger(folder / "ledger.sqlite")
+    (folder / "ledger.sqlite").unlink(missing_ok=True)  # of a copy that was interrupted
+    source, copy = open_ledger(base), Ledger(folder / "ledger.sqlite")
     try:
         source.copy_to(copy)
     finally:
@@ -212,8 +222,11 @@ def agreed(folder: Path, asked: Mapping[str, Any]) -> Config:
     return with_values(kept, {"rounds": rounds, "train.schedule_rounds": kept.train.schedule_rounds or kept.rounds})
 
 
-def _write_about(folder: Path, content: dict[str, Any]) -> None:
-    write_atomically(folder / "run.json", json.dumps(content, indent=2).encode())
+def write_about(folder: Path, ledger: Ledger, content: dict[str, Any]) -> None:
+    """Write a run's `run.json`; the ledger knows its SHA-256 before."""
+    data = json.dumps(content, indent=2).encode()
+    ledger.keep_about(hashlib.sha256(data).hexdigest())
+    write_atomically(folder / "run.json", data)
 
 
 def _names(folders: list[Path]) -> str:

@@ -1,16 +1,16 @@
-"""The ledger of one run: forget requests, their states, the current checkpoint, and an audit chain, in SQLite.
+"""The ledger of one run: everything that happened, as signed events in SQLite, and what follows from them.
 
-A transaction of the ledger (`synchronous=FULL`) is the only commit point of a run.
+Requests, their states and the current checkpoint follow from the events. A transaction of the ledger
+(`synchronous=FULL`) is the only commit point of a run.
 """
 
-import hashlib
 import json
 import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from logging import getLogger
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fedunlearn.errors import UserError
+from fedunlearn.runs import keys, merkle
+from fedunlearn.runs.files import write_atomically
 
 
 class State(StrEnum):
@@ -39,7 +41,7 @@ VOID = (*FAILED, State.CANCELLED)
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 RECEIPT = {
     "accepted_at", "accepted_by", "after", "attempts", "before", "clients", "completed_round", "completes_at", "costs",
-    "gate", "kind", "not_before", "reason", "request", "round", "seconds", "stored_bytes", "strategy",
+    "gate", "kind", "not_before", "reason", "request", "round", "seconds", "state", "stored_bytes", "strategy",
 }  # fmt: skip  # what a receipt, or its row of metrics, says of every request
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
@@ -71,37 +73,109 @@ LOCKED_SECONDS = 60  # until it is given up
 log = getLogger("fedunlearn")
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS requests (
-    number INTEGER PRIMARY KEY, clients TEXT NOT NULL, state TEXT NOT NULL, received_at TEXT NOT NULL,
-    detail TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS current_checkpoint (
-    one INTEGER PRIMARY KEY CHECK (one = 1), round INTEGER NOT NULL, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL,
-    finished INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS clients (client INTEGER PRIMARY KEY, examples INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
-    number INTEGER PRIMARY KEY, at TEXT NOT NULL, event TEXT NOT NULL, hash TEXT NOT NULL);
+    number INTEGER PRIMARY KEY, at TEXT NOT NULL, event TEXT NOT NULL, signature TEXT NOT NULL)
 """
+FORMAT = 2
+RUNS = "runs"  # folder of a state folder
+
+
+class TamperedError(UserError):
+    """A ledger is not as this run's processes wrote it."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands for the first `size` events: their Merkle root, both signed with the run's key.
+
+    Attributes:
+        key: id of the run's key.
+        size: how many events.
+        root: of the tree over them, in hexadecimal digits.
+        signature: in hexadecimal digits.
+    """
+
+    key: str
+    size: int
+    root: str
+    signature: str = ""
+
+    @property
+    def message(self) -> bytes:
+        """What is signed."""
+        return f"fedunlearn ledger\n{self.key}\n{self.size}\n{self.root}\n".encode()
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the signature is the run's."""
+        return keys.is_signed(self.signature, self.message, self.key)
+
+
+@dataclass
+class Standing:
+    """What follows from the events, one after the other.
+
+    Attributes:
+        requests: by id, in order of arrival.
+        current: the last commit.
+        examples: by client.
+        about: SHA-256 of `run.json`; before it the earlier one, where nothing has happened since.
+    """
+
+    requests: dict[str, Request] = field(default_factory=dict)
+    current: Current | None = None
+    examples: dict[int, int] = field(default_factory=dict)
+    about: list[str] = field(default_factory=list)
+
+    def follow(self, at: str, event: dict[str, Any]) -> None:
+        """Take one event in."""
+        match event:
+            case {"request": id_, "state": State.RECEIVED, "clients": clients, **detail}:
+                self.requests[id_] = Request(id_, clients, State.RECEIVED, at, detail)
+            case {"request": id_, "state": state, **detail}:
+                before = self.requests[id_]
+                self.requests[id_] = replace(before, state=State(state), detail=before.detail | detail)
+            case {"round": round_, "checkpoint": checkpoint, "sha256": sha256}:
+                self.current = Current(round_, checkpoint, sha256, finished=False)
+            case {"finished": finished} if self.current:
+                self.current = replace(self.current, finished=finished)
+            case {"examples": examples}:
+                self.examples |= {int(client): count for client, count in examples.items()}
+            case {"about": sha256}:
+                self.about.append(sha256)
+                return
+        del self.about[:-1]
 
 
 class Ledger:
     """Opens (and makes) the ledger at `path`; several processes may have it open.
 
-    Where the file cannot be written, it can be read.
+    Where the file cannot be written, it can be read. The events are all there is: requests, the current checkpoint and
+    the clients' examples follow from them. Every event is signed, together with all before it, with the run's key.
+    After a transaction the last signature is written outside of the database too, so that a ledger that was cut or put
+    back shows. Keys lie in `keys`, signatures in `heads`, of the run's state folder; of another run beside it.
 
     Raises:
-        UserError: from every method, where the file is damaged, locked for too long, or on a full disk.
+        UserError: from every method, where the file is damaged, locked for too long, on a full disk, or not as the
+            run's processes wrote it (`TamperedError`).
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        folder = path.parent
+        in_home = folder.parent.name == RUNS
+        self._keys = (folder.parent.parent if in_home else folder) / "keys"
+        self._head_file = (folder.parent.parent if in_home else folder) / "heads" / f"{folder.name}.json"
         with self._readable():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=TRY_SECONDS, isolation_level=None, check_same_thread=False)
+        self._begin_reading()
         self._execute("PRAGMA synchronous=FULL")
         if not path.exists() or os.access(path, os.W_OK):
-            with self._transaction():
-                for statement in SCHEMA.split(";"):
-                    self._execute(statement)
+            self._execute(SCHEMA)
+        columns = [row[1] for row in self._rows("PRAGMA table_info(events)")]
+        if columns and "signature" not in columns:
+            raise UserError(f"{path} was written by an earlier version of fedunlearn: finish the run with that version")
 
     def close(self) -> None:
         """Close the connection."""
@@ -109,8 +183,17 @@ class Ledger:
 
     def copy_to(self, other: "Ledger") -> None:
         """Copy everything into another ledger."""
+        other.begin_anew()
         with self._readable():
             self._db.backup(other._db)
+        other._begin_reading()
+        other._keep_head()
+
+    def begin_anew(self) -> None:
+        """Put the signature of an earlier run of the same name aside: this run begins without events."""
+        if not self._rows("SELECT 1 FROM events LIMIT 1") and self._head_file.exists():
+            ended = f"{self._head_file.stem}.ended-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.json"
+            self._head_file.rename(self._head_file.with_name(ended))
 
     def file(self, clients: Iterable[int], *, not_before: int = 0) -> list[Request]:
         """Ask for `clients` to be forgotten together, after round `not_before` at the earliest.
@@ -123,18 +206,13 @@ class Ledger:
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
             if not rest:
                 return earlier
-            row = (json.dumps(rest), State.RECEIVED, _now(), json.dumps({"not_before": not_before}))
-            number = self._execute(
-                "INSERT INTO requests (clients, state, received_at, detail) VALUES (?, ?, ?, ?)", row
-            ).lastrowid
-            self._record(request=f"r{number}", state=State.RECEIVED, clients=rest)
+            number = len(self.requests()) + 1
+            self._record(request=f"r{number}", state=State.RECEIVED, clients=rest, not_before=not_before)
             return [*earlier, self.request(f"r{number}")]
 
     def requests(self) -> list[Request]:
         """All requests, in order of arrival."""
-        rows = self._rows("SELECT number, clients, state, received_at, detail FROM requests ORDER BY number")
-        with self._readable():
-            return [Request(f"r{n}", json.loads(c), State(s), at, json.loads(d)) for n, c, s, at, d in rows]
+        return list(self._standing().requests.values())
 
     def covering(self, clients: Iterable[int]) -> list[Request]:
         """Give the earlier requests, if any, that cover all of the clients together; void ones do not."""
@@ -211,9 +289,6 @@ class Ledger:
     ) -> Request | None:
         """Make `checkpoint` the current model; with `request`, move that to APPLIED in the same transaction."""
         with self._transaction():
-            self._execute(
-                "INSERT OR REPLACE INTO current_checkpoint VALUES (1, ?, ?, ?, 0)", (round_, checkpoint, sha256)
-            )
             self._record(round=round_, checkpoint=checkpoint, sha256=sha256)
             if request is not None:
                 self._advance(request, State.APPLIED, detail)
@@ -221,8 +296,7 @@ class Ledger:
 
     def current(self) -> Current | None:
         """The last commit, or None before the first."""
-        rows = self._rows("SELECT round, checkpoint, sha256, finished FROM current_checkpoint")
-        return Current(*rows[0][:3], finished=bool(rows[0][3])) if rows else None
+        return self._standing().current
 
     def finish(self) -> bool:
         """Mark the run as finished, unless a request is open; returns whether it is.
@@ -232,69 +306,169 @@ class Ledger:
         with self._transaction():
             if any(request.state in OPEN for request in self.requests()):
                 return False
-            self._execute("UPDATE current_checkpoint SET finished = 1")
             self._record(finished=True)
             return True
 
     def reopen(self) -> None:
         """Take back the mark of `finish`: this process will look at requests again."""
         with self._transaction():
-            self._execute("UPDATE current_checkpoint SET finished = 0")
+            if (current := self.current()) and current.finished:
+                self._record(finished=False)
 
     def examples(self) -> dict[int, int]:
         """Give how many examples each client has, as its node said when it was there first."""
-        return dict(self._rows("SELECT client, examples FROM clients ORDER BY client"))
+        return dict(self._standing().examples)
 
     def keep_examples(self, examples: Mapping[int, int]) -> None:
         """Keep the examples of clients that were not there before."""
-        known = self.examples()
-        if new := {client: count for client, count in examples.items() if client not in known}:
-            with self._transaction():
-                for client, count in new.items():
-                    self._execute("INSERT INTO clients VALUES (?, ?)", (client, count))
-                self._record(examples={str(client): count for client, count in new.items()})
+        with self._transaction():
+            known = self._standing().examples
+            if new := {str(client): count for client, count in examples.items() if client not in known}:
+                self._record(examples=new)
+
+    def keep_about(self, sha256: str) -> None:
+        """Keep the SHA-256 of the run's `run.json`, before that is written."""
+        with self._transaction():
+            if self._standing().about[-1:] != [sha256]:
+                self._record(about=sha256)
+
+    def about(self) -> list[str]:
+        """Give the SHA-256 of `run.json`; before it the earlier one, where nothing has happened since."""
+        return list(self._standing().about)
 
     def events(self) -> list[dict[str, Any]]:
-        """The audit chain, oldest first."""
-        rows = self._rows("SELECT at, event, hash FROM events ORDER BY number")
-        return [{"at": at, **json.loads(event), "hash": hash_} for at, event, hash_ in rows]
+        """Everything that happened, oldest first, each with the time and the hash of its leaf in the Merkle tree."""
+        self._standing()
+        rows = self._rows("SELECT at, event FROM events ORDER BY number")
+        return [{"at": at, **json.loads(event), "hash": merkle.leaf(_entry(at, event)).hex()} for at, event in rows]
 
-    def verify(self) -> bool:
-        """Whether every event's hash is that of its content and of the event before it."""
-        previous = ""
-        for at, event, hash_ in self._rows("SELECT at, event, hash FROM events ORDER BY number"):
-            if hash_ != _chain(previous, at, event):
-                return False
-            previous = hash_
-        return True
+    def head(self) -> Head:
+        """Give the signed head over all events.
+
+        Raises:
+            UserError: there are none yet.
+        """
+        self._standing()
+        if self._head is None:
+            raise UserError(f"{self._path} has no events yet")
+        return self._head
+
+    def kept_head(self) -> Head | None:
+        """Read the head as it is kept outside of the database, if it is."""
+        try:
+            return Head(**json.loads(self._head_file.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise TamperedError(f"{self._head_file} is damaged ({error}): put back a copy of it") from error
+
+    def evidence(self, number: int) -> tuple[str, str, list[str]]:
+        """Give the time and the text of an event, and the proof that it is among those of the head.
+
+        Args:
+            number: of the event, from 1.
+        """
+        self._standing()
+        ((at, event),) = self._rows("SELECT at, event FROM events WHERE number = ?", (number,))
+        return at, event, [step.hex() for step in merkle.proof(self._leaves, number - 1)]
 
     def _advance(self, request: Request, state: State, detail: dict[str, Any]) -> None:
-        merged = self.request(request.id).detail | detail
-        self._execute(
-            "UPDATE requests SET state = ?, detail = ? WHERE number = ?",
-            (state, json.dumps(merged), int(request.id.removeprefix("r"))),
-        )
         self._record(request=request.id, state=state, **detail)
 
+    # Events, and what follows from them --------------------------------------------------------------------------
+
+    def _begin_reading(self) -> None:
+        self._found = Standing()
+        self._leaves: list[bytes] = []
+        self._head: Head | None = None
+        self._compared = False
+        self._key = ""
+
+    def _standing(self) -> Standing:
+        """Read the events that were not read before, and check that they are the run's."""
+        kept = None if self._compared else self.kept_head()  # before the events: those go on meanwhile
+        seen = len(self._leaves)
+        rows = self._rows("SELECT number, at, event, signature FROM events WHERE number > ? ORDER BY number", (seen,))
+        if rows:
+            self._check_signatures(rows)
+            for _, at, event, _ in rows:
+                self._found.follow(at, json.loads(event))
+        if self._rows("SELECT count(*) FROM events")[0][0] < len(self._leaves):
+            raise self._tampered("events were removed")
+        if kept:
+            self._compare(kept)
+        self._compared = True
+        return self._found
+
+    def _check_signatures(self, rows: list[tuple[Any, ...]]) -> None:
+        """Take new events into the tree, and raise TamperedError unless the last of them is signed."""
+        first, key = len(self._leaves) + 1, self._key or _key_in(rows[0][2])
+        if [row[0] for row in rows] != list(range(first, first + len(rows))):
+            raise self._tampered(f"of the events from {first} on some are missing")
+        leaves = self._leaves + [merkle.leaf(_entry(at, event)) for _, at, event, _ in rows]
+
+        def head(number: int, signature: str) -> Head:
+            return Head(key, number, merkle.root(leaves[:number]).hex(), signature)
+
+        last = head(len(leaves), rows[-1][3])
+        if not last.is_signed:
+            wrong = next((number for number, _, _, s in rows if not head(number, s).is_signed), len(leaves))
+            raise self._tampered(f"event {wrong} has no valid signature")
+        self._key, self._leaves, self._head = key, leaves, last
+
+    def _compare(self, kept: Head) -> None:
+        """Raise TamperedError unless the events continue those that were there when a head was kept."""
+        size = len(self._leaves)
+        if not kept.is_signed:
+            raise TamperedError(f"{self._head_file} is not signed by the run: put back a copy of it")
+        if size < kept.size:
+            raise self._tampered(f"it has {size} events, and had {kept.size}")
+        if (kept.key, kept.root) != (self._key, merkle.root(self._leaves[: kept.size]).hex()):
+            raise self._tampered(f"its first {kept.size} events are others than they were")
+
     def _record(self, **event: Any) -> None:
-        last = self._rows("SELECT hash FROM events ORDER BY number DESC LIMIT 1")
+        if not self._leaves and "key" not in event:
+            self._key = keys.new_key(folder=self._keys)
+            self._record(key=self._key, ledger=FORMAT)
         at, text = _now(), json.dumps(event, sort_keys=True)
-        values = (at, text, _chain(last[0][0] if last else "", at, text))
-        self._execute("INSERT INTO events (at, event, hash) VALUES (?, ?, ?)", values)
+        leaves = [*self._leaves, merkle.leaf(_entry(at, text))]
+        head = Head(self._key, len(leaves), merkle.root(leaves).hex())
+        signature = keys.load(keys.file_of(self._keys, self._key)).sign(head.message).hex()
+        self._execute("INSERT INTO events VALUES (?, ?, ?, ?)", (len(leaves), at, text, signature))
+        self._leaves, self._head = leaves, replace(head, signature=signature)
+        self._found.follow(at, json.loads(text))
+
+    def _keep_head(self) -> None:
+        """Write the last signature outside of the database: a transaction that is lost afterwards shows."""
+        self._standing()
+        if self._head:
+            with self._readable():
+                write_atomically(self._head_file, json.dumps(asdict(self._head)).encode())
+
+    def _tampered(self, how: str) -> TamperedError:
+        return TamperedError(
+            f"{self._path} was changed by somebody without the run's key: {how}. Put back a copy of the ledger that "
+            f"is as new as {self._head_file}, or remove the run's folder"
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._execute("BEGIN IMMEDIATE")
         try:
+            self._standing()
+            before = len(self._leaves)
             yield
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            self._begin_reading()
             raise
         self._execute("COMMIT")
+        if len(self._leaves) > before:
+            self._keep_head()
 
-    def _rows(self, query: str) -> list[tuple[Any, ...]]:
-        cursor = self._execute(query)
+    def _rows(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        cursor = self._execute(query, values)
         with self._readable():
             return cursor.fetchall()
 
@@ -332,8 +506,15 @@ def _way_out(error: str) -> str:
     return "put back a copy of the file, or remove the run's folder"
 
 
-def _chain(previous: str, at: str, event: str) -> str:
-    return hashlib.sha256("\n".join((previous, at, event)).encode()).hexdigest()
+def _entry(at: str, event: str) -> bytes:
+    return f"{at}\n{event}".encode()
+
+
+def _key_in(event: str) -> str:
+    try:
+        return str(json.loads(event)["key"])
+    except (ValueError, TypeError, KeyError):
+        return ""
 
 
 def _now() -> str:

@@ -78,8 +78,8 @@ def write(
         UserError: they did take part in it, or it was trained on other data.
     """
     config, requests, rows, events = run.config, run.ledger.requests(), run.metrics(), run.ledger.events()
-    label, current, chain_holds = label or config.strategy, run.ledger.current(), run.ledger.verify()
-    found = verdicts(requests, rows, label=label, class_counts=class_counts, chain_holds=chain_holds)
+    label, current = label or config.strategy, run.ledger.current()
+    found = verdicts(requests, rows, label=label, class_counts=class_counts)
     levels = {verdict.request: verdict for verdict in found}
     changed, unchanged = shown_settings(config, own_settings)
     counted = _count_forgotten(rows)
@@ -100,9 +100,8 @@ def write(
         has_forgotten=counted > 0,
         more_forgotten=f" Of {counted} forgotten clients the first {MOST_DRAWN} are drawn." * (counted > MOST_DRAWN),
         has_curves=bool(curves(rows, "class")),
-        chain_holds=chain_holds,
         events=len(events),
-        head=events[-1]["hash"] if events else "",
+        head=run.ledger.head().root if events else "",
         current=current,
         changed=changed,
         unchanged=unchanged,

@@ -1,5 +1,6 @@
 """One run: its folder with settings, ledger, checkpoints and metrics, and the door for requests from outside."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.errors import UserError
 from fedunlearn.runs.door import RequestHandle
-from fedunlearn.runs.ledger import Ledger, Request
+from fedunlearn.runs.ledger import Ledger, Request, TamperedError
 from fedunlearn.runs.lock import is_locked
 
 if TYPE_CHECKING:
@@ -50,7 +51,12 @@ class Run:
     @classmethod
     def opened(cls, folder: Path) -> "Run":
         """Open the run in `folder` to look at it and to ask for something; another process may hold it."""
-        return cls(folder, stored_config(folder), open_ledger(folder))
+        ledger = open_ledger(folder)
+        try:
+            return cls(folder, stored_config(folder), ledger)
+        except BaseException:
+            ledger.close()
+            raise
 
     @property
     def name(self) -> str:
@@ -245,16 +251,30 @@ def open_ledger(folder: Path) -> Ledger:
     """Open a run's ledger.
 
     Raises:
-        UserError: it is damaged, or knows nothing of the checkpoints beside it.
+        UserError: it is damaged or was changed, it knows nothing of the checkpoints beside it, or `run.json` is another
+            one than it knows.
     """
     ledger = Ledger(folder / "ledger.sqlite")
-    if ledger.current() is None and last_round(folder):
+    try:
+        if ledger.current() is None and last_round(folder):
+            raise UserError(
+                f"{folder / 'ledger.sqlite'} is empty, beside a checkpoint of round {last_round(folder)}: "
+                f"put back a copy of the ledger, or remove the folder {folder}"
+            )
+        check_about(folder, ledger)
+    except BaseException:
         ledger.close()
-        raise UserError(
-            f"{folder / 'ledger.sqlite'} is empty, beside a checkpoint of round {last_round(folder)}: "
-            f"put back a copy of the ledger, or remove the folder {folder}"
-        )
+        raise
     return ledger
+
+
+def check_about(folder: Path, ledger: Ledger) -> None:
+    """Raise TamperedError unless `run.json` is as the run's processes wrote it."""
+    file, known = folder / "run.json", ledger.about()
+    if known and hashlib.sha256(file.read_bytes()).hexdigest() not in known:
+        raise TamperedError(
+            f"{file} is damaged, or not as this run wrote it: put back a copy of the file, or remove {folder}"
+        )
 
 
 def last_round(folder: Path) -> int:

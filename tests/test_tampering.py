@@ -1,0 +1,215 @@
+"""Whoever changes a run's files without its key is found out, by every command and by the next start."""
+
+import hashlib
+import json
+import shutil
+import sqlite3
+
+import pytest
+
+from command_line import command
+from fedunlearn.runs import merkle
+from fedunlearn.runs.keys import new_key
+from fedunlearn.runs.ledger import Ledger, TamperedError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A state folder with a run in which two requests were filed, and what it was before the second of them."""
+    home = tmp_path_factory.mktemp("home")
+    ledger = Ledger(home / "runs" / "one" / "ledger.sqlite")
+    ledger.keep_examples({0: 10, 1: 20, 2: 30})
+    ledger.commit(1, "round-00001.safetensors", "11")
+    (first,) = ledger.file([1])
+    ledger.advance(first, "REFUSED", reason="no")
+    shutil.copytree(home / "runs", home / "earlier")
+    ledger.file([2])
+    ledger.commit(2, "round-00002.safetensors", "22")
+    ledger.close()
+    return home
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def sql(*statements):
+    """Somebody changes the ledger with SQLite."""
+
+    def tamper(place):
+        with sqlite3.connect(place / "runs" / "one" / "ledger.sqlite") as db:
+            for statement in statements:
+                db.execute(statement)
+        db.close()
+
+    return tamper
+
+
+def rewritten(place):
+    """Another key signs another history, without a gap."""
+    with sqlite3.connect(place / "runs" / "one" / "ledger.sqlite") as db:
+        rows = db.execute("SELECT number, at, event FROM events ORDER BY number").fetchall()
+        db.execute("DELETE FROM events")
+    db.close()
+    from dataclasses import replace
+
+    from fedunlearn.runs import keys
+    from fedunlearn.runs.ledger import Head
+
+    key = new_key(folder=place / "keys")
+    private, leaves, signed = keys.load(keys.file_of(place / "keys", key)), [], []
+    for number, at, event in rows:
+        text = event.replace("[2]", "[0]") if number > 1 else json.dumps(json.loads(event) | {"key": key})
+        leaves.append(merkle.leaf(f"{at}\n{text}".encode()))
+        head = Head(key, number, merkle.root(leaves).hex())
+        head = replace(head, signature=private.sign(head.message).hex())
+        assert head.is_signed
+        signed.append((number, at, text, head.signature))
+    with sqlite3.connect(place / "runs" / "one" / "ledger.sqlite") as db:
+        db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", signed)
+    db.close()
+
+
+def rolled_back(place):
+    shutil.rmtree(place / "runs")
+    (place / "earlier").rename(place / "runs")
+
+
+def removed(place):
+    (place / "runs" / "one" / "ledger.sqlite").unlink()
+
+
+def emptied(place):
+    (place / "runs" / "one" / "ledger.sqlite").write_bytes(b"")
+
+
+def swapped(place):
+    other = Ledger(place / "runs" / "two" / "ledger.sqlite")
+    other.commit(1, "round-00001.safetensors", "11")
+    other.close()
+    shutil.copy(place / "runs" / "two" / "ledger.sqlite", place / "runs" / "one" / "ledger.sqlite")
+
+
+def head_changed(place):
+    file = place / "heads" / "one.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": 1}))
+
+
+def head_garbled(place):
+    (place / "heads" / "one.json").write_text("{")
+
+
+LAST = "(SELECT max(number) FROM events)"
+KINDS = {
+    "an event's text": sql("""UPDATE events SET event = replace(event, '"clients": [1]', '"clients": [0]')"""),
+    "an event's time": sql("UPDATE events SET at = replace(at, '2026', '2025') WHERE number = 3"),
+    "the last event's text": sql(f"UPDATE events SET event = replace(event, '22', '33') WHERE number = {LAST}"),
+    "the order of two": sql(
+        "UPDATE events SET number = 100 WHERE number = 3", "UPDATE events SET number = 3 WHERE number = 4",
+        "UPDATE events SET number = 4 WHERE number = 100"),
+    "an event removed": sql("DELETE FROM events WHERE number = 4"),
+    "an event removed, others renumbered": sql(
+        "DELETE FROM events WHERE number = 4", "UPDATE events SET number = -number WHERE number > 4",
+        "UPDATE events SET number = -number - 1 WHERE number < 0"),
+    "the last event removed": sql(f"DELETE FROM events WHERE number = {LAST}"),
+    "the last four removed": sql(f"DELETE FROM events WHERE number > {LAST} - 4"),
+    "all events removed": sql("DELETE FROM events"),
+    "a request forged": sql(
+        """INSERT INTO events SELECT number + 1, at, '{"request": "r3", "state": "RECEIVED", "clients": [0]}',
+        signature FROM events ORDER BY number DESC LIMIT 1"""),
+    "a state forged": sql(
+        f"""INSERT INTO events VALUES ({LAST} + 1, '2026', '{{"request": "r2", "state": "COMPLETED"}}', '00')"""),
+    "an event that is no JSON": sql(f"INSERT INTO events VALUES ({LAST} + 1, '2026', 'a', 'b')"),
+    "an event repeated": sql("INSERT INTO events SELECT number + 1, at, event, signature FROM events "
+                             "ORDER BY number DESC LIMIT 1"),
+    "a signature": sql(f"UPDATE events SET signature = '{'0' * 128}' WHERE number = {LAST}"),
+    "the key": sql("UPDATE events SET event = replace(event, '\"key\": \"', '\"key\": \"00') WHERE number = 1"),
+    "a whole history with another key": rewritten,
+    "the run's folder put back": rolled_back,
+    "the ledger removed": removed,
+    "the ledger emptied": emptied,
+    "another run's ledger": swapped,
+    "the head outside": head_changed,
+    "the head outside, no JSON": head_garbled,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tamper", KINDS.values(), ids=KINDS.keys())
+def test_a_changed_ledger_is_not_read_and_not_written(place, tamper):
+    tamper(place)
+    ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
+    events = ledger._rows("SELECT count(*) FROM events")
+    for use in (ledger.requests, ledger.current, ledger.head, ledger.events, lambda: ledger.file([0])):
+        with pytest.raises(TamperedError, match=r"(put|Put) back a copy"):
+            use()
+    assert ledger._rows("SELECT count(*) FROM events") == events
+    ledger.close()
+
+
+def test_a_change_while_the_ledger_is_open_shows_too(place):
+    ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
+    assert len(ledger.requests()) == 2
+    sql(f"DELETE FROM events WHERE number = {LAST}")(place)
+    with pytest.raises(TamperedError, match="events were removed"):
+        ledger.requests()
+    ledger.close()
+
+
+def test_what_is_as_it_was_written_is_read(place):
+    ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
+    assert [(r.clients, r.state) for r in ledger.requests()] == [([1], "REFUSED"), ([2], "RECEIVED")]
+    assert ledger.head() == ledger.kept_head()
+    ledger.close()
+
+
+def test_a_crash_between_the_transaction_and_the_head_outside_is_no_tampering(place, monkeypatch):
+    file = place / "heads" / "one.json"
+    before = file.read_bytes()
+    ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
+    ledger.commit(3, "round-00003.safetensors", "33")
+    file.write_bytes(before)
+    ledger.close()
+    again = Ledger(place / "runs" / "one" / "ledger.sqlite")
+    assert again.current().round == 3
+    again.commit(4, "round-00004.safetensors", "44")
+    assert again.head() == again.kept_head()
+    again.close()
+
+
+def test_a_changed_run_is_named_by_every_command_and_nothing_is_trained(federate, capsys):
+    federate("rounds=2 forget.schedule={1:[3]}")
+    folder = federate.folder()
+    checkpoint = [hashlib.sha256(file.read_bytes()).digest() for file in (folder / "checkpoints").iterdir()]
+    for file, change in (
+        ("run.json", lambda text: text.replace('"seed": 0', '"seed": 1')),
+        ("run.json", lambda text: text.replace('"name": "digits"', '"name": "mnist"')),
+    ):
+        original = (folder / file).read_text()
+        assert change(original) != original
+        (folder / file).write_text(change(original))
+        for words in (
+            ["forget", "--list", "--run", "test"],
+            ["requests", "--run", "test"],
+            ["report", "--run", "test"],
+            ["run", "digits", "run=test", "--engine", "local"],
+            ["forget", "--client", "1", "--run", "test", "--engine", "local"],
+        ):
+            assert command(*words) == 2
+            assert f"{folder / file} is damaged, or not as this run wrote it" in capsys.readouterr().err
+        (folder / file).write_text(original)
+    assert [hashlib.sha256(file.read_bytes()).digest() for file in (folder / "checkpoints").iterdir()] == checkpoint
+    (folder / "run.json").unlink()
+    assert command("run", "digits", "run=test", "--engine", "local") == 2
+    assert "run.json is missing" in capsys.readouterr().err
+
+
+def test_a_run_of_a_name_that_was_removed_begins_anew(federate):
+    federate("rounds=1")
+    first = federate.run().ledger.head()
+    shutil.rmtree(federate.folder())
+    federate("rounds=1")
+    assert federate.run().ledger.head().key != first.key
+    (ended,) = (federate.home / "heads").glob("test.ended-*.json")
+    assert json.loads(ended.read_text())["root"] == first.root
