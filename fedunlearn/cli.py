@@ -1,21 +1,18 @@
-"""One command: `fedunlearn run | forget | runs | requests | report | demo | study | scale | config`.
+"""One command: `fedunlearn run | forget | runs | requests | report | verify | keys | demo | study | scale | config`.
 
 Nothing here imports torch, Flower or Ray before a command needs it.
 """
 
-import errno
 import json
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import datetime
-from functools import wraps
 from importlib import import_module
 from logging import getLogger
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from click import Context, HelpFormatter
@@ -24,14 +21,20 @@ from typer.core import TyperCommand
 
 from fedunlearn import __version__
 from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
+from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened
 from fedunlearn.config import Config, check_clients, compose, state_home, writable_home
 from fedunlearn.errors import UserError
+from fedunlearn.evidence import keys_cli, verify
 from fedunlearn.log import set_up
-from fedunlearn.runs.home import all_runs, open_run, runs_folder
+from fedunlearn.runs.home import all_runs, runs_folder
 from fedunlearn.runs.ledger import FAILED, Request
 from fedunlearn.runs.lock import is_locked
-from fedunlearn.runs.run import Run, last_round, open_ledger, read_about
+from fedunlearn.runs.run import last_round, open_ledger, read_about
 from fedunlearn.schema import fields_of, is_mapping, name_of, range_of
+
+if TYPE_CHECKING:
+    from fedunlearn.runs.run import Run
+    from fedunlearn.runs.signed import SignedRequest
 
 log = getLogger("fedunlearn")
 
@@ -42,12 +45,11 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+cli.command()(verify)
+cli.add_typer(keys_cli, name="keys")
 study_cli = typer.Typer(help="Compare unlearning with retraining: a table, figures, a report.", no_args_is_help=True)
 cli.add_typer(study_cli, name="study")
 
-Home = Annotated[str, typer.Option("--home", help="State folder; by default $FEDUNLEARN_HOME, else ~/.fedunlearn.")]
-RunName = Annotated[str, typer.Option("--run", help="The run; by default the live one, else the newest finished one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Engine = Annotated[str, typer.Option(help="ray: worker processes; local: this process alone, ready at once.")]
 Cpus = Annotated[int, typer.Option(help="CPUs of a node while it works.")]
 Gpus = Annotated[float, typer.Option(help="GPU fraction of a node while it works.")]
@@ -71,9 +73,6 @@ class TakesSettings(TyperCommand):
             )
 
 
-FAILING_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
-
-
 def _schema(module: str, name: str) -> Callable[[], type[BaseModel]]:
     return lambda: getattr(import_module(f"fedunlearn.{module}"), name)
 
@@ -94,26 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     with stopped_by_signals(lambda: "the same command goes on"):
         cli(args=None if arguments is None else list(arguments), prog_name="fedunlearn")
     raise SystemExit(0)
-
-
-def in_one_line(command: Callable[..., int]) -> Callable[..., NoReturn]:
-    """Exit with the command's status; a UserError, or a disk that fails, is one line on stderr and status 2."""
-
-    @wraps(command)
-    def guarded(*arguments: Any, **options: Any) -> NoReturn:
-        try:
-            status = command(*arguments, **options)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
-        except OSError as error:
-            if error.errno not in FAILING_STORAGE:
-                raise
-            print(f"error: {error}: what is committed is whole, the same command goes on from it", file=sys.stderr)
-            status = 2
-        raise typer.Exit(status)
-
-    return guarded
 
 
 @cli.callback(invoke_without_command=True)
@@ -177,7 +156,10 @@ def forget(
     list_: Annotated[bool, typer.Option("--list", help="List the run's requests.")] = False,
     cancel: Annotated[str, typer.Option(metavar="ID", help="Take back a request that was not taken up yet.")] = "",
     accept: Annotated[str, typer.Option(metavar="ID", help="Apply a request again, without the gate.")] = "",
-    by: Annotated[str, typer.Option(help="Who answers for --accept.")] = "",
+    by: Annotated[str, typer.Option(help="Who asks, or who answers for --accept; the receipt says it.")] = "",
+    right: Annotated[str, typer.Option(help="By what right, as 'Art. 17 GDPR'; the receipt says it.")] = "",
+    key: Annotated[Path | None, typer.Option(help="The client's private key, to sign the request with.")] = None,
+    signed: Annotated[Path | None, typer.Option(help="What the client has signed (`fedunlearn keys ask`).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and file nothing.")] = False,
     as_json: AsJson = False,
     home: Home = "",
@@ -194,7 +176,9 @@ def forget(
         if status:
             return show([found.ledger.request(status)], as_json)
         if cancel:
-            return show([found.ledger.cancel(cancel)], as_json)
+            about = found.ledger.request(cancel).clients
+            asked = signed_request(found, about, key, signed, action=f"cancel {cancel}")
+            return show([found.cancel(cancel, signed=asked)], as_json)
         clients = client_numbers(client or [], found.config.clients)
         if accept and (clients or dry_run or not by):
             raise UserError("--accept ID goes with --by NAME, and with neither --client nor --dry-run")
@@ -217,8 +201,23 @@ def forget(
         if dry_run:
             log.info("run %s: nothing is filed (--dry-run)", found.name)
             return show(earlier, as_json) if earlier else 0
+        asked = signed_request(found, clients, key, signed, action="forget")
+        words: dict[str, Any] = {"by": by, "right": right, "signed": asked}
         with still_filed():
-            return show(asking.ask(found, clients, resources, wait=wait, **following), as_json)
+            return show(asking.ask(found, clients, resources, wait=wait, **words, **following), as_json)
+
+
+def signed_request(
+    found: "Run", clients: list[int], key: Path | None, file: Path | None, *, action: str
+) -> "SignedRequest | None":
+    """Sign a request here, or read what somebody has signed elsewhere; nothing where neither is asked for."""
+    from fedunlearn.runs import signed
+
+    if key and file:
+        raise UserError("--key signs the request here, --signed takes one that is signed: give one of them")
+    if key:
+        return signed.sign(clients, run=found.ledger.head().key, key=key, action=action)
+    return signed.read(file.read_bytes()) if file else None
 
 
 @cli.command()
@@ -276,11 +275,18 @@ def row_of(folder: Path) -> dict[str, Any]:
 def requests(
     request_id: Annotated[str, typer.Argument(metavar="[ID]", help="One request; without it, all of the run.")] = "",
     run: RunName = "",
+    overdue: Annotated[
+        bool, typer.Option("--overdue", help="Those alone whose time is over; status 1 if any.")
+    ] = False,
     as_json: AsJson = False,
     home: Home = "",
 ) -> int:
     """List the forget requests of a run, or show one."""
     with opened(run, home) as found:
+        if overdue:
+            late = found.ledger.overdue()
+            show(late, as_json)
+            return int(bool(late))
         show([found.ledger.request(request_id)] if request_id else found.ledger.requests(), as_json)
     return 0
 
@@ -407,16 +413,6 @@ def is_asked(setting: str, name: str) -> bool:
 def default_of(declared: Any) -> str:
     """Give a setting's default as it would be typed."""
     return "{}" if is_mapping(declared) else json.dumps(declared.default)
-
-
-@contextmanager
-def opened(name: str, home: str) -> Iterator[Run]:
-    """Open a run, and close its ledger afterwards."""
-    found = open_run(name or None, home=home)
-    try:
-        yield found
-    finally:
-        found.ledger.close()
 
 
 def show(requests: list[Request], as_json: bool) -> int:

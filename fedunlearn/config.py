@@ -154,6 +154,15 @@ class Forget(Settings):
         le=1,
         description="of accuracy that a request may cost, on the retain clients' and on held-out images",
     )
+    signed: bool = Field(
+        default=False, description="whether only a request counts that its clients' key has signed (forget.keys)"
+    )
+    keys: dict[int, str] = Field(
+        default_factory=dict, description="client -> id of its key, as `fedunlearn keys new` prints it"
+    )
+    due_months: int = Field(
+        default=1, ge=0, le=120, description="months in which a request has to be applied (GDPR, Art. 12(3))"
+    )
     rounds_until_completed: int = Field(
         default=0,
         ge=0,
@@ -285,6 +294,14 @@ def check(config: Config) -> Config:
         if not 0 <= round_ <= config.rounds:
             raise UserError(f"forget.schedule: round {round_} is not in 0..{config.rounds}")
         check_clients(clients, config.clients)
+    if config.forget.schedule and config.forget.signed:
+        raise UserError("forget.schedule asks without a signature, and forget.signed=true wants one")
+    for client, key in config.forget.keys.items():
+        check_clients([client], config.clients)
+        if not re.fullmatch(r"[0-9a-f]{64}", key):
+            raise UserError(
+                f"forget.keys: {key!r} of client {client} is no id of a key, as `fedunlearn keys id` prints it"
+            )
     return config
 
 
@@ -386,7 +403,8 @@ def _unquoted(text: str) -> str:
 def _for_hydra(word: str) -> str:
     """A word as Hydra reads it, with `++` before keys that no default has; pydantic knows better which there may be."""
     name, _, value = word.partition("=")
-    free = name.startswith(("unlearn.", "forget.schedule")) or (value.startswith("{") and name.isidentifier())
+    mappings = tuple(known for known, declared in fields_of(Config) if is_mapping(declared))
+    free = name.startswith(mappings) or (value.startswith("{") and name.isidentifier())
     return f"{'++' if free else ''}{word}"
 
 

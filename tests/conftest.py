@@ -78,10 +78,12 @@ class Federate:
         kept = self.kept / sha256(f"{small(overrides)} {nodes}".encode()).hexdigest()
         if not kept.exists():
             self(f"{overrides} run={name}", nodes=nodes)
-            shutil.copytree(self.home / "keys", kept / "keys")
+            for folder in ("keys", "heads"):
+                shutil.copytree(self.home / folder, kept / folder)
             shutil.copytree(self.folder(name), kept / "run")
         elif not self.folder(name).exists():
-            shutil.copytree(kept / "keys", self.home / "keys", dirs_exist_ok=True)
+            for folder in ("keys", "heads"):
+                shutil.copytree(kept / folder, self.home / folder, dirs_exist_ok=True)
             shutil.copytree(kept / "run", self.folder(name))
 
     def folder(self, name: str = "test") -> Path:

@@ -57,6 +57,12 @@ def test_all_commands_of_the_design_are_there():
         "study",
         "study paper",
         "study federated",
+        "verify",
+        "keys",
+        "keys new",
+        "keys id",
+        "keys ask",
+        "keys sign",
     }
 
 

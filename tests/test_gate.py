@@ -7,8 +7,9 @@ import torch
 
 from command_line import command
 from fedunlearn.errors import UserError
-from fedunlearn.federation.gate import Evidence, changed_fraction, refusal
+from fedunlearn.federation.gate import changed_fraction
 from fedunlearn.nn.evaluate import Counts
+from fedunlearn.runs.budget import Figures, refusal
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.uncertainty import fraction
 from local_grid import LocalGrid, equal
@@ -16,9 +17,9 @@ from test_relabel import telling
 
 MANY = 10**6
 PARAMS = {"w": torch.tensor([1.0, 2.0, 3.0]), "n": torch.tensor(3)}
-BEFORE = Evidence(PARAMS, fraction(0.9, MANY), fraction(0.6, MANY), fraction(0.95, MANY) - fraction(0.6, MANY))
+BEFORE = Figures(fraction(0.9, MANY), fraction(0.6, MANY), fraction(0.95, MANY) - fraction(0.6, MANY))
 CHANGED = {"w": torch.tensor([1.0, 2.0, 4.0]), "n": torch.tensor(3)}
-GOOD = Evidence(CHANGED, fraction(0.88, MANY), fraction(0.59, MANY), fraction(0.6, MANY) - fraction(0.59, MANY))
+GOOD = Figures(fraction(0.88, MANY), fraction(0.59, MANY), fraction(0.6, MANY) - fraction(0.59, MANY))
 
 
 def refused(before, after, budget=0.05, retrained=0.6):
@@ -65,7 +66,7 @@ def test_what_the_retrained_model_would_not_know_either_is_not_called_a_loss():
 
 def test_where_nothing_was_memorised_nothing_has_to_be_gone():
     unknown = replace(BEFORE, gap=fraction(0.61, MANY) - fraction(0.6, MANY))
-    assert not refused(unknown, replace(GOOD, params=PARAMS, gap=unknown.gap))
+    assert not refused(unknown, replace(GOOD, gap=unknown.gap))
 
 
 def test_the_fraction_of_values_that_changed():

@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from fedunlearn.errors import UserError
-from fedunlearn.runs.ledger import Ledger, State
+from fedunlearn.runs.ledger import Ledger, State, due
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def test_details_of_steps_add_up_to_the_receipt(ledger):
     ledger.advance(request, State.COLLECTING, attempts=1)
     ledger.commit(6, "a.safetensors", "00", request=request, round=6)
     request = ledger.advance(request, State.COMPLETED, after=0.5)
-    assert request.detail == {"not_before": 0, "attempts": 1, "round": 6, "after": 0.5}
+    filed = {"not_before": 0, "asked_by": "", "right": "", "due_at": due(request.received_at, 1)}
+    assert request.detail == filed | {"attempts": 1, "round": 6, "after": 0.5}
     assert ledger.clients_in([State.COMPLETED]) == [3]
 
 

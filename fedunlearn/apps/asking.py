@@ -9,6 +9,7 @@ from fedunlearn.runs.home import check_data
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.lock import LockedError
 from fedunlearn.runs.run import Run, last_round
+from fedunlearn.runs.signed import SignedRequest
 
 log = getLogger("fedunlearn")
 
@@ -48,12 +49,24 @@ def check_servable(found: Run) -> None:
 
 
 def ask(
-    found: Run, clients: list[int], resources: Resources, *, wait: bool, limit: float, verbose: bool
+    found: Run,
+    clients: list[int],
+    resources: Resources,
+    *,
+    wait: bool,
+    limit: float,
+    verbose: bool,
+    by: str = "",
+    right: str = "",
+    signed: SignedRequest | None = None,
 ) -> list[Request]:
     """File a request, and see to it that somebody applies it.
 
     Args:
         wait: follow a live run's request to its end, for `limit` seconds at most.
+        by: who asks.
+        right: by what right.
+        signed: what the clients' key has signed.
 
     Returns:
         The new request and earlier ones that cover some of the clients, as they stand then.
@@ -61,7 +74,7 @@ def ask(
     Raises:
         TimeoutError: the run has not applied the request, or does not let go; it stays filed.
     """
-    handle = found.request(clients)
+    handle = found.request(clients, by=by, right=right, signed=signed)
     with stopped_by_signals(filed):
         see_to(found, handle, resources, wait=wait, limit=limit, verbose=verbose)
     return handle.requests()

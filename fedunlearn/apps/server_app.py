@@ -92,6 +92,7 @@ def serve(grid: Grid, config: Config) -> None:
 def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> list[Request]:
     """Train `rounds` rounds, serve all requests, write the report; gives the requests that failed."""
     Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
+    run.write_receipts(renew=True)
     kind, counts = strategy_class(run.config.strategy), None if auditor is None else auditor.class_counts()
     page = report.write(run, counts, _class_names(auditor), label=kind.label, own_settings=kind.Settings)
     log.info(report.summary(run, counts))

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from logging import getLogger
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedunlearn.federation.strategy import Strategy
 from fedunlearn.runs.formats import forgotten
 from fedunlearn.runs.ledger import OPEN, RECEIPT, Request, State
 from fedunlearn.runs.run import Run
+from fedunlearn.runs.signed import UnsignedError, check, read
 from fedunlearn.runs.verdicts import named
 
 log = getLogger("fedunlearn")
@@ -58,12 +60,13 @@ class Requests:
         scheduled = set(self._settings.schedule.get(round_, []))
         asked = {c for request in self._ledger.requests() if request.state != State.CANCELLED for c in request.clients}
         if scheduled - asked:
-            self._ledger.file(scheduled - asked)
+            self._ledger.file(scheduled - asked, months=self._settings.due_months, by="forget.schedule")
         for request in self._ledger.requests():
             # what was asked for during a round waits for that round's end, also where a crash repeats the round
             waits = self._last_round is not None and request.detail["not_before"] > round_ and not no_more_rounds
             if request.state in OPEN and not waits:
                 self._carry(request, no_more_rounds)
+        self._run.write_receipts()
 
     def _carry(self, request: Request, no_more_rounds: bool) -> None:
         until_completed = self._settings.rounds_until_completed
@@ -87,10 +90,30 @@ class Requests:
             reason = f"client {client} has {federation.examples([client])} examples and was never trained on"
         elif not set(federation.retain) - set(request.clients):
             reason = "no client would be left"
+        elif unsigned := self._unsigned(request):
+            reason = unsigned
         else:
             return self._ledger.advance(request, State.COLLECTING)
         log.warning("── request %s is refused: %s", request.id, reason)
         return self._ledger.advance(request, State.REFUSED, reason=reason)
+
+    def _unsigned(self, request: Request) -> str:
+        """Say why a request does not have the signature that the run asks for; nothing where it has."""
+        if not self._settings.signed:
+            return ""
+        earlier = [
+            r.detail["signed"]["nonce"] for r in self._ledger.requests() if r != request and "signed" in r.detail
+        ]
+        at, owners = datetime.fromisoformat(request.received_at), self._settings.keys
+        signed = request.detail.get("signed")
+        try:
+            asked = read(signed) if signed else None
+            # of the clients some may be covered by an earlier request
+            clients = asked.clients if asked and set(request.clients) <= set(asked.clients) else request.clients
+            check(asked, clients, run=self._ledger.head().key, owners=owners, at=at, used=earlier)
+        except UnsignedError as error:
+            return str(error)
+        return ""
 
     def _apply(self, request: Request) -> Request:
         """Let the strategy forget, and commit what passes the gate; or restore the state.
@@ -129,7 +152,7 @@ class Requests:
             "seconds": seconds,
             "costs": costs,
             "stored_bytes": stored_bytes,
-            "before": before,
+            "before": own(before, request.clients),
             **({"gate": verdict} if verdict else {}),
         }
         tensors = federation.state.tensors()
@@ -180,12 +203,21 @@ class Requests:
 
     def _complete(self, request: Request) -> None:
         at_once = self._scores and self._federation.round == request.detail["round"]
-        receipt = {"completed_round": self._federation.round, "after": self._scores if at_once else self._scorer.now()}
-        self._run.record("forget", request=request.id, clients=request.clients, **request.detail, **receipt)
-        log.info(forgotten(self._ledger.advance(request, State.COMPLETED, **receipt)))
+        round_, after = self._federation.round, self._scores if at_once else self._scorer.now()
+        row = {"request": request.id, "clients": request.clients, **request.detail, "after": after}
+        self._run.record("forget", completed_round=round_, **row)
+        kept = own(after, request.clients)
+        request = self._ledger.advance(request, State.COMPLETED, completed_round=round_, after=kept)
+        log.info(forgotten(request))
         self._on_commit(self._federation.round)
 
     def _completes_at(self) -> int:
         """The round with which a request that is applied now is completed: the run's last one, if it trains any."""
         end = self._federation.round + self._settings.rounds_until_completed
         return end if self._last_round is None else min(end, self._last_round)
+
+
+def own(scores: Scores, clients: Iterable[int]) -> Scores:
+    """Give the scores without those of single clients other than these: a receipt says nothing about others."""
+    each = {client: of for client, of in scores["forgotten"].items() if int(client) in clients}
+    return scores | {"retain_clients": {}, "forgotten": each}

@@ -17,6 +17,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from dateutil.relativedelta import relativedelta
+
 from fedunlearn.errors import UserError
 from fedunlearn.runs import keys, merkle
 from fedunlearn.runs.files import write_atomically
@@ -40,8 +42,9 @@ FAILED = (State.REFUSED, State.QUARANTINED)
 VOID = (*FAILED, State.CANCELLED)
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 RECEIPT = {
-    "accepted_at", "accepted_by", "after", "attempts", "before", "clients", "completed_round", "completes_at", "costs",
-    "gate", "kind", "not_before", "reason", "request", "round", "seconds", "state", "stored_bytes", "strategy",
+    "accepted_at", "accepted_by", "after", "asked_by", "attempts", "before", "cancelled", "clients", "completed_round",
+    "completes_at", "costs", "due_at", "gate", "kind", "not_before", "reason", "request", "right", "round", "seconds",
+    "signed", "state", "stored_bytes", "strategy",
 }  # fmt: skip  # what a receipt, or its row of metrics, says of every request
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
@@ -119,12 +122,14 @@ class Standing:
         requests: by id, in order of arrival.
         current: the last commit.
         examples: by client.
+        receipts: by request, the state and the round that each says something about.
         about: SHA-256 of `run.json`; before it the earlier one, where nothing has happened since.
     """
 
     requests: dict[str, Request] = field(default_factory=dict)
     current: Current | None = None
     examples: dict[int, int] = field(default_factory=dict)
+    receipts: dict[str, list[tuple[str, int | None]]] = field(default_factory=dict)
     about: list[str] = field(default_factory=list)
 
     def follow(self, at: str, event: dict[str, Any]) -> None:
@@ -141,6 +146,8 @@ class Standing:
                 self.current = replace(self.current, finished=finished)
             case {"examples": examples}:
                 self.examples |= {int(client): count for client, count in examples.items()}
+            case {"receipt": _, "of": id_, "ended": state, "as_of": round_}:
+                self.receipts.setdefault(id_, []).append((state, round_))
             case {"about": sha256}:
                 self.about.append(sha256)
                 return
@@ -164,7 +171,7 @@ class Ledger:
         self._path = path
         folder = path.parent
         in_home = folder.parent.name == RUNS
-        self._keys = (folder.parent.parent if in_home else folder) / "keys"
+        self.keys = (folder.parent.parent if in_home else folder) / "keys"
         self._head_file = (folder.parent.parent if in_home else folder) / "heads" / f"{folder.name}.json"
         with self._readable():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,8 +202,23 @@ class Ledger:
             ended = f"{self._head_file.stem}.ended-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.json"
             self._head_file.rename(self._head_file.with_name(ended))
 
-    def file(self, clients: Iterable[int], *, not_before: int = 0) -> list[Request]:
+    def file(
+        self,
+        clients: Iterable[int],
+        *,
+        not_before: int = 0,
+        months: int = 1,
+        by: str = "",
+        right: str = "",
+        signed: Mapping[str, Any] | None = None,
+    ) -> list[Request]:
         """Ask for `clients` to be forgotten together, after round `not_before` at the earliest.
+
+        Args:
+            months: in which the request has to be applied.
+            by: who asks.
+            right: by what right.
+            signed: what the clients' key has signed.
 
         Returns the earlier requests that cover some of them (those that are void do not), then a new one for the rest.
         """
@@ -207,7 +229,10 @@ class Ledger:
             if not rest:
                 return earlier
             number = len(self.requests()) + 1
-            self._record(request=f"r{number}", state=State.RECEIVED, clients=rest, not_before=not_before)
+            at = _now()
+            about = {"not_before": not_before, "due_at": due(at, months), "asked_by": by, "right": right}
+            about |= {"signed": dict(signed)} if signed else {}
+            self._record(at, request=f"r{number}", state=State.RECEIVED, clients=rest, **about)
             return [*earlier, self.request(f"r{number}")]
 
     def requests(self) -> list[Request]:
@@ -219,6 +244,10 @@ class Ledger:
         wanted, valid = set(clients), self._valid()
         covered = {client for request in valid for client in request.clients}
         return [request for request in valid if wanted & set(request.clients)] if wanted <= covered else []
+
+    def overdue(self) -> list[Request]:
+        """Give the open requests whose time is over."""
+        return [r for r in self.requests() if r.state in OPEN and r.detail["due_at"] < _now()]
 
     def unmet(self) -> list[Request]:
         """Give the requests that failed, and whose clients no other request covers."""
@@ -251,8 +280,12 @@ class Ledger:
                 self._advance(request, state, detail)
         return self.request(request.id)
 
-    def cancel(self, request_id: str) -> Request:
+    def cancel(self, request_id: str, *, signed: Mapping[str, Any] | None = None) -> Request:
         """Take a request back.
+
+        Args:
+            request_id: of the request.
+            signed: what its clients' key has signed.
 
         Raises:
             UserError: there is none of that id, or it was taken up already.
@@ -261,7 +294,7 @@ class Ledger:
             request = self.request(request_id)
             if request.state not in (State.RECEIVED, State.CANCELLED):
                 raise UserError(f"request {request_id} is {request.state}: only a RECEIVED one can be taken back")
-            self._advance(request, State.CANCELLED, {})
+            self._advance(request, State.CANCELLED, {"cancelled": dict(signed)} if signed else {})
         return self.request(request_id)
 
     def accept(self, request_id: str, by: str) -> Request:
@@ -336,11 +369,30 @@ class Ledger:
         """Give the SHA-256 of `run.json`; before it the earlier one, where nothing has happened since."""
         return list(self._standing().about)
 
+    def nonces(self) -> set[str]:
+        """Give the numbers that signed requests have used."""
+        signed = [r.detail[name] for r in self.requests() for name in ("signed", "cancelled") if name in r.detail]
+        return {asked["nonce"] for asked in signed}
+
+    def write_down(self, clients: Iterable[int], action: str, reason: str) -> None:
+        """Write down that somebody asked for something and may not."""
+        with self._transaction():
+            self._record(turned_away=sorted(clients), action=action, reason=reason)
+
+    def keep_receipt(self, request: Request, file: str, sha256: str, *, round_: int | None) -> None:
+        """Keep the SHA-256 of a request's receipt, and the round of which it says something later."""
+        with self._transaction():
+            self._record(receipt=file, of=request.id, ended=request.state, as_of=round_, sha256=sha256)
+
+    def receipts(self, request_id: str) -> list[tuple[str, int | None]]:
+        """Give of each receipt of a request the state that it is about, and the round, if it is a later one."""
+        return list(self._standing().receipts.get(request_id, []))
+
     def events(self) -> list[dict[str, Any]]:
         """Everything that happened, oldest first, each with the time and the hash of its leaf in the Merkle tree."""
         self._standing()
         rows = self._rows("SELECT at, event FROM events ORDER BY number")
-        return [{"at": at, **json.loads(event), "hash": merkle.leaf(_entry(at, event)).hex()} for at, event in rows]
+        return [{"at": at, **json.loads(event), "hash": merkle.leaf(entry(at, event)).hex()} for at, event in rows]
 
     def head(self) -> Head:
         """Give the signed head over all events.
@@ -405,7 +457,7 @@ class Ledger:
         first, key = len(self._leaves) + 1, self._key or _key_in(rows[0][2])
         if [row[0] for row in rows] != list(range(first, first + len(rows))):
             raise self._tampered(f"of the events from {first} on some are missing")
-        leaves = self._leaves + [merkle.leaf(_entry(at, event)) for _, at, event, _ in rows]
+        leaves = self._leaves + [merkle.leaf(entry(at, event)) for _, at, event, _ in rows]
 
         def head(number: int, signature: str) -> Head:
             return Head(key, number, merkle.root(leaves[:number]).hex(), signature)
@@ -426,14 +478,14 @@ class Ledger:
         if (kept.key, kept.root) != (self._key, merkle.root(self._leaves[: kept.size]).hex()):
             raise self._tampered(f"its first {kept.size} events are others than they were")
 
-    def _record(self, **event: Any) -> None:
+    def _record(self, at: str = "", /, **event: Any) -> None:
         if not self._leaves and "key" not in event:
-            self._key = keys.new_key(folder=self._keys)
+            self._key = keys.new_key(folder=self.keys)
             self._record(key=self._key, ledger=FORMAT)
-        at, text = _now(), json.dumps(event, sort_keys=True)
-        leaves = [*self._leaves, merkle.leaf(_entry(at, text))]
+        at, text = at or _now(), json.dumps(event, sort_keys=True)
+        leaves = [*self._leaves, merkle.leaf(entry(at, text))]
         head = Head(self._key, len(leaves), merkle.root(leaves).hex())
-        signature = keys.load(keys.file_of(self._keys, self._key)).sign(head.message).hex()
+        signature = keys.load(keys.file_of(self.keys, self._key)).sign(head.message).hex()
         self._execute("INSERT INTO events VALUES (?, ?, ?, ?)", (len(leaves), at, text, signature))
         self._leaves, self._head = leaves, replace(head, signature=signature)
         self._found.follow(at, json.loads(text))
@@ -447,7 +499,7 @@ class Ledger:
 
     def _tampered(self, how: str) -> TamperedError:
         return TamperedError(
-            f"{self._path} was changed by somebody without the run's key: {how}. Put back a copy of the ledger that "
+            f"{self._path} was changed by somebody without the run's key ({how}): put back a copy of the ledger that "
             f"is as new as {self._head_file}, or remove the run's folder"
         )
 
@@ -506,7 +558,8 @@ def _way_out(error: str) -> str:
     return "put back a copy of the file, or remove the run's folder"
 
 
-def _entry(at: str, event: str) -> bytes:
+def entry(at: str, event: str) -> bytes:
+    """Give the bytes of an event that the Merkle tree is over."""
     return f"{at}\n{event}".encode()
 
 
@@ -515,6 +568,16 @@ def _key_in(event: str) -> str:
         return str(json.loads(event)["key"])
     except (ValueError, TypeError, KeyError):
         return ""
+
+
+def due(received_at: str, months: int) -> str:
+    """Say by when a request has to be applied: so many calendar months later.
+
+    Example:
+        >>> due("2026-01-31T12:00:00+00:00", 1)
+        '2026-02-28T12:00:00+00:00'
+    """
+    return (datetime.fromisoformat(received_at) + relativedelta(months=months)).isoformat()
 
 
 def _now() -> str:

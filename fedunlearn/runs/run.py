@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.ledger import Ledger, Request, TamperedError
 from fedunlearn.runs.lock import is_locked
+from fedunlearn.runs.signed import CANCEL, FORGET, SignedRequest, UnsignedError, check
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,24 +71,65 @@ class Run:
         """Say whether a process holds the run."""
         return is_locked(self.folder)
 
-    def request(self, clients: Iterable[int]) -> RequestHandle:
+    def request(
+        self, clients: Iterable[int], *, by: str = "", right: str = "", signed: SignedRequest | None = None
+    ) -> RequestHandle:
         """Ask for clients to be forgotten, together.
 
         A live run takes the request at its next round boundary. Otherwise nobody does, until somebody serves the run.
+
+        Args:
+            clients: their numbers.
+            by: who asks; the receipt says it.
+            right: by what right.
+            signed: what the clients' key has signed.
 
         Returns:
             A handle on the new request and on earlier ones that cover some of the clients.
 
         Raises:
-            UserError: a client is not in 0..C-1, or the run has no sound checkpoint to forget from.
+            UserError: a client is not in 0..C-1, the run has no sound checkpoint to forget from, or the request needs a
+                signature that it does not have; this is written down.
         """
-        wanted = list(clients)
+        wanted = sorted(set(clients))
         check_clients(wanted, self.config.clients)
+        self.check_signed(signed, wanted)
         live, current = self.is_live(), self.ledger.current()
         if not live:
             self.check_checkpoint()
-        requests = self.ledger.file(wanted, not_before=current.round + 1 if live and current else 0)
+        requests = self.ledger.file(
+            wanted,
+            not_before=current.round + 1 if live and current else 0,
+            months=self.config.forget.due_months,
+            by=by,
+            right=right,
+            signed=asdict(signed) if signed else None,
+        )
         return RequestHandle(self.folder, self.ledger, tuple(request.id for request in requests))
+
+    def cancel(self, request_id: str, *, signed: SignedRequest | None = None) -> Request:
+        """Take a request back that was not taken up yet.
+
+        Raises:
+            UserError: it was, there is none, or that needs a signature; this is written down.
+        """
+        request = self.ledger.request(request_id)
+        self.check_signed(signed, request.clients, action=f"{CANCEL} {request_id}")
+        cancelled = self.ledger.cancel(request_id, signed=asdict(signed) if signed else None)
+        self.write_receipts()
+        return cancelled
+
+    def check_signed(self, signed: SignedRequest | None, clients: Collection[int], *, action: str = FORGET) -> None:
+        """Raise UserError, and write it down, where a signature is needed or given and is not good."""
+        forget, head = self.config.forget, self.ledger.head()
+        if not forget.signed and signed is None:
+            return
+        about = {"run": head.key, "owners": forget.keys, "at": datetime.now(UTC), "used": self.ledger.nonces()}
+        try:
+            check(signed, clients, action=action, **about)
+        except UnsignedError as error:
+            self.ledger.write_down(clients, action, str(error))
+            raise UserError(f"the request to {action} clients {sorted(clients)} is turned away: {error}") from error
 
     def check_checkpoint(self) -> None:
         """Raise UserError unless there is a sound checkpoint."""
@@ -224,6 +267,18 @@ class Run:
             log.warning("%s: %d lines are damaged and passed over", path, damaged)
         return sorted(rows.values(), key=lambda row: row["round"])
 
+    def write_receipts(self, *, renew: bool = False) -> list[Path]:
+        """Write the receipts of requests that have ended and have none yet; gives the files.
+
+        Args:
+            renew: write further ones too, for models that were measured after more rounds.
+        """
+        from fedunlearn.runs import receipts
+
+        if not (self.folder / "run.json").exists():  # a study's run, of which nobody asked anything
+            return []
+        return receipts.write_due(self) + (receipts.renew(self) if renew else [])
+
     def about(self) -> dict[str, Any]:
         """Read `run.json`: when it was made, of which data, with which versions and settings."""
         return read_about(self.folder)
@@ -273,7 +328,8 @@ def check_about(folder: Path, ledger: Ledger) -> None:
     file, known = folder / "run.json", ledger.about()
     if known and hashlib.sha256(file.read_bytes()).hexdigest() not in known:
         raise TamperedError(
-            f"{file} is damaged, or not as this run wrote it: put back a copy of the file, or remove {folder}"
+            f"{file} is damaged, or not as this run wrote it: put back a copy of the file, or remove the folder "
+            f"{folder}"
         )
 
 

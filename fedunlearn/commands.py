@@ -1,0 +1,50 @@
+"""What all commands have in common: options, errors in one line, an open run."""
+
+import errno
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from fedunlearn.errors import UserError
+from fedunlearn.runs.home import open_run
+from fedunlearn.runs.run import Run
+
+Home = Annotated[str, typer.Option("--home", help="State folder; by default $FEDUNLEARN_HOME, else ~/.fedunlearn.")]
+RunName = Annotated[str, typer.Option("--run", help="The run; by default the live one, else the newest finished one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+FAILING_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
+
+
+def in_one_line(command: Callable[..., int]) -> Callable[..., NoReturn]:
+    """Exit with the command's status; a UserError, or a disk that fails, is one line on stderr and status 2."""
+
+    @wraps(command)
+    def guarded(*arguments: Any, **options: Any) -> NoReturn:
+        try:
+            status = command(*arguments, **options)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+        except OSError as error:
+            if error.errno not in FAILING_STORAGE:
+                raise
+            print(f"error: {error}: what is committed is whole, the same command goes on from it", file=sys.stderr)
+            status = 2
+        raise typer.Exit(status)
+
+    return guarded
+
+
+@contextmanager
+def opened(name: str, home: str) -> Iterator[Run]:
+    """Open a run, and close its ledger afterwards."""
+    found = open_run(name or None, home=home)
+    try:
+        yield found
+    finally:
+        found.ledger.close()

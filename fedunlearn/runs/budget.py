@@ -1,0 +1,53 @@
+"""What a request may cost: the figures before and after it, and the reason why a model may not replace another."""
+
+from dataclasses import dataclass
+
+from fedunlearn.runs.uncertainty import Estimate
+
+AT_LEAST = 0.1  # of a memorisation gap must be gone
+MEASURED_BY = {"retain": "the retain clients", "test": "the server", "gap": "the forget clients"}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How good a model is, and how well it knows the forget clients' images.
+
+    Attributes:
+        retain: class accuracy on the retain clients' images, as they count it.
+        test: class accuracy on the server's held-out images.
+        gap: how much better the forget clients' images are known, as they say, than held-out ones of their classes.
+    """
+
+    retain: Estimate
+    test: Estimate
+    gap: Estimate
+
+
+def refusal(before: Figures, after: Figures, retrained: float, budget: float) -> str:
+    """Give the reason why a model may not replace another; nothing where it may.
+
+    It may not where accuracy on the retain clients' or on held-out images falls by more than the budget, where the
+    forget clients' images are known better than before, or where they were memorised and as good as nothing of that is
+    gone. Chance is given two standard errors.
+
+    Args:
+        retrained: estimated accuracy of the retrained model on held-out images. Where it is below that of the model
+            before, as without the only owner of a class, the budget counts from it.
+        budget: of accuracy, 0..1.
+    """
+    allowed = Estimate(budget, 0.0)
+    expected = Estimate(min(before.test.value, retrained), before.test.error)
+    for who, old, new in (
+        ("the retain clients' images", before.retain, after.retain),
+        ("held-out images", expected, after.test),
+    ):
+        if (old - new - allowed).is_above_zero:
+            return f"accuracy on {who} is {new.value:.3f}, to be {old.value:.3f} (forget.budget={budget:g})"
+    if (after.gap - before.gap).is_above_zero:
+        return (
+            f"the memorisation gap of the forget clients grows from {before.gap.value:+.3f} to {after.gap.value:+.3f}"
+        )
+    memorised = (before.gap - allowed).is_above_zero
+    if memorised and after.gap.value > (1 - AT_LEAST) * before.gap.value:
+        return f"nothing is forgotten: the memorisation gap was {before.gap.value:+.3f}, and is {after.gap.value:+.3f}"
+    return ""

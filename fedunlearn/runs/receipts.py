@@ -1,0 +1,176 @@
+"""Writes receipts: a signed statement for every request that has ended, beside it a page for people.
+
+The statement travels in a DSSE envelope (Dead Simple Signing Envelope, v1), in canonical JSON (RFC 8785).
+"""
+
+import hashlib
+import json
+from importlib.metadata import distributions
+from pathlib import Path
+
+import rfc8785
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore[reportPrivateImportUsage]
+
+from fedunlearn.runs import keys
+from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.ledger import Request, State
+from fedunlearn.runs.page import rendered
+from fedunlearn.runs.run import Run
+from fedunlearn.runs.statement import (
+    ENDED,
+    Event,
+    Kept,
+    Later,
+    Receipt,
+    SignedHead,
+    Statement,
+    concerns,
+    content,
+    finite,
+    told_by,
+)
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+FOLDER = "receipts"
+DELETED = [
+    "the model that the request found, and with it every earlier checkpoint of this run",
+    "the server's momentum and the earlier models' predictions on held-out images",
+    "updates of the clients, where the strategy had stored any",
+    "the clients' outputs of the client head",
+]
+KEPT = [
+    Kept(what="the events of this ledger", why="they show what was asked and what was done"),
+    Kept(what="accuracies by round, in metrics.jsonl and in the report", why="audits of forgetting compare with them"),
+    Kept(what="in a simulation the images, in the cache of decoded data", why="they lie beside those of others"),
+]
+DOES_NOT_PROVE = [
+    "That nothing of the clients is left in the model: forgetting is approximate with every strategy but retrain.",
+    "That figures are true which others measured: a client that lies about its own images is not found out.",
+    "That there is no copy of an earlier model elsewhere, as in forks, studies, backups and downloads.",
+    "When something happened: the times are those of the server's clock.",
+    "Who holds the run's key: compare its id with one that you got in another way.",
+]
+
+
+def write_due(run: Run) -> list[Path]:
+    """Write a receipt for every request that has ended and has none yet in that state; gives the files."""
+    written = []
+    for request in run.ledger.requests():
+        about = [state for state, _ in run.ledger.receipts(request.id)]
+        if request.state in ENDED and about[-1:] != [request.state]:
+            written.append(write(run, request))
+    return written
+
+
+def renew(run: Run) -> list[Path]:
+    """Write a further receipt for every completed request whose model has been measured since; gives the files."""
+    written = []
+    for request in run.ledger.requests():
+        later = _later(run, request)
+        if later and run.ledger.receipts(request.id)[-1:] != [(request.state, later.round)]:
+            written.append(write(run, request, later))
+    return written
+
+
+def write(run: Run, request: Request, later: Later | None = None) -> Path:
+    """Write a receipt as it is now; an earlier one stays as it is."""
+    number = len(run.ledger.receipts(request.id)) + 1
+    file = run.folder / FOLDER / f"{request.id}{f'-{number}' if number > 1 else ''}.json"
+    receipt = made(run, request, later)
+    data = signed(statement_of(receipt), keys.file_of(run.ledger.keys, receipt.head.key))
+    write_atomically(file, data)
+    page = rendered("fedunlearn.runs", "receipt.html.jinja", receipt=receipt, file=file.name)
+    write_atomically(file.with_suffix(".html"), page.encode())
+    sha256 = hashlib.sha256(data).hexdigest()
+    run.ledger.keep_receipt(request, file.name, sha256, round_=later.round if later else None)
+    return file
+
+
+def made(run: Run, request: Request, later: Later | None = None) -> Receipt:
+    """Put together what a receipt says."""
+    events = _events(run, request)
+    told = told_by((event.at, content(event)) for event in events)
+    about, examples = run.about(), run.ledger.examples()
+    return Receipt(
+        **told.model_dump(),
+        run=run.name,
+        examples={str(client): examples[client] for client in request.clients if client in examples},
+        rounds=_rounds(run, request),
+        strategy=run.config.strategy,
+        settings=finite(json.loads(run.config.model_copy(update={"home": "", "run": ""}).model_dump_json())),
+        data=about["data"],
+        versions=about["versions"],
+        packages_sha256=packages_sha256(),
+        deleted=DELETED if told.state == State.COMPLETED else [],
+        kept=KEPT,
+        does_not_prove=DOES_NOT_PROVE,
+        later=later,
+        events=events,
+        head=SignedHead(**run.ledger.head().__dict__),
+    )
+
+
+def statement_of(receipt: Receipt) -> Statement:
+    """Make a receipt a statement about the model that it left."""
+    model = receipt.after
+    subject = [{"name": model.checkpoint, "digest": {"sha256": model.sha256}}] if model else []
+    return Statement.model_validate({"subject": subject, "predicate": receipt.model_dump()})
+
+
+def signed(statement: Statement, key: Path) -> bytes:
+    """Put a statement into an envelope, signed with a key."""
+    return as_file(sign(Envelope(rfc8785.dumps(statement.model_dump(by_alias=True)), PAYLOAD_TYPE, {}), key))
+
+
+def sign(envelope: Envelope, key: Path) -> Envelope:
+    """Add a signature to an envelope; its `keyid` is the public key."""
+    private = keys.load(key)
+    public = SSlibKey.from_crypto(private.public_key(), keyid=keys.id_of(private))
+    envelope.sign(CryptoSigner(private, public))
+    return envelope
+
+
+def as_file(envelope: Envelope) -> bytes:
+    """Write an envelope, in the one way in which it is written."""
+    return rfc8785.dumps(envelope.to_dict()) + b"\n"
+
+
+def packages_sha256() -> str:
+    """Give the SHA-256 of the sorted names and versions of all installed packages, as `numpy==2.4.6`, one a line."""
+    found = sorted({f"{one.metadata['Name']}=={one.version}".lower() for one in distributions()})
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def _events(run: Run, request: Request) -> list[Event]:
+    """The steps of a request, with the commit that it found and the one that applied it."""
+    events = run.ledger.events()
+    steps = [place for place, event in enumerate(events) if concerns(event, request.id)]
+    applied = [place for place in steps if events[place].get("state") == State.APPLIED]
+    commits = [place for place, event in enumerate(events) if "checkpoint" in event]
+    if applied:
+        steps += [place for place in commits if place < applied[-1]][-2:]
+    numbers = [place + 1 for place in sorted(steps)]
+    told = {number: run.ledger.evidence(number) for number in numbers}
+    return [Event(number=n, at=at, text=text, proof=proof) for n, (at, text, proof) in told.items()]
+
+
+def _rounds(run: Run, request: Request) -> int | None:
+    """The rounds in which one of the clients was trained on, where the metrics say who was."""
+    rows = [row["clients"] for row in run.metrics() if row["kind"] == "round" and "clients" in row]
+    if not all(isinstance(clients, list) for clients in rows):
+        return None
+    return sum(bool(set(clients) & set(request.clients)) for clients in rows)
+
+
+def _later(run: Run, request: Request) -> Later | None:
+    """What was measured last, if that was after the request was completed."""
+    rows = [row for row in run.metrics() if row["kind"] == "round" and "test" in row]
+    if request.state != State.COMPLETED or not rows or rows[-1]["round"] <= request.detail["completed_round"]:
+        return None
+    row = rows[-1]
+    figures = {"retain clients": row["retain"]["class"], "held-out images": row["test"]["class"]}
+    for client in map(str, request.clients):
+        if client in row.get("forgotten", {}):
+            figures[f"client {client}"] = row["forgotten"][client]["class"]
+    return Later(round=row["round"], figures={name: value for name, value in figures.items() if value == value})

@@ -1,0 +1,249 @@
+"""What a receipt says: an in-toto statement about the model that a forget request led to.
+
+Most of it follows from the events of the request in the run's ledger, which the receipt brings along with the proofs
+that they are in the ledger. `told_by` derives it, when a receipt is made and when somebody verifies it.
+
+Source: in-toto attestation framework, Statement v1.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedunlearn.runs.budget import MEASURED_BY, Figures, refusal
+from fedunlearn.runs.ledger import FAILED, State
+from fedunlearn.runs.uncertainty import Estimate, fraction
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:fedunlearn:receipt:1"
+ENDED = (State.COMPLETED, *FAILED, State.CANCELLED)
+GROUPS = {"retain": "retain clients", "test": "held-out images"}
+
+
+class Part(BaseModel):
+    """A part of a receipt: nothing unknown, nothing converted, nothing changed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(Part):
+    """A committed model."""
+
+    round: int = Field(description="rounds of training that are in it")
+    checkpoint: str = Field(description="name of its file")
+    sha256: str = Field(description="of its file")
+
+
+class Figure(Part):
+    """An accuracy before and after the request, 0..1, each with its standard error."""
+
+    of: str = Field(description="whose images")
+    before: float | None
+    before_error: float | None
+    after: float | None
+    after_error: float | None
+    measured_by: str = Field(description="whose figure it is")
+
+
+class Transition(Part):
+    """A state of the request, and when it began."""
+
+    state: str
+    at: str
+
+
+class Event(Part):
+    """An event of the ledger, and the proof that it is there."""
+
+    number: int = Field(description="in the ledger, from 1")
+    at: str
+    text: str = Field(description="JSON, as the ledger has it")
+    proof: list[str] = Field(description="Merkle path to the head's root, the nearest first (RFC 9162)")
+
+
+class SignedHead(Part):
+    """The head of the ledger when the receipt was written, signed with the run's key."""
+
+    key: str = Field(description="id of the run's key: the Ed25519 public key")
+    size: int = Field(description="how many events there were")
+    root: str = Field(description="Merkle root over them")
+    signature: str
+
+
+class Kept(Part):
+    """What is still there of the clients."""
+
+    what: str
+    why: str
+
+
+class Told(Part):
+    """What follows from the events alone."""
+
+    request: str = Field(description="id of the request in its run")
+    clients: list[int] = Field(description="who was to be forgotten; a number means somebody to the federation alone")
+    asked_by: str = Field(description="who asked, as far as that was said")
+    right: str = Field(description="by what right, as far as that was said")
+    state: str = Field(description="in which the request ended")
+    reason: str = Field(description="why it was not done; empty where it was")
+    accepted_by: str = Field(description="who took the model although the gate refused it; else empty")
+    received_at: str
+    due_at: str = Field(description="by when it had to be applied (GDPR, Art. 12(3))")
+    applied_at: str | None
+    ended_at: str
+    states: list[Transition]
+    before: Model | None = Field(description="the model that the request found; its file is deleted")
+    after: Model | None = Field(description="the model that the request left")
+    figures: list[Figure]
+    gate: dict[str, Any] | None = Field(description="what the gate found: figures, errors, budget, reason")
+    seconds: float | None = Field(description="that the strategy took")
+
+
+class Later(Part):
+    """What was measured after further rounds of training."""
+
+    round: int
+    figures: dict[str, float] = Field(description="class accuracy, 0..1, by whose images")
+
+
+class Receipt(Told):
+    """What became of a forget request."""
+
+    run: str
+    examples: dict[str, int] = Field(description="training images by client, as its node declared them")
+    rounds: int | None = Field(description="in which one of the clients was trained on; null where nobody kept that")
+    strategy: str
+    settings: dict[str, Any] = Field(description="of the run")
+    data: str = Field(description="SHA-256 of the training data, where the run had an auditor")
+    versions: dict[str, str]
+    packages_sha256: str = Field(description="of the names and versions of all installed packages")
+    deleted: list[str]
+    kept: list[Kept]
+    does_not_prove: list[str]
+    later: Later | None
+    events: list[Event]
+    head: SignedHead
+
+
+class Digest(Part):
+    """The digest of a file."""
+
+    sha256: str
+
+
+class Subject(Part):
+    """The model that the receipt is about."""
+
+    name: str
+    digest: Digest
+
+
+class Statement(BaseModel):
+    """An in-toto statement whose predicate is a receipt."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+    type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type", default=STATEMENT_TYPE)
+    subject: list[Subject]
+    predicate_type: Literal["urn:fedunlearn:receipt:1"] = Field(alias="predicateType", default=PREDICATE_TYPE)
+    predicate: Receipt
+
+
+def concerns(event: dict[str, Any], request: str) -> bool:
+    """Say whether an event is one of a request's steps."""
+    return event.get("request") == request
+
+
+def told_by(events: Iterable[tuple[str, dict[str, Any]]]) -> Told:
+    """Derive what a receipt says from the events of its request and from the two commits, in their order.
+
+    Args:
+        events: time and content of each: the commit before the request was applied and the one that applied it, where
+            there are any, and all steps of the request.
+
+    Raises:
+        ValueError: they do not make a request that has ended.
+    """
+    commits: list[Model] = []
+    steps: list[tuple[str, dict[str, Any]]] = []
+    for at, event in events:
+        if "request" in event:
+            steps.append((at, event))
+        else:
+            commits.append(Model(round=event["round"], checkpoint=event["checkpoint"], sha256=event["sha256"]))
+    if not steps or steps[0][1]["state"] != State.RECEIVED or steps[-1][1]["state"] not in ENDED:
+        raise ValueError("the events are not those of a request that has ended")
+    detail: dict[str, Any] = {}
+    for _, event in steps:
+        detail |= event
+    is_applied = detail["state"] == State.COMPLETED
+    (received_at, first), (ended_at, last) = steps[0], steps[-1]
+    applied = [at for at, event in steps if event["state"] == State.APPLIED]
+    return Told(
+        request=first["request"],
+        clients=first["clients"],
+        asked_by=first.get("asked_by", ""),
+        right=first.get("right", ""),
+        state=last["state"],
+        reason="" if is_applied else detail.get("reason", ""),
+        accepted_by=detail.get("accepted_by", ""),
+        received_at=received_at,
+        due_at=first["due_at"],
+        applied_at=applied[-1] if is_applied else None,
+        ended_at=ended_at,
+        states=[Transition(state=event["state"], at=at) for at, event in steps],
+        before=commits[0] if is_applied else None,
+        after=commits[-1] if is_applied else None,
+        figures=_figures(first["clients"], detail) if is_applied else [],
+        gate=finite(detail["gate"]) if "gate" in detail else None,
+        seconds=detail["seconds"] if is_applied else None,
+    )
+
+
+def gate_reason(gate: dict[str, Any]) -> str:
+    """Compute anew from its figures why the gate refuses a model; nothing where it does not."""
+
+    def figures(place: int) -> Figures:
+        pairs = (Estimate(gate[name][place], gate["errors"][name][place]) for name in MEASURED_BY)
+        return Figures(*pairs)
+
+    return refusal(figures(0), figures(1), gate["retrained"], gate["budget"])
+
+
+def finite(value: Any) -> Any:
+    """Give the same with null where a number is not finite: JSON has no word for that."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _figures(clients: list[int], detail: dict[str, Any]) -> list[Figure]:
+    """Accuracies of the forget clients' images where an auditor measured them, and of the others."""
+    before, after = detail["before"], detail["after"]
+    rows = [(GROUPS[key], before[key], after[key], MEASURED_BY[key]) for key in GROUPS]
+    for client in map(str, clients):
+        if client in before["forgotten"] and client in after["forgotten"]:
+            rows.append((f"client {client}", before["forgotten"][client], after["forgotten"][client], "an auditor"))
+    return [Figure(of=of, measured_by=by, **_pair("before", old), **_pair("after", new)) for of, old, new, by in rows]
+
+
+def _pair(name: str, scores: dict[str, Any]) -> dict[str, float | None]:
+    estimate = fraction(scores["class"], scores["examples"])
+    return finite({name: estimate.value, f"{name}_error": estimate.error})
+
+
+def content(event: Event) -> dict[str, Any]:
+    """Give what an event says.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    found = json.loads(event.text)
+    if not isinstance(found, dict):
+        raise ValueError(f"event {event.number} is no object")
+    return found

@@ -1,0 +1,177 @@
+"""Verifies receipts, offline, and runs as they lie on disk; needs no torch."""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import rfc8785
+from pydantic import ValidationError
+from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import Error
+
+from fedunlearn.errors import UserError
+from fedunlearn.runs import keys, merkle
+from fedunlearn.runs.ledger import Head, State, entry
+from fedunlearn.runs.receipts import FOLDER, PAYLOAD_TYPE, as_file, statement_of
+from fedunlearn.runs.run import Run
+from fedunlearn.runs.statement import Receipt, Statement, Told, content, gate_reason, told_by
+
+
+class InvalidError(UserError):
+    """A receipt is not what it claims to be."""
+
+
+def verified(data: bytes, *, key: str = "", log: Path | None = None) -> Receipt:
+    """Read a receipt and check everything that can be checked without its run.
+
+    The file is in its only form and follows the schema; every signature is valid; the events are in the signed ledger;
+    all that follows from them is as the receipt says; times are in order; the gate's figures give the gate's verdict.
+
+    Args:
+        data: the file.
+        key: id of the key that must have signed; without one, of whatever run the receipt names.
+        log: the run's ledger, or the head that is kept outside of it; the receipt's events must be there too.
+
+    Raises:
+        InvalidError: with the first thing that is wrong.
+    """
+    envelope = envelope_of(data)
+    receipt = _receipt(envelope)
+    head = Head(**receipt.head.model_dump())
+    if head.key not in envelope.signatures:
+        raise InvalidError(f"it is not signed with the run's key {head.key}")
+    if key and key not in envelope.signatures:
+        raise InvalidError(f"it is not signed with the key {key}, but with {', '.join(envelope.signatures)}")
+    if not head.is_signed:
+        raise InvalidError("the head of the ledger is not signed with the run's key")
+    _check_events(receipt, head)
+    _check_times(receipt)
+    _check_gate(receipt)
+    if log:
+        _check_log(head, log)
+    return receipt
+
+
+def problems(run: Run) -> Iterator[str]:
+    """Say everything that is not as the run wrote it; the ledger and `run.json` were checked when it was opened."""
+    kept = run.ledger.kept_head()
+    if kept is None:
+        yield "no head of the ledger is kept outside of it: whether it was put back to an earlier state is not known"
+    try:
+        run.check_checkpoint()
+    except UserError as error:
+        yield str(error)
+    known = {event["receipt"]: event["sha256"] for event in run.ledger.events() if "receipt" in event}
+    for name, sha256 in known.items():
+        file = run.folder / FOLDER / name
+        try:
+            data = file.read_bytes()
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise InvalidError("it is not the one that was written")
+            verified(data, key=run.ledger.head().key)
+        except (OSError, InvalidError) as error:
+            yield f"{file}: {error}"
+    for file in (run.folder / FOLDER).glob("*.json"):
+        if file.name not in known:  # a countersigned one is valid
+            try:
+                verified(file.read_bytes(), key=run.ledger.head().key)
+            except InvalidError as error:
+                yield f"{file}: the ledger does not know it, and {error}"
+
+
+@contextmanager
+def _or_invalid(what: str) -> Iterator[None]:
+    """Turn what parsers raise for bytes from outside into one error."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError, Error) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise InvalidError(f"{what}: {reason}") from error
+
+
+def envelope_of(data: bytes) -> Envelope:
+    """Read an envelope that is in its only form and of which every signature is valid."""
+    with _or_invalid("it is no envelope with a receipt"):
+        envelope = Envelope.from_dict(json.loads(data))
+    with _or_invalid("it is no envelope with a receipt"):
+        if envelope.payload_type != PAYLOAD_TYPE or as_file(envelope) != data:
+            raise InvalidError("it is not in the form in which receipts are written")
+        for key, signature in envelope.signatures.items():
+            if signature.unrecognized_fields or not keys.is_signed(signature.signature, envelope.pae(), key):
+                raise InvalidError(f"the signature of {key} is not valid")
+    return envelope
+
+
+def _receipt(envelope: Envelope) -> Receipt:
+    """Read the statement, in canonical JSON and of the known schema, about the model that the receipt names."""
+    with _or_invalid("what is signed is no receipt"):
+        said = json.loads(envelope.payload)
+        if rfc8785.dumps(said) != envelope.payload:
+            raise InvalidError("what is signed is not canonical JSON")
+        statement = Statement.model_validate(said)
+    if statement != statement_of(statement.predicate):
+        raise InvalidError("its subject is not the model that the receipt names")
+    return statement.predicate
+
+
+def _check_events(receipt: Receipt, head: Head) -> None:
+    """The events are among those of the head, and give what the receipt says."""
+    with _or_invalid("its events are not sound"):
+        for event in receipt.events:
+            path = [bytes.fromhex(step) for step in event.proof]
+            leaf, root = merkle.leaf(entry(event.at, event.text)), bytes.fromhex(head.root)
+            if not merkle.is_included(leaf, event.number - 1, head.size, path, root):
+                raise InvalidError(f"event {event.number} is not in the ledger")
+        if [e.number for e in receipt.events] != sorted({e.number for e in receipt.events}):
+            raise InvalidError("its events are not in their order")
+        told = told_by((event.at, content(event)) for event in receipt.events)
+    for name in Told.model_fields:
+        if getattr(told, name) != getattr(receipt, name):
+            raise InvalidError(f"{name} is not what follows from the ledger's events")
+
+
+def _check_times(receipt: Receipt) -> None:
+    with _or_invalid("its times are not sound"):
+        times = [datetime.fromisoformat(step.at) for step in receipt.states]
+        if times != sorted(times):
+            raise InvalidError("its times are not in order")
+        done = receipt.applied_at or receipt.ended_at
+        if datetime.fromisoformat(done) > datetime.fromisoformat(receipt.due_at):
+            raise InvalidError(f"it was late: due {receipt.due_at}, done {done}")
+
+
+def _check_gate(receipt: Receipt) -> None:
+    """The gate's figures give its verdict, and a model that was taken had passed it, or somebody answers for it."""
+    if receipt.gate is None or "errors" not in receipt.gate:
+        return
+    with _or_invalid("the gate's figures are not sound"):
+        if gate_reason(receipt.gate) != receipt.gate["reason"] or receipt.gate["passed"] == bool(
+            receipt.gate["reason"]
+        ):
+            raise InvalidError("the gate's verdict does not follow from its figures")
+        if receipt.state == State.COMPLETED and not receipt.gate["passed"] and not receipt.accepted_by:
+            raise InvalidError("the model was taken although the gate refused it, and nobody answers for that")
+
+
+def _check_log(head: Head, log: Path) -> None:
+    """The ledger, or the head that is kept outside of it, continues what the receipt's head stands for."""
+    with _or_invalid(f"{log} cannot be read"):
+        if log.suffix == ".json":
+            kept = Head(**json.loads(log.read_bytes()))
+            if not kept.is_signed or kept.key != head.key or kept.size < head.size:
+                raise InvalidError(f"{log} is not of the same ledger, or is older")
+            if kept.size == head.size and kept.root != head.root:
+                raise InvalidError(f"{log} stands for other events")
+            return
+        try:
+            with closing(sqlite3.connect(f"file:{log}?mode=ro", uri=True)) as db:
+                rows = db.execute("SELECT at, event FROM events ORDER BY number").fetchall()
+        except sqlite3.Error as error:
+            raise InvalidError(f"{log} cannot be read: {error}") from error
+        leaves = [merkle.leaf(entry(at, event)) for at, event in rows[: head.size]]
+        if len(leaves) < head.size or merkle.root(leaves).hex() != head.root:
+            raise InvalidError(f"{log} does not hold the events that the receipt's head stands for")

@@ -1,0 +1,312 @@
+"""Receipts: what they say follows from the run; whoever changes one byte or one field of them is found out."""
+
+import base64
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rfc8785
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from securesystemslib.dsse import Envelope
+
+from command_line import command
+from fedunlearn.errors import UserError
+from fedunlearn.runs import keys, receipts
+from fedunlearn.runs.ledger import State
+from fedunlearn.runs.statement import Told
+from fedunlearn.runs.verifying import InvalidError, verified
+
+WORDS = "rounds=3 forget.schedule={1:[3]} forget.gate=true forget.budget=1 evaluate_every=1"
+
+
+@pytest.fixture
+def run(federate):
+    federate.shared(WORDS, name="one")
+    run = federate.run("one")
+    yield run
+    run.ledger.close()
+
+
+@pytest.fixture
+def first(run):
+    return run.folder / "receipts" / "r1.json"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Bytes of a receipt, made once; the properties below look at many changes of it."""
+    from conftest import Federate
+    from fedunlearn.runs.run import Run
+    from local_grid import LocalGrid
+
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("FEDUNLEARN_HOME", str(home))
+        patch.setattr("fedunlearn.apps.server_app.report.write", lambda *about, **words: Path())
+        Federate(home, home)(WORDS, grid=LocalGrid(2))
+    run = Run.opened(home / "runs" / "test")
+    data, key = (run.folder / "receipts" / "r1.json").read_bytes(), run.ledger.keys
+    run.ledger.close()
+    return data, keys.file_of(key, json.loads(payload(data))["predicate"]["head"]["key"])
+
+
+def payload(data):
+    return base64.b64decode(json.loads(data)["payload"])
+
+
+def resigned(data, change, key):
+    """A receipt whose statement was changed, signed anew."""
+    statement = json.loads(payload(data))
+    change(statement)
+    return receipts.as_file(receipts.sign(Envelope(rfc8785.dumps(statement), receipts.PAYLOAD_TYPE, {}), key))
+
+
+def test_a_receipt_says_what_the_ledger_knows(run, first):
+    (request,) = run.ledger.requests()
+    receipt = verified(first.read_bytes(), key=run.ledger.head().key, log=run.folder / "ledger.sqlite")
+    events = run.ledger.events()
+    commits = [event for event in events if "checkpoint" in event]
+    assert (receipt.request, receipt.clients, receipt.state) == ("r1", [3], "COMPLETED")
+    assert receipt.received_at == request.received_at
+    assert receipt.before.sha256 == next(c["sha256"] for c in commits if c["checkpoint"] == "round-00001.safetensors")
+    assert receipt.after.sha256 == next(c["sha256"] for c in commits if c["checkpoint"] == "round-00001-r1.safetensors")
+    figures = {one.of: (one.before, one.after) for one in receipt.figures}
+    before, after = request.detail["before"], request.detail["after"]
+    assert figures["held-out images"] == (before["test"]["class"], after["test"]["class"])
+    assert figures["client 3"] == (before["forgotten"]["3"]["class"], after["forgotten"]["3"]["class"])
+    assert receipt.gate["gap"] == request.detail["gate"]["gap"]
+    assert receipt.examples == {"3": run.ledger.examples()[3]}
+    assert receipt.rounds == 1
+    assert receipt.asked_by == "forget.schedule"
+    assert [step.state for step in receipt.states] == ["RECEIVED", "COLLECTING", "APPLIED", "RECOVERING", "COMPLETED"]
+    page = first.with_suffix(".html").read_text()
+    assert receipt.after.sha256 in page
+    assert "What this does not prove" in page
+
+
+def test_it_says_nothing_about_single_other_clients(run, first):
+    text = payload(first.read_bytes()).decode()
+    for row in run.metrics():
+        for client, scores in row.get("retain_clients", {}).items():
+            if client == "3":
+                continue
+            assert f'"{client}":{{"class":{scores["class"]}' not in text.replace(" ", "").replace("\\", "")
+    assert '\\"retain_clients\\": {}' in text
+
+
+def test_after_further_rounds_a_further_receipt_is_written_and_the_first_stays(run, first):
+    assert verified(first.read_bytes()).later is None
+    second = verified((first.parent / "r1-2.json").read_bytes())
+    last = run.metrics()[-1]
+    assert second.later.round == last["round"] == 3
+    assert second.later.figures["client 3"] == last["forgotten"]["3"]["class"]
+    assert sorted(file.name for file in first.parent.glob("*.json")) == ["r1-2.json", "r1.json"]
+
+
+def test_a_refused_and_a_cancelled_request_have_receipts_too(federate, home, capsys):
+    with pytest.raises(UserError, match="request r1 is REFUSED"):
+        federate("rounds=1 forget.schedule={0:[0,1,2,3]}")
+    (refused,) = (federate.folder() / "receipts").glob("*.json")
+    receipt = verified(refused.read_bytes())
+    assert (receipt.state, receipt.reason, receipt.applied_at) == ("REFUSED", "no client would be left", None)
+    federate.run().ledger.file([1])
+    assert command("forget", "--run", "test", "--cancel", "r2") == 0
+    assert verified((federate.folder() / "receipts" / "r2.json").read_bytes()).state == State.CANCELLED
+
+
+def test_a_crash_before_the_receipt_is_written_leaves_it_to_the_next_start(federate, monkeypatch):
+    def crash(*about, **words):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedunlearn.runs.receipts.write", crash)
+        with pytest.raises(KeyboardInterrupt):
+            federate("rounds=2 forget.schedule={1:[3]}")
+    assert federate.requests()[0].state == State.COMPLETED
+    federate("rounds=2 forget.schedule={1:[3]}")
+    assert verified((federate.folder() / "receipts" / "r1.json").read_bytes()).state == State.COMPLETED
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_with_one_changed_byte_none_is_valid(sound, data):
+    original, _ = sound
+    place = data.draw(st.integers(0, len(original) - 1))
+    changed = bytearray(original)
+    changed[place] = data.draw(st.integers(0, 255).filter(lambda value: value != original[place]))
+    with pytest.raises(InvalidError):
+        verified(bytes(changed))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1, -100])
+def test_cut_or_longer_none_is_valid(sound, cut):
+    original, _ = sound
+    for changed in (original[:cut], original + b"\n", b" " + original, b"[]", b"null", b"{}", b"\xff"):
+        with pytest.raises(InvalidError):
+            verified(changed)
+
+
+def leaves_of(value, path=()):
+    """The paths to all that a statement says."""
+    if isinstance(value, dict) and value:
+        for name, one in value.items():
+            yield from leaves_of(one, (*path, name))
+    elif isinstance(value, list) and value:
+        for place, one in enumerate(value):
+            yield from leaves_of(one, (*path, place))
+    else:
+        yield path
+
+
+def changed_at(path):
+    def change(statement):
+        *groups, last = path
+        for name in groups:
+            statement = statement[name]
+        old = statement[last]
+        statement[last] = old + "0" if isinstance(old, str) else (old or 0) + 1 if isinstance(old, int | float) else 7
+
+    return change
+
+
+def test_with_one_changed_field_none_is_valid_whoever_signs(sound, tmp_path):
+    """The run's own key does not help where the field follows from the ledger; another key never does."""
+    data, key = sound
+    keys.new_key(tmp_path / "other.pem")
+    paths = list(leaves_of(json.loads(payload(data))))
+    assert len(paths) > 150
+    told = [path for path in paths if path[0] != "predicate" or path[1] in {*Told.model_fields, "events", "head"}]
+    assert len(told) > 100
+    for path in paths:
+        with pytest.raises(InvalidError):
+            verified(resigned(data, changed_at(path), tmp_path / "other.pem"))
+    for path in told:
+        with pytest.raises(InvalidError):
+            verified(resigned(data, changed_at(path), key))
+
+
+def test_what_is_signed_anew_unchanged_is_valid_and_another_key_is_named(sound, tmp_path):
+    data, key = sound
+    assert resigned(data, lambda statement: None, key) == data
+    with pytest.raises(InvalidError, match="it is not signed with the key 00, but with"):
+        verified(data, key="00")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["predicate"]["events"].pop(),
+        lambda s: s["predicate"]["events"].reverse(),
+        lambda s: s["predicate"]["events"].append(s["predicate"]["events"][-1]),
+        lambda s: s["predicate"].update(events=[]),
+        lambda s: s.update(subject=[]),
+        lambda s: s["predicate"].update(more=1),
+        lambda s: s["predicate"].pop("kept"),
+        lambda s: s.update(predicate=None),
+        lambda s: s["predicate"]["gate"].update(passed=False),
+    ],
+)
+def test_parts_that_are_missing_moved_or_foreign_are_not_valid_even_with_the_runs_key(sound, change):
+    data, key = sound
+    with pytest.raises(InvalidError):
+        verified(resigned(data, change, key))
+
+
+def test_the_client_countersigns_and_both_signatures_count(first, tmp_path, capsys):
+    own = keys.new_key(tmp_path / "client3.pem")
+    assert command("keys", "sign", str(first), "--key", str(tmp_path / "client3.pem")) == 0
+    signed = Path(capsys.readouterr().out.strip())
+    assert verified(signed.read_bytes(), key=own).request == "r1"
+    assert command("verify", "--run", "one") == 0
+    content = json.loads(signed.read_bytes())
+    for place in (0, 1):
+        content["signatures"][place]["sig"] = base64.b64encode(b"0" * 64).decode()
+        with pytest.raises(InvalidError):
+            verified(rfc8785.dumps(content) + b"\n")
+        content = json.loads(signed.read_bytes())
+        content["signatures"][place]["more"] = 1
+        with pytest.raises(InvalidError):
+            verified(rfc8785.dumps(content) + b"\n")
+        content = json.loads(signed.read_bytes())
+
+
+def test_the_log_must_hold_the_events(run, first, federate):
+    data = first.read_bytes()
+    assert verified(data, log=federate.home / "heads" / "one.json")
+    federate("rounds=1 run=other")
+    for other in (federate.folder("other") / "ledger.sqlite", federate.home / "heads" / "other.json", first):
+        with pytest.raises(InvalidError):
+            verified(data, log=other)
+
+
+def test_verify_of_a_run_names_what_was_changed(run, first, capsys):
+    assert command("verify", "--run", "one") == 0
+    assert "is as it was written" in capsys.readouterr().out
+    original = first.read_bytes()
+    first.write_bytes((first.parent / "r1-2.json").read_bytes())  # valid, but not this one
+    assert command("verify", "--run", "one") == 1
+    assert f"wrong: {first}: it is not the one that was written" in capsys.readouterr().out
+    first.unlink()
+    assert command("verify", "--run", "one") == 1
+    first.write_bytes(original)
+    (first.parent / "r9.json").write_text("{}")
+    assert command("verify", "--run", "one") == 1
+    assert "r9.json: the ledger does not know it" in capsys.readouterr().out
+    (first.parent / "r9.json").unlink()
+    (checkpoint,) = (run.folder / "checkpoints").iterdir()
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1] + b"\0")
+    assert command("verify", "--run", "one") == 1
+    assert checkpoint.name in capsys.readouterr().out
+
+
+def test_without_a_head_outside_verify_says_what_is_not_known(run, federate, capsys):
+    shutil.rmtree(federate.home / "heads", ignore_errors=True)
+    assert command("verify", "--run", "one") == 1
+    assert "whether it was put back to an earlier state is not known" in capsys.readouterr().out
+
+
+def test_verify_needs_neither_torch_nor_flower(first):
+    code = f"""
+import sys
+sys.argv = ["fedunlearn", "verify", {str(first)!r}]
+from fedunlearn.cli import main
+try:
+    main()
+finally:
+    assert not {{"torch", "flwr", "ray"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "is valid: request r1 of run one, clients 3: COMPLETED" in done.stdout
+
+
+def test_verify_ends_with_one_line_for_a_file_that_is_none(tmp_path, capsys):
+    assert command("verify", str(tmp_path / "none.json")) == 2
+    (tmp_path / "some.json").write_bytes(random.Random(0).randbytes(100))
+    assert command("verify", str(tmp_path / "some.json")) == 1
+    assert "is NOT valid: it is no envelope" in capsys.readouterr().out
+
+
+def test_keys_are_never_overwritten_nor_readable_by_others(tmp_path, capsys):
+    file = tmp_path / "client3.pem"
+    assert command("keys", "new", str(file)) == 0
+    key = capsys.readouterr().out.strip()
+    assert file.stat().st_mode & 0o77 == 0
+    assert command("keys", "new", str(file)) == 2
+    assert command("keys", "id", str(file)) == 0
+    assert capsys.readouterr().out.strip() == key
+
+
+def test_who_asks_and_by_what_right_is_written_down_and_what_is_overdue_is_listed(run, capsys, federate):
+    assert command("requests", "--run", "one", "--overdue") == 0
+    run.request([1], by="Ms Example", right="Art. 17 GDPR")
+    assert run.ledger.request("r2").detail["right"] == "Art. 17 GDPR"
+    assert command("requests", "--run", "one", "--overdue") == 0
+    run.ledger.file([2], months=0)
+    assert command("requests", "--run", "one", "--overdue") == 1
+    assert "r3  RECEIVED" in capsys.readouterr().out

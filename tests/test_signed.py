@@ -1,0 +1,140 @@
+"""With `forget.signed` a request counts only if its client's key has signed it; all others change nothing."""
+
+import json
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from command_line import command
+from fedunlearn.errors import UserError
+from fedunlearn.runs import keys, signed
+from fedunlearn.runs.ledger import State
+from fedunlearn.runs.signed import SignedRequest, UnsignedError, check, read, sign
+from local_grid import equal
+
+RUN, NOW = "ab" * 32, datetime.now(UTC)
+
+
+@pytest.fixture
+def key(tmp_path):
+    return keys.new_key(tmp_path / "client3.pem"), tmp_path / "client3.pem"
+
+
+def checked(asked, key, **others):
+    about = {"clients": [3], "run": RUN, "owners": {3: key[0]}, "at": datetime.now(UTC), "used": set(), **others}
+    check(asked, **about)
+
+
+def test_what_the_client_signed_counts_also_after_a_journey_as_json(key):
+    asked = sign([3], run=RUN, key=key[1])
+    checked(asked, key)
+    checked(read(json.dumps(asdict(asked)).encode()), key)
+
+
+@pytest.mark.parametrize(
+    ("change", "about", "reason"),
+    [
+        (lambda asked: None, {}, "not signed"),
+        (lambda asked: replace(asked, clients=[4]), {"clients": [4]}, "signature is not valid"),
+        (lambda asked: replace(asked, nonce="00"), {}, "signature is not valid"),
+        (lambda asked: replace(asked, expires_at="2099-01-01T00:00:00+00:00"), {}, "signature is not valid"),
+        (lambda asked: replace(asked, key="cd" * 32), {}, "signature is not valid"),
+        (lambda asked: replace(asked, signature=""), {}, "signature is not valid"),
+        (lambda asked: asked, {"run": "cd" * 32}, "for another run"),
+        (lambda asked: asked, {"clients": [3, 4]}, r"to forget clients \[3\]"),
+        (lambda asked: asked, {"action": "cancel r1"}, r"to forget clients \[3\]"),
+        (lambda asked: asked, {"owners": {3: "cd" * 32}}, "not that of client 3"),
+        (lambda asked: asked, {"owners": {}}, "not that of client 3"),
+        (lambda asked: asked, {"at": NOW + timedelta(days=31)}, "has expired"),
+        (lambda asked: asked, {"at": NOW - timedelta(days=1)}, "in the future"),
+        (lambda asked: asked, {"used": "its own"}, "was filed before"),
+    ],
+)
+def test_everything_else_does_not(key, change, about, reason):
+    asked = sign([3], run=RUN, key=key[1])
+    if about.get("used"):
+        about = {"used": {asked.nonce}}
+    with pytest.raises(UnsignedError, match=reason):
+        checked(change(asked), key, **about)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[]", b"null", b"\xff", b"{}", json.dumps({"run": "a"}).encode()],
+)
+def test_what_is_no_signed_request_is_not_read(data):
+    with pytest.raises(UnsignedError, match="no signed request"):
+        read(data)
+
+
+def test_times_without_a_zone_and_words_for_clients_are_not_read(key):
+    asked = asdict(sign([3], run=RUN, key=key[1]))
+    for wrong in ({"clients": ["3"]}, {"expires_at": "2026-01-01T00:00:00"}, {"issued_at": "never"}):
+        with pytest.raises(UnsignedError, match="no signed request"):
+            read(json.dumps(asked | wrong).encode())
+
+
+def test_a_run_that_wants_signatures_forgets_for_its_clients_alone(federate, key, tmp_path, capsys):
+    federate(f"rounds=1 forget.signed=true forget.keys={{3:'{key[0]}'}}")
+    before = federate.state()
+    other = tmp_path / "other.pem"
+    keys.new_key(other)
+    forget = ["forget", "--run", "test", "--client", "3", "--engine", "local"]
+    assert command(*forget) == 2
+    assert "turned away: it is not signed" in capsys.readouterr().err
+    assert command(*forget, "--key", str(other)) == 2
+    assert command(*forget[:3], "--client", "1", *forget[5:], "--key", str(key[1])) == 2
+    assert federate.requests() == []
+    assert equal(before, federate.state())
+
+    run_key = federate.run().ledger.head().key
+    file = tmp_path / "request.json"
+    assert command("keys", "ask", str(file), "--client", "3", "--key", str(key[1]), "--run-key", run_key) == 0
+    assert command(*forget, "--signed", str(file)) == 0
+    (request,) = federate.requests()
+    assert request.state == State.COMPLETED
+    assert SignedRequest(**request.detail["signed"]).key == key[0]
+    assert command(*forget, "--signed", str(file)) == 2
+    events = federate.run().ledger.events()
+    reasons = [event["reason"] for event in events if "turned_away" in event]
+    assert [reason.partition(":")[0].partition(" (")[0] for reason in reasons] == [
+        "it is not signed", "its key is not that of client 3", "its key is not that of client 1", "it was filed before",
+    ]  # fmt: skip
+
+
+def test_a_request_that_got_into_the_ledger_without_a_signature_is_refused(federate, key):
+    """Whoever holds the run's key, but not the client's."""
+    federate(f"rounds=1 forget.signed=true forget.keys={{3:'{key[0]}'}}")
+    before = federate.state()
+    run = federate.run()
+    run.ledger.file([3])
+    asked = sign([3], run=run.ledger.head().key, key=key[1])
+    run.ledger.file([1], signed=asdict(asked))
+    run.ledger.close()
+    with pytest.raises(UserError, match="r1 is REFUSED"):
+        federate(f"rounds=1 forget.signed=true forget.keys={{3:'{key[0]}'}}")
+    assert [(r.state, r.detail["reason"].split(" (")[0]) for r in federate.requests()] == [
+        (State.REFUSED, "it is not signed"), (State.REFUSED, "what was signed is to forget clients [3]"),
+    ]  # fmt: skip
+    assert equal(before, federate.state())
+
+
+def test_only_who_asked_takes_a_request_back(federate, key):
+    federate(f"rounds=1 forget.signed=true forget.keys={{3:'{key[0]}'}}")
+    run = federate.run()
+    run_key = run.ledger.head().key
+    run.request([3], signed=sign([3], run=run_key, key=key[1]))
+    for asked in (None, sign([3], run=run_key, key=key[1]), sign([3], run=run_key, key=key[1], action="cancel r2")):
+        with pytest.raises(UserError, match="turned away"):
+            run.cancel("r1", signed=asked)
+    assert run.ledger.request("r1").state == State.RECEIVED
+    run.cancel("r1", signed=signed.sign([3], run=run_key, key=key[1], action="cancel r1"))
+    assert run.ledger.request("r1").state == State.CANCELLED
+    run.ledger.close()
+
+
+@pytest.mark.parametrize("words", ["forget.schedule={1:[3]}", "forget.keys={3:abc}", "forget.keys={9:abc}"])
+def test_settings_that_do_not_go_together_are_named(federate, words):
+    with pytest.raises(UserError, match=r"forget\.schedule|is no id|client 9 is not in"):
+        federate(f"rounds=1 forget.signed=true {words}")
