@@ -217,6 +217,11 @@ class Config(Settings):
         le=10**6,
         description="times the usual size that what a node sends may have (by the root of its examples); 0 for any",
     )
+    robust: Literal["none", "clip", "median", "trimmed_mean"] = Field(
+        default="none",
+        description="how updates are averaged: where a few clients may be dishonest, clip. Others than none take a message "
+        "and the memory of an update for every client",
+    )
     client_share: float = Field(
         default=0.9,
         ge=0,

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedunlearn.data.partition import hosted
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
+from fedunlearn.federation import robust as averaging
 from fedunlearn.federation.band import judged
 from fedunlearn.federation.messages import Task
 from fedunlearn.federation.replies import Expected, Introduction, Results, introduction, listed
@@ -40,6 +41,7 @@ class Nodes:
         timeout: seconds of silence after which nodes are left out.
         band: times the usual size that what a node sends may have; 0 for any.
         share: of all examples that one client may have, of three clients or more.
+        robust: how updates are averaged.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Nodes:
         timeout: float,
         band: float,
         share: float,
+        robust: averaging.Rule = "none",
     ) -> None:
         self._config, self._model, self._pixels, self._clients = config, model, pixels, clients
         self._dtype, self._timeout, self._band, self._share = dtype, timeout, band, share
+        self._rule = robust
         self.nodes: list[int] = []  # Flower's node ids, by position in the federation
         self.clients_of: dict[int, list[int]] = {}  # Flower's node id -> clients, in order
         self.examples: dict[int, int] = {}  # client -> how many it has
@@ -132,6 +136,7 @@ class Nodes:
             one_client_each: give every client a message of its own.
         """
         wanted = set(clients)
+        one_client_each = one_client_each or self._is_robust(task)
         hosted = [(node, [c for c in self.clients_of[node] if c in wanted]) for node in self.nodes]
         groups = [pair for pair in hosted if pair[1]]
         if one_client_each:
@@ -167,6 +172,7 @@ class Nodes:
             on_reply: is shown every reply alone.
         """
         results, started = Results(), time.monotonic()
+        parts: list[Results] = []
         believed = self._believed(task, sent, replies)
         band = self._band if task.compared else 0.0
         for message, one, reason in judged(believed, band, self.examples):
@@ -174,9 +180,17 @@ class Nodes:
                 self._refuse(message, reason)
                 continue
             on_reply(one)
+            if self._is_robust(task):
+                parts.append(one)
             results.include(one)
+        if len(parts) >= averaging.FEWEST:
+            results.tensors = {name: results.weight * v for name, v in averaging.mean(parts, self._rule).items()}
         results.seconds = time.monotonic() - started
         return results
+
+    def _is_robust(self, task: ClientTask) -> bool:
+        """Whether a task's updates are averaged so that a few dishonest ones cannot turn the mean."""
+        return self._rule != "none" and task.kind == "train"
 
     def _believed(
         self, task: ClientTask, sent: Iterable[Message], replies: Iterable[Message]

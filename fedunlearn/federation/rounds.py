@@ -88,6 +88,7 @@ class Rounds(FlowerStrategy):
             timeout=run.config.timeout,
             band=run.config.reply_band,
             share=run.config.client_share,
+            robust=run.config.robust,
         )
         federation = Federation(run, server, nodes, state)
         scorer = Scorer(federation, auditor)

@@ -1,0 +1,94 @@
+"""What dishonest clients do to a model, by how updates are averaged: `python -m benchmarks.reliability`.
+
+A federation of digits (600 images, width 8, four clients on four nodes) trains 60 rounds honestly. Then one of the
+clients lies in each of eight further rounds. Every lie and every rule goes on from the same 60 rounds.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from torch import Tensor
+
+from benchmarks import timing
+from fedunlearn.apps.client_app import app
+from fedunlearn.apps.server_app import server_app
+from fedunlearn.apps.simulate import app_folder
+from fedunlearn.federation import messages
+from fedunlearn.federation.local_grid import LocalGrid
+from fedunlearn.runs.home import runs_folder
+from fedunlearn.runs.run import Run
+
+RULES = ("none", "clip", "median", "trimmed_mean")
+LIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "honest": lambda value: value,
+    "sign flipped": lambda value: -value,
+    "x 10": lambda value: 10 * value,
+    "x -3": lambda value: -3 * value,
+    "noise": lambda value: torch.randn(value.shape, generator=torch.Generator().manual_seed(0)) * value.std() * 10,
+}
+SMALL = "data.limit=600 clients=4 model.width=8 rounds={rounds} seed={seed} train.schedule_rounds=68 evaluate_every=68"
+
+
+class LyingGrid(LocalGrid):
+    """A node a client; the node of client 1 replies something else to every request for an update."""
+
+    def __init__(self, lie: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(4, app)
+        self._lie = lie
+
+    def push_messages(self, messages_: Iterable[Message]) -> list[str]:
+        """Answer the messages, one of them with a lie."""
+        sent = list(messages_)
+        ids = super().push_messages(sent)
+        for message, reply_id in zip(sent, ids, strict=True):
+            task, reply = messages.task_of(message), self._replies[reply_id]
+            if task.name == "train" and task.clients == [1] and reply.has_content():
+                values = messages.unpack(reply)
+                changed = {n: v if n.endswith(messages.STATISTICS) else self._lie(v) for n, v in values.items()}
+                reply.content["arrays"] = messages.pack(changed, "fp32")
+        return ids
+
+
+def main() -> None:
+    """Print one table: test accuracy by lie and rule, means over seeds."""
+    p = argparse.ArgumentParser("python -m benchmarks.reliability", description=__doc__)
+    p.add_argument("--seeds", type=int, default=3)
+    options = p.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        for seed in range(options.seeds):
+            trained(home, f"base-{seed}", SMALL.format(rounds=60, seed=seed), LyingGrid(LIES["honest"]))
+        for name, lie in LIES.items():
+            cells = []
+            for rule in RULES:
+                runs = [(f"{name}-{rule}-{seed}".replace(" ", "_"), seed) for seed in range(options.seeds)]
+                found = [
+                    trained(home, run, f"fork=base-{seed} rounds=68 robust={rule}", LyingGrid(lie))
+                    for run, seed in runs
+                ]
+                cells.append(f"{mean(found):.3f} ({min(found):.3f}-{max(found):.3f})")
+            rows.append([name, *cells])
+            print(*rows[-1], flush=True)
+    timing.table(f"test accuracy, mean of {options.seeds} seeds (range), by `robust`", ("client 1", *RULES), rows)
+
+
+def trained(home: Path, run: str, words: str, grid: LocalGrid) -> float:
+    """Train a run to its end, and give its test accuracy."""
+    overrides = f"{words} run={run} home={home} train.precision=fp32 message_dtype=fp32"
+    context = Context(1, 1, {}, RecordDict(), {"overrides": overrides})
+    server_app(app_folder("digits") / "conf")(grid, context)
+    opened = Run.opened(runs_folder(home) / run)
+    try:
+        return float(opened.metrics()[-1]["test"]["class"])
+    finally:
+        opened.ledger.close()
+
+
+if __name__ == "__main__":
+    main()
