@@ -219,8 +219,14 @@ class Config(Settings):
     )
     robust: Literal["none", "clip", "median", "trimmed_mean"] = Field(
         default="none",
-        description="how updates are averaged: where a few clients may be dishonest, clip. Others than none take a message "
-        "and the memory of an update for every client",
+        description="how updates are averaged; all but none withstand a few dishonest clients, and take a message and "
+        "the memory of an update for every client",
+    )
+    round_band: float = Field(
+        default=10.0,
+        ge=0,
+        le=10**6,
+        description="times the held-out loss before, or that of guessing, that a round may leave; 0 for any",
     )
     client_share: float = Field(
         default=0.9,

@@ -57,6 +57,11 @@ class FedEraser(Strategy):
             (client,) = results.counts
             checkpoint.save(stored(run.folder, round_, client), results.mean())
 
+    def after_refusal(self, run: Run, round_: int, results: Results) -> None:
+        """Drop a client's update."""
+        for client in results.counts:
+            stored(run.folder, round_, client).unlink(missing_ok=True)
+
     def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
         """Replay the stored rounds with the retain clients, calibrated."""
         folder, retain = federation.folder, federation.retain

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -20,6 +20,7 @@ def replies(*values, weights=None):
     return [Results({"w": w * torch.tensor(v)}, w) for v, w in zip(values, weights, strict=True)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3), min_size=3, max_size=9))
 def test_the_median_and_the_trimmed_mean_are_those_of_each_value(vectors):
     found = robust.mean(replies(*vectors, weights=[float(1 + n) for n in range(len(vectors))]), "median")["w"]

@@ -317,6 +317,12 @@ class Federation:
             assert model.client_head is not None
             train_client_head(model.client_head, there, steps=steps, generator=generator)
 
+    def held_out_loss(self, update: Mapping[str, Tensor], images: int) -> float:
+        """Give the class cross-entropy on some held-out images that the model would have after an update."""
+        after = server_state.apply_update(self.state, update)
+        self.server.model.load_state_dict(after.params)
+        return self.server.loss(self.server.model, images)
+
     def freeze(self, *, since: ServerState, fraction: float) -> None:
         """Freeze that fraction of the weights, those that changed most since an earlier state.
 

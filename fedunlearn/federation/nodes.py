@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import getLogger
 from statistics import multimode
 from typing import Any
@@ -16,7 +16,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation import robust as averaging
 from fedunlearn.federation.band import judged
-from fedunlearn.federation.messages import Task
+from fedunlearn.federation.messages import Task, Tensors
 from fedunlearn.federation.replies import Expected, Introduction, Results, introduction, listed
 from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.log import waiting
@@ -59,7 +59,7 @@ class Nodes:
     ) -> None:
         self._config, self._model, self._pixels, self._clients = config, model, pixels, clients
         self._dtype, self._timeout, self._band, self._share = dtype, timeout, band, share
-        self._rule = robust
+        self._rule: averaging.Rule = robust
         self.nodes: list[int] = []  # Flower's node ids, by position in the federation
         self.clients_of: dict[int, list[int]] = {}  # Flower's node id -> clients, in order
         self.examples: dict[int, int] = {}  # client -> how many it has
@@ -183,10 +183,24 @@ class Nodes:
             if self._is_robust(task):
                 parts.append(one)
             results.include(one)
-        if len(parts) >= averaging.FEWEST:
-            results.tensors = {name: results.weight * v for name, v in averaging.mean(parts, self._rule).items()}
+        if parts:
+            results.tensors = {name: results.weight * value for name, value in self.mean(parts).items()}
         results.seconds = time.monotonic() - started
         return results
+
+    def mean(self, replies: Sequence[Results]) -> Tensors:
+        """Give the mean update of some replies, in the way in which this federation averages."""
+        if self._rule != "none" and len(replies) >= averaging.FEWEST:
+            return averaging.mean(replies, self._rule)
+        total = Results()
+        for one in replies:
+            total.include(one)
+        return total.mean()
+
+    def node_of(self, clients: Iterable[int]) -> int:
+        """Give the position of the node that hosts clients."""
+        hosted = [set(self.clients_of[node]) for node in self.nodes]
+        return next(place for place, own in enumerate(hosted) if own >= set(clients))
 
     def _is_robust(self, task: ClientTask) -> bool:
         """Whether a task's updates are averaged so that a few dishonest ones cannot turn the mean."""

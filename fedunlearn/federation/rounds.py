@@ -21,10 +21,12 @@ from fedunlearn.errors import DestroyedError, NotNowError, UserError
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.handle import Federation
+from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.nodes import Nodes
 from fedunlearn.federation.ordered_grid import OrderedGrid
-from fedunlearn.federation.replies import MOST_LISTED
+from fedunlearn.federation.replies import MOST_LISTED, Results, listed
 from fedunlearn.federation.requests import Requests
+from fedunlearn.federation.round_gate import IMAGES, limit, without_destroyers
 from fedunlearn.federation.scores import Scorer
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
@@ -144,6 +146,7 @@ class Rounds(FlowerStrategy):
         )
         if not results.counts:
             raise UserError(f"round {round_}: no client answered")
+        results = self._sound(results, round_)
         try:
             batch_norm = self.federation.apply_round(results, results.mean(), round_)
         except DestroyedError as error:
@@ -164,6 +167,42 @@ class Rounds(FlowerStrategy):
             "client_accuracy": total.client_accuracy,
         }
         return self._broadcast(), None
+
+    def _sound(self, results: Results, round_: int) -> Results:
+        """Give a round's results; where they would destroy the model, without the replies that do.
+
+        For that the round's clients are asked once more: they reply the same, and now each reply is looked at.
+        """
+        federation, band = self.federation, self._config.round_band
+        most = limit(federation.held_out_loss({}, IMAGES), len(federation.server.class_names), band)
+
+        def loss(update: Tensors) -> float:
+            return federation.held_out_loss(update, IMAGES)
+
+        if not band or loss(results.mean()) <= most:
+            return results
+        log.warning("round %d: its update would destroy the model; asking again, to find whose reply does that", round_)
+        replies: list[Results] = []
+        asked = sample(federation.retain, self._config, round_)
+        one_each = self._strategy.one_reply_each(round_)
+        nodes, about = federation.nodes, {"one_client_each": one_each, "on_reply": replies.append}
+        nodes.query(federation.grid, tasks.train, round_, asked, federation.state.params, **about)
+        found = without_destroyers(replies, nodes.mean, loss, most)
+        if found is None:
+            raise UserError(
+                f"round {round_}: the held-out loss would be more than {most:.3g}, whoever is left out "
+                "(has training diverged? try a lower train.lr; round_band=0 goes on all the same)"
+            )
+        for one in found.dropped:
+            node, clients = nodes.node_of(one.counts), listed(one.counts)
+            reason = "with its update the held-out loss is above the limit, without it below (round_band)"
+            log.warning("round %d: node %d (clients %s) is left out: %s", round_, node, clients, reason)
+            self._strategy.after_refusal(self._run, round_, one)
+        kept = Results(seconds=results.seconds)
+        for one in found.kept:
+            kept.include(one)
+        kept.tensors = {name: kept.weight * value for name, value in nodes.mean(found.kept).items()}
+        return kept
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -1,15 +1,18 @@
 """What the server has: held-out images that are no client's, class names, and a model to work with."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.nn.evaluate import Predictions, predict
 from fedunlearn.nn.model import Batch, TwoHeadResNet18
+from fedunlearn.nn.precision import at_least_fp32, autocast
 
 NOBODY = -1
 
@@ -43,6 +46,21 @@ class ServerData:
         size = evaluation_batch(train.batch_size, self.device)
         everything = batches(data, np.arange(len(data.labels)), NOBODY, batch_size=size, device=self.device)
         return predict(model, everything, precision=train.precision)
+
+    def loss(self, model: TwoHeadResNet18, images: int) -> float:
+        """Give a model's mean class cross-entropy on so many held-out images, with their own BatchNorm statistics.
+
+        The images are always the same. What is not finite is infinite. The model's running statistics are changed.
+        """
+        model.train()
+        losses = []
+        with torch.no_grad(), autocast(self.device, self.config.train.precision):
+            for pictures, labels, _ in self.sample(max(2, images), torch.Generator().manual_seed(self.config.seed)):
+                logits = at_least_fp32(model(pictures).class_logits)
+                losses.append(functional.cross_entropy(logits, labels, reduction="none"))
+        model.eval()
+        found = float(torch.cat(losses).mean())
+        return found if math.isfinite(found) else math.inf
 
     def sample(self, count: int, generator: torch.Generator) -> Iterator[Batch]:
         """Give so many held-out images at random, or all where there are fewer, in batches on the server's device."""

@@ -78,6 +78,9 @@ class Strategy:
     def after_reply(self, federation: Federation, run: Run, round_: int, results: Results) -> None:
         """Keep what the strategy needs of one reply in a round of training; by default nothing."""
 
+    def after_refusal(self, run: Run, round_: int, results: Results) -> None:
+        """Drop what was kept of a reply that is found, later in its round, to destroy the model."""
+
     def stored_bytes(self, run: Run) -> int:
         """Count the bytes that the strategy keeps for requests to come, beside the server's state."""
         return 0

@@ -1,0 +1,114 @@
+"""A round that would destroy the model: whose reply does it is found and named, and innocents are not."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedunlearn.errors import UserError
+from fedunlearn.federation import messages
+from fedunlearn.federation.replies import Results
+from fedunlearn.federation.round_gate import limit, without_destroyers
+from local_grid import LocalGrid, equal
+
+WORDS = "rounds=3 train.precision=fp32 message_dtype=fp32 reply_band=0"
+
+
+def parts(*values):
+    return [Results({"w": torch.tensor([float(value)])}, 1.0) for value in values]
+
+
+def combine(replies):
+    return {"w": sum(one.tensors["w"] for one in replies) / len(replies)}
+
+
+def loss(update):
+    """How far the mean is from 1."""
+    value = abs(float(update["w"]) - 1)
+    return value if math.isfinite(value) else math.inf
+
+
+def test_the_limit_counts_from_guessing_where_the_model_is_better():
+    assert limit(0.1, 10, 10) == pytest.approx(10 * math.log(10))
+    assert limit(5.0, 10, 10) == 50
+
+
+@settings(deadline=None)
+@given(st.integers(3, 9), st.data())
+def test_whoever_destroys_is_dropped_and_nobody_else(count, data):
+    liars = data.draw(st.sets(st.integers(0, count - 1), max_size=(count - 1) // 2))
+    lies = st.sampled_from([1e6, -1e9, math.inf, math.nan])
+    replies = parts(*(data.draw(lies) if place in liars else 1 + place / 10 for place in range(count)))
+    found = without_destroyers(replies, combine, loss, 5.0)
+    assert found is not None
+    assert {replies.index(one) for one in found.dropped} <= liars
+    assert loss(combine(found.kept)) <= 5
+
+
+def test_where_half_would_have_to_go_nobody_is_to_blame():
+    assert without_destroyers(parts(1e6, 1e6, 1, 1), combine, loss, 5.0) is None
+    assert without_destroyers(parts(1e6), combine, loss, 5.0) is None
+
+
+def lying(federate, lie, words="", nodes=4, round_=2):
+    grid = LocalGrid(nodes)
+
+    def deliver(message):
+        reply, task = grid.call(message), messages.task_of(message)
+        if task.name == "train" and 1 in task.clients and task.round == round_:
+            values = messages.unpack(reply)
+            changed = {n: v if n.endswith(messages.STATISTICS) else lie(v) for n, v in values.items()}
+            reply.content["arrays"] = messages.pack(changed, "fp32")
+        return reply
+
+    grid.deliver = deliver
+    federate(f"{WORDS} {words}", grid=grid)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [lambda v: torch.full_like(v, 1e30), lambda v: 1e6 * v, lambda v: torch.full_like(v, 3.4e38), lambda v: v + 1e4],
+)
+def test_the_liar_alone_is_named_and_the_round_is_that_of_the_others(federate, lie, capsys):
+    lying(federate, lie)
+    named = [line for line in capsys.readouterr().err.splitlines() if "is left out" in line]
+    assert len(named) == 1
+    assert named[0].startswith("round 2: node 1 (clients 1) is left out: with its update")
+    rows = [row for row in federate.run().metrics() if row["kind"] == "round"]
+    assert [row["clients"] for row in rows] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
+    assert all(value.isfinite().all() for value in federate.state().values() if value.is_floating_point())
+    assert rows[-1]["test"]["class"] > 0
+
+    def silent(message):
+        task = messages.task_of(message)
+        return None if task.name == "train" and task.clients == [1] and task.round == 2 else grid.call(message)
+
+    grid = LocalGrid(4)
+    grid.deliver = silent
+    federate(f"{WORDS} timeout=1 run=without", grid=grid)
+    assert equal(federate.state(), federate.state("without"))
+
+
+def test_a_stored_update_of_a_liar_is_dropped(federate):
+    lying(federate, lambda v: 1e6 * v, "strategy=federaser unlearn.every=2")
+    stored = sorted(file.name for file in (federate.folder() / "updates").iterdir())
+    assert stored == [f"round-00002-client-{client}.safetensors" for client in (0, 2, 3)]
+
+
+def test_where_training_diverges_for_everybody_nobody_is_named(federate, capsys):
+    with pytest.raises(UserError, match="whoever is left out"):
+        federate(f"{WORDS} train.lr=100")
+    assert "is left out" not in capsys.readouterr().err
+
+
+def test_without_a_band_everything_finite_is_taken(federate):
+    lying(federate, lambda v: 100 * v, "round_band=0")
+    assert [row["clients"] for row in federate.run().metrics() if row["kind"] == "round"] == [[0, 1, 2, 3]] * 3
+
+
+def test_an_honest_run_is_the_same_with_and_without_the_band(federate):
+    federate(f"{WORDS} run=with")
+    federate(f"{WORDS} round_band=0 run=without")
+    assert equal(federate.state("with"), federate.state("without"))
