@@ -216,7 +216,7 @@ def signed_request(
     if key and file:
         raise UserError("--key signs the request here, --signed takes one that is signed: give one of them")
     if key:
-        return signed.sign(clients, run=found.ledger.head().key, key=key, action=action)
+        return signed.sign(clients, run=found.ledger.key, key=key, action=action)
     return signed.read(file.read_bytes()) if file else None
 
 

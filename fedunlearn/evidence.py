@@ -1,13 +1,19 @@
 """Commands about evidence: `fedunlearn verify` and `fedunlearn keys`."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedunlearn.commands import Home, RunName, in_one_line, opened
 from fedunlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from fedunlearn.runs.run import Run
+    from fedunlearn.runs.statement import Receipt
 
 keys_cli = typer.Typer(help="Make keys, and sign receipts with them.", no_args_is_help=True)
 
@@ -17,43 +23,90 @@ KeyFile = Annotated[Path, typer.Option("--key", help="A private key, as `keys ne
 @in_one_line
 def verify(
     receipt: Annotated[Path | None, typer.Argument(help="A receipt, as runs/demo/receipts/r1.json.")] = None,
-    key: Annotated[str, typer.Option(help="Id of the key that must have signed it, got in another way.")] = "",
-    log: Annotated[Path | None, typer.Option(help="The run's ledger.sqlite, or its heads/<run>.json.")] = None,
+    key: Annotated[str, typer.Option(help="Id of the key that must have signed; ask the operator for it.")] = "",
+    log: Annotated[Path | None, typer.Option(help="The run's heads/<run>.json or ledger.sqlite, to compare.")] = None,
     run: RunName = "",
     home: Home = "",
 ) -> int:
-    """Check a receipt, offline; or without one a run: its ledger, settings, model and receipts."""
+    """Check a receipt, offline; or without one a run: its ledger, settings, model and receipts.
+
+    The exit status is 0 if all is well, 1 if not, 2 if a file cannot be read.
+    """
     from fedunlearn.runs.verifying import InvalidError, problems, verified
 
+    if key:
+        check_id(key)
     if receipt is None:
         with opened(run, home) as found:
-            wrong = list(problems(found))
-            head = found.ledger.head()
-        for problem in wrong:
-            print(f"wrong: {problem}")
-        if not wrong:
-            print(f"run {found.name} is as it was written: {head.size} events, signed with key {head.key}")
-        return int(bool(wrong))
+            return verify_run(found, list(problems(found, key=key, log=log)))
+    if run:
+        raise UserError("a receipt is checked without its run: give either the receipt or --run")
     try:
         data = receipt.read_bytes()
     except OSError as error:
-        raise UserError(f"{receipt} cannot be read: {error}") from error
+        raise UserError(f"{receipt} cannot be read ({error.strerror})") from error
     try:
         said = verified(data, key=key, log=log)
     except InvalidError as error:
         print(f"{receipt} is NOT valid: {error}")
         return 1
-    clients = ", ".join(map(str, said.clients))
-    print(f"{receipt} is valid: request {said.request} of run {said.run}, clients {clients}: {said.state}")
-    print(f"received {said.received_at}, due {said.due_at}, ended {said.ended_at}")
-    for one in said.figures:
-        print(f"class accuracy, {one.of}: {one.before} -> {one.after} (measured by {one.measured_by})")
-    print(
-        f"signed with key {said.head.key}" + ("" if key else ": compare it with the one that you know, or give --key")
-    )
+    for line in in_words(said, f"{receipt} is valid"):
+        print(line)
+    for signer in signers(data):
+        who = "the run's key" if signer == said.head.key else "a countersigner's key"
+        print(f"signed with {who} {signer}{', as you asked' if signer == key else ''}")
+    if said.head.key != key:
+        print("nobody has confirmed the run's key yet: ask the operator for its id, and give it as --key")
     for sentence in said.does_not_prove:
         print(f"not proved: {sentence}")
     return 0
+
+
+def verify_run(found: "Run", wrong: list[str]) -> int:
+    """Print what is wrong with a run."""
+    for problem in wrong:
+        print(f"wrong: {problem}")
+    if not wrong:
+        head = found.ledger.head()
+        print(f"run {found.name}: ledger, settings, model and receipts are as they were written")
+        print(f"{head.size} events, signed with the run's key {head.key}")
+    return int(bool(wrong))
+
+
+def in_words(said: "Receipt", title: str) -> Iterator[str]:
+    """Say what a receipt says."""
+    clients = f"client{'s' if len(said.clients) > 1 else ''} {', '.join(map(str, said.clients))}"
+    late = ", LATE" if said.is_late else ""
+    yield f"{title}: request {said.request} of run {said.run}, {clients}: {said.state}{late}"
+    yield f"received {said.received_at[:19]}, due {said.due_at[:19]}, ended {said.ended_at[:19]} (UTC)"
+    if said.reason:
+        yield f"reason: {said.reason}"
+    if said.strategy:
+        yield f"forgotten by strategy {said.strategy}, applied {(said.applied_at or '')[:19]}"
+    for one in said.figures:
+        before, after = number(one.before, one.before_error), number(one.after, one.after_error)
+        yield f"class accuracy, {one.of}: {before} -> {after} (measured by {one.measured_by})"
+    if said.later:
+        later = ", ".join(f"{of} {value:.3f}" for of, value in said.later.figures.items())
+        yield f"class accuracy after round {said.later.round}: {later}"
+
+
+def number(value: float | None, error: float | None) -> str:
+    """Write a figure with its standard error."""
+    return "not measured" if value is None or error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def signers(data: bytes) -> list[str]:
+    """List the ids of the keys that signed a receipt."""
+    from fedunlearn.runs.verifying import envelope_of
+
+    return list(envelope_of(data).signatures)
+
+
+def check_id(key: str) -> None:
+    """Raise UserError where a text is no id of a key."""
+    if not re.fullmatch(r"[0-9a-f]{64}", key):
+        raise UserError(f"{key!r} is no id of a key: those 64 hexadecimal digits that `fedunlearn keys id` prints")
 
 
 @keys_cli.command()
@@ -84,13 +137,16 @@ def ask(
     key: KeyFile,
     run_key: Annotated[str, typer.Option(help="Id of the run's key, as `fedunlearn verify` prints it.")],
     action: Annotated[str, typer.Option(help="forget, or 'cancel r1'.")] = "forget",
-    days: Annotated[float, typer.Option(min=0, help="In which it can be filed.")] = 30,
+    days: Annotated[float, typer.Option(min=0, help="Until it expires.")] = 30,
 ) -> int:
     """Sign a request where the client's key is: `fedunlearn forget --signed FILE` files it where the run is."""
     from dataclasses import asdict
 
     from fedunlearn.runs import signed
 
+    check_id(run_key)
+    if not re.fullmatch(r"forget|cancel r\d+", action):
+        raise UserError(f"--action {action!r} is neither forget nor 'cancel r1'")
     asked = signed.sign(client, run=run_key, key=key, action=action, days=days)
     file.write_text(json.dumps(asdict(asked), indent=2))
     print(f"{file} can be filed until {asked.expires_at}")
@@ -107,6 +163,8 @@ def sign(receipt: Annotated[Path, typer.Argument(help="A receipt.")], key: KeyFi
 
     data = receipt.read_bytes()
     verified(data)
+    if keys.id_of(keys.load(key)) in signers(data):
+        raise UserError(f"{receipt} is signed with this key already")
     signed = receipt.with_suffix(f".{keys.id_of(keys.load(key))[:8]}.json")
     write_atomically(signed, receipts.as_file(receipts.sign(envelope_of(data), key)))
     print(signed)

@@ -114,7 +114,8 @@ def test_a_fork_goes_on_from_the_base_and_leaves_it_as_it_was(federate, base):
     assert fork.metrics()[: len(origin.metrics())] == origin.metrics()
     assert fork.ledger.requests() == origin.ledger.requests()
     assert fork.ledger.events()[: len(origin.ledger.events())] == origin.ledger.events()
-    assert fork.ledger.head().is_signed
+    assert fork.ledger.signed_head().is_signed
+    assert fork.ledger.key != origin.ledger.key
     assert fork.ledger.current().round == 4
     assert not [task for task, _ in kinds(grid, client=3) if task == "train"]  # it was forgotten in the base
     assert trained(federate("run=other fork=base strategy=leave rounds=4")) == []  # the same words again resume it

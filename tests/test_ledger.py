@@ -91,9 +91,11 @@ def test_a_copy_has_everything_and_goes_its_own_way(ledger, tmp_path):
     ledger.commit(1, "one", "11")
     copy = Ledger(tmp_path / "runs" / "copy" / "ledger.sqlite")
     ledger.copy_to(copy)
-    assert (copy.requests(), copy.current(), copy.events()) == (ledger.requests(), ledger.current(), ledger.events())
+    assert (copy.requests(), copy.current()) == (ledger.requests(), ledger.current())
+    *events, own = copy.events()
+    assert (events, own["fork_of"]) == (ledger.events(), ledger.head().root)
     copy.file([4])
-    assert copy.head() == copy.kept_head()
+    assert copy.signed_head() == copy.kept_head()
     assert len(ledger.requests()) == 1
     copy.close()
 
@@ -104,7 +106,7 @@ def test_every_event_is_kept_with_its_time_and_hash(ledger):
     key, received, committed = ledger.events()
     assert (key["key"], received["request"], committed["round"]) == (ledger.head().key, "r1", 1)
     assert ledger.head().size == 3
-    assert ledger.head().is_signed
+    assert ledger.signed_head().is_signed
 
 
 def test_two_processes_may_file_at_once(tmp_path):
@@ -121,5 +123,5 @@ def test_two_processes_may_file_at_once(tmp_path):
         thread.join()
     ledger = Ledger(tmp_path / "runs" / "one" / "ledger.sqlite")
     assert sorted(client for r in ledger.requests() for client in r.clients) == list(range(20))
-    assert ledger.head() == ledger.kept_head()
+    assert ledger.signed_head() == ledger.kept_head()
     ledger.close()

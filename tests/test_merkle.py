@@ -31,6 +31,14 @@ def test_the_root_of_nothing_is_the_hash_of_nothing():
     assert merkle.root([]) == hashlib.sha256(b"").digest()
 
 
+def test_a_growing_tree_has_the_same_roots():
+    tree = merkle.Tree()
+    assert tree.root() == merkle.root([])
+    for number in range(70):
+        tree.append(merkle.leaf(str(number).encode()))
+        assert tree.root() == merkle.root(tree.leaves)
+
+
 def test_by_hand_the_root_of_three():
     a, b, c = (hashlib.sha256(b"\x00" + entry).digest() for entry in (b"a", b"b", b"c"))
     ab = hashlib.sha256(b"\x01" + a + b).digest()

@@ -68,7 +68,7 @@ def resigned(data, change, key):
 
 def test_a_receipt_says_what_the_ledger_knows(run, first):
     (request,) = run.ledger.requests()
-    receipt = verified(first.read_bytes(), key=run.ledger.head().key, log=run.folder / "ledger.sqlite")
+    receipt = verified(first.read_bytes(), key=run.ledger.key, log=run.folder / "ledger.sqlite")
     events = run.ledger.events()
     commits = [event for event in events if "checkpoint" in event]
     assert (receipt.request, receipt.clients, receipt.state) == ("r1", [3], "COMPLETED")
@@ -222,6 +222,9 @@ def test_the_client_countersigns_and_both_signatures_count(first, tmp_path, caps
     assert command("keys", "sign", str(first), "--key", str(tmp_path / "client3.pem")) == 0
     signed = Path(capsys.readouterr().out.strip())
     assert verified(signed.read_bytes(), key=own).request == "r1"
+    assert command("keys", "sign", str(signed), "--key", str(tmp_path / "client3.pem")) == 2
+    assert command("verify", str(signed), "--key", own) == 0
+    assert f"signed with a countersigner's key {own}, as you asked" in capsys.readouterr().out
     assert command("verify", "--run", "one") == 0
     content = json.loads(signed.read_bytes())
     for place in (0, 1):
@@ -246,7 +249,7 @@ def test_the_log_must_hold_the_events(run, first, federate):
 
 def test_verify_of_a_run_names_what_was_changed(run, first, capsys):
     assert command("verify", "--run", "one") == 0
-    assert "is as it was written" in capsys.readouterr().out
+    assert "are as they were written" in capsys.readouterr().out
     original = first.read_bytes()
     first.write_bytes((first.parent / "r1-2.json").read_bytes())  # valid, but not this one
     assert command("verify", "--run", "one") == 1
@@ -267,7 +270,7 @@ def test_verify_of_a_run_names_what_was_changed(run, first, capsys):
 def test_without_a_head_outside_verify_says_what_is_not_known(run, federate, capsys):
     shutil.rmtree(federate.home / "heads", ignore_errors=True)
     assert command("verify", "--run", "one") == 1
-    assert "whether it was put back to an earlier state is not known" in capsys.readouterr().out
+    assert "heads/one.json is missing: nobody can say whether events were cut off" in capsys.readouterr().out
 
 
 def test_verify_needs_neither_torch_nor_flower(first):
@@ -282,7 +285,59 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "is valid: request r1 of run one, clients 3: COMPLETED" in done.stdout
+    assert "is valid: request r1 of run one, client 3: COMPLETED" in done.stdout
+
+
+def test_verify_of_a_run_looks_at_the_key_and_the_head_that_somebody_has_kept(run, federate, tmp_path, capsys):
+    kept = tmp_path / "kept.json"
+    kept.write_bytes((federate.home / "heads" / "one.json").read_bytes())
+    run.ledger.file([1])
+    assert command("verify", "--run", "one", "--key", run.ledger.key, "--log", str(kept)) == 0
+    assert command("verify", "--run", "one", "--key", "0" * 64) == 1
+    assert "the run's key is" in capsys.readouterr().out
+    federate("rounds=1 run=other")
+    assert command("verify", "--run", "other", "--log", str(kept)) == 1
+    assert "does not continue" in capsys.readouterr().out
+    assert command("verify", "--run", "one", "--key", "client3.pem") == 2
+    (run.folder / "checkpoints" / "old.safetensors").write_bytes(b"")
+    assert command("verify", "--run", "one") == 1
+    assert "old.safetensors should not be there" in capsys.readouterr().out
+
+
+def test_a_receipt_of_a_late_request_is_valid_and_says_that_it_is_late(federate, capsys):
+    federate("rounds=1")
+    run = federate.run()
+    run.ledger.file([1], months=0)
+    run.cancel("r1")
+    run.ledger.close()
+    file = federate.folder() / "receipts" / "r1.json"
+    assert verified(file.read_bytes()).is_late
+    assert command("verify", str(file)) == 0
+    assert "CANCELLED, LATE" in capsys.readouterr().out
+
+
+def test_events_that_come_while_a_receipt_is_written_do_not_spoil_it(run, monkeypatch):
+    packages = receipts.packages_sha256
+
+    def meanwhile():
+        run.ledger.write_down([1], "forget", "it is not signed")
+        return packages()
+
+    monkeypatch.setattr("fedunlearn.runs.receipts.packages_sha256", meanwhile)
+    (request,) = run.ledger.requests()
+    assert verified(receipts.write(run, request).read_bytes()).request == "r1"
+
+
+def test_steps_of_two_requests_or_without_some_make_no_receipt(sound):
+    data, key = sound
+    for place in (1, 2, 3, 4):
+        with pytest.raises(InvalidError):
+            verified(resigned(data, lambda s, place=place: s["predicate"]["events"].pop(place), key))
+
+
+def test_a_receipt_gives_away_neither_keys_nor_schedules_nor_paths(first):
+    settings = verified(first.read_bytes()).settings
+    assert (settings["forget"]["schedule"], settings["forget"]["keys"], settings["home"]) == ({}, {}, "")
 
 
 def test_verify_ends_with_one_line_for_a_file_that_is_none(tmp_path, capsys):

@@ -109,7 +109,7 @@ def test_a_request_that_got_into_the_ledger_without_a_signature_is_refused(feder
     before = federate.state()
     run = federate.run()
     run.ledger.file([3])
-    asked = sign([3], run=run.ledger.head().key, key=key[1])
+    asked = sign([3], run=run.ledger.key, key=key[1])
     run.ledger.file([1], signed=asdict(asked))
     run.ledger.close()
     with pytest.raises(UserError, match="r1 is REFUSED"):
@@ -123,7 +123,7 @@ def test_a_request_that_got_into_the_ledger_without_a_signature_is_refused(feder
 def test_only_who_asked_takes_a_request_back(federate, key):
     federate(f"rounds=1 forget.signed=true forget.keys={{3:'{key[0]}'}}")
     run = federate.run()
-    run_key = run.ledger.head().key
+    run_key = run.ledger.key
     run.request([3], signed=sign([3], run=run_key, key=key[1]))
     for asked in (None, sign([3], run=run_key, key=key[1]), sign([3], run=run_key, key=key[1], action="cancel r2")):
         with pytest.raises(UserError, match="turned away"):

@@ -8,9 +8,10 @@ import sqlite3
 import pytest
 
 from command_line import command
-from fedunlearn.runs import merkle
+from fedunlearn.errors import UserError
+from fedunlearn.runs import keys, merkle
 from fedunlearn.runs.keys import new_key
-from fedunlearn.runs.ledger import Ledger, TamperedError
+from fedunlearn.runs.ledger import Head, Ledger, TamperedError
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +54,13 @@ def rewritten(place):
         rows = db.execute("SELECT number, at, event FROM events ORDER BY number").fetchall()
         db.execute("DELETE FROM events")
     db.close()
-    from dataclasses import replace
-
-    from fedunlearn.runs import keys
-    from fedunlearn.runs.ledger import Head
-
     key = new_key(folder=place / "keys")
     private, leaves, signed = keys.load(keys.file_of(place / "keys", key)), [], []
     for number, at, event in rows:
         text = event.replace("[2]", "[0]") if number > 1 else json.dumps(json.loads(event) | {"key": key})
         leaves.append(merkle.leaf(f"{at}\n{text}".encode()))
         head = Head(key, number, merkle.root(leaves).hex())
-        head = replace(head, signature=private.sign(head.message).hex())
-        assert head.is_signed
-        signed.append((number, at, text, head.signature))
+        signed.append((number, at, text, private.sign(b"event of a " + head.message).hex()))
     with sqlite3.connect(place / "runs" / "one" / "ledger.sqlite") as db:
         db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", signed)
     db.close()
@@ -95,6 +89,18 @@ def swapped(place):
 def head_changed(place):
     file = place / "heads" / "one.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": 1}))
+
+
+def cut_with_a_head(place):
+    """Cut, and the head outside made of what is left: of the signature of its last event."""
+    with sqlite3.connect(place / "runs" / "one" / "ledger.sqlite") as db:
+        db.execute("DELETE FROM events WHERE number > 3")
+        rows = db.execute("SELECT at, event, signature FROM events ORDER BY number").fetchall()
+    db.close()
+    root = merkle.root([merkle.leaf(f"{at}\n{event}".encode()) for at, event, _ in rows]).hex()
+    file = place / "heads" / "one.json"
+    key = json.loads(file.read_text())["key"]
+    file.write_text(json.dumps({"key": key, "size": 3, "root": root, "signature": rows[-1][2]}))
 
 
 def head_garbled(place):
@@ -132,6 +138,7 @@ KINDS = {
     "the ledger emptied": emptied,
     "another run's ledger": swapped,
     "the head outside": head_changed,
+    "the last events, and the head outside": cut_with_a_head,
     "the head outside, no JSON": head_garbled,
 }  # fmt: skip
 
@@ -160,8 +167,70 @@ def test_a_change_while_the_ledger_is_open_shows_too(place):
 def test_what_is_as_it_was_written_is_read(place):
     ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
     assert [(r.clients, r.state) for r in ledger.requests()] == [([1], "REFUSED"), ([2], "RECEIVED")]
-    assert ledger.head() == ledger.kept_head()
+    assert ledger.signed_head() == ledger.kept_head()
     ledger.close()
+
+
+def test_where_the_head_outside_is_gone_the_ledger_itself_says_so_for_good(place):
+    """Whoever cuts the ledger and removes the head is not found out at once, but verify names it ever after."""
+    sql(f"DELETE FROM events WHERE number > {LAST} - 2")(place)
+    (place / "heads" / "one.json").unlink()
+    ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
+    before = len(ledger.events())
+    assert ledger.kept_head() is None
+    ledger.file([0])
+    assert ledger.signed_head() == ledger.kept_head()
+    assert ledger.unwitnessed() == [before]
+    ledger.close()
+
+
+def test_where_a_commit_fails_nothing_was_filed(place):
+    """Somebody reads with a transaction of his own, as a backup does."""
+    ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
+    filed = len(ledger.requests())
+    with sqlite3.connect(place / "runs" / "one" / "ledger.sqlite", isolation_level=None) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM events").fetchall()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fedunlearn.runs.ledger.LOCKED_SECONDS", 0)
+            with pytest.raises(UserError, match="locked"):
+                ledger.file([0])
+        assert len(ledger.requests()) == filed
+        reader.execute("COMMIT")
+    reader.close()
+    ledger.file([0])
+    assert len(ledger.requests()) == filed + 1
+    ledger.close()
+
+
+def test_a_clock_that_goes_back_leaves_times_in_order(place, monkeypatch):
+    ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
+    monkeypatch.setattr("fedunlearn.runs.ledger._now", lambda: "2020-01-01T00:00:00.000+00:00")
+    ledger.file([0])
+    times = [event["at"] for event in ledger.events()]
+    assert times == sorted(times)
+    ledger.close()
+
+
+def test_an_event_between_the_note_of_new_settings_and_their_file_is_no_tampering(federate):
+    """The process was killed there, and then somebody asked for something."""
+    federate("rounds=1")
+    run = federate.run()
+    run.ledger.keep_about("00")
+    run.ledger.close()
+    federate.run().ledger.file([3])
+    federate("rounds=2")
+    assert federate.run().ledger.current().round == 2
+
+
+def test_a_fork_has_a_key_of_its_own_and_its_ledger_is_not_the_other_runs(federate):
+    federate("rounds=1 run=base")
+    federate("rounds=2 run=fork fork=base")
+    base, fork = federate.run("base").ledger, federate.run("fork").ledger
+    assert base.key != fork.key
+    shutil.copy(federate.folder("fork") / "ledger.sqlite", federate.folder("base") / "ledger.sqlite")
+    with pytest.raises(TamperedError):
+        federate.run("base")
 
 
 def test_a_crash_between_the_transaction_and_the_head_outside_is_no_tampering(place, monkeypatch):
@@ -174,7 +243,7 @@ def test_a_crash_between_the_transaction_and_the_head_outside_is_no_tampering(pl
     again = Ledger(place / "runs" / "one" / "ledger.sqlite")
     assert again.current().round == 3
     again.commit(4, "round-00004.safetensors", "44")
-    assert again.head() == again.kept_head()
+    assert again.signed_head() == again.kept_head()
     again.close()
 
 

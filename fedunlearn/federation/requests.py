@@ -110,7 +110,7 @@ class Requests:
             asked = read(signed) if signed else None
             # of the clients some may be covered by an earlier request
             clients = asked.clients if asked and set(request.clients) <= set(asked.clients) else request.clients
-            check(asked, clients, run=self._ledger.head().key, owners=owners, at=at, used=earlier)
+            check(asked, clients, run=self._ledger.key, owners=owners, at=at, used=earlier)
         except UnsignedError as error:
             return str(error)
         return ""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import chain
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from fedunlearn.schema import validated
 
 if TYPE_CHECKING:
     from fedunlearn.build import Images
+
+log = getLogger("fedunlearn")
 
 OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
 SAME = ("clients", "data.", "partition.", "model.")  # settings that a fork must share with the run it goes on from
@@ -89,7 +92,8 @@ def is_finished(folder: Path) -> bool:
     """Say whether all rounds of a run are trained, and this version knows its settings."""
     try:
         run = Run.opened(folder)
-    except UserError:
+    except UserError as error:
+        log.warning("run %s is passed over: %s", folder.name, error)
         return False
     try:
         current = run.ledger.current()
@@ -227,6 +231,7 @@ def write_about(folder: Path, ledger: Ledger, content: dict[str, Any]) -> None:
     data = json.dumps(content, indent=2).encode()
     ledger.keep_about(hashlib.sha256(data).hexdigest())
     write_atomically(folder / "run.json", data)
+    ledger.about_written()
 
 
 def _names(folders: list[Path]) -> str:

@@ -5,6 +5,7 @@ whoever has the id can check a signature.
 """
 
 import os
+import re
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -53,8 +54,10 @@ def load(file: Path) -> Ed25519PrivateKey:
     """
     try:
         key = serialization.load_pem_private_key(file.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read as a private key ({error}): put back a copy of it") from error
+    except OSError as error:
+        raise UserError(f"the private key {file} cannot be read ({error.strerror}): put back a copy of it") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is no private key") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise UserError(f"{file} is not an Ed25519 key: `fedunlearn keys new` makes one")
     return key
@@ -67,8 +70,10 @@ def id_of(key: Ed25519PrivateKey) -> str:
 
 def is_signed(signature: str, message: bytes, key_id: str) -> bool:
     """Say whether a signature, in hexadecimal digits, is that key's under the message."""
+    if not re.fullmatch(r"[0-9a-f]{128}", signature) or not re.fullmatch(r"[0-9a-f]{64}", key_id):
+        return False
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key_id)).verify(bytes.fromhex(signature), message)
-    except (InvalidSignature, ValueError, TypeError):
+    except (InvalidSignature, ValueError):
         return False
     return True

@@ -42,10 +42,11 @@ FAILED = (State.REFUSED, State.QUARANTINED)
 VOID = (*FAILED, State.CANCELLED)
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 RECEIPT = {
-    "accepted_at", "accepted_by", "after", "asked_by", "attempts", "before", "cancelled", "clients", "completed_round",
-    "completes_at", "costs", "due_at", "gate", "kind", "not_before", "reason", "request", "right", "round", "seconds",
-    "signed", "state", "stored_bytes", "strategy",
-}  # fmt: skip  # what a receipt, or its row of metrics, says of every request
+    "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts", "before",
+    "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs", "due_at", "examples", "finished",
+    "gate", "key", "kind", "ledger", "not_before", "reason", "receipt", "request", "right", "round", "seconds",
+    "signed", "state", "stored_bytes", "strategy", "turned_away", "unwitnessed",
+}  # fmt: skip  # what a receipt, its row of metrics, or another event of the ledger says by itself
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
 
@@ -80,6 +81,7 @@ CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY, at TEXT NOT NULL, event TEXT NOT NULL, signature TEXT NOT NULL)
 """
 FORMAT = 2
+FIRST = 4  # events that a new ledger may have before a head of it is kept
 RUNS = "runs"  # folder of a state folder
 
 
@@ -122,8 +124,10 @@ class Standing:
         requests: by id, in order of arrival.
         current: the last commit.
         examples: by client.
+        nonces: of signed requests.
         receipts: by request, the state and the round that each says something about.
-        about: SHA-256 of `run.json`; before it the earlier one, where nothing has happened since.
+        about: SHA-256 of `run.json`; before it that of an earlier one, as long as it may still be there.
+        unwitnessed: how many events there were where no head was kept outside any more.
     """
 
     requests: dict[str, Request] = field(default_factory=dict)
@@ -131,9 +135,14 @@ class Standing:
     examples: dict[int, int] = field(default_factory=dict)
     receipts: dict[str, list[tuple[str, int | None]]] = field(default_factory=dict)
     about: list[str] = field(default_factory=list)
+    unwitnessed: list[int] = field(default_factory=list)
+    nonces: set[str] = field(default_factory=set)
 
     def follow(self, at: str, event: dict[str, Any]) -> None:
         """Take one event in."""
+        for name in ("signed", "cancelled"):
+            if name in event:
+                self.nonces.add(event[name]["nonce"])
         match event:
             case {"request": id_, "state": State.RECEIVED, "clients": clients, **detail}:
                 self.requests[id_] = Request(id_, clients, State.RECEIVED, at, detail)
@@ -150,8 +159,10 @@ class Standing:
                 self.receipts.setdefault(id_, []).append((state, round_))
             case {"about": sha256}:
                 self.about.append(sha256)
-                return
-        del self.about[:-1]
+            case {"about_written": _}:
+                del self.about[:-1]
+            case {"unwitnessed": number}:
+                self.unwitnessed.append(number)
 
 
 class Ledger:
@@ -194,7 +205,9 @@ class Ledger:
         with self._readable():
             self._db.backup(other._db)
         other._begin_reading()
-        other._keep_head()
+        with other._transaction():
+            other._is_witnessed = True
+            other._new_key(fork_of=self.head().root)
 
     def begin_anew(self) -> None:
         """Put the signature of an earlier run of the same name aside: this run begins without events."""
@@ -223,13 +236,16 @@ class Ledger:
         Returns the earlier requests that cover some of them (those that are void do not), then a new one for the rest.
         """
         with self._transaction():
+            self._check_unused(signed)
             wanted = sorted(set(clients))
             earlier = [r for r in self._valid() if set(r.clients) & set(wanted)]
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
             if not rest:
+                if signed:
+                    self._record(asked_again=wanted, signed=dict(signed))
                 return earlier
             number = len(self.requests()) + 1
-            at = _now()
+            at = self._time()
             about = {"not_before": not_before, "due_at": due(at, months), "asked_by": by, "right": right}
             about |= {"signed": dict(signed)} if signed else {}
             self._record(at, request=f"r{number}", state=State.RECEIVED, clients=rest, **about)
@@ -291,6 +307,7 @@ class Ledger:
             UserError: there is none of that id, or it was taken up already.
         """
         with self._transaction():
+            self._check_unused(signed)
             request = self.request(request_id)
             if request.state not in (State.RECEIVED, State.CANCELLED):
                 raise UserError(f"request {request_id} is {request.state}: only a RECEIVED one can be taken back")
@@ -365,14 +382,26 @@ class Ledger:
             if self._standing().about[-1:] != [sha256]:
                 self._record(about=sha256)
 
+    def about_written(self) -> None:
+        """Keep that `run.json` has been written."""
+        with self._transaction():
+            self._record(about_written=True)
+
+    def unwitnessed(self) -> list[int]:
+        """Give how many events there were where somebody had removed the head that is kept outside."""
+        return list(self._standing().unwitnessed)
+
     def about(self) -> list[str]:
-        """Give the SHA-256 of `run.json`; before it the earlier one, where nothing has happened since."""
+        """Give the SHA-256 of `run.json`; before it that of an earlier one, as long as it may still be there."""
         return list(self._standing().about)
 
     def nonces(self) -> set[str]:
         """Give the numbers that signed requests have used."""
-        signed = [r.detail[name] for r in self.requests() for name in ("signed", "cancelled") if name in r.detail]
-        return {asked["nonce"] for asked in signed}
+        return set(self._standing().nonces)
+
+    def _check_unused(self, signed: Mapping[str, Any] | None) -> None:
+        if signed and signed["nonce"] in self._standing().nonces:
+            raise UserError("what was signed was filed before")
 
     def write_down(self, clients: Iterable[int], action: str, reason: str) -> None:
         """Write down that somebody asked for something and may not."""
@@ -394,16 +423,26 @@ class Ledger:
         rows = self._rows("SELECT at, event FROM events ORDER BY number")
         return [{"at": at, **json.loads(event), "hash": merkle.leaf(entry(at, event)).hex()} for at, event in rows]
 
-    def head(self) -> Head:
-        """Give the signed head over all events.
+    @property
+    def key(self) -> str:
+        """The id of the key that signs.
 
         Raises:
-            UserError: there are none yet.
+            UserError: there are no events yet.
         """
         self._standing()
-        if self._head is None:
+        if not self._key:
             raise UserError(f"{self._path} has no events yet")
-        return self._head
+        return self._key
+
+    def head(self) -> Head:
+        """Give what stands for all events; it is not signed yet."""
+        return Head(self.key, len(self._tree.leaves), self._tree.root().hex())
+
+    def signed_head(self) -> Head:
+        """Give what stands for all events, signed."""
+        head = self.head()
+        return replace(head, signature=self._sign(head.message))
 
     def kept_head(self) -> Head | None:
         """Read the head as it is kept outside of the database, if it is."""
@@ -414,15 +453,24 @@ class Ledger:
         except (OSError, ValueError, TypeError) as error:
             raise TamperedError(f"{self._head_file} is damaged ({error}): put back a copy of it") from error
 
-    def evidence(self, number: int) -> tuple[str, str, list[str]]:
-        """Give the time and the text of an event, and the proof that it is among those of the head.
+    def evidence(self, numbers: Iterable[int]) -> tuple[list[tuple[int, str, str, list[str]]], Head]:
+        """Give events with the proofs that they are among those of a signed head, and that head.
 
         Args:
-            number: of the event, from 1.
+            numbers: of the events, from 1.
+
+        Returns:
+            Number, time, text and proof of each, and the head.
         """
-        self._standing()
-        ((at, event),) = self._rows("SELECT at, event FROM events WHERE number = ?", (number,))
-        return at, event, [step.hex() for step in merkle.proof(self._leaves, number - 1)]
+        head = self.signed_head()
+        rows = self._rows("SELECT number, at, event FROM events")
+        leaves, wanted = self._tree.leaves[: head.size], set(numbers)
+        events = [
+            (number, at, event, [step.hex() for step in merkle.proof(leaves, number - 1)])
+            for number, at, event in rows
+            if number in wanted
+        ]
+        return events, head
 
     def _advance(self, request: Request, state: State, detail: dict[str, Any]) -> None:
         self._record(request=request.id, state=state, **detail)
@@ -430,77 +478,92 @@ class Ledger:
     # Events, and what follows from them --------------------------------------------------------------------------
 
     def _begin_reading(self) -> None:
-        self._found = Standing()
-        self._leaves: list[bytes] = []
-        self._head: Head | None = None
-        self._compared = False
-        self._key = ""
+        self._found, self._tree = Standing(), merkle.Tree()
+        self._key = self._last_at = ""
+        self._compared = self._is_witnessed = False
 
     def _standing(self) -> Standing:
         """Read the events that were not read before, and check that they are the run's."""
-        kept = None if self._compared else self.kept_head()  # before the events: those go on meanwhile
-        seen = len(self._leaves)
-        rows = self._rows("SELECT number, at, event, signature FROM events WHERE number > ? ORDER BY number", (seen,))
-        if rows:
-            self._check_signatures(rows)
-            for _, at, event, _ in rows:
-                self._found.follow(at, json.loads(event))
-        if self._rows("SELECT count(*) FROM events")[0][0] < len(self._leaves):
-            raise self._tampered("events were removed")
-        if kept:
-            self._compare(kept)
-        self._compared = True
+        try:
+            self._read_on()
+        except BaseException:
+            self._begin_reading()
+            raise
         return self._found
 
-    def _check_signatures(self, rows: list[tuple[Any, ...]]) -> None:
-        """Take new events into the tree, and raise TamperedError unless the last of them is signed."""
-        first, key = len(self._leaves) + 1, self._key or _key_in(rows[0][2])
-        if [row[0] for row in rows] != list(range(first, first + len(rows))):
-            raise self._tampered(f"of the events from {first} on some are missing")
-        leaves = self._leaves + [merkle.leaf(entry(at, event)) for _, at, event, _ in rows]
+    def _read_on(self) -> None:
+        kept = None if self._compared else self.kept_head()  # before the events: those go on meanwhile
+        seen = len(self._tree.leaves)
+        rows = self._rows("SELECT number, at, event, signature FROM events WHERE number > ? ORDER BY number", (seen,))
+        for row in rows:
+            self._take(*row, is_last=row is rows[-1])
+            if kept and kept.size == len(self._tree.leaves):
+                self._compare(kept)
+        if self._rows("SELECT count(*) FROM events")[0][0] < len(self._tree.leaves):
+            raise self._tampered("events were removed")
+        if kept and len(self._tree.leaves) < kept.size:
+            raise self._tampered(f"it has {len(self._tree.leaves)} events, and had {kept.size}")
+        if not self._compared:
+            self._compared, self._is_witnessed = True, kept is not None or len(rows) <= FIRST
 
-        def head(number: int, signature: str) -> Head:
-            return Head(key, number, merkle.root(leaves[:number]).hex(), signature)
+    def _take(self, number: int, at: str, text: str, signature: str, *, is_last: bool) -> None:
+        """Take in an event that is the next one; the last one, and one that changes the key, must be signed."""
+        if number != len(self._tree.leaves) + 1:
+            raise self._tampered(f"event {len(self._tree.leaves) + 1} is missing")
+        try:
+            event = json.loads(text)
+            key = event["key"] if "ledger" in event else ""
+            self._found.follow(at, event)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._tampered(f"event {number} is none") from error
+        self._tree.append(merkle.leaf(entry(at, text)))
+        self._key = self._key or key
+        if (is_last or key) and not keys.is_signed(signature, self._row_message(), self._key):
+            raise self._tampered(f"what is there up to event {number} is not signed")
+        self._key, self._last_at = key or self._key, at
 
-        last = head(len(leaves), rows[-1][3])
-        if not last.is_signed:
-            wrong = next((number for number, _, _, s in rows if not head(number, s).is_signed), len(leaves))
-            raise self._tampered(f"event {wrong} has no valid signature")
-        self._key, self._leaves, self._head = key, leaves, last
+    def _row_message(self) -> bytes:
+        """What the signature of the last event is under; no head is signed so."""
+        return b"event of a " + Head(self._key, len(self._tree.leaves), self._tree.root().hex()).message
 
     def _compare(self, kept: Head) -> None:
-        """Raise TamperedError unless the events continue those that were there when a head was kept."""
-        size = len(self._leaves)
+        """Raise TamperedError unless the events so far are those that were there when a head was kept."""
         if not kept.is_signed:
             raise TamperedError(f"{self._head_file} is not signed by the run: put back a copy of it")
-        if size < kept.size:
-            raise self._tampered(f"it has {size} events, and had {kept.size}")
-        if (kept.key, kept.root) != (self._key, merkle.root(self._leaves[: kept.size]).hex()):
+        if (kept.key, kept.root) != (self._key, self._tree.root().hex()):
             raise self._tampered(f"its first {kept.size} events are others than they were")
 
     def _record(self, at: str = "", /, **event: Any) -> None:
-        if not self._leaves and "key" not in event:
-            self._key = keys.new_key(folder=self.keys)
-            self._record(key=self._key, ledger=FORMAT)
-        at, text = at or _now(), json.dumps(event, sort_keys=True)
-        leaves = [*self._leaves, merkle.leaf(entry(at, text))]
-        head = Head(self._key, len(leaves), merkle.root(leaves).hex())
-        signature = keys.load(keys.file_of(self.keys, self._key)).sign(head.message).hex()
-        self._execute("INSERT INTO events VALUES (?, ?, ?, ?)", (len(leaves), at, text, signature))
-        self._leaves, self._head = leaves, replace(head, signature=signature)
+        at, text = at or self._time(), json.dumps(event, sort_keys=True)
+        self._tree.append(merkle.leaf(entry(at, text)))
+        row = (len(self._tree.leaves), at, text, self._sign(self._row_message()))
+        self._execute("INSERT INTO events VALUES (?, ?, ?, ?)", row)
+        self._last_at = at
         self._found.follow(at, json.loads(text))
 
+    def _time(self) -> str:
+        """The time, which never goes back, whatever the clock does."""
+        return max(_now(), self._last_at)
+
+    def _new_key(self, **about: Any) -> None:
+        """Go on with a key of this run's own; an earlier key signs that."""
+        key = keys.new_key(folder=self.keys)
+        self._key = self._key or key
+        self._record(key=key, ledger=FORMAT, **about)
+        self._key = key
+
+    def _sign(self, message: bytes) -> str:
+        return keys.load(keys.file_of(self.keys, self._key)).sign(message).hex()
+
     def _keep_head(self) -> None:
-        """Write the last signature outside of the database: a transaction that is lost afterwards shows."""
-        self._standing()
-        if self._head:
-            with self._readable():
-                write_atomically(self._head_file, json.dumps(asdict(self._head)).encode())
+        """Write the head outside of the database, signed: a transaction that is lost afterwards shows."""
+        with self._readable():
+            write_atomically(self._head_file, json.dumps(asdict(self.signed_head())).encode())
 
     def _tampered(self, how: str) -> TamperedError:
         return TamperedError(
-            f"{self._path} was changed by somebody without the run's key ({how}): put back a copy of the ledger that "
-            f"is as new as {self._head_file}, or remove the run's folder"
+            f"{self._path} was changed by somebody without the run's key ({how}): keep it as evidence, and put back a "
+            f"copy of the ledger that is as new as {self._head_file}"
         )
 
     @contextmanager
@@ -508,15 +571,21 @@ class Ledger:
         self._execute("BEGIN IMMEDIATE")
         try:
             self._standing()
-            before = len(self._leaves)
+            before = len(self._tree.leaves)
+            if not self._key:
+                self._new_key()
+            if not self._is_witnessed:
+                self._record(unwitnessed=before)
+                self._is_witnessed = True
             yield
+            is_changed = len(self._tree.leaves) > before
+            self._execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self._begin_reading()
             raise
-        self._execute("COMMIT")
-        if len(self._leaves) > before:
+        if is_changed:
             self._keep_head()
 
     def _rows(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -561,13 +630,6 @@ def _way_out(error: str) -> str:
 def entry(at: str, event: str) -> bytes:
     """Give the bytes of an event that the Merkle tree is over."""
     return f"{at}\n{event}".encode()
-
-
-def _key_in(event: str) -> str:
-    try:
-        return str(json.loads(event)["key"])
-    except (ValueError, TypeError, KeyError):
-        return ""
 
 
 def due(received_at: str, months: int) -> str:

@@ -7,6 +7,39 @@ import hashlib
 from collections.abc import Sequence
 
 
+class Tree:
+    """Grows by one entry after the other; its root takes about log2(n) hashes.
+
+    Example:
+        >>> tree = Tree()
+        >>> for word in ("a", "b", "c"):
+        ...     tree.append(leaf(word.encode()))
+        >>> tree.root() == root(tree.leaves)
+        True
+    """
+
+    def __init__(self) -> None:
+        self.leaves: list[bytes] = []
+        self._peaks: list[bytes] = []  # of complete subtrees, the largest first, as the binary digits of the size
+
+    def append(self, hashed: bytes) -> None:
+        """Add a hashed entry."""
+        self.leaves.append(hashed)
+        size, peak = len(self.leaves), hashed
+        while size % 2 == 0:
+            peak, size = _node(self._peaks.pop(), peak), size // 2
+        self._peaks.append(peak)
+
+    def root(self) -> bytes:
+        """Give the root over all entries."""
+        if not self._peaks:
+            return root([])
+        *peaks, found = self._peaks
+        for peak in reversed(peaks):
+            found = _node(peak, found)
+        return found
+
+
 def leaf(entry: bytes) -> bytes:
     """Hash an entry."""
     return hashlib.sha256(b"\x00" + entry).digest()

@@ -3,18 +3,24 @@
 The statement travels in a DSSE envelope (Dead Simple Signing Envelope, v1), in canonical JSON (RFC 8785).
 """
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import rfc8785
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore[reportPrivateImportUsage]
 
+from fedunlearn.config import Config
 from fedunlearn.runs import keys
 from fedunlearn.runs.files import write_atomically
-from fedunlearn.runs.ledger import Request, State
+from fedunlearn.runs.ledger import Head, Request, State
 from fedunlearn.runs.page import rendered
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.statement import (
@@ -37,20 +43,34 @@ DELETED = [
     "the model that the request found, and with it every earlier checkpoint of this run",
     "the server's momentum and the earlier models' predictions on held-out images",
     "updates of the clients, where the strategy had stored any",
-    "the clients' outputs of the client head",
+    "the output neuron that told the clients' images",
 ]
 KEPT = [
     Kept(what="the events of this ledger", why="they show what was asked and what was done"),
     Kept(what="accuracies by round, in metrics.jsonl and in the report", why="audits of forgetting compare with them"),
+    Kept(what="in the model the mark of the pruned neuron and of frozen weights", why="training goes on with them"),
     Kept(what="in a simulation the images, in the cache of decoded data", why="they lie beside those of others"),
 ]
 DOES_NOT_PROVE = [
     "That nothing of the clients is left in the model: forgetting is approximate with every strategy but retrain.",
     "That figures are true which others measured: a client that lies about its own images is not found out.",
+    "That files are gone: the program deletes what is listed, but files are unlinked, not overwritten.",
+    "What the operator says of itself: run, settings, examples, rounds, deleted, kept and later figures.",
     "That there is no copy of an earlier model elsewhere, as in forks, studies, backups and downloads.",
     "When something happened: the times are those of the server's clock.",
     "Who holds the run's key: compare its id with one that you got in another way.",
 ]
+
+
+@contextmanager
+def alone(run: Run) -> Iterator[None]:
+    """Let one process at a time write receipts of a run."""
+    folder = run.folder / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_due(run: Run) -> list[Path]:
@@ -89,25 +109,25 @@ def write(run: Run, request: Request, later: Later | None = None) -> Path:
 
 def made(run: Run, request: Request, later: Later | None = None) -> Receipt:
     """Put together what a receipt says."""
-    events = _events(run, request)
-    told = told_by((event.at, content(event)) for event in events)
+    packages, rounds = packages_sha256(), _rounds(run, request)  # they take a while, in which the ledger may go on
+    events, head = _events(run, request)
+    told = told_by((event.number, event.at, content(event)) for event in events)
     about, examples = run.about(), run.ledger.examples()
     return Receipt(
         **told.model_dump(),
         run=run.name,
         examples={str(client): examples[client] for client in request.clients if client in examples},
-        rounds=_rounds(run, request),
-        strategy=run.config.strategy,
-        settings=finite(json.loads(run.config.model_copy(update={"home": "", "run": ""}).model_dump_json())),
+        rounds=rounds,
+        settings=finite(_settings(run.config)),
         data=about["data"],
         versions=about["versions"],
-        packages_sha256=packages_sha256(),
+        packages_sha256=packages,
         deleted=DELETED if told.state == State.COMPLETED else [],
         kept=KEPT,
         does_not_prove=DOES_NOT_PROVE,
         later=later,
         events=events,
-        head=SignedHead(**run.ledger.head().__dict__),
+        head=SignedHead(**asdict(head)),
     )
 
 
@@ -133,7 +153,9 @@ def sign(envelope: Envelope, key: Path) -> Envelope:
 
 def as_file(envelope: Envelope) -> bytes:
     """Write an envelope, in the one way in which it is written."""
-    return rfc8785.dumps(envelope.to_dict()) + b"\n"
+    content = envelope.to_dict()
+    content["signatures"] = sorted(content["signatures"], key=lambda signature: signature["keyid"])
+    return rfc8785.dumps(content) + b"\n"
 
 
 def packages_sha256() -> str:
@@ -142,17 +164,24 @@ def packages_sha256() -> str:
     return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
-def _events(run: Run, request: Request) -> list[Event]:
-    """The steps of a request, with the commit that it found and the one that applied it."""
+def _settings(config: Config) -> dict[str, Any]:
+    """The settings of a run without those that say where it lies, and what others ask for."""
+    forget = config.forget.model_copy(update={"keys": {}, "schedule": {}})
+    data = config.data.model_copy(update={"root": ""})
+    others = {"home": "", "run": "", "forget": forget, "data": data}
+    return json.loads(config.model_copy(update=others).model_dump_json())
+
+
+def _events(run: Run, request: Request) -> tuple[list[Event], Head]:
+    """The steps of a request, with the commit that it found and the one that applied it; and the head over all."""
     events = run.ledger.events()
     steps = [place for place, event in enumerate(events) if concerns(event, request.id)]
     applied = [place for place in steps if events[place].get("state") == State.APPLIED]
     commits = [place for place, event in enumerate(events) if "checkpoint" in event]
     if applied:
         steps += [place for place in commits if place < applied[-1]][-2:]
-    numbers = [place + 1 for place in sorted(steps)]
-    told = {number: run.ledger.evidence(number) for number in numbers}
-    return [Event(number=n, at=at, text=text, proof=proof) for n, (at, text, proof) in told.items()]
+    found, head = run.ledger.evidence(place + 1 for place in steps)
+    return [Event(number=n, at=at, text=text, proof=proof) for n, at, text, proof in found], head
 
 
 def _rounds(run: Run, request: Request) -> int | None:

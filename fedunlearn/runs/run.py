@@ -121,10 +121,10 @@ class Run:
 
     def check_signed(self, signed: SignedRequest | None, clients: Collection[int], *, action: str = FORGET) -> None:
         """Raise UserError, and write it down, where a signature is needed or given and is not good."""
-        forget, head = self.config.forget, self.ledger.head()
+        forget = self.config.forget
         if not forget.signed and signed is None:
             return
-        about = {"run": head.key, "owners": forget.keys, "at": datetime.now(UTC), "used": self.ledger.nonces()}
+        about = {"run": self.ledger.key, "owners": forget.keys, "at": datetime.now(UTC), "used": self.ledger.nonces()}
         try:
             check(signed, clients, action=action, **about)
         except UnsignedError as error:
@@ -275,9 +275,11 @@ class Run:
         """
         from fedunlearn.runs import receipts
 
-        if not (self.folder / "run.json").exists():  # a study's run, of which nobody asked anything
+        is_study = not (self.folder / "run.json").exists()  # where nobody asked anything
+        if is_study or not self.ledger.requests():
             return []
-        return receipts.write_due(self) + (receipts.renew(self) if renew else [])
+        with receipts.alone(self):
+            return receipts.write_due(self) + (receipts.renew(self) if renew else [])
 
     def about(self) -> dict[str, Any]:
         """Read `run.json`: when it was made, of which data, with which versions and settings."""
@@ -325,8 +327,13 @@ def open_ledger(folder: Path) -> Ledger:
 
 def check_about(folder: Path, ledger: Ledger) -> None:
     """Raise TamperedError unless `run.json` is as the run's processes wrote it."""
-    file, known = folder / "run.json", ledger.about()
-    if known and hashlib.sha256(file.read_bytes()).hexdigest() not in known:
+    file = folder / "run.json"
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()  # before the ledger: that goes on meanwhile
+    except OSError:
+        found = ""
+    known = ledger.about()
+    if known and found not in known:
         raise TamperedError(
             f"{file} is damaged, or not as this run wrote it: put back a copy of the file, or remove the folder "
             f"{folder}"

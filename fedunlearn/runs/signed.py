@@ -80,10 +80,12 @@ def read(data: bytes | Mapping[str, Any]) -> SignedRequest:
     try:
         content = dict(data) if isinstance(data, Mapping) else json.loads(data)
         asked = SignedRequest(**content)
-        is_sound = all(isinstance(client, int) for client in asked.clients)
+        is_sound = all(type(client) is int and client < 2**32 for client in asked.clients)
+        is_sound &= all(isinstance(value, str) for name, value in content.items() if name != "clients")
         for time in (asked.issued_at, asked.expires_at):
             is_sound &= datetime.fromisoformat(time).tzinfo is not None
-    except (ValueError, TypeError, AttributeError) as error:
+        is_sound &= bool(asked.message)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UnsignedError(f"this is no signed request: {error}") from error
     if not is_sound:
         raise UnsignedError("this is no signed request: clients are numbers, and times have a zone")

@@ -9,6 +9,8 @@ Source: in-toto attestation framework, Statement v1.
 import json
 import math
 from collections.abc import Iterable
+from datetime import datetime
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +22,14 @@ from fedunlearn.runs.uncertainty import Estimate, fraction
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:fedunlearn:receipt:1"
 ENDED = (State.COMPLETED, *FAILED, State.CANCELLED)
+FOLLOWING = {
+    "": (State.RECEIVED,),
+    State.RECEIVED: (State.COLLECTING, State.REFUSED, State.CANCELLED, State.QUARANTINED),
+    State.COLLECTING: (State.COLLECTING, State.APPLIED, State.QUARANTINED),
+    State.QUARANTINED: (State.COLLECTING,),
+    State.APPLIED: (State.RECOVERING,),
+    State.RECOVERING: (State.COMPLETED,),
+}  # which states may follow which
 GROUPS = {"retain": "retain clients", "test": "held-out images"}
 
 
@@ -99,7 +109,13 @@ class Told(Part):
     after: Model | None = Field(description="the model that the request left")
     figures: list[Figure]
     gate: dict[str, Any] | None = Field(description="what the gate found: figures, errors, budget, reason")
+    strategy: str | None = Field(description="that forgot the clients")
     seconds: float | None = Field(description="that the strategy took")
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the request was applied, or ended, after it was due."""
+        return datetime.fromisoformat(self.applied_at or self.ended_at) > datetime.fromisoformat(self.due_at)
 
 
 class Later(Part):
@@ -115,7 +131,6 @@ class Receipt(Told):
     run: str
     examples: dict[str, int] = Field(description="training images by client, as its node declared them")
     rounds: int | None = Field(description="in which one of the clients was trained on; null where nobody kept that")
-    strategy: str
     settings: dict[str, Any] = Field(description="of the run")
     data: str = Field(description="SHA-256 of the training data, where the run had an auditor")
     versions: dict[str, str]
@@ -157,25 +172,32 @@ def concerns(event: dict[str, Any], request: str) -> bool:
     return event.get("request") == request
 
 
-def told_by(events: Iterable[tuple[str, dict[str, Any]]]) -> Told:
+def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
     """Derive what a receipt says from the events of its request and from the two commits, in their order.
 
     Args:
-        events: time and content of each: the commit before the request was applied and the one that applied it, where
-            there are any, and all steps of the request.
+        events: number, time and content of each: the commit before the request was applied and the one that applied it,
+            where there are any, and all steps of the request.
 
     Raises:
         ValueError: they do not make a request that has ended.
     """
     commits: list[Model] = []
     steps: list[tuple[str, dict[str, Any]]] = []
-    for at, event in events:
+    states, previous = [""], ("", 0)
+    for number, at, event in events:
         if "request" in event:
             steps.append((at, event))
+            states.append(event["state"])
+            if states[-1] == State.APPLIED and previous != ("commit", number - 1):
+                raise ValueError("the model that was applied is not the one that was committed with it")
         else:
             commits.append(Model(round=event["round"], checkpoint=event["checkpoint"], sha256=event["sha256"]))
-    if not steps or steps[0][1]["state"] != State.RECEIVED or steps[-1][1]["state"] not in ENDED:
-        raise ValueError("the events are not those of a request that has ended")
+        previous = ("" if "request" in event else "commit", number)
+    if len({event["request"] for _, event in steps}) != 1 or states[-1] not in ENDED:
+        raise ValueError("the events are not those of one request that has ended")
+    if wrong := [pair for pair in pairwise(states) if pair[1] not in FOLLOWING.get(pair[0], ())]:
+        raise ValueError(f"no request goes from {wrong[0][0] or 'nothing'} to {wrong[0][1]}")
     detail: dict[str, Any] = {}
     for _, event in steps:
         detail |= event
@@ -199,6 +221,7 @@ def told_by(events: Iterable[tuple[str, dict[str, Any]]]) -> Told:
         after=commits[-1] if is_applied else None,
         figures=_figures(first["clients"], detail) if is_applied else [],
         gate=finite(detail["gate"]) if "gate" in detail else None,
+        strategy=detail["strategy"] if is_applied else None,
         seconds=detail["seconds"] if is_applied else None,
     )
 

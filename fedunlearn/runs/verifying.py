@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import rfc8785
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from securesystemslib.exceptions import Error
 
 from fedunlearn.errors import UserError
 from fedunlearn.runs import keys, merkle
+from fedunlearn.runs.budget import MEASURED_BY
 from fedunlearn.runs.ledger import Head, State, entry
 from fedunlearn.runs.receipts import FOLDER, PAYLOAD_TYPE, as_file, statement_of
 from fedunlearn.runs.run import Run
@@ -56,15 +58,33 @@ def verified(data: bytes, *, key: str = "", log: Path | None = None) -> Receipt:
     return receipt
 
 
-def problems(run: Run) -> Iterator[str]:
-    """Say everything that is not as the run wrote it; the ledger and `run.json` were checked when it was opened."""
-    kept = run.ledger.kept_head()
-    if kept is None:
-        yield "no head of the ledger is kept outside of it: whether it was put back to an earlier state is not known"
+def problems(run: Run, *, key: str = "", log: Path | None = None) -> Iterator[str]:
+    """Say everything that is not as the run wrote it; the ledger and `run.json` were checked when it was opened.
+
+    Args:
+        run: that is open.
+        key: id of the key that the run must have; without one, of whatever key it has.
+        log: a head of the ledger that was kept elsewhere.
+    """
+    if key and key != run.ledger.key:
+        yield f"the run's key is {run.ledger.key}, not {key}"
+    if log:
+        try:
+            check_continues(run, log)
+        except InvalidError as error:
+            yield str(error)
+    if run.ledger.kept_head() is None:
+        yield f"heads/{run.name}.json is missing: nobody can say whether events were cut off the end of the ledger"
+    for number in run.ledger.unwitnessed():
+        yield f"after event {number} heads/{run.name}.json was missing: events may have been cut off there"
     try:
         run.check_checkpoint()
     except UserError as error:
         yield str(error)
+    current = run.ledger.current()
+    for file in (run.folder / "checkpoints").glob("*"):
+        if current and file.name != current.checkpoint:
+            yield f"{file} should not be there: only the current model is kept"
     known = {event["receipt"]: event["sha256"] for event in run.ledger.events() if "receipt" in event}
     for name, sha256 in known.items():
         file = run.folder / FOLDER / name
@@ -72,15 +92,20 @@ def problems(run: Run) -> Iterator[str]:
             data = file.read_bytes()
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise InvalidError("it is not the one that was written")
-            verified(data, key=run.ledger.head().key)
-        except (OSError, InvalidError) as error:
+            verified(data)
+        except OSError as error:
+            yield f"{file} is missing ({error.strerror})"
+        except InvalidError as error:
             yield f"{file}: {error}"
     for file in (run.folder / FOLDER).glob("*.json"):
         if file.name not in known:  # a countersigned one is valid
             try:
-                verified(file.read_bytes(), key=run.ledger.head().key)
+                verified(file.read_bytes(), key=run.ledger.key)
             except InvalidError as error:
                 yield f"{file}: the ledger does not know it, and {error}"
+
+
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError, Error)
 
 
 @contextmanager
@@ -88,7 +113,7 @@ def _or_invalid(what: str) -> Iterator[None]:
     """Turn what parsers raise for bytes from outside into one error."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError, Error) as error:
+    except UNREADABLE as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise InvalidError(f"{what}: {reason}") from error
 
@@ -128,7 +153,7 @@ def _check_events(receipt: Receipt, head: Head) -> None:
                 raise InvalidError(f"event {event.number} is not in the ledger")
         if [e.number for e in receipt.events] != sorted({e.number for e in receipt.events}):
             raise InvalidError("its events are not in their order")
-        told = told_by((event.at, content(event)) for event in receipt.events)
+        told = told_by((event.number, event.at, content(event)) for event in receipt.events)
     for name in Told.model_fields:
         if getattr(told, name) != getattr(receipt, name):
             raise InvalidError(f"{name} is not what follows from the ledger's events")
@@ -139,15 +164,13 @@ def _check_times(receipt: Receipt) -> None:
         times = [datetime.fromisoformat(step.at) for step in receipt.states]
         if times != sorted(times):
             raise InvalidError("its times are not in order")
-        done = receipt.applied_at or receipt.ended_at
-        if datetime.fromisoformat(done) > datetime.fromisoformat(receipt.due_at):
-            raise InvalidError(f"it was late: due {receipt.due_at}, done {done}")
+        datetime.fromisoformat(receipt.due_at)
 
 
 def _check_gate(receipt: Receipt) -> None:
     """The gate's figures give its verdict, and a model that was taken had passed it, or somebody answers for it."""
-    if receipt.gate is None or "errors" not in receipt.gate:
-        return
+    if receipt.gate is None or "errors" not in receipt.gate or None in _values(receipt.gate):
+        return  # a model that was not finite has no figures
     with _or_invalid("the gate's figures are not sound"):
         if gate_reason(receipt.gate) != receipt.gate["reason"] or receipt.gate["passed"] == bool(
             receipt.gate["reason"]
@@ -155,6 +178,21 @@ def _check_gate(receipt: Receipt) -> None:
             raise InvalidError("the gate's verdict does not follow from its figures")
         if receipt.state == State.COMPLETED and not receipt.gate["passed"] and not receipt.accepted_by:
             raise InvalidError("the model was taken although the gate refused it, and nobody answers for that")
+
+
+def check_continues(run: Run, log: Path) -> None:
+    """Raise InvalidError unless a run's ledger continues what a head that was kept elsewhere stands for."""
+    with _or_invalid(f"{log} cannot be read"):
+        kept = Head(**json.loads(log.read_bytes()))
+        if not kept.is_signed:
+            raise InvalidError(f"{log} is not signed")
+        leaves = [bytes.fromhex(event["hash"]) for event in run.ledger.events()[: kept.size]]
+        if len(leaves) < kept.size or merkle.root(leaves).hex() != kept.root:
+            raise InvalidError(f"the ledger does not continue the {kept.size} events of {log}")
+
+
+def _values(gate: dict[str, Any]) -> list[Any]:
+    return [value for name in MEASURED_BY for value in (*gate[name], *gate["errors"][name])]
 
 
 def _check_log(head: Head, log: Path) -> None:
