@@ -3,6 +3,7 @@ Data Removal from Federated Learning Models")."""
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from logging import getLogger
 from pathlib import Path
@@ -20,10 +21,9 @@ from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.replies import Results
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.runs import checkpoint
-from fedunlearn.runs.files import NEW
 from fedunlearn.runs.run import Run
 
-FOLDER = "updates"
+FOLDER, AFTER = "updates", "after-"
 
 log = getLogger("fedunlearn")
 
@@ -32,8 +32,9 @@ class FedEraser(Strategy):
     """U'_c = |U_c| / |V_c| V_c: stored updates keep their length, and get the direction of calibrating ones (Eq. 2-3).
 
     Every `every` rounds each client's own update U_c is stored. A request replays these rounds from the initial model.
-    Every retain client trains on a fraction of its images from the replayed model, and V_c is its update. U'_c replaces
-    U_c in the store, and the replayed model moves by the mean of U'_c over examples (with the server's momentum).
+    Every retain client trains on a fraction of its images from the replayed model, and V_c is its update. The replayed
+    model moves by the mean of U'_c over examples (with the server's momentum). Once the request is applied, U'_c counts
+    in U_c's place.
     Stored updates of forgotten clients are deleted with the request.
     """
 
@@ -55,18 +56,20 @@ class FedEraser(Strategy):
         """Store a client's update."""
         if self.one_reply_each(round_):
             (client,) = results.counts
-            checkpoint.save(stored(run.folder, round_, client), results.mean())
+            checkpoint.save(stored(place(run.folder, run.applied), round_, client), results.mean())
 
     def after_refusal(self, run: Run, round_: int, results: Results) -> None:
         """Drop a client's update."""
         for client in results.counts:
-            stored(run.folder, round_, client).unlink(missing_ok=True)
+            stored(place(run.folder, run.applied), round_, client).unlink(missing_ok=True)
 
     def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
         """Replay the stored rounds with the retain clients, calibrated."""
-        folder, retain = federation.folder, federation.retain
+        here, there = (place(federation.folder, federation.applied + n) for n in (0, 1))
+        shutil.rmtree(there, ignore_errors=True)  # of an attempt that failed
+        retain = federation.retain
         by_round: dict[int, list[int]] = {}
-        for round_, client in updates(folder):
+        for round_, client in updates(here):
             if client in retain and round_ <= federation.round:  # later ones are of a round to be repeated
                 by_round.setdefault(round_, []).append(client)
         if not by_round:
@@ -76,16 +79,18 @@ class FedEraser(Strategy):
         federation.begin_anew()
         for round_, clients in by_round.items():
             log.info("── replaying round %d of %d", round_, max(by_round))
-            self.replay(federation, round_, clients)
-        for round_, client in updates(folder):
-            if client in forget:
-                stored(folder, round_, client).unlink()
-        for torn in (folder / FOLDER).glob(f"{NEW}*"):
-            torn.unlink()  # whoever was killed while storing an update left it, and it may be a forget client's
+            self.replay(federation, round_, clients, here, there)
         return {"replayed": len(by_round)}
 
-    def replay(self, federation: Federation, round_: int, clients: list[int]) -> None:
-        """Train for calibration, and move by the calibrated updates."""
+    def after_request(self, run: Run) -> None:
+        """Delete the updates that were stored before the last request was applied."""
+        now = place(run.folder, run.applied)
+        for folder in (run.folder / FOLDER).glob(f"{AFTER}*"):
+            if folder != now:
+                shutil.rmtree(folder)
+
+    def replay(self, federation: Federation, round_: int, clients: list[int], here: Path, there: Path) -> None:
+        """Train for calibration, move by the calibrated updates, and store them in another place."""
         directions: dict[int, Tensors] = {}
 
         def keep(one: Results) -> None:
@@ -101,32 +106,35 @@ class FedEraser(Strategy):
             fraction=self.settings.calibration_fraction,
         )
         params = [name for name, _ in federation.server.model.named_parameters()]
-        update = calibrated(federation, round_, directions, params)
+        update = calibrated(federation, round_, directions, params, here, there)
         federation.apply_round(results, update, round_)
 
     def stored_bytes(self, run: Run) -> int:
         """Count the bytes of the stored updates."""
-        return sum(stored(run.folder, *update).stat().st_size for update in updates(run.folder))
+        here = place(run.folder, run.applied)
+        return sum(stored(here, *update).stat().st_size for update in updates(here))
 
     def carry_over(self, base: Run, run: Run, round_: int) -> None:
         """Link the base's stored updates of rounds up to `round_`."""
-        (run.folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        for stored_round, client in updates(base.folder):
+        there, here = place(base.folder, 0), place(run.folder, 0)
+        here.mkdir(parents=True, exist_ok=True)
+        for stored_round, client in updates(there):
             if stored_round <= round_:
-                here = stored(run.folder, stored_round, client)
-                here.unlink(missing_ok=True)  # of a copy that was stopped
-                os.link(stored(base.folder, stored_round, client), here)
+                link = stored(here, stored_round, client)
+                link.unlink(missing_ok=True)  # of a copy that was stopped
+                os.link(stored(there, stored_round, client), link)
 
 
-def calibrated(federation: Federation, round_: int, directions: Mapping[int, Tensors], params: list[str]) -> Tensors:
-    """Give the mean over examples of U'_c, and store each U'_c in U_c's place."""
+def calibrated(
+    federation: Federation, round_: int, directions: Mapping[int, Tensors], params: list[str], here: Path, there: Path
+) -> Tensors:
+    """Give the mean over examples of U'_c, and store each: U_c is here, U'_c there."""
     sums: Tensors = {}
     total = federation.examples(directions)
     for client, direction in directions.items():
-        path = stored(federation.folder, round_, client)
-        update, _ = checkpoint.read_tensors(path)
+        update, _ = checkpoint.read_tensors(stored(here, round_, client))
         new = direction | {name: along(update[name], direction[name]) for name in params}
-        checkpoint.save(path, new)
+        checkpoint.save(stored(there, round_, client), new)
         messages.add_to(sums, new, federation.examples([client]) / total)
     return sums
 
@@ -137,12 +145,20 @@ def along(update: Tensor, direction: Tensor) -> Tensor:
     return direction * (torch.linalg.vector_norm(update) / length) if length else direction
 
 
+def place(folder: Path, applied: int) -> Path:
+    """Say where a run stores updates while so many of its requests are applied.
+
+    A request stores in the next place. The commit that applies it is what makes that place count.
+    """
+    return folder / FOLDER / f"{AFTER}{applied}"
+
+
 def stored(folder: Path, round_: int, client: int) -> Path:
-    """Say where a client's update of a round lies in a run's folder."""
-    return folder / FOLDER / f"round-{round_:05d}-client-{client}.safetensors"
+    """Say where a client's update of a round lies in a place."""
+    return folder / f"round-{round_:05d}-client-{client}.safetensors"
 
 
 def updates(folder: Path) -> list[tuple[int, int]]:
-    """List (round, client) of every stored update of a run's folder, in order."""
-    names = (re.fullmatch(r"round-(\d+)-client-(\d+)\.safetensors", f.name) for f in (folder / FOLDER).glob("*"))
+    """List (round, client) of every update that is stored in a place, in order."""
+    names = (re.fullmatch(r"round-(\d+)-client-(\d+)\.safetensors", f.name) for f in folder.glob("*"))
     return sorted((int(name[1]), int(name[2])) for name in names if name)

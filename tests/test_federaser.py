@@ -5,6 +5,7 @@ import pytest
 from fedunlearn.errors import UserError
 from fedunlearn.runs.files import NEW
 from fedunlearn.runs.ledger import State
+from local_grid import equal
 from naive import FORGETS, SETTINGS, assert_same, average, pruned, settings_of, trained
 from strategies import federaser
 
@@ -38,7 +39,7 @@ def test_federaser_replays_calibrated_updates(federate):
         state = average(pooled, moved)
     assert_same(federate.state(), pruned(state))
     assert (request.state, request.detail["replayed"]) == (State.COMPLETED, 2)
-    assert sorted({client for _, client in federaser.updates(federate.folder())}) == [0, 1, 2]
+    assert sorted({client for _, client in federaser.updates(federaser.place(federate.folder(), 1))}) == [0, 1, 2]
     predictions = 2 * 40 * 10 * 2  # rounds, images, classes, bytes
     bytes_of_model = sum(value.numel() * value.element_size() for value in state.values() if value.is_floating_point())
     assert request.detail["stored_bytes"] == pytest.approx(8 * bytes_of_model + predictions, rel=0.05)
@@ -46,12 +47,38 @@ def test_federaser_replays_calibrated_updates(federate):
 
 def test_what_a_crash_left_of_an_update_is_deleted_with_a_request(federate):
     federate(f"rounds=1 {EVERY}")
-    torn = federate.folder() / federaser.FOLDER / f"{NEW}x"
+    torn = federaser.place(federate.folder(), 0) / f"{NEW}x"
     torn.write_bytes(b"half of an update")
     federate.run().ledger.file([3])
     federate(f"rounds=1 {EVERY}")
     assert federate.requests()[0].state == State.COMPLETED
     assert not torn.exists()
+
+
+def test_stored_updates_change_with_the_commit_and_not_before(federate, monkeypatch):
+    """A request that dies before its commit, or is set aside, leaves them as they were; then they are the new ones."""
+    federate(f"rounds=2 {EVERY} run=once forget.schedule={{2:[3]}}")
+    federate(f"rounds=2 {EVERY}")
+    before = contents(federaser.place(federate.folder(), 0))
+
+    def dies(*about, **words):
+        raise KeyboardInterrupt
+
+    federate.run().ledger.file([3])
+    with monkeypatch.context() as patch:
+        patch.setattr("fedunlearn.runs.ledger.Ledger.commit", dies)
+        with pytest.raises(KeyboardInterrupt):
+            federate(f"rounds=2 {EVERY}")
+    assert contents(federaser.place(federate.folder(), 0)) == before
+    federate(f"rounds=2 {EVERY}")
+    assert equal(federate.state(), federate.state("once"))
+    assert not federaser.place(federate.folder(), 0).exists()
+    first, second = (contents(federaser.place(federate.folder(name), 1)) for name in ("test", "once"))
+    assert first == second
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_a_round_in_which_only_forget_clients_trained_is_not_replayed(federate):

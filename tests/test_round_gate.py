@@ -93,7 +93,7 @@ def test_the_liar_alone_is_named_and_the_round_is_that_of_the_others(federate, l
 
 def test_a_stored_update_of_a_liar_is_dropped(federate):
     lying(federate, lambda v: 1e6 * v, "strategy=federaser unlearn.every=2")
-    stored = sorted(file.name for file in (federate.folder() / "updates").iterdir())
+    stored = sorted(file.name for file in (federate.folder() / "updates" / "after-0").iterdir())
     assert stored == [f"round-00002-client-{client}.safetensors" for client in (0, 2, 3)]
 
 

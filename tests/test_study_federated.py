@@ -152,7 +152,7 @@ def test_the_base_is_the_run_of_the_app_and_stores_every_second_update(home):
     assert main([*SMALL, "study.stages=[train]"]) == 0
     (folder,) = home.glob("studies/*/tasks/base*")
     config = load(SMALL).config("ce_dl", "leave", 0)
-    stored = sorted((folder / "run" / federaser.FOLDER).iterdir())
+    stored = sorted(federaser.place(folder / "run", 0).iterdir())
     assert len(stored) == 2 * 4
     initial = ServerData(config).model.state_dict()
     for round_ in (1, 2, 3, 4):

@@ -21,6 +21,7 @@ from fedunlearn.log import set_up
 from fedunlearn.runs import report
 from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
 from fedunlearn.runs.ledger import Request
+from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run, open_ledger
 from fedunlearn.schema import name_of
 
@@ -97,6 +98,8 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
     page = report.write(run, counts, _class_names(auditor), label=kind.label, own_settings=kind.Settings)
     log.info(report.summary(run, counts))
     log.info("report: %s", page)
+    if (receipts := run.folder / FOLDER).exists():
+        log.info("receipts: %s (`fedunlearn verify FILE` checks one)", receipts)
     failed = run.ledger.unmet()
     for request in failed:
         log.warning("request %s is %s: %s", request.id, request.state, request.detail.get("reason", ""))

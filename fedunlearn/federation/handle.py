@@ -83,6 +83,11 @@ class Federation:
         return self.state.round
 
     @property
+    def applied(self) -> int:
+        """How many requests have been applied; the present one is not among them."""
+        return self._ledger.applied()
+
+    @property
     def retain(self) -> list[int]:
         """The retain clients: those that can be trained and have no request that was taken up."""
         return sorted(self.trainable - set(self._ledger.clients_in(TAKEN_UP)))

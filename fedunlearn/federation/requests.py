@@ -158,6 +158,7 @@ class Requests:
         tensors = federation.state.tensors()
         applied = self._run.commit(tensors, federation.round, request, **receipt, **result)
         assert applied is not None
+        self._strategy.after_request(self._run)
         self._scores = after
         return applied
 

@@ -104,6 +104,7 @@ class Rounds(FlowerStrategy):
         """Train `num_rounds` rounds, serving requests before each and until none is open after the last."""
         num_rounds = self.requests.expect_rounds(num_rounds)
         self._run.ledger.reopen()
+        self._strategy.after_request(self._run)
         grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
         self.federation.nodes.identify(grid, self._run.ledger.examples())
         self._run.ledger.keep_examples(self.federation.nodes.examples)

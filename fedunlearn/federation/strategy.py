@@ -81,6 +81,9 @@ class Strategy:
     def after_refusal(self, run: Run, round_: int, results: Results) -> None:
         """Drop what was kept of a reply that is found, later in its round, to destroy the model."""
 
+    def after_request(self, run: Run) -> None:
+        """Delete what only the model before the last request needed; called at every start too, after a crash."""
+
     def stored_bytes(self, run: Run) -> int:
         """Count the bytes that the strategy keeps for requests to come, beside the server's state."""
         return 0

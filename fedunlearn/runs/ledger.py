@@ -289,6 +289,10 @@ class Ledger:
         """The clients of all requests in one of `states`, sorted."""
         return sorted({client for r in self.requests() if r.state in states for client in r.clients})
 
+    def applied(self) -> int:
+        """Count the requests that have been applied."""
+        return sum(request.state in FORGOTTEN for request in self.requests())
+
     def advance(self, request: Request, state: State, **detail: Any) -> Request:
         """Move a request to `state`, adding `detail` to its receipt; one that was cancelled meanwhile stays so."""
         with self._transaction():
