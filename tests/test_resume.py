@@ -85,11 +85,7 @@ def whole(request, tmp_path_factory):
             for where, name, calls in (
                 (checkpoint, "save", (3, 4)),  # of the request, of the second round
                 (Ledger, "commit", (3, 4)),
-                (
-                    os,
-                    "fsync",
-                    (6, 7, 8, 10),
-                ),  # of the request's checkpoint and metrics, of the second round's checkpoint
+                (os, "fsync", range(4, 40, 5)),  # of keys, heads, checkpoints, metrics and receipts
             ):
                 killed.at_calls(patch, where, name, calls)
         grid = federate(f"{SCHEDULE} {words} run=whole", grid=killed.at_messages(LocalGrid(2)))
@@ -101,6 +97,7 @@ def whole(request, tmp_path_factory):
 def test_a_run_that_is_killed_at_any_message_or_commit_goes_on_to_the_same_weights(federate, whole, memorised):
     words, expected, runs, killed = whole
     assert len(killed) >= 6  # a start, three rounds, a request that is being applied and one that is applied
+    shutil.copytree(runs.parent / "keys", federate.home / "keys")
     for name, stops in killed.items():
         shutil.copytree(runs / name, federate.folder(name))
         federate(f"{SCHEDULE} {words} run={name}")
