@@ -56,12 +56,12 @@ class FedEraser(Strategy):
         """Store a client's update."""
         if self.one_reply_each(round_):
             (client,) = results.counts
-            checkpoint.save(stored(place(run.folder, run.applied), round_, client), results.mean())
+            checkpoint.save(stored(place(run.folder, run.ledger.applied()), round_, client), results.mean())
 
     def after_refusal(self, run: Run, round_: int, results: Results) -> None:
         """Drop a client's update."""
         for client in results.counts:
-            stored(place(run.folder, run.applied), round_, client).unlink(missing_ok=True)
+            stored(place(run.folder, run.ledger.applied()), round_, client).unlink(missing_ok=True)
 
     def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
         """Replay the stored rounds with the retain clients, calibrated."""
@@ -84,7 +84,7 @@ class FedEraser(Strategy):
 
     def after_request(self, run: Run) -> None:
         """Delete the updates that were stored before the last request was applied."""
-        now = place(run.folder, run.applied)
+        now = place(run.folder, run.ledger.applied())
         for folder in (run.folder / FOLDER).glob(f"{AFTER}*"):
             if folder != now:
                 shutil.rmtree(folder)
@@ -111,7 +111,7 @@ class FedEraser(Strategy):
 
     def stored_bytes(self, run: Run) -> int:
         """Count the bytes of the stored updates."""
-        here = place(run.folder, run.applied)
+        here = place(run.folder, run.ledger.applied())
         return sum(stored(here, *update).stat().st_size for update in updates(here))
 
     def carry_over(self, base: Run, run: Run, round_: int) -> None:

@@ -29,7 +29,9 @@ def checked(asked, key, **others):
 def test_what_the_client_signed_counts_also_after_a_journey_as_json(key):
     asked = sign([3], run=RUN, key=key[1])
     checked(asked, key)
-    checked(read(json.dumps(asdict(asked)).encode()), key)
+    again = read(json.dumps(asdict(asked)).encode())
+    checked(again, key)
+    assert again == asked
 
 
 @pytest.mark.parametrize(

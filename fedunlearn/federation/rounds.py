@@ -175,12 +175,14 @@ class Rounds(FlowerStrategy):
         For that the round's clients are asked once more: they reply the same, and now each reply is looked at.
         """
         federation, band = self.federation, self._config.round_band
+        if not band:
+            return results
         most = limit(federation.held_out_loss({}, IMAGES), len(federation.server.class_names), band)
 
         def loss(update: Tensors) -> float:
             return federation.held_out_loss(update, IMAGES)
 
-        if not band or loss(results.mean()) <= most:
+        if loss(results.mean()) <= most:
             return results
         log.warning("round %d: its update would destroy the model; asking again, to find whose reply does that", round_)
         replies: list[Results] = []

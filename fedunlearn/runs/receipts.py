@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ def as_file(envelope: Envelope) -> bytes:
     return rfc8785.dumps(content) + b"\n"
 
 
+@cache
 def packages_sha256() -> str:
     """Give the SHA-256 of the sorted names and versions of all installed packages, as `numpy==2.4.6`, one a line."""
     found = sorted({f"{one.metadata['Name']}=={one.version}".lower() for one in distributions()})

@@ -196,11 +196,6 @@ class Run:
         everything = batches(data, places, -1, batch_size=self.config.train.batch_size, device=device)
         return predict(self.model(), everything).class_probs
 
-    @property
-    def applied(self) -> int:
-        """How many requests have been applied."""
-        return self.ledger.applied()
-
     # For the process that holds it -------------------------------------------------------------------------------
 
     def commit(
