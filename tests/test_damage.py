@@ -263,8 +263,8 @@ def test_of_several_live_runs_one_must_be_named(two, capsys):
 
 
 def test_a_locked_ledger_is_waited_for_aloud_and_given_up(two, monkeypatch, capsys):
-    monkeypatch.setattr("fedunlearn.runs.ledger.TRY_SECONDS", 0.1)
-    monkeypatch.setattr("fedunlearn.runs.ledger.LOCKED_SECONDS", 0.5)
+    monkeypatch.setattr("fedunlearn.runs.database.TRY_SECONDS", 0.1)
+    monkeypatch.setattr("fedunlearn.runs.database.LOCKED_SECONDS", 0.5)
     file = two.folder() / "ledger.sqlite"
     other = sqlite3.connect(file)
     other.execute("BEGIN EXCLUSIVE")

@@ -10,8 +10,9 @@ import pytest
 from command_line import command
 from fedunlearn.errors import UserError
 from fedunlearn.runs import keys, merkle
+from fedunlearn.runs.events import Head, TamperedError
 from fedunlearn.runs.keys import new_key
-from fedunlearn.runs.ledger import Head, Ledger, TamperedError
+from fedunlearn.runs.ledger import Ledger
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def rewritten(place):
     for number, at, event in rows:
         text = event.replace("[2]", "[0]") if number > 1 else json.dumps(json.loads(event) | {"key": key})
         leaves.append(merkle.leaf(f"{at}\n{text}".encode()))
-        head = Head(key, number, merkle.root(leaves).hex())
+        head = Head(key=key, size=number, root=merkle.root(leaves).hex())
         signed.append((number, at, text, private.sign(b"event of a " + head.message).hex()))
     with sqlite3.connect(place / "runs" / "one" / "ledger.sqlite") as db:
         db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", signed)
@@ -147,11 +148,11 @@ KINDS = {
 def test_a_changed_ledger_is_not_read_and_not_written(place, tamper):
     tamper(place)
     ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
-    events = ledger._rows("SELECT count(*) FROM events")
+    events = ledger._db.rows("SELECT count(*) FROM events")
     for use in (ledger.requests, ledger.current, ledger.head, ledger.events, lambda: ledger.file([0])):
         with pytest.raises(TamperedError, match="put back a copy"):
             use()
-    assert ledger._rows("SELECT count(*) FROM events") == events
+    assert ledger._db.rows("SELECT count(*) FROM events") == events
     ledger.close()
 
 
@@ -192,7 +193,7 @@ def test_where_a_commit_fails_nothing_was_filed(place):
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM events").fetchall()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fedunlearn.runs.ledger.LOCKED_SECONDS", 0)
+            patch.setattr("fedunlearn.runs.database.LOCKED_SECONDS", 0)
             with pytest.raises(UserError, match="locked"):
                 ledger.file([0])
         assert len(ledger.requests()) == filed
@@ -205,7 +206,7 @@ def test_where_a_commit_fails_nothing_was_filed(place):
 
 def test_a_clock_that_goes_back_leaves_times_in_order(place, monkeypatch):
     ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
-    monkeypatch.setattr("fedunlearn.runs.ledger._now", lambda: "2020-01-01T00:00:00.000+00:00")
+    monkeypatch.setattr("fedunlearn.runs.events.now", lambda: "2020-01-01T00:00:00.000+00:00")
     ledger.file([0])
     times = [event["at"] for event in ledger.events()]
     assert times == sorted(times)

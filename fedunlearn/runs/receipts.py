@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -20,8 +19,9 @@ from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore[re
 
 from fedunlearn.config import Config
 from fedunlearn.runs import keys
+from fedunlearn.runs.events import Head
 from fedunlearn.runs.files import write_atomically
-from fedunlearn.runs.ledger import Head, Request, State
+from fedunlearn.runs.ledger import Request, State
 from fedunlearn.runs.page import rendered
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.statement import (
@@ -30,7 +30,6 @@ from fedunlearn.runs.statement import (
     Kept,
     Later,
     Receipt,
-    SignedHead,
     Statement,
     concerns,
     content,
@@ -128,7 +127,7 @@ def made(run: Run, request: Request, later: Later | None = None) -> Receipt:
         does_not_prove=DOES_NOT_PROVE,
         later=later,
         events=events,
-        head=SignedHead(**asdict(head)),
+        head=head,
     )
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.errors import UserError
 from fedunlearn.runs.door import RequestHandle
-from fedunlearn.runs.ledger import Ledger, Request, TamperedError
+from fedunlearn.runs.events import TamperedError
+from fedunlearn.runs.ledger import Ledger, Request
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.signed import CANCEL, FORGET, SignedRequest, UnsignedError, check
 

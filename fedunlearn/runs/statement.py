@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedunlearn.runs.budget import MEASURED_BY, Figures, refusal
+from fedunlearn.runs.events import Head
 from fedunlearn.runs.ledger import FAILED, State
 from fedunlearn.runs.uncertainty import Estimate, fraction
 
@@ -72,15 +73,6 @@ class Event(Part):
     at: str
     text: str = Field(description="JSON, as the ledger has it")
     proof: list[str] = Field(description="Merkle path to the head's root, the nearest first (RFC 9162)")
-
-
-class SignedHead(Part):
-    """The head of the ledger when the receipt was written, signed with the run's key."""
-
-    key: str = Field(description="id of the run's key: the Ed25519 public key")
-    size: int = Field(description="how many events there were")
-    root: str = Field(description="Merkle root over them")
-    signature: str
 
 
 class Kept(Part):
@@ -140,7 +132,7 @@ class Receipt(Told):
     does_not_prove: list[str]
     later: Later | None
     events: list[Event]
-    head: SignedHead
+    head: Head = Field(description="of the ledger when the receipt was written, signed with the run's key")
 
 
 class Digest(Part):

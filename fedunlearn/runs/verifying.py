@@ -17,7 +17,8 @@ from securesystemslib.exceptions import Error
 from fedunlearn.errors import UserError
 from fedunlearn.runs import keys, merkle
 from fedunlearn.runs.budget import MEASURED_BY
-from fedunlearn.runs.ledger import Head, State, entry
+from fedunlearn.runs.events import Head, entry
+from fedunlearn.runs.ledger import State
 from fedunlearn.runs.receipts import FOLDER, PAYLOAD_TYPE, as_file, statement_of
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.statement import Receipt, Statement, Told, content, gate_reason, told_by
@@ -43,7 +44,7 @@ def verified(data: bytes, *, key: str = "", log: Path | None = None) -> Receipt:
     """
     envelope = envelope_of(data)
     receipt = _receipt(envelope)
-    head = Head(**receipt.head.model_dump())
+    head = receipt.head
     if head.key not in envelope.signatures:
         raise InvalidError(f"it is not signed with the run's key {head.key}")
     if key and key not in envelope.signatures:
@@ -183,7 +184,7 @@ def _check_gate(receipt: Receipt) -> None:
 def check_continues(run: Run, log: Path) -> None:
     """Raise InvalidError unless a run's ledger continues what a head that was kept elsewhere stands for."""
     with _or_invalid(f"{log} cannot be read"):
-        kept = Head(**json.loads(log.read_bytes()))
+        kept = Head.model_validate_json(log.read_bytes())
         if not kept.is_signed:
             raise InvalidError(f"{log} is not signed")
         leaves = [bytes.fromhex(event["hash"]) for event in run.ledger.events()[: kept.size]]
@@ -199,7 +200,7 @@ def _check_log(head: Head, log: Path) -> None:
     """The ledger, or the head that is kept outside of it, continues what the receipt's head stands for."""
     with _or_invalid(f"{log} cannot be read"):
         if log.suffix == ".json":
-            kept = Head(**json.loads(log.read_bytes()))
+            kept = Head.model_validate_json(log.read_bytes())
             if not kept.is_signed or kept.key != head.key or kept.size < head.size:
                 raise InvalidError(f"{log} is not of the same ledger, or is older")
             if kept.size == head.size and kept.root != head.root:
