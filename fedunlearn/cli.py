@@ -21,7 +21,7 @@ from typer.core import TyperCommand
 
 from fedunlearn import __version__
 from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
-from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened
+from fedunlearn.commands import AsJson, Home, RunName, client_numbers, in_one_line, opened
 from fedunlearn.config import Config, check_clients, compose, state_home, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
@@ -179,7 +179,7 @@ def forget(
             about = found.ledger.request(cancel).clients
             asked = signed_request(found, about, key, signed, action=f"cancel {cancel}")
             return show([found.cancel(cancel, signed=asked)], as_json)
-        clients = client_numbers(client or [], found.config.clients)
+        clients = client_numbers(client or [])
         if accept and (clients or dry_run or not by):
             raise UserError("--accept ID goes with --by NAME, and with neither --client nor --dry-run")
         if not accept:
@@ -198,10 +198,11 @@ def forget(
             log.info(asking.announcement(found, clients))
             if not found.is_live():
                 asking.check_servable(found)
+        asked = signed_request(found, clients, key, signed, action="forget")
         if dry_run:
+            found.would_take(asked, clients)
             log.info("run %s: nothing is filed (--dry-run)", found.name)
             return show(earlier, as_json) if earlier else 0
-        asked = signed_request(found, clients, key, signed, action="forget")
         words: dict[str, Any] = {"by": by, "right": right, "signed": asked}
         with still_filed():
             return show(asking.ask(found, clients, resources, wait=wait, **words, **following), as_json)
@@ -285,7 +286,7 @@ def requests(
     with opened(run, home) as found:
         if overdue:
             late = found.ledger.overdue()
-            show(late, as_json)
+            show(late, as_json, none="no request is overdue")
             return int(bool(late))
         show([found.ledger.request(request_id)] if request_id else found.ledger.requests(), as_json)
     return 0
@@ -415,27 +416,18 @@ def default_of(declared: Any) -> str:
     return "{}" if is_mapping(declared) else json.dumps(declared.default)
 
 
-def show(requests: list[Request], as_json: bool) -> int:
+def show(requests: list[Request], as_json: bool, *, none: str = "no requests") -> int:
     """Print requests; gives 1 if one of them failed."""
     from fedunlearn.runs.formats import receipt
 
     if as_json:
         print(json.dumps([asdict(request) for request in requests], indent=2))
     elif not requests:
-        print("no requests")
+        print(none)
     for request in [] if as_json else requests:
         clients = ", ".join(map(str, request.clients))
         print(f"{request.id}  {request.state:<11}  clients {clients}  {receipt(request.detail)}".rstrip())
     return int(any(request.state in FAILED for request in requests))
-
-
-def client_numbers(texts: list[str], count: int) -> list[int]:
-    """Read the clients that were typed, as `3`, or as `3,5`."""
-    words = [word for text in texts for word in (text.split(",") if text else [text])]
-    for word in words:
-        if not word.strip().lstrip("-").isdecimal():
-            raise UserError(f"client {word!r} is not a whole number in 0..{count - 1}")
-    return [int(word) for word in words]
 
 
 def table(rows: list[list[str]]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedunlearn.commands import Home, RunName, in_one_line, opened
+from fedunlearn.commands import Home, RunName, client_numbers, in_one_line, opened
 from fedunlearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def id_(file: Annotated[Path, typer.Argument(help="A private key.")]) -> int:
 @in_one_line
 def ask(
     file: Annotated[Path, typer.Argument(help="Where the signed request is written.")],
-    client: Annotated[list[int], typer.Option(help="Whom it is about; may be given several times.")],
+    client: Annotated[list[str], typer.Option(help="Whom it is about, as 3 or 3,5; may be given several times.")],
     key: KeyFile,
     run_key: Annotated[str, typer.Option(help="Id of the run's key, as `fedunlearn verify` prints it.")],
     action: Annotated[str, typer.Option(help="forget, or 'cancel r1'.")] = "forget",
@@ -147,7 +147,7 @@ def ask(
     check_id(run_key)
     if not re.fullmatch(r"forget|cancel r\d+", action):
         raise UserError(f"--action {action!r} is neither forget nor 'cancel r1'")
-    asked = signed.sign(client, run=run_key, key=key, action=action, days=days)
+    asked = signed.sign(client_numbers(client), run=run_key, key=key, action=action, days=days)
     file.write_text(json.dumps(asdict(asked), indent=2))
     print(f"{file} can be filed until {asked.expires_at}")
     return 0

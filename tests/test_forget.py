@@ -52,7 +52,7 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
     cases = {
         ("--client", "4"): "client 4 is not in 0..3",
         ("--client", "-1"): "client -1 is not in 0..3",
-        ("--client", "three"): "client 'three' is not a whole number in 0..3",
+        ("--client", "three"): "client 'three' is not a whole number",
         (): "no client to forget: name one in 0..3",
         ("--client", "1", "--run", "other"): "no run other in",
         ("--client", "1", "--home", str(tmp_path)): "start one with 'fedunlearn run digits'",

@@ -93,6 +93,10 @@ def test_a_run_that_wants_signatures_forgets_for_its_clients_alone(federate, key
     run_key = federate.run().ledger.head().key
     file = tmp_path / "request.json"
     assert command("keys", "ask", str(file), "--client", "3", "--key", str(key[1]), "--run-key", run_key) == 0
+    assert command(*forget, "--dry-run") == 2
+    assert "it is not signed" in capsys.readouterr().err
+    assert command(*forget, "--signed", str(file), "--dry-run") == 0
+    assert federate.requests() == []
     assert command(*forget, "--signed", str(file)) == 0
     (request,) = federate.requests()
     assert request.state == State.COMPLETED

@@ -122,15 +122,18 @@ class Run:
 
     def check_signed(self, signed: SignedRequest | None, clients: Collection[int], *, action: str = FORGET) -> None:
         """Raise UserError, and write it down, where a signature is needed or given and is not good."""
-        forget = self.config.forget
-        if not forget.signed and signed is None:
-            return
-        about = {"run": self.ledger.key, "owners": forget.keys, "at": datetime.now(UTC), "used": self.ledger.nonces()}
         try:
-            check(signed, clients, action=action, **about)
+            self.would_take(signed, clients, action=action)
         except UnsignedError as error:
             self.ledger.write_down(clients, action, str(error))
             raise UserError(f"the request to {action} clients {sorted(clients)} is turned away: {error}") from error
+
+    def would_take(self, signed: SignedRequest | None, clients: Collection[int], *, action: str = FORGET) -> None:
+        """Raise UnsignedError where a signature is needed or given and is not good."""
+        forget = self.config.forget
+        if forget.signed or signed:
+            about = {"run": self.ledger.key, "owners": forget.keys, "at": datetime.now(UTC)}
+            check(signed, clients, action=action, used=self.ledger.nonces(), **about)
 
     def check_checkpoint(self) -> None:
         """Raise UserError unless there is a sound checkpoint."""
