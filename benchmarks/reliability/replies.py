@@ -1,0 +1,225 @@
+"""One bad reply of one client of four, in one message of one round or request: what becomes of the run.
+
+Digits, 600 images, width 8, four clients on four nodes. One base run of 12 rounds is made. Every case goes on from it:
+with one more round, or with a request for client 0 by each installed strategy. Every message that the undisturbed run
+sends to client 1 or to client 0 is a place for damage, found by recording it. A client task is tried with all kinds
+of damage once. Other strategies, and other clients, get those that leave a reply in the expected form.
+
+Outcomes, beside the undisturbed run from the same base, the worst that applies:
+
+- run ends: with an exception, though three honest clients are there.
+- harmful: a weight is not finite, or accuracy on held-out images or on the honest clients' is lower by more than 0.1.
+- false figures: NaN, infinity, or accuracies outside 0..1 in `metrics.jsonl` or in what the request says.
+- neutralised: COMPLETED, and more than half of the memorisation gap that the undisturbed request takes is still there.
+- innocents named: the log names an honest client as the sender of something that was refused.
+- nobody named: the request is set aside, and nobody is named.
+- liar named: the reply is refused with its sender's name. The round or request goes on, or the request is set aside.
+- harmless: none of these. A plausible lie about oneself is among them.
+"""
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import timing
+from benchmarks.reliability.damages import Damage, damages_of, is_believable
+from benchmarks.reliability.federation import (
+    BASE,
+    BASE_ROUNDS,
+    FORGET,
+    LIAR,
+    BadReplyGrid,
+    Memory,
+    Site,
+    going_on,
+)
+from benchmarks.reliability.outcomes import (
+    WORST_FIRST,
+    Examiner,
+    Found,
+    Model,
+    impossible_figures,
+    outcome,
+    watched,
+)
+from fedunlearn.federation.auditor import Auditor
+from fedunlearn.federation.server_data import ServerData
+from fedunlearn.federation.server_state import ServerState
+from fedunlearn.federation.strategy import strategy_class, strategy_names
+from fedunlearn.federation.tasks import tasks_of
+from fedunlearn.log import set_up
+from fedunlearn.runs.home import runs_folder
+from fedunlearn.runs.ledger import State
+from fedunlearn.runs.run import Run
+
+TRAINING = "training"
+REPLAYING = ("federaser", "retrain")  # strategies that train whole runs again: only the last reply of a task is bad
+WORDS = {"subset": "unlearn.lr=0.4", "relabel": "unlearn.lr=0.2"}  # steps are few in so small a federation
+
+
+class Case(NamedTuple):
+    """One bad reply."""
+
+    scenario: str
+    site: Site
+    damage: str
+
+    @property
+    def key(self) -> str:
+        """Give it in words, under which its result is kept."""
+        return f"{self.scenario} {self.site.task} {self.site.client} {self.site.number} {self.damage}"
+
+
+class Bench:
+    """Runs cases from one base.
+
+    Args:
+        home: state folder, where the base is made if it is not there.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home, self._memory, self._count = home, Memory(), 0
+        if not (runs_folder(home) / "base" / "run.json").exists():
+            with going_on(home, "base", BASE, BadReplyGrid(self._memory), rounds=BASE_ROUNDS):
+                print("the base is trained", flush=True)
+        base = Run.opened(runs_folder(home) / "base")
+        self._auditor, server = Auditor(base.config), ServerData(base.config)
+        self._examiner, self._restored_in = Examiner(self._auditor, server, FORGET), server.model
+        self.before: Model = self._examiner.model(self._params(base))
+        base.ledger.close()
+
+    def forget_replies(self) -> None:
+        """Drop the remembered replies."""
+        self._memory.replies.clear()
+
+    def found(self, scenario: str, grid: BadReplyGrid) -> Found:
+        """Carry out a scenario, and say what became of it."""
+        self._count += 1
+        name, found = f"case-{self._count}-{time.time_ns()}", Found()
+        words = f"fork=base {_words(scenario)}"
+        rounds = int(scenario == TRAINING)
+        with watched(found, grid.nodes):
+            with going_on(self._home, name, words, grid, rounds=rounds, auditor=self._auditor) as run:
+                self._note(run, found)
+        shutil.rmtree(runs_folder(self._home) / name, ignore_errors=True)
+        return found
+
+    def grid(self, site: Site | None = None, damage: Damage | None = None) -> BadReplyGrid:
+        """Make a grid in which the reply at a place is damaged."""
+        return BadReplyGrid(self._memory, site, damage)
+
+    def _note(self, run: Run, found: Found) -> None:
+        rows = [row for row in run.metrics() if row["kind"] != "round" or row["round"] > BASE_ROUNDS]
+        requests = run.ledger.requests()
+        found.impossible = list(impossible_figures([*rows, *(request.detail for request in requests)]))
+        for request in requests:
+            found.state, found.reason = request.state, request.detail.get("reason", "")
+        found.model = self._examiner.model(self._params(run))
+
+    def _params(self, run: Run) -> Any:
+        return ServerState.from_tensors(*run.restore(self._restored_in, beside=None)).params
+
+
+def _words(scenario: str) -> str:
+    if scenario == TRAINING:
+        return f"strategy=leave rounds={BASE_ROUNDS + 1}"
+    request = f"forget.schedule={{{BASE_ROUNDS}:[{FORGET}]}}"
+    return f"strategy={scenario} rounds={BASE_ROUNDS} {request} {WORDS.get(scenario, '')}".strip()
+
+
+def scenarios() -> list[str]:
+    """List a round of training, and a request by each strategy that is installed."""
+    return [TRAINING, "subset", *(name for name in strategy_names() if name != "subset")]
+
+
+def cases(scenario: str, grid: BadReplyGrid, tried: set[str]) -> Iterator[tuple[Case, Damage]]:
+    """Give the cases of a scenario; `tried` are tasks that have had every damage."""
+    for site in _sites(scenario, grid.sent):
+        everything = site.task not in tried
+        tried.add(site.task)
+        for name, damage in damages_of(grid.sent[site]).items():
+            if everything or is_believable(name):
+                yield Case(scenario, site, name), damage
+
+
+def _sites(scenario: str, sent: Iterable[Site]) -> list[Site]:
+    """Choose places: the first message of each task to the liar and to the forget client, and the last where it counts."""
+    last = {(site.task, site.client): site for site in sent}
+    wanted = [(task, client) for task, client in last if client == LIAR or (client == FORGET and scenario != TRAINING)]
+    places = []
+    for task, client in wanted:
+        if scenario != TRAINING and task == "identify":
+            continue
+        first = Site(task, client, 0)
+        ends = [last[task, client]] if scenario in REPLAYING else [first, last[task, client]]
+        places += [site for site in dict.fromkeys(ends) if site.number == 0 or task == "evaluate" or len(ends) == 1]
+    return places
+
+
+def measure(home: Path, file: Path, wanted: list[str]) -> list[dict[str, Any]]:
+    """Run all cases that `file` does not have yet, and give the rows of all."""
+    set_up()
+    bench, tried = Bench(home), set()
+    kept = {row["key"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    print(f"the base: {bench.before}", flush=True)
+    rows = []
+    for scenario in wanted:
+        bench.forget_replies()
+        grid = bench.grid()
+        undisturbed = bench.found(scenario, grid)
+        print(f"{scenario}, undisturbed: {undisturbed}", flush=True)
+        for case, damage in cases(scenario, grid, tried):
+            if case.key not in kept:
+                row = _row(bench, case, damage, undisturbed)
+                with file.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+                kept[case.key] = row
+                print(f"{row['seconds']:6.1f} s  {row['outcome']:16} {case.key}  {row['why']}", flush=True)
+            rows.append(kept[case.key])
+    return rows
+
+
+def _row(bench: Bench, case: Case, damage: Damage, undisturbed: Found) -> dict[str, Any]:
+    started = time.perf_counter()
+    found = bench.found(case.scenario, bench.grid(case.site, damage))
+    why = found.ended or "; ".join(found.impossible[:2]) or found.reason
+    return {
+        "key": case.key,
+        "scenario": case.scenario,
+        "task": case.site.task,
+        "client": case.site.client,
+        "damage": case.damage,
+        "outcome": outcome(found, undisturbed, bench.before, case.site.client),
+        "set_aside": found.state == State.QUARANTINED != undisturbed.state,
+        "test": found.model.test if found.model else None,
+        "named": sorted(found.named),
+        "why": why[:200],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table, a row for each message."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        role = "forget" if row["client"] == FORGET else "retain"
+        groups.setdefault(f"{row['task']}, {role}", []).append(row)
+    table = [_counted(name, found) for name, found in sorted(groups.items())] + [_counted("all", rows)]
+    columns = ("message", "strategies", "n", *WORST_FIRST[::-1], "request set aside")
+    timing.table(f"{len(rows)} bad replies", columns, table)
+    never = {task for name in strategy_names() for task in tasks_of(strategy_class(name))} - {r["task"] for r in rows}
+    print(f"client tasks that nobody was asked for: {', '.join(sorted(never)) or 'none'}")
+    for row in rows:
+        if row["outcome"] not in ("liar named", "harmless"):
+            print(f"{row['outcome']:16} {row['key']}  {row['why']}")
+
+
+def _counted(name: str, rows: list[dict[str, Any]]) -> list[Any]:
+    by_outcome = Counter(row["outcome"] for row in rows)
+    strategies = len({row["scenario"] for row in rows} - {TRAINING})
+    aside = sum(row["set_aside"] for row in rows)
+    return [name, strategies, len(rows), *(by_outcome[kind] for kind in WORST_FIRST[::-1]), aside]
