@@ -26,8 +26,8 @@ from fedunlearn.runs.run import Run
 CLIENTS = 4
 BASE_ROUNDS = 12
 BASE = (
-    f"data.limit=600 data.test_limit=120 clients={CLIENTS} model.width=8 rounds={BASE_ROUNDS} train.epochs=3 "
-    "train.batch_size=32 train.crop_padding=0 train.lr=0.08 train.schedule_rounds=16 train.server_momentum=0.5 "
+    f"data.limit=600 data.test_limit=120 clients={CLIENTS} model.width=8 rounds={BASE_ROUNDS} train.epochs=2 "
+    "train.batch_size=32 train.crop_padding=0 train.lr=0.05 train.schedule_rounds=16 train.server_momentum=0 "
     f"train.client_head_steps=20 evaluate_every={BASE_ROUNDS} train.precision=fp32 message_dtype=fp32 timeout=0.2"
 )
 LIAR, FORGET = 1, 0  # the client that lies where all are asked, and the one that is forgotten
@@ -52,14 +52,14 @@ class BadReplyGrid(LocalGrid):
     """A node a client; the reply to one message is damaged.
 
     Attributes:
-        sent: which messages there were, and the honest reply to each.
+        sent: which messages there were, each with the honest reply.
     """
 
     def __init__(self, memory: Memory, site: Site | None = None, damage: Damage | None = None) -> None:
         super().__init__(CLIENTS, app)
         self._memory, self._site, self._damage = memory, site, damage
         self._times: Counter[tuple[str, int]] = Counter()
-        self.sent: dict[Site, Message] = {}
+        self.sent: dict[Site, tuple[Message, Message]] = {}
 
     def call(self, message: Message) -> Message:
         """Answer a message as its node does, but for the one whose reply is damaged."""
@@ -69,10 +69,9 @@ class BadReplyGrid(LocalGrid):
         self._times[task.name, client] += 1
         reply = self._honest(message)
         if reply.has_content():
-            self.sent[site] = reply
+            self.sent[site] = (message, reply)
         if site == self._site and self._damage and reply.has_content():
-            found = self._damage(Message(copied(reply.content), reply_to=message))
-            return Message(found, reply_to=message) if isinstance(found, Error | RecordDict) else found  # type: ignore
+            return damaged(message, reply, self._damage)  # type: ignore[return-value]
         return reply
 
     def pull_messages(self, message_ids) -> list[Message]:
@@ -87,6 +86,12 @@ class BadReplyGrid(LocalGrid):
                 return reply
             self._memory.replies[key] = reply.content
         return Message(copied(self._memory.replies[key]), reply_to=message)
+
+
+def damaged(message: Message, reply: Message, damage: Damage) -> Message | None:
+    """Give a damaged copy of the reply to a message; None for silence."""
+    found = damage(Message(copied(reply.content), reply_to=message))
+    return Message(found, reply_to=message) if isinstance(found, Error | RecordDict) else found
 
 
 def _content_key(message: Message) -> str:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedunlearn.errors import UserError
@@ -17,7 +16,7 @@ from fedunlearn.federation.server_data import ServerData
 from fedunlearn.runs.ledger import State
 
 MOST_LOST = 0.1  # of accuracy, beside the undisturbed run
-MEMORISED = 0.5  # of what the undisturbed request takes of the memorisation gap, and more, is still there
+STILL_THERE = 0.5  # of what the undisturbed request takes off the forget client's accuracy, and more
 WORST_FIRST = (
     "run ends",
     "harmful",
@@ -37,13 +36,11 @@ class Model:
     Attributes:
         test: accuracy on held-out images.
         clients: accuracy on each client's images.
-        gap: how much better the forget client's are known than held-out ones of its classes.
         finite: whether all weights are.
     """
 
     test: float
     clients: tuple[float, ...]
-    gap: float
     finite: bool
 
 
@@ -71,8 +68,8 @@ class Found:
 class Examiner:
     """Measures models, each once, on all images: what it says no server could know."""
 
-    def __init__(self, auditor: Auditor, server: ServerData, forget: int) -> None:
-        self._auditor, self._server, self._forget = auditor, server, forget
+    def __init__(self, auditor: Auditor, server: ServerData) -> None:
+        self._auditor, self._server = auditor, server
         self._known: dict[bytes, Model] = {}
 
     def model(self, params: Mapping[str, Tensor]) -> Model:
@@ -85,16 +82,15 @@ class Examiner:
     def _measured(self, params: dict[str, Tensor]) -> Model:
         finite = all(bool(value.isfinite().all()) for value in params.values() if value.is_floating_point())
         if not finite:
-            return Model(0.0, (), 0.0, finite)
+            return Model(0.0, (), finite)
         self._server.model.load_state_dict(params)
         predictions = self._server.predict(self._server.model)
-        clients = self._auditor.class_counts()
-        own = [self._auditor.evaluate(params, client).class_accuracy for client in range(len(clients))]
-        held_out = predictions.expected_accuracy(torch.from_numpy(clients[self._forget]))
-        return Model(predictions.total.class_accuracy, tuple(own), own[self._forget] - held_out, finite)
+        clients = range(len(self._auditor.class_counts()))
+        own = tuple(self._auditor.evaluate(params, client).class_accuracy for client in clients)
+        return Model(predictions.total.class_accuracy, own, finite)
 
 
-def outcome(found: Found, undisturbed: Found, before: Model, liar: int) -> str:
+def outcome(found: Found, undisturbed: Found, before: Model, *, liar: int, forget: int) -> str:
     """Say in two words what a bad reply did; the thresholds are those of this module."""
     if found.ended:
         return "run ends"
@@ -103,7 +99,7 @@ def outcome(found: Found, undisturbed: Found, before: Model, liar: int) -> str:
         return "harmful"
     if found.impossible:
         return "false figures"
-    if _is_neutralised(found, undisturbed, before):
+    if _is_neutralised(found, undisturbed, before, forget):
         return "neutralised"
     if found.named - {liar}:
         return "innocents named"
@@ -123,11 +119,12 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _is_neutralised(found: Found, undisturbed: Found, before: Model) -> bool:
+def _is_neutralised(found: Found, undisturbed: Found, before: Model, forget: int) -> bool:
     if not found.state == undisturbed.state == State.COMPLETED or found.model is None or undisturbed.model is None:
         return False
-    taken = before.gap - undisturbed.model.gap
-    return taken > MOST_LOST and found.model.gap > before.gap - MEMORISED * taken
+    known, is_known = before.clients[forget], found.model.clients[forget]
+    taken = known - undisturbed.model.clients[forget]
+    return taken > MOST_LOST and is_known > known - STILL_THERE * taken
 
 
 # What a run says -----------------------------------------------------------------------------------------------------

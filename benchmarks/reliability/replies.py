@@ -1,16 +1,19 @@
 """One bad reply of one client of four, in one message of one round or request: what becomes of the run.
 
 Digits, 600 images, width 8, four clients on four nodes. One base run of 12 rounds is made. Every case goes on from it:
-with one more round, or with a request for client 0 by each installed strategy. Every message that the undisturbed run
+with one more round, or with a request for client 0 by each installed strategy, tried once (`forget.attempts=1`). Every message that the undisturbed run
 sends to client 1 or to client 0 is a place for damage, found by recording it. A client task is tried with all kinds
 of damage once. Other strategies, and other clients, get those that leave a reply in the expected form.
+
+Nothing of a reply counts that is refused when it is read. So a case that is refused there has the outcome of an error
+reply in the same place, which is run. All others are run.
 
 Outcomes, beside the undisturbed run from the same base, the worst that applies:
 
 - run ends: with an exception, though three honest clients are there.
 - harmful: a weight is not finite, or accuracy on held-out images or on the honest clients' is lower by more than 0.1.
 - false figures: NaN, infinity, or accuracies outside 0..1 in `metrics.jsonl` or in what the request says.
-- neutralised: COMPLETED, and more than half of the memorisation gap that the undisturbed request takes is still there.
+- neutralised: COMPLETED, and more than half of what the undisturbed request takes off the accuracy of client 0 is still there.
 - innocents named: the log names an honest client as the sender of something that was refused.
 - nobody named: the request is set aside, and nobody is named.
 - liar named: the reply is refused with its sender's name. The round or request goes on, or the request is set aside.
@@ -25,16 +28,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flwr.app import Message
+
 from benchmarks import timing
 from benchmarks.reliability.damages import Damage, damages_of, is_believable
 from benchmarks.reliability.federation import (
     BASE,
     BASE_ROUNDS,
+    CLIENTS,
     FORGET,
     LIAR,
     BadReplyGrid,
     Memory,
     Site,
+    damaged,
     going_on,
 )
 from benchmarks.reliability.outcomes import (
@@ -46,17 +53,20 @@ from benchmarks.reliability.outcomes import (
     outcome,
     watched,
 )
+from fedunlearn.federation import messages
 from fedunlearn.federation.auditor import Auditor
+from fedunlearn.federation.replies import Expected, introduction
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import strategy_class, strategy_names
-from fedunlearn.federation.tasks import tasks_of
+from fedunlearn.federation.tasks import ClientTask, tasks_of
 from fedunlearn.log import set_up
 from fedunlearn.runs.home import runs_folder
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.run import Run
 
 TRAINING = "training"
+ERROR = "error of one line"
 REPLAYING = ("federaser", "retrain")  # strategies that train whole runs again: only the last reply of a task is bad
 WORDS = {"subset": "unlearn.lr=0.4", "relabel": "unlearn.lr=0.2"}  # steps are few in so small a federation
 
@@ -88,8 +98,9 @@ class Bench:
                 print("the base is trained", flush=True)
         base = Run.opened(runs_folder(home) / "base")
         self._auditor, server = Auditor(base.config), ServerData(base.config)
-        self._examiner, self._restored_in = Examiner(self._auditor, server, FORGET), server.model
+        self._examiner, self._restored_in = Examiner(self._auditor, server), server.model
         self.before: Model = self._examiner.model(self._params(base))
+        self.model, self.pixels, self.examples = server.model, server.pixels, base.ledger.examples()
         base.ledger.close()
 
     def forget_replies(self) -> None:
@@ -127,7 +138,7 @@ class Bench:
 def _words(scenario: str) -> str:
     if scenario == TRAINING:
         return f"strategy=leave rounds={BASE_ROUNDS + 1}"
-    request = f"forget.schedule={{{BASE_ROUNDS}:[{FORGET}]}}"
+    request = f"forget.schedule={{{BASE_ROUNDS}:[{FORGET}]}} forget.attempts=1"
     return f"strategy={scenario} rounds={BASE_ROUNDS} {request} {WORDS.get(scenario, '')}".strip()
 
 
@@ -136,12 +147,27 @@ def scenarios() -> list[str]:
     return [TRAINING, "subset", *(name for name in strategy_names() if name != "subset")]
 
 
+def is_refused_at_reading(bench: Bench, task: ClientTask | None, message: Message, reply: Message | None) -> bool:
+    """Say whether a reply is refused when it is read, so that nothing else of it counts."""
+    if reply is None:
+        return False
+    try:
+        if task is None:
+            introduction(reply, CLIENTS)
+        else:
+            variances = messages.unpack(message, only="running_var")
+            Expected(task, bench.model, "fp32", bench.examples, bench.pixels, variances).read(reply, message)
+    except ValueError:
+        return True
+    return False
+
+
 def cases(scenario: str, grid: BadReplyGrid, tried: set[str]) -> Iterator[tuple[Case, Damage]]:
     """Give the cases of a scenario; `tried` are tasks that have had every damage."""
     for site in _sites(scenario, grid.sent):
         everything = site.task not in tried
         tried.add(site.task)
-        for name, damage in damages_of(grid.sent[site]).items():
+        for name, damage in damages_of(grid.sent[site][1]).items():
             if everything or is_believable(name):
                 yield Case(scenario, site, name), damage
 
@@ -163,23 +189,34 @@ def _sites(scenario: str, sent: Iterable[Site]) -> list[Site]:
 def measure(home: Path, file: Path, wanted: list[str]) -> list[dict[str, Any]]:
     """Run all cases that `file` does not have yet, and give the rows of all."""
     set_up()
-    bench, tried = Bench(home), set()
+    bench, tried = Bench(home), set[str]()
     kept = {row["key"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
     print(f"the base: {bench.before}", flush=True)
     rows = []
     for scenario in wanted:
+        if scenario != TRAINING and not tried:
+            tried |= {"train", "batch_norm_statistics", "evaluate"}  # another call tries them
         bench.forget_replies()
         grid = bench.grid()
         undisturbed = bench.found(scenario, grid)
         print(f"{scenario}, undisturbed: {undisturbed}", flush=True)
+        known = tasks_of(strategy_class("leave" if scenario == TRAINING else scenario))
+        refused: dict[Site, dict[str, Any]] = {}  # by place, the row of an error reply, which is run
         for case, damage in cases(scenario, grid, tried):
             if case.key not in kept:
-                row = _row(bench, case, damage, undisturbed)
+                message, honest = grid.sent[case.site]
+                reply = damaged(message, honest, damage)
+                if case.site in refused and is_refused_at_reading(bench, known.get(case.site.task), message, reply):
+                    row = refused[case.site] | {"key": case.key, "damage": case.damage, "run": False}
+                else:
+                    row = _row(bench, case, damage, undisturbed)
                 with file.open("a") as out:
                     out.write(json.dumps(row) + "\n")
                 kept[case.key] = row
-                print(f"{row['seconds']:6.1f} s  {row['outcome']:16} {case.key}  {row['why']}", flush=True)
+                print(f"{row['run']!s:6} {row['outcome']:16} {case.key}  {row['why']}", flush=True)
             rows.append(kept[case.key])
+            if case.damage == ERROR and rows[-1]["outcome"] == "liar named":
+                refused[case.site] = rows[-1]
     return rows
 
 
@@ -193,11 +230,13 @@ def _row(bench: Bench, case: Case, damage: Damage, undisturbed: Found) -> dict[s
         "task": case.site.task,
         "client": case.site.client,
         "damage": case.damage,
-        "outcome": outcome(found, undisturbed, bench.before, case.site.client),
+        "outcome": outcome(found, undisturbed, bench.before, liar=case.site.client, forget=FORGET),
         "set_aside": found.state == State.QUARANTINED != undisturbed.state,
         "test": found.model.test if found.model else None,
+        "clients": found.model.clients if found.model else None,
         "named": sorted(found.named),
         "why": why[:200],
+        "run": True,
         "seconds": time.perf_counter() - started,
     }
 
@@ -210,7 +249,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         groups.setdefault(f"{row['task']}, {role}", []).append(row)
     table = [_counted(name, found) for name, found in sorted(groups.items())] + [_counted("all", rows)]
     columns = ("message", "strategies", "n", *WORST_FIRST[::-1], "request set aside")
-    timing.table(f"{len(rows)} bad replies", columns, table)
+    run = sum(row["run"] for row in rows)
+    timing.table(f"{len(rows)} bad replies, {run} of them run to the end", columns, table)
     never = {task for name in strategy_names() for task in tasks_of(strategy_class(name))} - {r["task"] for r in rows}
     print(f"client tasks that nobody was asked for: {', '.join(sorted(never)) or 'none'}")
     for row in rows:

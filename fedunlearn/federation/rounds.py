@@ -107,7 +107,8 @@ class Rounds(FlowerStrategy):
         self._strategy.after_request(self._run)
         grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
         self.federation.nodes.identify(grid, self._run.ledger.examples())
-        self._run.ledger.keep_examples(self.federation.nodes.examples)
+        nodes = self.federation.nodes
+        self._run.ledger.keep_examples({c: n for c, n in nodes.examples.items() if c not in nodes.disputed})
         self._announce()
         if self.federation.round == 0 and self._run.ledger.current() is None:
             self._commit()
