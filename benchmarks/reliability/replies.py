@@ -53,6 +53,7 @@ from benchmarks.reliability.outcomes import (
     outcome,
     watched,
 )
+from benchmarks.reliability.stock import has_counterpart, stock_found
 from fedunlearn.federation import messages
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.replies import Expected, introduction
@@ -98,8 +99,8 @@ class Bench:
                 print("the base is trained", flush=True)
         base = Run.opened(runs_folder(home) / "base")
         self._auditor, server = Auditor(base.config), ServerData(base.config)
-        self._examiner, self._restored_in = Examiner(self._auditor, server), server.model
-        self.before: Model = self._examiner.model(self._params(base))
+        self.examiner, self._restored_in = Examiner(self._auditor, server), server.model
+        self.before: Model = self.examiner.model(self._params(base))
         self.model, self.pixels, self.examples = server.model, server.pixels, base.ledger.examples()
         base.ledger.close()
 
@@ -129,7 +130,7 @@ class Bench:
         found.impossible = list(impossible_figures([*rows, *(request.detail for request in requests)]))
         for request in requests:
             found.state, found.reason = request.state, request.detail.get("reason", "")
-        found.model = self._examiner.model(self._params(run))
+        found.model = self.examiner.model(self._params(run))
 
     def _params(self, run: Run) -> Any:
         return ServerState.from_tensors(*run.restore(self._restored_in, beside=None)).params
@@ -145,6 +146,26 @@ def _words(scenario: str) -> str:
 def scenarios() -> list[str]:
     """List a round of training, and a request by each strategy that is installed."""
     return [TRAINING, "subset", *(name for name in strategy_names() if name != "subset")]
+
+
+def beside_stock(bench: Bench, grid: BadReplyGrid, rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """Count outcomes of bad replies to `train` in a round, ours beside those of stock FedAvg."""
+    site = Site("train", LIAR, 0)
+    damages = damages_of(grid.sent[site][1])
+    undisturbed, found = stock_found(bench.examiner, grid, site, None), {}
+    for name in filter(has_counterpart, damages):
+        one = stock_found(bench.examiner, grid, site, damages[name])
+        found[name] = outcome(one, undisturbed, bench.before, liar=LIAR, forget=FORGET)
+        print(f"stock FedAvg: {found[name]:12} {name}  {one.ended[:100]}", flush=True)
+    ours = Counter(row["outcome"] for row in rows if row["damage"] in found and _is_at(row, site))
+    return [
+        ["stock FedAvg", len(found), *(Counter(found.values())[kind] for kind in WORST_FIRST[::-1])],
+        ["fedunlearn", sum(ours.values()), *(ours[kind] for kind in WORST_FIRST[::-1])],
+    ]
+
+
+def _is_at(row: dict[str, Any], site: Site) -> bool:
+    return (row["scenario"], row["task"], row["client"]) == (TRAINING, site.task, site.client)
 
 
 def is_refused_at_reading(bench: Bench, task: ClientTask | None, message: Message, reply: Message | None) -> bool:
@@ -217,6 +238,9 @@ def measure(home: Path, file: Path, wanted: list[str]) -> list[dict[str, Any]]:
             rows.append(kept[case.key])
             if case.damage == ERROR and rows[-1]["outcome"] == "liar named":
                 refused[case.site] = rows[-1]
+        if scenario == TRAINING:
+            table = beside_stock(bench, grid, rows)
+            timing.table("the replies to `train` that FedAvg has the like of", ("", "n", *WORST_FIRST[::-1]), table)
     return rows
 
 
