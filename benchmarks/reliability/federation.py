@@ -1,6 +1,5 @@
 """A small federation whose runs go on from one base, and a grid in which one reply is bad."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 
 from flwr.app import Error, Message, RecordDict
 
-from benchmarks.reliability.damages import Damage, copied
+from benchmarks.reliability.array_damages import Damage
+from benchmarks.reliability.damages import copied
 from fedunlearn.apps.client_app import app
 from fedunlearn.apps.server_app import asked_for, prepared
 from fedunlearn.apps.simulate import app_folder

@@ -79,4 +79,3 @@ def trained(home: Path, run: str, words: str, grid: LocalGrid) -> float:
         return float(opened.metrics()[-1]["test"]["class"])
     finally:
         opened.ledger.close()
-

@@ -74,7 +74,9 @@ class Examiner:
 
     def model(self, params: Mapping[str, Tensor]) -> Model:
         """Measure a model."""
-        key = b"".join(value.double().sum().numpy().tobytes() + value.numpy().tobytes()[:64] for value in params.values())
+        key = b"".join(
+            value.double().sum().numpy().tobytes() + value.numpy().tobytes()[:64] for value in params.values()
+        )
         if key not in self._known:
             self._known[key] = self._measured(dict(params))
         return self._known[key]
@@ -94,7 +96,8 @@ def outcome(found: Found, undisturbed: Found, before: Model, *, liar: int, forge
     """Say in two words what a bad reply did; the thresholds are those of this module."""
     if found.ended:
         return "run ends"
-    assert found.model is not None and undisturbed.model is not None
+    assert found.model is not None
+    assert undisturbed.model is not None
     if not found.model.finite or _lost(found.model, undisturbed.model, liar) > MOST_LOST:
         return "harmful"
     if found.impossible:
@@ -138,10 +141,13 @@ def impossible_figures(value: Any, path: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for place, entry in enumerate(value):
             yield from impossible_figures(entry, f"{path}[{place}]")
-    elif isinstance(value, float) and not math.isfinite(value):
+    elif isinstance(value, int | float) and not _is_possible(value, path):
         yield f"{path}={value}"
-    elif isinstance(value, int | float) and re.search(r"(\.class|client_id|accuracy)$", path) and not 0 <= value <= 1:
-        yield f"{path}={value}"
+
+
+def _is_possible(value: float, path: str) -> bool:
+    is_accuracy = path.endswith((".class", ".client_id", "accuracy"))
+    return math.isfinite(value) and (not is_accuracy or 0 <= value <= 1)
 
 
 class _Names(logging.Handler):
@@ -175,4 +181,3 @@ def watched(found: Found, nodes: Mapping[int, int]) -> Iterator[None]:
         found.ended = f"{type(error).__name__}: {error}"
     finally:
         logger.handlers = others
-

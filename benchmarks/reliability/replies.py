@@ -1,9 +1,10 @@
 """One bad reply of one client of four, in one message of one round or request: what becomes of the run.
 
 Digits, 600 images, width 8, four clients on four nodes. One base run of 12 rounds is made. Every case goes on from it:
-with one more round, or with a request for client 0 by each installed strategy, tried once (`forget.attempts=1`). Every message that the undisturbed run
-sends to client 1 or to client 0 is a place for damage, found by recording it. A client task is tried with all kinds
-of damage once. Other strategies, and other clients, get those that leave a reply in the expected form.
+with one more round, or with a request for client 0 by each installed strategy. A request is tried once
+(`forget.attempts=1`). Every message that the undisturbed run sends to client 1 or to client 0 is a place for damage,
+found by recording it. A client task is tried with all kinds of damage once. Other strategies, and other clients, get
+those that leave a reply in the expected form.
 
 Nothing of a reply counts that is refused when it is read. So a case that is refused there has the outcome of an error
 reply in the same place, which is run. All others are run.
@@ -13,7 +14,7 @@ Outcomes, beside the undisturbed run from the same base, the worst that applies:
 - run ends: with an exception, though three honest clients are there.
 - harmful: a weight is not finite, or accuracy on held-out images or on the honest clients' is lower by more than 0.1.
 - false figures: NaN, infinity, or accuracies outside 0..1 in `metrics.jsonl` or in what the request says.
-- neutralised: COMPLETED, and more than half of what the undisturbed request takes off the accuracy of client 0 is still there.
+- neutralised: COMPLETED, and the accuracy of client 0 has lost less than half of what the undisturbed request takes.
 - innocents named: the log names an honest client as the sender of something that was refused.
 - nobody named: the request is set aside, and nobody is named.
 - liar named: the reply is refused with its sender's name. The round or request goes on, or the request is set aside.
@@ -21,7 +22,6 @@ Outcomes, beside the undisturbed run from the same base, the worst that applies:
 """
 
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,45 +31,21 @@ from typing import Any, NamedTuple
 from flwr.app import Message
 
 from benchmarks import timing
-from benchmarks.reliability.damages import Damage, damages_of, is_believable
-from benchmarks.reliability.federation import (
-    BASE,
-    BASE_ROUNDS,
-    CLIENTS,
-    FORGET,
-    LIAR,
-    BadReplyGrid,
-    Memory,
-    Site,
-    damaged,
-    going_on,
-)
-from benchmarks.reliability.outcomes import (
-    WORST_FIRST,
-    Examiner,
-    Found,
-    Model,
-    impossible_figures,
-    outcome,
-    watched,
-)
+from benchmarks.reliability.array_damages import Damage
+from benchmarks.reliability.bench import TRAINING, Bench
+from benchmarks.reliability.damages import damages_of, is_believable
+from benchmarks.reliability.federation import CLIENTS, FORGET, LIAR, BadReplyGrid, Site, damaged
+from benchmarks.reliability.outcomes import WORST_FIRST, Found, outcome
 from benchmarks.reliability.stock import has_counterpart, stock_found
 from fedunlearn.federation import messages
-from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.replies import Expected, introduction
-from fedunlearn.federation.server_data import ServerData
-from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import strategy_class, strategy_names
 from fedunlearn.federation.tasks import ClientTask, tasks_of
 from fedunlearn.log import set_up
-from fedunlearn.runs.home import runs_folder
 from fedunlearn.runs.ledger import State
-from fedunlearn.runs.run import Run
 
-TRAINING = "training"
 ERROR = "error of one line"
 REPLAYING = ("federaser", "retrain")  # strategies that train whole runs again: only the last reply of a task is bad
-WORDS = {"subset": "unlearn.lr=0.4", "relabel": "unlearn.lr=0.2"}  # steps are few in so small a federation
 
 
 class Case(NamedTuple):
@@ -83,64 +59,6 @@ class Case(NamedTuple):
     def key(self) -> str:
         """Give it in words, under which its result is kept."""
         return f"{self.scenario} {self.site.task} {self.site.client} {self.site.number} {self.damage}"
-
-
-class Bench:
-    """Runs cases from one base.
-
-    Args:
-        home: state folder, where the base is made if it is not there.
-    """
-
-    def __init__(self, home: Path) -> None:
-        self._home, self._memory, self._count = home, Memory(), 0
-        if not (runs_folder(home) / "base" / "run.json").exists():
-            with going_on(home, "base", BASE, BadReplyGrid(self._memory), rounds=BASE_ROUNDS):
-                print("the base is trained", flush=True)
-        base = Run.opened(runs_folder(home) / "base")
-        self._auditor, server = Auditor(base.config), ServerData(base.config)
-        self.examiner, self._restored_in = Examiner(self._auditor, server), server.model
-        self.before: Model = self.examiner.model(self._params(base))
-        self.model, self.pixels, self.examples = server.model, server.pixels, base.ledger.examples()
-        base.ledger.close()
-
-    def forget_replies(self) -> None:
-        """Drop the remembered replies."""
-        self._memory.replies.clear()
-
-    def found(self, scenario: str, grid: BadReplyGrid) -> Found:
-        """Carry out a scenario, and say what became of it."""
-        self._count += 1
-        name, found = f"case-{self._count}-{time.time_ns()}", Found()
-        words = f"fork=base {_words(scenario)}"
-        rounds = int(scenario == TRAINING)
-        with watched(found, grid.nodes):
-            with going_on(self._home, name, words, grid, rounds=rounds, auditor=self._auditor) as run:
-                self._note(run, found)
-        shutil.rmtree(runs_folder(self._home) / name, ignore_errors=True)
-        return found
-
-    def grid(self, site: Site | None = None, damage: Damage | None = None) -> BadReplyGrid:
-        """Make a grid in which the reply at a place is damaged."""
-        return BadReplyGrid(self._memory, site, damage)
-
-    def _note(self, run: Run, found: Found) -> None:
-        rows = [row for row in run.metrics() if row["kind"] != "round" or row["round"] > BASE_ROUNDS]
-        requests = run.ledger.requests()
-        found.impossible = list(impossible_figures([*rows, *(request.detail for request in requests)]))
-        for request in requests:
-            found.state, found.reason = request.state, request.detail.get("reason", "")
-        found.model = self.examiner.model(self._params(run))
-
-    def _params(self, run: Run) -> Any:
-        return ServerState.from_tensors(*run.restore(self._restored_in, beside=None)).params
-
-
-def _words(scenario: str) -> str:
-    if scenario == TRAINING:
-        return f"strategy=leave rounds={BASE_ROUNDS + 1}"
-    request = f"forget.schedule={{{BASE_ROUNDS}:[{FORGET}]}} forget.attempts=1"
-    return f"strategy={scenario} rounds={BASE_ROUNDS} {request} {WORDS.get(scenario, '')}".strip()
 
 
 def scenarios() -> list[str]:
@@ -194,7 +112,7 @@ def cases(scenario: str, grid: BadReplyGrid, tried: set[str]) -> Iterator[tuple[
 
 
 def _sites(scenario: str, sent: Iterable[Site]) -> list[Site]:
-    """Choose places: the first message of each task to the liar and to the forget client, and the last where it counts."""
+    """Choose the first message of each task to the liar and to the forget client, and the last of some."""
     last = {(site.task, site.client): site for site in sent}
     wanted = [(task, client) for task, client in last if client == LIAR or (client == FORGET and scenario != TRAINING)]
     places = []

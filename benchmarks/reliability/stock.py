@@ -5,12 +5,24 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from benchmarks.reliability.damages import Damage, copied
+from benchmarks.reliability.array_damages import Damage
+from benchmarks.reliability.damages import copied
 from benchmarks.reliability.federation import BadReplyGrid, Site, damaged
 from benchmarks.reliability.outcomes import Examiner, Found
 from fedunlearn.federation import messages
 
-OURS_ALONE = ("statistics", "embeddings", "work", "second", "memory", "client", "loss", "correct", "weight", "plausible")
+OURS_ALONE = (
+    "statistics",
+    "embeddings",
+    "work",
+    "second",
+    "memory",
+    "client",
+    "loss",
+    "correct",
+    "weight",
+    "plausible",
+)
 
 
 def has_counterpart(damage: str) -> bool:

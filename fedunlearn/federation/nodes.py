@@ -92,7 +92,9 @@ class Nodes:
         self.examples = {client: claims[node][client] for node, own in self.clients_of.items() for client in own}
         self.disputed = sorted(disputed(claims) - known.keys())
         if self.disputed:
-            log.warning("nodes contradict each other about clients %s: who hosts one is believed", listed(self.disputed))
+            log.warning(
+                "nodes contradict each other about clients %s: who hosts one is believed", listed(self.disputed)
+            )
 
     def _introduced(self, grid: Grid) -> dict[int, Introduction]:
         """Give what every node says of itself, by Flower's id, when there are as many as most of them speak of."""
