@@ -70,6 +70,11 @@ def test_no_retain_client_alone_decides_whether_a_model_passes(liar, lie, honest
     assert bool(refused(replace(BEFORE, retain=old), replace(GOOD, retain=new))) == is_refused
 
 
+def test_a_retain_client_that_replies_once_does_not_count():
+    old, new = without_extremes(scores(0.9, 0.9, 0.9), scores(0.8, 0.9))
+    assert (total(old).value, total(new).value) == pytest.approx((0.9, 0.85))
+
+
 def test_two_retain_clients_both_count():
     old, new = without_extremes(scores(0.9, 0.9), scores(0.1, 0.9))
     assert (total(old).value, total(new).value) == pytest.approx((0.9, 0.5))

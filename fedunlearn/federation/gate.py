@@ -43,7 +43,8 @@ class Gate:
         Returns:
             `passed`, `reason` (empty where it passed), the figures before and after, and whose figures they are.
         """
-        if scores["retain"]["examples"] != self._scores["retain"]["examples"]:
+        both = self._scores["retain_clients"].keys() & scores["retain_clients"].keys()
+        if not both and scores["retain"]["examples"] != self._scores["retain"]["examples"]:
             raise NotNowError("not the same retain clients replied before and after")
         after, budget = self._figures(scores), self._federation.config.forget.budget
         old, new = without_extremes(self._scores["retain_clients"], scores["retain_clients"])
@@ -73,9 +74,10 @@ def without_extremes(before: Accuracies, after: Accuracies) -> tuple[list[Counte
     So no single client's word makes a good model look bad, or a bad one look good.
 
     Args:
-        before, after: scores by client, of the two models.
+        before, after: scores by client, of the two models; those count that are in both.
     """
-    by_change = sorted(before, key=lambda client: after[client]["class"] - before[client]["class"])
+    both = sorted(before.keys() & after.keys())
+    by_change = sorted(both, key=lambda client: after[client]["class"] - before[client]["class"])
     believed = by_change[1:-1] if len(by_change) >= FEWEST else by_change
     return [before[client] for client in believed], [after[client] for client in believed]
 
