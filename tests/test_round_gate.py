@@ -114,15 +114,14 @@ def test_an_honest_run_is_the_same_with_and_without_the_band(federate):
     assert equal(federate.state("with"), federate.state("without"))
 
 
-@pytest.mark.parametrize("lie", [1e6, -1e3])
-def test_running_statistics_that_destroy_the_model_are_found_where_nothing_else_replaces_them(federate, lie, capsys):
+def test_running_statistics_that_destroy_the_model_are_found_where_nothing_else_replaces_them(federate, capsys):
     grid = LocalGrid(4)
 
     def deliver(message):
         reply, task = grid.call(message), messages.task_of(message)
         if task.name == "train" and task.clients == [1] and task.round == 2:
             values = messages.unpack(reply)
-            changed = {n: v + lie if n.endswith("running_mean") else v for n, v in values.items()}
+            changed = {n: v - 1e3 if n.endswith("running_mean") else v for n, v in values.items()}
             reply.content["arrays"] = messages.pack(changed, "fp32")
         return reply
 

@@ -171,7 +171,8 @@ class _Names(logging.Handler):
 def watched(found: Found, nodes: Mapping[int, int]) -> Iterator[None]:
     """Note whom the log names meanwhile, and how a run ends."""
     logger, handler = logging.getLogger("fedunlearn"), _Names(found, nodes)
-    others, logger.handlers = logger.handlers, [handler]
+    others = logger.handlers[:]
+    logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     try:
         yield
@@ -180,4 +181,4 @@ def watched(found: Found, nodes: Mapping[int, int]) -> Iterator[None]:
     except Exception as error:
         found.ended = f"{type(error).__name__}: {error}"
     finally:
-        logger.handlers = others
+        logger.handlers[:] = others
