@@ -223,7 +223,7 @@ class Config(Settings):
         "the memory of an update for every client",
     )
     round_band: float = Field(
-        default=10.0,
+        default=2.0,
         ge=0,
         le=10**6,
         description="times the held-out loss before, or that of guessing, that a round may leave; 0 for any",

@@ -23,7 +23,6 @@ from fedunlearn.unlearning.fisher import diagonal_fisher
 
 BISECTED = {1.0: 4, 0.1: 3}  # values of lambda, and how many of alpha are tried with each
 CLOSE = 0.02  # candidates as near to the target as this are told apart by the test accuracy
-MOST_LOST = 0.05  # of the test accuracy: what costs more has destroyed the model, and is not chosen
 
 log = getLogger("fedunlearn")
 
@@ -34,7 +33,7 @@ class SelectiveDampening(Strategy):
     The clients send Fisher diagonals at the present model: F_f of the forget clients, and F_D = sum of n_c F_c / sum of
     n_c of all. The server dampens, and trains the client head anew, where it does so. `tune=auto` looks for the
     strength that takes the forget clients to the accuracy that the retrained model is estimated to have on them. It
-    passes over strengths that destroy the model: those that lose more than 0.05 of the test accuracy.
+    passes over strengths that destroy the model: those that lose more of the test accuracy than `forget.budget`.
     """
 
     label, colour, marker = "SSD", "#6a994e", "s"
@@ -93,7 +92,7 @@ class SelectiveDampening(Strategy):
             estimate = federation.estimate_retrained(federation.predictions())
             predicted = estimate.expected_accuracy(total_counts(federation.class_counts(forget).values()))
             trials = self.search(federation, forget, full, forget_fisher, predicted)
-            sound = min(trials[0]["test"], estimate.total.class_accuracy) - MOST_LOST
+            sound = min(trials[0]["test"], estimate.total.class_accuracy) - federation.config.forget.budget
             chosen = nearest([trial for trial in trials if trial["test"] >= sound], predicted)
             strength = {name: chosen[name] for name in strength}
             search = {"predicted": predicted, "trials": trials}

@@ -57,3 +57,23 @@ def test_no_statistics_have_the_shapes_of_some_and_change_no_sum():
     some, none = batch_norm.batch_statistics(model, [images()]), batch_norm.no_statistics(model)
     assert_close({name: value + none[name] for name, value in some.items()}, some, rtol=0, atol=0)
     assert_close(batch_norm.batch_statistics(model, []), none)
+
+
+def scaled(statistics, by):
+    return {n: torch.stack([count, by * total, by**2 * squares]) for n, (count, total, squares) in statistics.items()}
+
+
+@pytest.mark.parametrize("by", [0.3, 3.0, 10.0])
+def test_statistics_of_scaled_images_are_unlike_by_the_square_and_those_of_other_images_are_not(by):
+    layer = nn.Sequential(nn.BatchNorm2d(3))
+    one, other = (batch_norm.batch_statistics(layer, [images(200, seed)]) for seed in (0, 1))
+    assert batch_norm.unlikeness(one, one) == 1
+    assert batch_norm.unlikeness(other, one) < 1.1
+    assert batch_norm.unlikeness(scaled(one, by), one) == pytest.approx(max(by, 1 / by) ** 2)
+
+
+def test_shifted_images_are_unlike_by_standard_deviations_and_nothing_is_unlike_everything():
+    layer, data = nn.Sequential(nn.BatchNorm2d(3)), images(200)
+    expected = batch_norm.batch_statistics(layer, [10 + data])
+    assert batch_norm.unlikeness(batch_norm.batch_statistics(layer, [6 + data]), expected) == pytest.approx(4, rel=0.05)
+    assert batch_norm.unlikeness(scaled(expected, 0), expected) > 1e6

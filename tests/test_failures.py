@@ -167,3 +167,45 @@ def test_a_failed_fisher_query_is_tried_again_and_then_set_aside(federate, capsy
     assert (request.state, request.detail["attempts"]) == (State.QUARANTINED, 3)
     assert "request r1, attempt 3: client 3 did not reply to fisher; set aside" in capsys.readouterr().err
     assert not [kind for kind in kinds(grid, client=3) if kind[0] == "train" and kind[1] > 1]
+
+
+def of_other_images(factor):
+    def damage(reply, message):
+        sums = messages.unpack(reply)
+        reply.content["arrays"] = ArrayRecord(
+            {n: torch.stack([v[0], factor * v[1], factor**2 * v[2]]) for n, v in sums.items()}
+        )
+        return reply
+
+    return damage
+
+
+def test_batch_norm_statistics_of_other_images_are_left_out(federate, capsys):
+    grid = LocalGrid(4)
+    broken(grid, of_other_images(4), task="batch_norm_statistics", times=1)
+    federate("rounds=1", grid=grid)
+    assert "round 1: node 1 (clients 1) is left out: its statistics are" in capsys.readouterr().err
+
+
+def test_one_retain_client_that_says_that_nothing_is_right_stops_no_request(federate):
+    def nothing_right(reply, message):
+        reply.content["metrics"]["class_correct"] = [0]
+        return reply
+
+    grid = LocalGrid(4)
+    broken(grid, nothing_right, task="evaluate", node=1, times=100)
+    federate("rounds=2 strategy=leave forget.gate=true forget.schedule={2:[3]} forget.budget=0.3", grid=grid)
+    assert [request.state for request in federate.requests()] == [State.COMPLETED]
+
+
+def test_two_nodes_that_contradict_each_other_both_go_on(federate, capsys):
+    def one_more(reply, message):
+        reply.content["metrics"]["examples"] = [n + 1 for n in reply.content["metrics"]["examples"]]
+        return reply
+
+    grid = LocalGrid(2)
+    broken(grid, one_more, task="identify", times=1)
+    federate("rounds=1", grid=grid)
+    assert "nodes contradict each other about clients 0, 1, 2, 3: who hosts one is believed" in capsys.readouterr().err
+    assert set(federate.run().metrics()[0]["clients"]) <= {0, 1, 2, 3}
+    assert federate.run().ledger.examples() == {}

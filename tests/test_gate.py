@@ -7,7 +7,7 @@ import torch
 
 from command_line import command
 from fedunlearn.errors import UserError
-from fedunlearn.federation.gate import changed_fraction
+from fedunlearn.federation.gate import changed_fraction, total, without_extremes
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.runs.budget import Figures, refusal
 from fedunlearn.runs.ledger import State
@@ -55,6 +55,30 @@ def test_of_few_images_chance_is_not_called_a_loss():
     few = replace(BEFORE, test=fraction(0.6, 20))
     assert not refused(few, replace(GOOD, test=fraction(0.4, 20)))
     assert refused(few, replace(GOOD, test=fraction(0.1, 20)))
+
+
+def scores(*accuracies):
+    return {str(client): {"class": value, "examples": 100} for client, value in enumerate(accuracies)}
+
+
+@pytest.mark.parametrize("lie", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("liar", range(4))
+@pytest.mark.parametrize(("honest", "is_refused"), [(0.9, False), (0.2, True)])
+def test_no_retain_client_alone_decides_whether_a_model_passes(liar, lie, honest, is_refused):
+    said = [lie if client == liar else honest for client in range(4)]
+    old, new = map(total, without_extremes(scores(0.9, 0.9, 0.9, 0.9), scores(*said)))
+    assert bool(refused(replace(BEFORE, retain=old), replace(GOOD, retain=new))) == is_refused
+
+
+def test_a_retain_client_that_replies_once_does_not_count():
+    old, new = without_extremes(scores(0.9, 0.9, 0.9), scores(0.8, 0.9))
+    assert (total(old).value, total(new).value) == pytest.approx((0.9, 0.85))
+
+
+def test_two_retain_clients_both_count():
+    old, new = without_extremes(scores(0.9, 0.9), scores(0.1, 0.9))
+    assert (total(old).value, total(new).value) == pytest.approx((0.9, 0.5))
+    assert total([]) is None
 
 
 def test_what_the_retrained_model_would_not_know_either_is_not_called_a_loss():

@@ -50,6 +50,32 @@ def test_silence_is_answered_by_errors_and_the_others_go_on():
     assert replies[1].error.reason == "no reply within 0.2 s"
 
 
+def silent(grid, numbers):
+    grid.deliver = lambda m: None if m.content["n"]["n"] in numbers else grid.call(m)
+    return OrderedGrid(grid, window=3, pause=0.001)
+
+
+def test_who_was_silent_once_is_not_waited_for_again():
+    grid = LocalGrid(3, echo)
+    ordered = silent(grid, {1})
+    first = list(ordered.send_and_receive(messages(grid, 3), timeout=0.2))
+    assert first[1].error.reason == "no reply within 0.2 s"
+    again = list(ordered.send_and_receive(messages(grid, 3), timeout=10_000))
+    assert numbers(again) == [0, None, 2]
+    assert again[1].error.reason.startswith("no reply within 0.")
+    assert float(again[1].error.reason.split()[3]) < 0.2
+
+
+def test_who_answers_again_is_waited_for_again():
+    grid = LocalGrid(3, echo)
+    ordered = silent(grid, {1})
+    list(ordered.send_and_receive(messages(grid, 3), timeout=0.2))
+    grid.deliver = grid.call
+    assert numbers(ordered.send_and_receive(messages(grid, 3), timeout=0.2)) == [0, 1, 2]
+    silent(grid, {1})
+    assert list(ordered.send_and_receive(messages(grid, 3), timeout=0.2))[1].error.reason == "no reply within 0.2 s"
+
+
 def test_a_node_that_is_not_connected_is_an_error():
     grid = LocalGrid(1, echo)
     grid.push_messages = lambda messages: []

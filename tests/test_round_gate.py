@@ -112,3 +112,22 @@ def test_an_honest_run_is_the_same_with_and_without_the_band(federate):
     federate(f"{WORDS} run=with")
     federate(f"{WORDS} round_band=0 run=without")
     assert equal(federate.state("with"), federate.state("without"))
+
+
+def test_running_statistics_that_destroy_the_model_are_found_where_nothing_else_replaces_them(federate, capsys):
+    grid = LocalGrid(4)
+
+    def deliver(message):
+        reply, task = grid.call(message), messages.task_of(message)
+        if task.name == "train" and task.clients == [1] and task.round == 2:
+            values = messages.unpack(reply)
+            changed = {n: v - 1e3 if n.endswith("running_mean") else v for n, v in values.items()}
+            reply.content["arrays"] = messages.pack(changed, "fp32")
+        return reply
+
+    grid.deliver = deliver
+    federate(f"{WORDS} batch_norm_fraction=0", grid=grid)
+    named = [line for line in capsys.readouterr().err.splitlines() if "is left out" in line]
+    assert len(named) == 1
+    assert named[0].startswith("round 2: node 1 (clients 1) is left out")
+    assert federate.run().metrics()[1]["clients"] == [0, 2, 3]

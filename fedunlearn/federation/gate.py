@@ -1,6 +1,7 @@
 """The gate that every new model passes before it replaces the one that knew the forget clients."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,11 @@ from fedunlearn.federation.messages import floating
 from fedunlearn.federation.scores import Scores
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.runs.budget import MEASURED_BY, Figures, refusal
-from fedunlearn.runs.uncertainty import fraction, held_out
+from fedunlearn.runs.uncertainty import Estimate, fraction, held_out
+
+FEWEST = 3  # retain clients, of which one can be the odd one
+Counted = Mapping[str, float]
+Accuracies = Mapping[str, Counted]
 
 
 class Gate:
@@ -29,7 +34,7 @@ class Gate:
     def __init__(self, federation: Federation, forget: ForgetSet, scores: Scores) -> None:
         self._federation, self._forget = federation, forget
         self._params = federation.state.params
-        self._before, self._measured_on = self._figures(scores), scores["retain"]["examples"]
+        self._before, self._scores = self._figures(scores), scores
         self._retrained = federation.estimate_retrained(federation.predictions()).total.class_accuracy
 
     def verdict(self, scores: Scores) -> dict[str, Any]:
@@ -38,9 +43,13 @@ class Gate:
         Returns:
             `passed`, `reason` (empty where it passed), the figures before and after, and whose figures they are.
         """
-        if scores["retain"]["examples"] != self._measured_on:
+        both = self._scores["retain_clients"].keys() & scores["retain_clients"].keys()
+        if not both and scores["retain"]["examples"] != self._scores["retain"]["examples"]:
             raise NotNowError("not the same retain clients replied before and after")
-        before, after, budget = self._before, self._figures(scores), self._federation.config.forget.budget
+        after, budget = self._figures(scores), self._federation.config.forget.budget
+        old, new = without_extremes(self._scores["retain_clients"], scores["retain_clients"])
+        before = replace(self._before, retain=total(old) or self._before.retain)
+        after = replace(after, retain=total(new) or after.retain)
         reason = refusal(before, after, self._retrained, budget)
         pairs = {name: [getattr(e, name).value for e in (before, after)] for name in MEASURED_BY}
         errors = {name: [getattr(e, name).error for e in (before, after)] for name in MEASURED_BY}
@@ -57,6 +66,27 @@ class Gate:
         others = held_out(predictions.expected_accuracy(counts), predictions.total.examples, counts.numpy())
         retain, test = (fraction(scores[key]["class"], scores[key]["examples"]) for key in ("retain", "test"))
         return Figures(retain, test, own - others)
+
+
+def without_extremes(before: Accuracies, after: Accuracies) -> tuple[list[Counted], list[Counted]]:
+    """Leave out the retain client whose accuracy falls most and the one whose rises most, of three or more.
+
+    So no single client's word makes a good model look bad, or a bad one look good.
+
+    Args:
+        before, after: scores by client, of the two models; those count that are in both.
+    """
+    both = sorted(before.keys() & after.keys())
+    by_change = sorted(both, key=lambda client: after[client]["class"] - before[client]["class"])
+    believed = by_change[1:-1] if len(by_change) >= FEWEST else by_change
+    return [before[client] for client in believed], [after[client] for client in believed]
+
+
+def total(scores: Iterable[Counted]) -> Estimate | None:
+    """Give the accuracy on the images of some clients together; None for no clients."""
+    pairs = [(score["class"], score["examples"]) for score in scores]
+    examples = sum(count for _, count in pairs)
+    return fraction(sum(value * count for value, count in pairs) / examples, examples) if examples else None
 
 
 def changed_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:

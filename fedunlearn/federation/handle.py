@@ -14,7 +14,8 @@ from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_clien
 from fedunlearn.errors import NotNowError, unusable_replies
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.nodes import Nodes
-from fedunlearn.federation.replies import Results, add_cost
+from fedunlearn.federation.replies import RefusedError, Results, add_cost
+from fedunlearn.federation.round_gate import IMAGES
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.tasks import ClientTask
@@ -27,6 +28,7 @@ from fedunlearn.runs.run import Run
 from fedunlearn.unlearning import batch_norm
 from fedunlearn.unlearning.retrain_estimate import estimate_retrained
 
+MOST_UNLIKE = 3.0  # BatchNorm statistics of a client beside those of held-out images (`batch_norm.unlikeness`)
 SERVER = 2**32 - 1  # the place of the server's random draws: no client has this number
 
 log = getLogger("fedunlearn")
@@ -285,10 +287,30 @@ class Federation:
         if not fraction or not batch_norm.no_statistics(self.server.model):
             return {}
         clients = self.retain if on is None else on
-        results = self.run(tasks.batch_norm_statistics, on=clients, at_round=at_round, fraction=fraction)
+        results = self.run(
+            tasks.batch_norm_statistics,
+            on=clients,
+            at_round=at_round,
+            on_reply=self._refuse_unlike_statistics(),
+            fraction=fraction,
+        )
         with self.editing() as model, unusable_replies():
             batch_norm.recalibrate(model, results.sum())
         return results.cost
+
+    def _refuse_unlike_statistics(self) -> Callable[[Results], None]:
+        """Give what refuses BatchNorm statistics that are far from those of the server's own images."""
+        images = (images for images, _, _ in self.server.sample(IMAGES, generator_of(self.config.seed, SERVER)))
+        expected = batch_norm.batch_statistics(self.model(), images, precision=self.config.train.precision)
+
+        def refuse(one: Results) -> None:
+            found = batch_norm.unlikeness(one.tensors, expected)
+            if found > MOST_UNLIKE:
+                raise RefusedError(
+                    f"its statistics are {found:.3g} times those of held-out images, {MOST_UNLIKE:g} at most"
+                )
+
+        return refuse
 
     def held_out_batch_norm(self, images: int = 500) -> None:
         """Estimate BatchNorm statistics of the present model on held-out images: no client is asked.

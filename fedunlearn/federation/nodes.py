@@ -17,7 +17,7 @@ from fedunlearn.federation import messages
 from fedunlearn.federation import robust as averaging
 from fedunlearn.federation.band import judged
 from fedunlearn.federation.messages import Task, Tensors
-from fedunlearn.federation.replies import Expected, Introduction, Results, introduction, listed
+from fedunlearn.federation.replies import Expected, Introduction, RefusedError, Results, introduction, listed
 from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.log import waiting
 from fedunlearn.nn.model import TwoHeadResNet18
@@ -63,13 +63,15 @@ class Nodes:
         self.nodes: list[int] = []  # Flower's node ids, by position in the federation
         self.clients_of: dict[int, list[int]] = {}  # Flower's node id -> clients, in order
         self.examples: dict[int, int] = {}  # client -> how many it has
+        self.disputed: list[int] = []  # clients of which nodes say different numbers of examples
         self.gpu = False
 
     def identify(self, grid: Grid, known: Mapping[int, int]) -> None:
         """Learn which clients each node can answer for, and share them out, when all nodes are there.
 
         A node that three times says nothing, or what cannot be true, is named in the log and left out. So is one that
-        contradicts what is known of a client, or what most others say of it.
+        contradicts what is known of a client, or what most others say of it. Where nodes contradict each other, and
+        neither is most of them, a client has as many examples as the node that hosts it says.
 
         Args:
             known: the examples of clients, from earlier starts of the run.
@@ -86,8 +88,13 @@ class Nodes:
         if not claims:
             raise UserError("no node works: the reasons are in the log above")
         self.nodes, self.gpu = list(claims), any(found[node].gpu for node in claims)
-        self.examples = {client: examples for claim in claims.values() for client, examples in claim.items()}
         self.clients_of = dict(zip(claims, assigned(list(claims.values())), strict=True))
+        self.examples = {client: claims[node][client] for node, own in self.clients_of.items() for client in own}
+        self.disputed = sorted(disputed(claims) - known.keys())
+        if self.disputed:
+            log.warning(
+                "nodes contradict each other about clients %s: who hosts one is believed", listed(self.disputed)
+            )
 
     def _introduced(self, grid: Grid) -> dict[int, Introduction]:
         """Give what every node says of itself, by Flower's id, when there are as many as most of them speak of."""
@@ -169,7 +176,7 @@ class Nodes:
         named in the log and left out.
 
         Args:
-            on_reply: is shown every reply alone.
+            on_reply: is shown every reply alone, and raises RefusedError for one that is to be left out too.
         """
         results, started = Results(), time.monotonic()
         parts: list[Results] = []
@@ -179,7 +186,11 @@ class Nodes:
             if reason:
                 self._refuse(message, reason)
                 continue
-            on_reply(one)
+            try:
+                on_reply(one)
+            except RefusedError as error:
+                self._refuse(message, str(error))
+                continue
             if self._is_robust(task):
                 parts.append(one)
             results.include(one)
@@ -244,29 +255,38 @@ class Nodes:
 
 
 def contradictions(claims: Mapping[int, Mapping[int, int]], known: Mapping[int, int]) -> dict[int, str]:
-    """Say which nodes are not believed, and why.
+    """Say which nodes are not believed, and why; where no number is that of most, nobody knows who is wrong.
 
     Args:
         claims: by node, the examples of the clients that it says it can answer for.
         known: the examples of clients that are certain.
     """
+    said = _said(claims)
+    sure = {client: most_said(values) for client, values in said.items()} | dict(known)
+    found = {}
+    for node, claim in claims.items():
+        wrong = {client: examples for client, examples in claim.items() if sure[client] not in (None, examples)}
+        for client, examples in list(wrong.items())[:1]:
+            found[node] = f"it says that client {client} has {examples} examples, and the client has {sure[client]}"
+    return found
+
+
+def disputed(claims: Mapping[int, Mapping[int, int]]) -> set[int]:
+    """Give the clients of which nodes say different numbers of examples."""
+    return {client for client, values in _said(claims).items() if len(set(values)) > 1}
+
+
+def _said(claims: Mapping[int, Mapping[int, int]]) -> dict[int, list[int]]:
     said: dict[int, list[int]] = {}
     for claim in claims.values():
         for client, examples in claim.items():
             said.setdefault(client, []).append(examples)
-    sure = {client: most_said(values) for client, values in said.items()} | dict(known)
-    found = {}
-    for node, claim in claims.items():
-        wrong = {client: examples for client, examples in claim.items() if sure[client] != examples}
-        for client, examples in list(wrong.items())[:1]:
-            others = f"has {sure[client]}" if sure[client] is not None else "has another number for other nodes"
-            found[node] = f"it says that client {client} has {examples} examples, and the client {others}"
-    return found
+    return said
 
 
 def too_many(claims: Mapping[int, Mapping[int, int]], share: float) -> dict[int, str]:
     """Say which nodes claim more examples for a client than that share of all: no other client would count."""
-    examples = {client: count for claim in claims.values() for client, count in claim.items()}
+    examples = {client: max(values) for client, values in _said(claims).items()}
     most = share * sum(examples.values())
     large = [client for client, count in examples.items() if count > most and len(examples) >= FEWEST]
     return {

@@ -1,10 +1,11 @@
 """A grid that keeps few messages in flight and gives replies in the order of the messages."""
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from statistics import median
 
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -24,12 +25,17 @@ class OrderedGrid(Grid):
 
     What is added up from it is therefore the same, bit for bit, in whatever order the replies arrive, and no more than
     `window` messages and replies exist at once. A message that nobody answers is answered by an error.
+
+    A node that was silent once is remembered, until it answers. Where nobody else is waited for, it is given half of
+    the usual time only: the median of what earlier calls for the same type of message took until their last reply.
     """
 
     def __init__(self, grid: Grid, *, window: int, pause: float = 0.02) -> None:
         self._grid = grid
         self._window = window
         self._pause = pause
+        self._silent: set[int] = set()
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)  # of earlier calls, by type of message
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send lazily, at most `window` ahead, and yield exactly one reply a message, in order.
@@ -37,15 +43,19 @@ class OrderedGrid(Grid):
         `timeout` counts seconds without any new reply: then all messages in flight are answered by errors.
         """
         queue, slots, last_news = iter(messages), deque[_Slot](), time.monotonic()
+        started, answered, kind = last_news, 0.0, ""
         while True:
             slots.extend(self._push(message) for message in islice(queue, self._window - len(slots)))
             if not slots:
+                if answered:
+                    self._seconds[kind].append(answered)
                 return
+            kind = slots[0].message.metadata.message_type
             if self._pull(slots):
                 last_news = time.monotonic()
-            elif timeout is not None and time.monotonic() - last_news > timeout:
-                for slot in slots:
-                    slot.reply = slot.reply or _error(slot.message, f"no reply within {timeout:g} s")
+                answered = last_news - started
+            elif timeout is not None and time.monotonic() - last_news > (patience := self._patience(slots, timeout)):
+                self._give_up(slots, patience)
             if slots[0].reply is None:
                 time.sleep(self._pause)
             while slots and slots[0].reply is not None:
@@ -53,6 +63,19 @@ class OrderedGrid(Grid):
                 assert reply is not None
                 yield reply
                 last_news = time.monotonic()
+
+    def _patience(self, slots: Iterable[_Slot], timeout: float) -> float:
+        """Give the seconds for which replies to open messages are waited for."""
+        waited_for = [slot.message.metadata for slot in slots if slot.reply is None]
+        usual = self._seconds[waited_for[0].message_type] if waited_for else []
+        known_as_silent = all(about.dst_node_id in self._silent for about in waited_for)
+        return min(timeout, median(usual) / 2) if usual and known_as_silent else timeout
+
+    def _give_up(self, slots: Iterable[_Slot], patience: float) -> None:
+        for slot in slots:
+            if slot.reply is None:
+                self._silent.add(slot.message.metadata.dst_node_id)
+                slot.reply = _error(slot.message, f"no reply within {patience:.3g} s")
 
     def _push(self, message: Message) -> _Slot:
         ids = list(self._grid.push_messages([message]))
@@ -64,7 +87,9 @@ class OrderedGrid(Grid):
         open_slots = {slot.id: slot for slot in slots if slot.reply is None and slot.id is not None}
         replies = list(self._grid.pull_messages(open_slots)) if open_slots else []
         for reply in replies:
-            open_slots[reply.metadata.reply_to_message_id].reply = reply
+            slot = open_slots[reply.metadata.reply_to_message_id]
+            slot.reply = reply
+            self._silent.discard(slot.message.metadata.dst_node_id)
         return bool(replies)
 
     def set_run(self, run: Run) -> None:

@@ -8,6 +8,7 @@ from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.replies import Results
 
 IMAGES = 64  # of the server's, on which a round's update is looked at
+DIVERGED = 5  # times the limit: with such a loss training does not go on, whoever is to blame
 Combine = Callable[[Sequence[Results]], Tensors]
 
 

@@ -48,11 +48,12 @@ class ServerData:
         return predict(model, everything, precision=train.precision)
 
     def loss(self, model: TwoHeadResNet18, images: int) -> float:
-        """Give a model's mean class cross-entropy on so many held-out images, with their own BatchNorm statistics.
+        """Give a model's mean class cross-entropy on so many held-out images, which are always the same.
 
-        The images are always the same. What is not finite is infinite. The model's running statistics are changed.
+        BatchNorm has the statistics of these images, or the model's own where the run keeps averages of the clients'
+        running statistics. What is not finite is infinite. The model's running statistics are changed.
         """
-        model.train()
+        model.train(self.config.batch_norm_fraction > 0)
         losses = []
         with torch.no_grad(), autocast(self.device, self.config.train.precision):
             for pictures, labels, _ in self.sample(max(2, images), torch.Generator().manual_seed(self.config.seed)):

@@ -69,6 +69,32 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor], *, precision: 
     return statistics
 
 
+def unlikeness(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Say how unlike two statistics of the same layers are, in the layer in which they are most unlike.
+
+    It is the larger of two means over the layer's channels: the geometric mean of E'[x^2] / E[x^2] or its inverse,
+    whichever is above 1, and the mean of |E'[x] - E[x]| in standard deviations of the expected ones.
+
+    Args:
+        found: `{layer: [3, channels]}`, as `batch_statistics` gives them; E' is of these.
+        expected: the same of other images; E is of these.
+
+    Example:
+        >>> expected = {"0": torch.tensor([[2.0], [2.0], [10.0]])}
+        >>> round(unlikeness({"0": torch.tensor([[4.0], [16.0], [80.0]])}, expected), 2)
+        4.0
+    """
+    return max(_unlikeness_of_layer(value, expected[name].to(value.device)) for name, value in found.items())
+
+
+def _unlikeness_of_layer(found: Tensor, expected: Tensor) -> float:
+    (_, mean, square), (_, usual_mean, usual_square) = (rows / rows[0] for rows in (found, expected))
+    least = torch.finfo(torch.float32).tiny
+    ratio = (square.clamp(min=least) / usual_square.clamp(min=least)).log().abs().mean().exp()
+    deviation = (usual_square - usual_mean.square()).clamp(min=least).sqrt()
+    return float(torch.maximum(ratio, ((mean - usual_mean).abs() / deviation).mean()))
+
+
 @torch.no_grad()
 def recalibrate(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
     """Set every BatchNorm layer's running mean and (unbiased) variance from statistics, in place.

@@ -1,11 +1,9 @@
-"""What dishonest clients do to a model, by how updates are averaged: `python -m benchmarks.reliability`.
+"""What dishonest clients do to a model, by how updates are averaged.
 
 A federation of digits (600 images, width 8, four clients on four nodes) trains 60 rounds honestly. Then one of the
 clients lies in each of eight further rounds. Every lie and every rule goes on from the same 60 rounds.
 """
 
-import argparse
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
@@ -54,28 +52,21 @@ class LyingGrid(LocalGrid):
         return ids
 
 
-def main() -> None:
+def measure(home: Path, seeds: int) -> None:
     """Print one table: test accuracy by lie and rule, means over seeds."""
-    p = argparse.ArgumentParser("python -m benchmarks.reliability", description=__doc__)
-    p.add_argument("--seeds", type=int, default=3)
-    options = p.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        for seed in range(options.seeds):
-            trained(home, f"base-{seed}", SMALL.format(rounds=60, seed=seed), LyingGrid(LIES["honest"]))
-        for name, lie in LIES.items():
-            cells = []
-            for rule in RULES:
-                runs = [(f"{name}-{rule}-{seed}".replace(" ", "_"), seed) for seed in range(options.seeds)]
-                found = [
-                    trained(home, run, f"fork=base-{seed} rounds=68 robust={rule}", LyingGrid(lie))
-                    for run, seed in runs
-                ]
-                cells.append(f"{mean(found):.3f} ({min(found):.3f}-{max(found):.3f})")
-            rows.append([name, *cells])
-            print(*rows[-1], flush=True)
-    timing.table(f"test accuracy, mean of {options.seeds} seeds (range), by `robust`", ("client 1", *RULES), rows)
+    for seed in range(seeds):
+        trained(home, f"base-{seed}", SMALL.format(rounds=60, seed=seed), LyingGrid(LIES["honest"]))
+    for name, lie in LIES.items():
+        cells = []
+        for rule in RULES:
+            runs = [(f"{name}-{rule}-{seed}".replace(" ", "_"), seed) for seed in range(seeds)]
+            words = f"fork=base-{{seed}} rounds=68 robust={rule}"
+            found = [trained(home, run, words.format(seed=seed), LyingGrid(lie)) for run, seed in runs]
+            cells.append(f"{mean(found):.3f} ({min(found):.3f}-{max(found):.3f})")
+        rows.append([name, *cells])
+        print(*rows[-1], flush=True)
+    timing.table(f"test accuracy, mean of {seeds} seeds (range), by `robust`", ("client 1", *RULES), rows)
 
 
 def trained(home: Path, run: str, words: str, grid: LocalGrid) -> float:
@@ -88,7 +79,3 @@ def trained(home: Path, run: str, words: str, grid: LocalGrid) -> float:
         return float(opened.metrics()[-1]["test"]["class"])
     finally:
         opened.ledger.close()
-
-
-if __name__ == "__main__":
-    main()
