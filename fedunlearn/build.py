@@ -1,7 +1,7 @@
 """From settings to images, the clients' slices of them, a model, and the learning rate of a round."""
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -54,6 +54,13 @@ def slices_of(config: Config, dataset: datasets.Dataset) -> list[np.ndarray]:
     return partition.partition(
         split.kind, labels, config.clients, dirichlet_alpha=split.dirichlet_alpha, seed=split.seed
     )
+
+
+def fingerprints_of(dataset: datasets.Dataset, slices: Sequence[np.ndarray]) -> dict[str, str]:
+    """Compute the SHA-256 of what each client has, by its number as text, and of the images that are held out."""
+    train = dataset.train
+    own = {str(client): datasets.Split(train.images[owned], train.labels[owned]) for client, owned in enumerate(slices)}
+    return {name: datasets.fingerprint(split) for name, split in {**own, "held-out": dataset.test}.items()}
 
 
 def model_of(config: Config, dataset: datasets.Dataset | Images, *place: int) -> TwoHeadResNet18:

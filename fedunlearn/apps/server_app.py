@@ -111,7 +111,7 @@ def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Audito
     """The run, locked, and the auditor that a simulation has."""
     config = prepared(config, asked)
     auditor = Auditor(config)
-    with locked_run(config, fingerprint=auditor.fingerprint, images=auditor.images, asked=asked) as run:
+    with locked_run(config, data=auditor.fingerprints(), images=auditor.images, asked=asked) as run:
         yield run, auditor
 
 

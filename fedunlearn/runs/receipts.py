@@ -120,7 +120,7 @@ def made(run: Run, request: Request, later: Later | None = None) -> Receipt:
         examples={str(client): examples[client] for client in request.clients if client in examples},
         rounds=rounds,
         settings=finite(_settings(run.config)),
-        data=about["data"],
+        data=hashlib.sha256(rfc8785.dumps(about["data"])).hexdigest(),
         versions=about["versions"],
         packages_sha256=packages,
         deleted=DELETED if told.state == State.COMPLETED else [],

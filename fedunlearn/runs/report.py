@@ -16,7 +16,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.runs import uncertainty
 from fedunlearn.runs.figures import MOST_DRAWN, Mark, accuracy_figure, curves, split_figure
 from fedunlearn.runs.files import write_atomically
-from fedunlearn.runs.home import OPERATIONAL
+from fedunlearn.runs.home import OPERATIONAL, changed
 from fedunlearn.runs.ledger import FAILED, FORGOTTEN, RECEIPT, Request, State
 from fedunlearn.runs.page import embedded, encoded, rendered
 from fedunlearn.runs.run import Run
@@ -119,8 +119,8 @@ def comparison(run: Run, retrained: Run) -> list[Verdict]:
     Raises:
         UserError: the other run is no retrained model: the clients took part, or it has other data or settings.
     """
-    if run.about()["data"] != retrained.about()["data"]:
-        raise UserError(f"run {retrained.name} was trained on other data than run {run.name}")
+    if others := changed(run, retrained.about()["data"]):
+        raise UserError(f"run {retrained.name} was trained on other data than run {run.name} ({others})")
     ours, theirs = (values_of(each.config) for each in (run, retrained))
     for name, value in ours.items():
         if not name.startswith(MAY_DIFFER) and theirs.get(name) != value:

@@ -132,7 +132,7 @@ class Receipt(Told):
     examples: dict[str, int] = Field(description="training images by client, as its node declared them")
     rounds: int | None = Field(description="in which one of the clients was trained on; null where nobody kept that")
     settings: dict[str, Any] = Field(description="of the run")
-    data: str = Field(description="SHA-256 of the training data, where the run had an auditor")
+    data: str = Field(description="SHA-256 over the fingerprints of all clients' images (`data` in run.json)")
     versions: dict[str, str]
     packages_sha256: str = Field(description="of the names and versions of all installed packages")
     deleted: list[str]
