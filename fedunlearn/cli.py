@@ -1,4 +1,4 @@
-"""One command: `fedunlearn run | forget | runs | requests | report | verify | keys | demo | study | scale | config`.
+"""One command, `fedunlearn`, with commands below it: `run`, `forget`, `runs`, `requests`, `report`, `demo` and others.
 
 Nothing here imports torch, Flower or Ray before a command needs it.
 """
@@ -21,11 +21,12 @@ from typer.core import TyperCommand
 
 from fedunlearn import __version__
 from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
-from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened
+from fedunlearn.commands import AsJson, Home, RunName, client_numbers, in_one_line, opened
 from fedunlearn.config import Config, check_clients, compose, state_home, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
 from fedunlearn.log import set_up
+from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, runs_folder
 from fedunlearn.runs.ledger import FAILED, Request
 from fedunlearn.runs.lock import is_locked
@@ -46,6 +47,8 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cli.command()(verify)
+cli.command()(purge)
+cli.command()(scan)
 cli.add_typer(keys_cli, name="keys")
 study_cli = typer.Typer(help="Compare unlearning with retraining: a table, figures, a report.", no_args_is_help=True)
 cli.add_typer(study_cli, name="study")
@@ -427,15 +430,6 @@ def show(requests: list[Request], as_json: bool) -> int:
         clients = ", ".join(map(str, request.clients))
         print(f"{request.id}  {request.state:<11}  clients {clients}  {receipt(request.detail)}".rstrip())
     return int(any(request.state in FAILED for request in requests))
-
-
-def client_numbers(texts: list[str], count: int) -> list[int]:
-    """Read the clients that were typed, as `3`, or as `3,5`."""
-    words = [word for text in texts for word in (text.split(",") if text else [text])]
-    for word in words:
-        if not word.strip().lstrip("-").isdecimal():
-            raise UserError(f"client {word!r} is not a whole number in 0..{count - 1}")
-    return [int(word) for word in words]
 
 
 def table(rows: list[list[str]]) -> None:

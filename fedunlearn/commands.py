@@ -48,3 +48,12 @@ def opened(name: str, home: str) -> Iterator[Run]:
         yield found
     finally:
         found.ledger.close()
+
+
+def client_numbers(texts: list[str], count: int) -> list[int]:
+    """Read the clients that were typed, as `3`, or as `3,5`."""
+    words = [word for text in texts for word in (text.split(",") if text else [text])]
+    for word in words:
+        if not word.strip().lstrip("-").isdecimal():
+            raise UserError(f"client {word!r} is not a whole number in 0..{count - 1}")
+    return [int(word) for word in words]

@@ -154,6 +154,13 @@ class Forget(Settings):
         le=1,
         description="of accuracy that a request may cost, on the retain clients' and on held-out images",
     )
+    purge: bool = Field(
+        default=True,
+        description="whether what is left of forgotten clients is removed when the run ends, as their decoded images",
+    )
+    purge_metrics: bool = Field(
+        default=False, description="whether their accuracies by round and class counts are removed then too"
+    )
     signed: bool = Field(
         default=False, description="whether only a request counts that its clients' key has signed (forget.keys)"
     )

@@ -18,7 +18,7 @@ from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.strategy import completed, strategy_class
 from fedunlearn.log import set_up
-from fedunlearn.runs import report
+from fedunlearn.runs import purge, report
 from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.receipts import FOLDER
@@ -93,6 +93,8 @@ def serve(grid: Grid, config: Config) -> None:
 def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> list[Request]:
     """Train `rounds` rounds, serve all requests, write the report; gives the requests that failed."""
     Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
+    if run.config.forget.purge:
+        purge.purge_due(run)
     run.write_receipts(renew=True)
     kind, counts = strategy_class(run.config.strategy), None if auditor is None else auditor.class_counts()
     page = report.write(run, counts, _class_names(auditor), label=kind.label, own_settings=kind.Settings)

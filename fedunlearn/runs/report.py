@@ -19,6 +19,7 @@ from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.home import OPERATIONAL, changed
 from fedunlearn.runs.ledger import FAILED, FORGOTTEN, RECEIPT, Request, State
 from fedunlearn.runs.page import embedded, encoded, rendered
+from fedunlearn.runs.purge import known_class_counts
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.uncertainty import fraction
 from fedunlearn.runs.verdicts import Moment, Verdict, beside_retrained, latest, moments, named, seconds, verdicts
@@ -43,6 +44,7 @@ def summary(run: Run, class_counts: np.ndarray | None = None) -> str:
     Args:
         class_counts: training images of every client by class, [C, K]; the gap has its standard error only with them.
     """
+    class_counts = known_class_counts(run, class_counts)
     table = Table(title=f"run {run.name}", title_justify="left")
     columns = ("when", "who", "images", "class accuracy", "memorisation gap", "client-ID accuracy")
     for column in columns:
@@ -77,6 +79,7 @@ def write(
     Raises:
         UserError: they did take part in it, or it was trained on other data.
     """
+    class_counts = known_class_counts(run, class_counts)
     config, requests, rows, events = run.config, run.ledger.requests(), run.metrics(), run.ledger.events()
     label, current = label or config.strategy, run.ledger.current()
     found = verdicts(requests, rows, label=label, class_counts=class_counts)
