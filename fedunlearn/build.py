@@ -3,7 +3,9 @@
 import hashlib
 import json
 import pkgutil
+import shutil
 from collections.abc import Callable, Sequence
+from logging import getLogger
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,6 +19,8 @@ from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.nn.schedule import learning_rate
+
+log = getLogger("fedunlearn")
 
 
 class Images(NamedTuple):
@@ -53,6 +57,24 @@ def source_of(config: Config) -> datasets.Source:
 def _place_of(config: Config) -> dict[str, Any]:
     about = config.data.model_dump(include={"root", "limit", "test_limit", "image_size"})
     return {"cache": state_home(config.home) / "data", **about}
+
+
+def decode_for_readmitted(config: Config) -> None:
+    """Decode the images anew where those of a client are gone that a new run takes back.
+
+    Raises:
+        UserError: its source is gone too.
+    """
+    store = source_of(config).store
+    if not config.readmit or not store.is_dir():
+        return
+    dataset = datasets.Dataset(store.resolve())
+    slices = slices_of(config, dataset) if dataset.removed else []
+    if gone := [client for client in config.readmit if slices and not len(slices[client])]:
+        if store.is_symlink():
+            raise UserError(f"readmit={gone}: the files with the images of client {gone[0]} were deleted")
+        log.info("%s is decoded anew: it has all clients' images again", store)
+        shutil.rmtree(store)
 
 
 def slices_of(config: Config, dataset: datasets.Dataset) -> list[np.ndarray]:

@@ -241,6 +241,10 @@ class Config(Settings):
         le=1,
         description="of all examples that one client may say it has, of three clients or more",
     )
+    readmit: list[int] = Field(
+        default=[],
+        description="clients that train in a new run although another run of the state folder has forgotten them",
+    )
     data: Data = Data()
     partition: Partition = Partition()
     model: Model = Model()
@@ -312,6 +316,8 @@ def check(config: Config) -> Config:
         if not 0 <= round_ <= config.rounds:
             raise UserError(f"forget.schedule: round {round_} is not in 0..{config.rounds}")
         check_clients(clients, config.clients)
+    if config.readmit:
+        check_clients(config.readmit, config.clients)
     if config.forget.schedule and config.forget.signed:
         raise UserError("forget.schedule asks without a signature, and forget.signed=true wants one")
     for client, key in config.forget.keys.items():

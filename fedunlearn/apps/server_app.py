@@ -11,8 +11,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedunlearn.apps.signals import ends_with_superlink
-from fedunlearn.build import loss_of
-from fedunlearn.config import Config, compose, split_words, values_of, writable_home
+from fedunlearn.build import decode_for_readmitted, loss_of
+from fedunlearn.config import Config, compose, split_words, state_home, values_of, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.rounds import Rounds
@@ -112,6 +112,8 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
 def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Auditor]]:
     """The run, locked, and the auditor that a simulation has."""
     config = prepared(config, asked)
+    if not (runs_folder(state_home(config.home)) / config.run / "run.json").exists():
+        decode_for_readmitted(config)
     auditor = Auditor(config)
     with locked_run(config, data=auditor.fingerprints(), images=auditor.images, asked=asked) as run:
         yield run, auditor

@@ -325,8 +325,8 @@ def _decode_cifar(name: str, cache: Path) -> Decoded:
             f"{name} could not be loaded ({error}): put a good {source.filename} into {folder}, or use images of your "
             "own with data.name=folder data.root=/path/to/images"
         ) from error
-    splits = (Split(part.data, np.array(part.targets)) for part in (train, test))
-    return Decoded(*splits, list(train.classes))
+    own, held_out = (Split(part.data, np.array(part.targets)) for part in (train, test))
+    return Decoded(own, held_out, list(train.classes))
 
 
 def _decode_folder(source: Path, size: int, limit: int, test_limit: int) -> Decoded:

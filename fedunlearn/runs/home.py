@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -184,9 +184,13 @@ def forked(config: Config, asked: Mapping[str, Any]) -> Config:
 
 
 def _make(folder: Path, config: Config, data: Mapping[str, str], images: "Images") -> None:
+    leaving = set(config.forget.schedule.get(0, []))
     if config.fork:
         base = find_run(state_home(config.home), config.fork)
-        data = _data_of_base(base, data)
+        data, forgotten = _of_base(base, data)
+        leaving |= forgotten
+    readmitted = readmitted_by(config, data, leaving)
+    if config.fork:
         with lock(base):
             _copy(base, folder)
     versions = {package: version(package) for package in PACKAGES}
@@ -199,16 +203,65 @@ def _make(folder: Path, config: Config, data: Mapping[str, str], images: "Images
             if ledger.current():
                 raise UserError(f"{folder / 'run.json'} is missing: put back a copy of it, or remove the folder")
         write_about(folder, ledger, content | {"config": config.model_dump()})
+        if readmitted:
+            ledger.readmit(readmitted)
     finally:
         ledger.close()
 
 
-def _data_of_base(base: Path, data: Mapping[str, str]) -> dict[str, str]:
-    """The fingerprints of the run that a fork goes on from, if its images are still the same."""
+def readmitted_by(config: Config, data: Mapping[str, str], leaving: Collection[int]) -> dict[int, str]:
+    """Give the clients that a new run trains although another run of the state folder has forgotten them.
+
+    Args:
+        config: settings of the new run.
+        data: SHA-256 of what each client has.
+        leaving: clients that never take part in it.
+
+    Returns:
+        By client, the run and request that forgot it.
+
+    Raises:
+        UserError: `readmit` does not name one of them.
+    """
+    banned = forgotten_in(state_home(config.home))
+    found: dict[int, str] = {}
+    for client in sorted(set(range(config.clients)) - set(leaving)):
+        names = {data[str(client)], config.forget.keys.get(client, "")} & banned.keys()
+        if names and client not in config.readmit:
+            raise UserError(
+                f"client {client} was forgotten by {banned[min(names)]}: leave it out with "
+                f"forget.schedule={{0:[{client}]}}, or take it back with readmit=[{client}]"
+            )
+        found |= {client: banned[min(names)]} if names else {}
+    return found
+
+
+def forgotten_in(home: Path) -> dict[str, str]:
+    """Give whom the runs of a state folder have forgotten: by fingerprint, and by key, the run and request."""
+    found: dict[str, str] = {}
+    for folder in all_runs(home):
+        try:
+            run = Run.opened(folder)
+        except UserError as error:
+            log.warning("whom run %s has forgotten is not known: %s", folder.name, error)
+            continue
+        try:
+            data, keys = run.about()["data"], run.config.forget.keys
+            for request in run.ledger.requests():
+                for client in request.clients if request.state in FORGOTTEN else []:
+                    names = {data[str(client)], keys.get(client, "")} - {""}
+                    found |= dict.fromkeys(names, f"run {run.name} (request {request.id})")
+        finally:
+            run.ledger.close()
+    return found
+
+
+def _of_base(base: Path, data: Mapping[str, str]) -> tuple[dict[str, str], set[int]]:
+    """The fingerprints of the run that a fork goes on from, if its images are still the same, and whom it forgot."""
     run = Run.opened(base)
     try:
         check_data(run, data)
-        return run.about()["data"]
+        return run.about()["data"], set(run.ledger.clients_in(FORGOTTEN))
     finally:
         run.ledger.close()
 

@@ -87,13 +87,15 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
     with lock(home / "data", patience=LOCK_SECONDS):
         try:
             owned = scan.owned_by(run, clients)
-            look_for, nobody_looked = scan.wanted(owned), ""
+            look_for = scan.wanted(owned)
         except UserError as error:
-            owned, look_for, nobody_looked = None, None, str(error)
+            log.warning("nobody can look for images of %s: %s", who, error)
+            owned, look_for = None, None
         try:
             (gone, needed_by), stale = _take_out(run, clients), _delete_stale(home)
         except UserError as error:  # nobody knows what a damaged run needs
-            gone, needed_by, stale = 0, [f"perhaps somebody: {error}"], []
+            log.warning("no image is removed: %s", error)
+            gone, needed_by, stale = 0, ["a run or study that is damaged, perhaps"], []
         updates = _delete_files(run, clients)
         if owned and not figures:
             keep_class_counts(run, request, owned.class_counts)
@@ -116,8 +118,9 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
         reason = f"needed by {', '.join(needed_by)}" if needed_by and path.parent == _store_of(run) else ""
         kept.append({"what": what, "why": reason or scan.way_out(path, home)})
-    if nobody_looked:
-        kept.append({"what": f"perhaps images of {who}", "why": nobody_looked})
+    if not look_for:
+        why = "nobody could look for them: there are none to compare with, in the decoded copy or at the source"
+        kept.append({"what": f"perhaps images of {who}", "why": why})
     if not figures:
         kept.append({"what": f"accuracies by round of {who}", "why": "audits compare with them (forget.purge_metrics)"})
     run.ledger.keep_purge(request, deleted=deleted, kept=kept)

@@ -26,7 +26,18 @@ from fedunlearn.runs.verdicts import Moment, Verdict, beside_retrained, latest, 
 from fedunlearn.schema import fields_of
 
 HIDDEN = ("run", "home", "data.root")  # the first is the title; where files lie on a machine is nobody else's business
-MAY_DIFFER = ("run", "home", "fork", "data.root", "strategy", "unlearn", "forget.", "evaluate_every", *OPERATIONAL)
+MAY_DIFFER = (
+    "run",
+    "home",
+    "fork",
+    "data.root",
+    "strategy",
+    "unlearn",
+    "forget.",
+    "evaluate_every",
+    "readmit",
+    *OPERATIONAL,
+)
 """How names of settings begin in which a run and the one that it is compared with may differ."""
 
 ABOUT_STATES = {
