@@ -250,7 +250,7 @@ def forgotten_in(home: Path) -> dict[str, str]:
             for request in run.ledger.requests():
                 for client in request.clients if request.state in FORGOTTEN else []:
                     names = {data[str(client)], keys.get(client, "")} - {""}
-                    found |= dict.fromkeys(names, f"run {run.name} (request {request.id})")
+                    found = dict.fromkeys(names, f"run {run.name} (request {request.id})") | found
         finally:
             run.ledger.close()
     return found
