@@ -188,10 +188,10 @@ class _Finder:
         maybe = maybe[maybe <= len(data) - KEY]
         keys = np.ndarray((len(data) - KEY + 1,), "<u8", data, strides=(1,))[maybe]
         nearest = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        is_known = self._keys[nearest] == keys
+        is_wanted = self._keys[nearest] == keys
         return {
             (window, what)
-            for place, key in zip(maybe[is_known].tolist(), keys[is_known].tolist(), strict=True)
+            for place, key in zip(maybe[is_wanted].tolist(), keys[is_wanted].tolist(), strict=True)
             for window, what in self._windows[key]
             if data.startswith(window, place)
         }

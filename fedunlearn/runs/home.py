@@ -184,12 +184,12 @@ def forked(config: Config, asked: Mapping[str, Any]) -> Config:
 
 
 def _make(folder: Path, config: Config, data: Mapping[str, str], images: "Images") -> None:
-    leaving = set(config.forget.schedule.get(0, []))
+    never = set(config.forget.schedule.get(0, []))
     if config.fork:
         base = find_run(state_home(config.home), config.fork)
         data, forgotten = _of_base(base, data)
-        leaving |= forgotten
-    readmitted = readmitted_by(config, data, leaving)
+        never |= forgotten
+    readmitted = readmitted_by(config, data, never)
     if config.fork:
         with lock(base):
             _copy(base, folder)
@@ -209,13 +209,13 @@ def _make(folder: Path, config: Config, data: Mapping[str, str], images: "Images
         ledger.close()
 
 
-def readmitted_by(config: Config, data: Mapping[str, str], leaving: Collection[int]) -> dict[int, str]:
+def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int]) -> dict[int, str]:
     """Give the clients that a new run trains although another run of the state folder has forgotten them.
 
     Args:
         config: settings of the new run.
         data: SHA-256 of what each client has.
-        leaving: clients that never take part in it.
+        never: clients that never take part in it.
 
     Returns:
         By client, the run and request that forgot it.
@@ -225,7 +225,7 @@ def readmitted_by(config: Config, data: Mapping[str, str], leaving: Collection[i
     """
     banned = forgotten_in(state_home(config.home))
     found: dict[int, str] = {}
-    for client in sorted(set(range(config.clients)) - set(leaving)):
+    for client in sorted(set(range(config.clients)) - set(never)):
         names = {data[str(client)], config.forget.keys.get(client, "")} & banned.keys()
         if names and client not in config.readmit:
             raise UserError(
