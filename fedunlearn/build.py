@@ -1,8 +1,12 @@
 """From settings to images, the clients' slices of them, a model, and the learning rate of a round."""
 
+import hashlib
+import json
 import pkgutil
-from collections.abc import Callable
-from typing import NamedTuple, cast
+import shutil
+from collections.abc import Callable, Sequence
+from logging import getLogger
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,6 +19,8 @@ from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.nn.schedule import learning_rate
+
+log = getLogger("fedunlearn")
 
 
 class Images(NamedTuple):
@@ -36,24 +42,73 @@ class Images(NamedTuple):
 
 def open_dataset(config: Config) -> datasets.Dataset:
     """Open the images of a run, downloading and decoding them on first use."""
-    data = config.data
-    return datasets.load(
-        data.name,
-        cache=state_home(config.home) / "data",
-        root=data.root,
-        limit=data.limit,
-        test_limit=data.test_limit,
-        image_size=data.image_size,
-    )
+    return datasets.load(config.data.name, **_place_of(config))
+
+
+def source_of(config: Config) -> datasets.Source:
+    """Say where the images of a run come from, and where their decoded copy is.
+
+    Raises:
+        UserError: the source is gone.
+    """
+    return datasets.source_of(config.data.name, **_place_of(config))
+
+
+def _place_of(config: Config) -> dict[str, Any]:
+    about = config.data.model_dump(include={"root", "limit", "test_limit", "image_size"})
+    return {"cache": state_home(config.home) / "data", **about}
+
+
+def decode_for_readmitted(config: Config) -> None:
+    """Decode the images anew where those of a client are gone that a new run takes back.
+
+    Raises:
+        UserError: its source is gone too.
+    """
+    store = source_of(config).store
+    if not config.readmit or not store.is_dir():
+        return
+    dataset = datasets.Dataset(store.resolve())
+    slices = slices_of(config, dataset) if dataset.removed else []
+    if gone := [client for client in config.readmit if slices and not len(slices[client])]:
+        if store.is_symlink():
+            raise UserError(f"readmit={gone}: the files with the images of client {gone[0]} were deleted")
+        log.info("%s is decoded anew: it has all clients' images again", store)
+        shutil.rmtree(store)
 
 
 def slices_of(config: Config, dataset: datasets.Dataset) -> list[np.ndarray]:
-    """Compute every client's indices into the training images."""
+    """Give every client's indices into the training images: as they were dealt out before some were taken out."""
+    kept = dataset.dealt(deal_of(config))
+    return dealt(config, np.asarray(dataset.train.labels)) if kept is None else kept
+
+
+def dealt(config: Config, labels: np.ndarray) -> list[np.ndarray]:
+    """Deal images with these labels out to clients."""
     split = config.partition
-    labels = np.asarray(dataset.train.labels)
     return partition.partition(
         split.kind, labels, config.clients, dirichlet_alpha=split.dirichlet_alpha, seed=split.seed
     )
+
+
+def deal_of(config: Config) -> str:
+    """Name how a run deals its images out: the same for runs that do it in the same way."""
+    about = {"clients": config.clients, **config.partition.model_dump()}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprints_of(dataset: datasets.Dataset, slices: Sequence[np.ndarray]) -> dict[str, str]:
+    """Compute the SHA-256 of what each client has, by its number as text, and of the images that are held out.
+
+    That of a client without images is empty.
+    """
+    own = {str(client): fingerprint_of(dataset.train, owned) for client, owned in enumerate(slices)}
+    return own | {"held-out": datasets.fingerprint(dataset.test)}
+
+
+def fingerprint_of(train: datasets.Split, owned: np.ndarray) -> str:
+    """Compute the SHA-256 of a client's images and labels; nothing where it has none."""
+    return datasets.fingerprint(datasets.Split(train.images[owned], train.labels[owned])) if len(owned) else ""
 
 
 def model_of(config: Config, dataset: datasets.Dataset | Images, *place: int) -> TwoHeadResNet18:

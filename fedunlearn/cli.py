@@ -1,4 +1,4 @@
-"""One command: `fedunlearn run | forget | runs | requests | report | verify | keys | demo | study | scale | config`.
+"""One command, `fedunlearn`, with commands below it: `run`, `forget`, `runs`, `requests`, `report`, `demo` and others.
 
 Nothing here imports torch, Flower or Ray before a command needs it.
 """
@@ -26,6 +26,7 @@ from fedunlearn.config import Config, check_clients, compose, state_home, writab
 from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
 from fedunlearn.log import set_up
+from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, runs_folder
 from fedunlearn.runs.ledger import FAILED, Request
 from fedunlearn.runs.lock import is_locked
@@ -46,6 +47,8 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cli.command()(verify)
+cli.command()(purge)
+cli.command()(scan)
 cli.add_typer(keys_cli, name="keys")
 study_cli = typer.Typer(help="Compare unlearning with retraining: a table, figures, a report.", no_args_is_help=True)
 cli.add_typer(study_cli, name="study")

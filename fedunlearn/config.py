@@ -154,6 +154,13 @@ class Forget(Settings):
         le=1,
         description="of accuracy that a request may cost, on the retain clients' and on held-out images",
     )
+    purge: bool = Field(
+        default=True,
+        description="whether what is left of forgotten clients is removed when the run ends, as their decoded images",
+    )
+    purge_metrics: bool = Field(
+        default=False, description="whether their accuracies by round and class counts are removed then too"
+    )
     signed: bool = Field(
         default=False, description="whether only a request counts that its clients' key has signed (forget.keys)"
     )
@@ -234,6 +241,10 @@ class Config(Settings):
         le=1,
         description="of all examples that one client may say it has, of three clients or more",
     )
+    readmit: list[int] = Field(
+        default=[],
+        description="clients that train in a new run although another run of the state folder has forgotten them",
+    )
     data: Data = Data()
     partition: Partition = Partition()
     model: Model = Model()
@@ -305,6 +316,8 @@ def check(config: Config) -> Config:
         if not 0 <= round_ <= config.rounds:
             raise UserError(f"forget.schedule: round {round_} is not in 0..{config.rounds}")
         check_clients(clients, config.clients)
+    if config.readmit:
+        check_clients(config.readmit, config.clients)
     if config.forget.schedule and config.forget.signed:
         raise UserError("forget.schedule asks without a signature, and forget.signed=true wants one")
     for client, key in config.forget.keys.items():

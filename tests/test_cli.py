@@ -58,6 +58,8 @@ def test_all_commands_of_the_design_are_there():
         "study paper",
         "study federated",
         "verify",
+        "purge",
+        "scan",
         "keys",
         "keys new",
         "keys id",

@@ -90,11 +90,18 @@ def test_fewer_rounds_and_other_settings_are_refused_and_change_nothing(federate
 
 
 def test_more_rounds_of_other_data_are_refused_and_change_nothing(federate, base):
-    rewrite(base, data="of other images")
+    rewrite(base, data=read_about(base)["data"] | {"1": "of other images", "held-out": "of others too"})
     before = contents(base)
-    with pytest.raises(UserError, match="was trained on other data"):
+    with pytest.raises(UserError, match=r"run base was trained on other data \(other images of client 1, held-out\)"):
         federate("run=base rounds=5")
     assert contents(base) == before
+
+
+def test_what_has_become_of_a_forgotten_clients_images_is_no_matter(federate, base):
+    rewrite(base, data=read_about(base)["data"] | {"3": "of images that are gone"})
+    assert trained(federate("run=base rounds=4")) == [4]
+    federate("run=other fork=base")
+    assert read_about(federate.folder("other"))["data"] == read_about(base)["data"]
 
 
 # --- forks --------------------------------------------------------------------------------------------------------
@@ -153,8 +160,8 @@ def test_a_fork_of_other_data_or_another_model_is_refused(federate, base, words,
 
 
 def test_a_fork_of_data_that_have_changed_since_is_refused(federate, base):
-    rewrite(base, data="of other images")
-    with pytest.raises(UserError, match="run base was trained on other data: a fork goes on from it"):
+    rewrite(base, data=read_about(base)["data"] | {"0": "of other images"})
+    with pytest.raises(UserError, match=r"run base was trained on other data \(other images of client 0\)"):
         federate("run=other fork=base")
     assert [folder.name for folder in all_runs(federate.home)] == ["base"]
 

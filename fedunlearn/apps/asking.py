@@ -45,7 +45,7 @@ def check_servable(found: Run) -> None:
     found.check_checkpoint()
     strategy_of(found.config)
     loss_of(found.config)
-    check_data(found.folder, Auditor(found.config).fingerprint)
+    check_data(found, Auditor(found.config).fingerprints())
 
 
 def ask(

@@ -66,6 +66,8 @@ class Cell:
             f"rounds={study.rounds}",
             f"evaluate_every={study.rounds}",
             f"forget.schedule={{{study.rounds}:[0]}}",
+            "forget.purge=false",  # the next run has the same client
+            "readmit=[0]",
         ]
 
     def resources(self, study: ScalingStudy) -> list[str]:

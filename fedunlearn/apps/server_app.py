@@ -11,14 +11,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedunlearn.apps.signals import ends_with_superlink
-from fedunlearn.build import loss_of
-from fedunlearn.config import Config, compose, split_words, values_of, writable_home
+from fedunlearn.build import decode_for_readmitted, loss_of
+from fedunlearn.config import Config, compose, split_words, state_home, values_of, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.strategy import completed, strategy_class
 from fedunlearn.log import set_up
-from fedunlearn.runs import report
+from fedunlearn.runs import purge, report
 from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.receipts import FOLDER
@@ -93,6 +93,8 @@ def serve(grid: Grid, config: Config) -> None:
 def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> list[Request]:
     """Train `rounds` rounds, serve all requests, write the report; gives the requests that failed."""
     Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
+    if run.config.forget.purge:
+        purge.purge_due(run)
     run.write_receipts(renew=True)
     kind, counts = strategy_class(run.config.strategy), None if auditor is None else auditor.class_counts()
     page = report.write(run, counts, _class_names(auditor), label=kind.label, own_settings=kind.Settings)
@@ -110,8 +112,10 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
 def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Auditor]]:
     """The run, locked, and the auditor that a simulation has."""
     config = prepared(config, asked)
+    if not (runs_folder(state_home(config.home)) / config.run / "run.json").exists():
+        decode_for_readmitted(config)
     auditor = Auditor(config)
-    with locked_run(config, fingerprint=auditor.fingerprint, images=auditor.images, asked=asked) as run:
+    with locked_run(config, data=auditor.fingerprints(), images=auditor.images, asked=asked) as run:
         yield run, auditor
 
 

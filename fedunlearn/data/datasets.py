@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +18,9 @@ from fedunlearn.errors import UserError
 
 NAMES = ("digits", "cifar10", "cifar100", "folder", "random")
 """The data sets that `load` knows."""
+
+REMOVED_FILES = "files-to-delete.txt"
+"""In a store: files of the source that nobody needs any more, one a line."""
 
 log = logging.getLogger("fedunlearn")
 
@@ -34,6 +37,20 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
+def fingerprint(split: Split) -> str:
+    """Give the SHA-256 of images and labels, in their order.
+
+    Example:
+        >>> fingerprint(Split(np.zeros((1, 2, 2, 1), np.uint8), np.array([3])))[:8]
+        'b8ab49cd'
+    """
+    images, labels = np.ascontiguousarray(split.images, np.uint8), np.ascontiguousarray(split.labels, np.int64)
+    digest = hashlib.sha256(repr(images.shape).encode())
+    digest.update(images.data)
+    digest.update(labels.data)
+    return digest.hexdigest()
+
+
 class Dataset:
     """Open a decoded data set, and memory-map each split when it is first asked for.
 
@@ -46,6 +63,7 @@ class Dataset:
         store: the same.
         class_names: K names.
         fingerprint: SHA-256 of all images and labels.
+        removed: how many training images of forgotten clients were taken out (`without`).
 
     Example:
         >>> with tempfile.TemporaryDirectory() as cache:
@@ -57,13 +75,15 @@ class Dataset:
     def __init__(self, store: Path) -> None:
         self._meta = json.loads((store / "meta.json").read_text())
         self.store = store
+        self.removed: int = self._meta.get("removed", 0)
+        self._train: str = self._meta.get("train", "train")
         self.class_names: list[str] = self._meta["class_names"]
         self.fingerprint: str = self._meta["fingerprint"]
 
     @cached_property
     def train(self) -> Split:
         """Memory-map the training images and their labels."""
-        return self._split("train")
+        return self._split(self._train)
 
     @cached_property
     def test(self) -> Split:
@@ -76,12 +96,107 @@ class Dataset:
         # stores of earlier versions do not name them
         return self._meta["channels"] if "channels" in self._meta else self.test.images.shape[-1]
 
+    @property
+    def files(self) -> list[str]:
+        """Name the files that the training images were read from, in their order; none where they are not known."""
+        file = self.store / f"{self._train}_files.json"
+        return json.loads(file.read_text()) if file.exists() else []
+
+    def dealt(self, deal: str) -> list[np.ndarray] | None:
+        """Give each client's indices as they were before images were taken out, less those; None for an unknown deal.
+
+        Args:
+            deal: names how the images were dealt out.
+        """
+        file = self.store / f"{self._train}_{deal}.npz"
+        if not file.exists():
+            return None
+        with np.load(file) as kept:
+            return np.split(kept["indices"], kept["cuts"])
+
+    def without(self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]]) -> None:
+        """Write the training images anew without some, and delete the files that have them.
+
+        Nobody else's images are dealt out anew: who owned which is written down. A process that has the images open
+        keeps what it has.
+
+        Args:
+            gone: which ones, bool [N].
+            deals: by name, each client's indices into the images as they are now.
+        """
+        kept, train = ~gone, self.train
+        place = np.cumsum(kept) - 1
+        name = f"train-{int(self._train.partition('-')[2] or 0) + 1}"
+        now = Split(train.images[kept], train.labels[kept])
+        for part, array in now._asdict().items():
+            np.save(self.store / f"{name}_{part}.npy", array)
+        for deal, slices in deals.items():
+            left = [place[owned[kept[owned]]] for owned in slices]
+            cuts = np.cumsum([len(owned) for owned in left])[:-1]
+            np.savez(self.store / f"{name}_{deal}.npz", indices=np.concatenate(left), cuts=cuts)
+        if files := self.files:
+            (self.store / f"{name}_files.json").write_text(
+                json.dumps([f for f, k in zip(files, kept, strict=True) if k])
+            )
+            self._expect_removal({f for f, k in zip(files, kept, strict=True) if not k})
+        removed = self.removed + int(gone.sum())
+        meta = {"train": name, "removed": removed, "fingerprint": _fingerprint(_arrays(now, self.test))}
+        new = self.store / "meta.json.new"
+        new.write_text(json.dumps(self._meta | meta))
+        os.replace(new, self.store / "meta.json")
+        for file in self.store.glob("train*"):
+            if not file.name.startswith(f"{name}_"):
+                file.unlink()
+
+    def _expect_removal(self, files: set[str]) -> None:
+        """List files of the source that are not needed any more; once they are deleted, these images are used still."""
+        source, (kind, _, *rest) = Path(self._meta["source"]), self.store.name.split("-")
+        listed = self.store / REMOVED_FILES
+        earlier = listed.read_text().splitlines() if listed.exists() else []
+        left = [file for file in [*earlier, *sorted(files)] if Path(file).exists()]
+        listed.write_text("".join(f"{file}\n" for file in left))
+        listing = list(_listing(source)) if source.is_dir() else []
+
+        def store(rows: list[tuple]) -> Path:
+            return self.store.with_name("-".join([kind, _folder_key(source, self._meta["image_size"], rows), *rest]))
+
+        alias = store([row for row in listing if row[0] not in files])
+        if store(listing).resolve() == self.store.resolve() and not alias.exists():
+            alias.symlink_to(self.store.name)
+
     def _split(self, name: str) -> Split:
         images, labels = (np.load(self.store / f"{name}_{part}.npy", mmap_mode="r") for part in ("images", "labels"))
         return Split(images, labels)
 
 
-Decoded = tuple[Split, Split, list[str]]
+class Decoded(NamedTuple):
+    """What is decoded of a data set.
+
+    Attributes:
+        train: images and labels to train with.
+        test: those that are held out.
+        class_names: K names.
+        about: what the store writes down of the source, if that is a folder.
+        files: that the training images were read from, if that is known.
+    """
+
+    train: Split
+    test: Split
+    class_names: list[str]
+    about: dict[str, Any] = {}  # noqa: RUF012
+    files: list[str] = []  # noqa: RUF012
+
+
+class Source(NamedTuple):
+    """Where the images of a data set come from.
+
+    Attributes:
+        store: the folder of their decoded copy.
+        decode: makes them anew, all of them.
+    """
+
+    store: Path
+    decode: Callable[[], Decoded]
 
 
 def load(
@@ -115,9 +230,22 @@ def load(
         ...     np.bincount(load("digits", cache=Path(cache), limit=50).train.labels)
         array([5, 5, 5, 5, 5, 5, 5, 5, 5, 5])
     """
+    options: dict[str, Any] = {"limit": limit, "test_limit": test_limit, "image_size": image_size}
+    store, decode = source_of(name, cache=cache, root=root, **options)
+    if not store.is_dir():
+        _write(store, decode())
+    dataset = Dataset(store.resolve())
+    if dataset.removed:
+        log.warning("%s is without %d images of forgotten clients (docs: what stays)", store, dataset.removed)
+    return dataset
+
+
+def source_of(name: str, *, cache: Path, root: str, limit: int, test_limit: int, image_size: int) -> Source:
+    """Find the source of a data set; the arguments and errors are those of `load`."""
     if name == "folder":
         source = _unpacked(_existing(root), cache)
-        key = _digest([str(source), image_size, *_listing(source)])[:16]
+        key = _folder_key(source, image_size, _listing(source))
+        decode: Callable[[], Decoded]
         decode = partial(_decode_folder, source, image_size, limit, test_limit)
     elif name == "random":
         key, decode = str(image_size), partial(_decode_random, image_size, limit or 10_000, test_limit or 1_000)
@@ -126,10 +254,12 @@ def load(
     else:
         key, decode = "1", partial(_decode_cifar, name, cache)
     store = cache / f"{name}-{key}-{limit or 'all'}-{test_limit or 'all'}"
-    if not store.is_dir():
-        train, test, class_names = decode()
-        _write(store, first_per_class(train, limit), first_per_class(test, test_limit), class_names)
-    return Dataset(store)
+
+    def limited() -> Decoded:
+        found = decode()
+        return found._replace(train=first_per_class(found.train, limit), test=first_per_class(found.test, test_limit))
+
+    return Source(store, limited)
 
 
 def first_per_class(split: Split, limit: int) -> Split:
@@ -167,7 +297,7 @@ def _decode_digits() -> Decoded:
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
     train, test = np.sort(train), np.sort(test)
     names = [str(name) for name in digits.target_names]
-    return Split(images[train], digits.target[train]), Split(images[test], digits.target[test]), names
+    return Decoded(Split(images[train], digits.target[train]), Split(images[test], digits.target[test]), names)
 
 
 def _decode_random(size: int, count: int, test_count: int) -> Decoded:
@@ -179,7 +309,7 @@ def _decode_random(size: int, count: int, test_count: int) -> Decoded:
         noise = random.normal(0, 64, (count, size, size, 3))
         return Split(np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8), labels)
 
-    return draw(count), draw(test_count), [f"pattern {k}" for k in range(10)]
+    return Decoded(draw(count), draw(test_count), [f"pattern {k}" for k in range(10)])
 
 
 def _decode_cifar(name: str, cache: Path) -> Decoded:
@@ -195,7 +325,8 @@ def _decode_cifar(name: str, cache: Path) -> Decoded:
             f"{name} could not be loaded ({error}): put a good {source.filename} into {folder}, or use images of your "
             "own with data.name=folder data.root=/path/to/images"
         ) from error
-    return Split(train.data, np.array(train.targets)), Split(test.data, np.array(test.targets)), list(train.classes)
+    own, held_out = (Split(part.data, np.array(part.targets)) for part in (train, test))
+    return Decoded(own, held_out, list(train.classes))
 
 
 def _decode_folder(source: Path, size: int, limit: int, test_limit: int) -> Decoded:
@@ -223,11 +354,12 @@ def _decode_folder(source: Path, size: int, limit: int, test_limit: int) -> Deco
             f"data.root={source} has no images for testing: give train/ and test/, or six of a class and more"
         )
     log.info("decoding %s (once)", source)
-    train_images, test_images = (_read_images(samples, most, size) for samples, most in parts)
-    return train_images, test_images, train.classes
+    (train_images, files), (test_images, _) = (_read_images(samples, most, size) for samples, most in parts)
+    return Decoded(train_images, test_images, train.classes, {"source": str(source), "image_size": size}, files)
 
 
-def _read_images(samples: list[tuple[str, int]], limit: int, size: int) -> Split:
+def _read_images(samples: list[tuple[str, int]], limit: int, size: int) -> tuple[Split, list[str]]:
+    """The images, and the files that they are from."""
     from PIL import Image
 
     labels = np.array([label for _, label in samples])
@@ -240,7 +372,7 @@ def _read_images(samples: list[tuple[str, int]], limit: int, size: int) -> Split
                 image[:] = np.asarray(opened.convert("RGB").resize((size, size)))
         except OSError as error:
             raise UserError(f"{path} is not a readable image ({error})") from error
-    return Split(images, labels[positions])
+    return Split(images, labels[positions]), [samples[position][0] for position in positions]
 
 
 def _every_sixth(class_of: list[int]) -> np.ndarray:
@@ -278,6 +410,10 @@ def _unpacked(path: Path, cache: Path) -> Path:
     return target
 
 
+def _folder_key(source: Path, image_size: int, listing: Iterable[tuple]) -> str:
+    return _digest([str(source), image_size, *listing])[:16]
+
+
 def _listing(source: Path) -> Iterator[tuple]:
     for folder, subfolders, files in os.walk(source):
         subfolders.sort()
@@ -290,21 +426,29 @@ def _digest(parts: list) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _write(store: Path, train: Split, test: Split, class_names: list[str]) -> None:
-    if len(class_names) < 2:
+def _write(store: Path, decoded: Decoded) -> None:
+    if len(decoded.class_names) < 2:
         raise UserError(f"{store.name} has fewer than 2 classes")
-    arrays = {
+    arrays = _arrays(decoded.train, decoded.test)
+    with _new_folder(store) as folder:
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        if decoded.files:
+            (folder / "train_files.json").write_text(json.dumps(decoded.files))
+        about = {"class_names": decoded.class_names, "channels": decoded.test.images.shape[-1], **decoded.about}
+        (folder / "meta.json").write_text(json.dumps({**about, "fingerprint": _fingerprint(arrays)}))
+
+
+def _arrays(train: Split, test: Split) -> dict[str, np.ndarray]:
+    return {
         f"{split}_{part}": np.ascontiguousarray(array, dtype)
         for split, data in (("train", train), ("test", test))
         for part, array, dtype in (("images", data.images, np.uint8), ("labels", data.labels, np.int64))
     }
-    fingerprint = hashlib.sha256(b"".join(hashlib.sha256(array.data).digest() for array in arrays.values()))
-    with _new_folder(store) as folder:
-        for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array)
-        channels = test.images.shape[-1]
-        meta = {"class_names": class_names, "fingerprint": fingerprint.hexdigest(), "channels": channels}
-        (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(array.data).digest() for array in arrays.values())).hexdigest()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedunlearn.build import Images
+from fedunlearn.build import Images, fingerprints_of
 from fedunlearn.config import Config
 from fedunlearn.federation.client import ClientRuntime
 from fedunlearn.federation.messages import Tensors
@@ -17,14 +17,16 @@ class Auditor:
     Attributes:
         class_names: K names.
         images: what a model has to know of them.
-        fingerprint: of all images.
     """
 
     def __init__(self, config: Config) -> None:
         self._runtime = ClientRuntime(config)
         self.class_names = self._runtime.dataset.class_names
         self.images = Images(self.class_names, self._runtime.dataset.train.images.shape[1:])
-        self.fingerprint = self._runtime.dataset.fingerprint
+
+    def fingerprints(self) -> dict[str, str]:
+        """Compute the SHA-256 of every client's images, and of the held-out ones."""
+        return fingerprints_of(self._runtime.dataset, self._runtime.slices)
 
     def evaluate(self, params: Tensors, client: int) -> Counts:
         """Count what a model gets right on the client's images."""

@@ -54,8 +54,13 @@ class Requests:
         left = [detail.get("completes_at", self._completes_at()) - self._federation.round for detail in open_]
         return max([rounds, *left])
 
-    def serve(self, *, no_more_rounds: bool = False) -> None:
-        """Carry every open request as far as it can be carried now, the oldest first."""
+    def serve(self, *, is_last: bool = False, no_more_rounds: bool = False) -> None:
+        """Carry every open request as far as it can be carried now, the oldest first.
+
+        Args:
+            is_last: the run's rounds are trained; receipts are then written by whoever removes what is left.
+            no_more_rounds: requests are completed at once.
+        """
         round_ = self._federation.round
         scheduled = set(self._settings.schedule.get(round_, []))
         asked = {c for request in self._ledger.requests() if request.state != State.CANCELLED for c in request.clients}
@@ -66,7 +71,8 @@ class Requests:
             waits = self._last_round is not None and request.detail["not_before"] > round_ and not no_more_rounds
             if request.state in OPEN and not waits:
                 self._carry(request, no_more_rounds)
-        self._run.write_receipts()
+        if not is_last:
+            self._run.write_receipts()
 
     def _carry(self, request: Request, no_more_rounds: bool) -> None:
         until_completed = self._settings.rounds_until_completed

@@ -33,6 +33,7 @@ from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.log import ROUNDS
 from fedunlearn.runs.formats import progress
+from fedunlearn.runs.ledger import FORGOTTEN
 from fedunlearn.runs.run import Run
 
 log = getLogger("fedunlearn")
@@ -106,17 +107,19 @@ class Rounds(FlowerStrategy):
         self._run.ledger.reopen()
         self._strategy.after_request(self._run)
         grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
-        self.federation.nodes.identify(grid, self._run.ledger.examples())
+        forgotten = self._run.ledger.clients_in(FORGOTTEN)  # their images may be gone
+        known = {c: count for c, count in self._run.ledger.examples().items() if c not in forgotten}
         nodes = self.federation.nodes
+        nodes.identify(grid, known)
         self._run.ledger.keep_examples({c: n for c, n in nodes.examples.items() if c not in nodes.disputed})
         self._announce()
         if self.federation.round == 0 and self._run.ledger.current() is None:
             self._commit()
         self._clock = time.monotonic()
         result = super().start(grid, self._broadcast(), num_rounds, timeout=self._config.timeout)
-        self.requests.serve()
+        self.requests.serve(is_last=True)
         while not self._run.ledger.finish():
-            self.requests.serve(no_more_rounds=True)
+            self.requests.serve(is_last=True, no_more_rounds=True)
         return result
 
     def configure_train(

@@ -32,7 +32,7 @@ class ServerData:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dataset = build.open_dataset(config)
         self._held_out, self._make = dataset.test, lambda *place: build.model_of(config, dataset, *place)
-        self.class_names, self.fingerprint = dataset.class_names, dataset.fingerprint
+        self.class_names = dataset.class_names
         self.pixels = int(np.prod(dataset.test.images.shape[1:3]))
         self.model = build.on_device(self.new_model(), self.device)
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config, check, state_home, values_of
 from fedunlearn.errors import UserError
 from fedunlearn.runs.files import write_atomically
-from fedunlearn.runs.ledger import Ledger
+from fedunlearn.runs.ledger import FORGOTTEN, Ledger
 from fedunlearn.runs.lock import is_locked, lock
 from fedunlearn.runs.run import Run, open_ledger, read_about, stored_config
 from fedunlearn.schema import validated
@@ -27,6 +27,7 @@ log = getLogger("fedunlearn")
 
 OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
 SAME = ("clients", "data.", "partition.", "model.")  # settings that a fork must share with the run it goes on from
+MOST_NAMED = 5  # clients whose images have changed
 PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
 
 
@@ -103,12 +104,12 @@ def is_finished(folder: Path) -> bool:
 
 
 @contextmanager
-def locked_run(config: Config, *, fingerprint: str, images: "Images", asked: Mapping[str, Any]) -> Iterator[Run]:
+def locked_run(config: Config, *, data: Mapping[str, str], images: "Images", asked: Mapping[str, Any]) -> Iterator[Run]:
     """Lock the run `config.run`, making it where it is new; its own stored settings count where it is not.
 
     Args:
         config: the settings of a new run.
-        fingerprint: of the data set.
+        data: SHA-256 of what each client has, and of the held-out images.
         images: what a new run keeps of them.
         asked: settings that were named explicitly, by dotted name. A run that exists must agree with them, but for
             more `rounds` than it has: then it goes on.
@@ -121,15 +122,15 @@ def locked_run(config: Config, *, fingerprint: str, images: "Images", asked: Map
     folder = runs_folder(state_home(config.home)) / name
     with lock(folder):
         if not (folder / "run.json").exists():
-            _make(folder, config, {"data": fingerprint, "images": images._asdict()})
+            _make(folder, config, data, images)
         ledger = open_ledger(folder)
         try:
             about, stored, kept = read_about(folder), stored_config(folder), agreed(folder, asked)
-            check_data(folder, fingerprint)
-            if kept != stored:
-                write_about(folder, ledger, about | {"config": kept.model_dump()})
             operational = {setting: value for setting, value in asked.items() if setting in OPERATIONAL}
             run = Run(folder, kept.model_copy(update={"home": config.home, "run": name, **operational}), ledger)
+            check_data(run, data)
+            if kept != stored:
+                write_about(folder, ledger, about | {"config": kept.model_dump()})
             if current := ledger.current():
                 run.delete_all_but(current.checkpoint)
             yield run
@@ -137,11 +138,19 @@ def locked_run(config: Config, *, fingerprint: str, images: "Images", asked: Map
             ledger.close()
 
 
-def check_data(folder: Path, fingerprint: str) -> None:
-    """Raise UserError where a run was trained on other data."""
-    of_run = read_about(folder)["data"]
-    if of_run != fingerprint:
-        raise UserError(f"run {folder.name} was trained on other data ({of_run[:12]}, now {fingerprint[:12]})")
+def check_data(run: Run, data: Mapping[str, str]) -> None:
+    """Raise UserError where the images of clients that still take part are others than a run was trained on."""
+    if others := changed(run, data):
+        raise UserError(f"run {run.name} was trained on other data ({others})")
+
+
+def changed(run: Run, data: Mapping[str, str]) -> str:
+    """Say whose images are others than those of a run; of forgotten clients it no longer matters."""
+    forgotten = {str(client) for client in run.ledger.clients_in(FORGOTTEN)}
+    others = [name for name, sha256 in run.about()["data"].items() if data.get(name) != sha256]
+    others = [f"client {name}" if name.isdecimal() else name for name in others if name not in forgotten]
+    more = f" and of {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+    return f"other images of {', '.join(others[:MOST_NAMED])}{more}" if others else ""
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
@@ -174,15 +183,19 @@ def forked(config: Config, asked: Mapping[str, Any]) -> Config:
     return with_values(base, {"home": config.home, "run": config.run, "fork": config.fork, **asked})
 
 
-def _make(folder: Path, config: Config, data: Mapping[str, Any]) -> None:
+def _make(folder: Path, config: Config, data: Mapping[str, str], images: "Images") -> None:
+    never = set(config.forget.schedule.get(0, []))
     if config.fork:
         base = find_run(state_home(config.home), config.fork)
-        if read_about(base)["data"] != data["data"]:
-            raise UserError(f"run {config.fork} was trained on other data: a fork goes on from it")
+        data, forgotten = _of_base(base, data)
+        never |= forgotten
+    readmitted = readmitted_by(config, data, never)
+    if config.fork:
         with lock(base):
             _copy(base, folder)
     versions = {package: version(package) for package in PACKAGES}
-    content = {"created": datetime.now(UTC).isoformat(), **data, "versions": versions}
+    about = {"data": dict(data), "images": images._asdict(), "versions": versions}
+    content = {"created": datetime.now(UTC).isoformat(), **about}
     ledger = Ledger(folder / "ledger.sqlite")
     try:
         if not config.fork:
@@ -190,8 +203,67 @@ def _make(folder: Path, config: Config, data: Mapping[str, Any]) -> None:
             if ledger.current():
                 raise UserError(f"{folder / 'run.json'} is missing: put back a copy of it, or remove the folder")
         write_about(folder, ledger, content | {"config": config.model_dump()})
+        if readmitted:
+            ledger.readmit(readmitted)
     finally:
         ledger.close()
+
+
+def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int]) -> dict[int, str]:
+    """Give the clients that a new run trains although another run of the state folder has forgotten them.
+
+    Args:
+        config: settings of the new run.
+        data: SHA-256 of what each client has.
+        never: clients that never take part in it.
+
+    Returns:
+        By client, the run and request that forgot it.
+
+    Raises:
+        UserError: `readmit` does not name one of them.
+    """
+    banned = forgotten_in(state_home(config.home))
+    found: dict[int, str] = {}
+    for client in sorted(set(range(config.clients)) - set(never)):
+        names = {data[str(client)], config.forget.keys.get(client, "")} & banned.keys()
+        if names and client not in config.readmit:
+            raise UserError(
+                f"client {client} was forgotten by {banned[min(names)]}: leave it out with "
+                f"forget.schedule={{0:[{client}]}}, or take it back with readmit=[{client}]"
+            )
+        found |= {client: banned[min(names)]} if names else {}
+    return found
+
+
+def forgotten_in(home: Path) -> dict[str, str]:
+    """Give whom the runs of a state folder have forgotten: by fingerprint, and by key, the run and request."""
+    found: dict[str, str] = {}
+    for folder in all_runs(home):
+        try:
+            run = Run.opened(folder)
+        except UserError as error:
+            log.warning("whom run %s has forgotten is not known: %s", folder.name, error)
+            continue
+        try:
+            data, keys = run.about()["data"], run.config.forget.keys
+            for request in run.ledger.requests():
+                for client in request.clients if request.state in FORGOTTEN else []:
+                    names = {data[str(client)], keys.get(client, "")} - {""}
+                    found = dict.fromkeys(names, f"run {run.name} (request {request.id})") | found
+        finally:
+            run.ledger.close()
+    return found
+
+
+def _of_base(base: Path, data: Mapping[str, str]) -> tuple[dict[str, str], set[int]]:
+    """The fingerprints of the run that a fork goes on from, if its images are still the same, and whom it forgot."""
+    run = Run.opened(base)
+    try:
+        check_data(run, data)
+        return run.about()["data"], set(run.ledger.clients_in(FORGOTTEN))
+    finally:
+        run.ledger.close()
 
 
 def _copy(base: Path, folder: Path) -> None:

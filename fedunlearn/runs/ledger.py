@@ -3,7 +3,7 @@
 A transaction of the ledger is the only commit point of a run.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
@@ -34,10 +34,11 @@ FAILED = (State.REFUSED, State.QUARANTINED)
 VOID = (*FAILED, State.CANCELLED)
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 RECEIPT = {
-    "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts", "before",
-    "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs", "due_at", "examples", "finished",
-    "gate", "key", "kind", "ledger", "not_before", "reason", "receipt", "request", "right", "round", "seconds",
-    "signed", "state", "stored_bytes", "strategy", "turned_away", "unwitnessed",
+    "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts",
+    "before", "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs", "deleted", "due_at",
+    "examples", "finished", "gate", "kept", "key", "kind", "ledger", "not_before", "purged", "readmitted", "reason",
+    "receipt", "request", "right", "round", "seconds", "signed", "state", "stored_bytes", "strategy", "turned_away",
+    "unwitnessed",
 }  # fmt: skip  # what a receipt, its row of metrics, or another event of the ledger says by itself
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
@@ -72,6 +73,7 @@ class Standing:
         current: the last commit.
         examples: by client.
         nonces: of signed requests.
+        purged: by request after which what was left of its clients was removed, how many receipts it had then.
         receipts: by request, the state and the round that each says something about.
         about: SHA-256 of `run.json`; before it that of an earlier one, as long as it may still be there.
         unwitnessed: how many events there were where no head was kept outside any more.
@@ -84,6 +86,7 @@ class Standing:
     about: list[str] = field(default_factory=list)
     unwitnessed: list[int] = field(default_factory=list)
     nonces: set[str] = field(default_factory=set)
+    purged: dict[str, int] = field(default_factory=dict)
 
     def follow(self, at: str, event: dict[str, Any]) -> None:
         """Take one event in."""
@@ -108,6 +111,8 @@ class Standing:
                 self.about.append(sha256)
             case {"about_written": _}:
                 del self.about[:-1]
+            case {"purged": id_}:
+                self.purged[id_] = len(self.receipts.get(id_, []))
             case {"unwitnessed": number}:
                 self.unwitnessed.append(number)
 
@@ -326,6 +331,25 @@ class Ledger(EventLog[Standing]):
         """Keep the SHA-256 of a request's receipt, and the round of which it says something later."""
         with self.transaction():
             self.record(receipt=file, of=request.id, ended=request.state, as_of=round_, sha256=sha256)
+
+    def keep_purge(self, request: Request, *, deleted: Sequence[str], kept: Sequence[Mapping[str, str]]) -> None:
+        """Keep what was removed of a request's clients, and what is left, each as `what` and `why`."""
+        with self.transaction():
+            self.record(purged=request.id, deleted=list(deleted), kept=list(kept))
+
+    def purged(self) -> list[Request]:
+        """Give the requests after which what was left of their clients was removed."""
+        return [request for request in self.requests() if request.id in self.found().purged]
+
+    def is_told(self, request: Request) -> bool:
+        """Say whether the last receipt of a request that has ended is about how it stands now."""
+        about = self.receipts(request.id)
+        return bool(about) and about[-1][0] == request.state and self.found().purged.get(request.id) != len(about)
+
+    def readmit(self, clients: Mapping[int, str]) -> None:
+        """Keep that clients train here although another run has forgotten them: by client, which one."""
+        with self.transaction():
+            self.record(readmitted={str(client): where for client, where in clients.items()})
 
     def receipts(self, request_id: str) -> list[tuple[str, int | None]]:
         """Give of each receipt of a request the state that it is about, and the round, if it is a later one."""

@@ -27,7 +27,6 @@ from fedunlearn.runs.run import Run
 from fedunlearn.runs.statement import (
     ENDED,
     Event,
-    Kept,
     Later,
     Receipt,
     Statement,
@@ -39,23 +38,11 @@ from fedunlearn.runs.statement import (
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 FOLDER = "receipts"
-DELETED = [
-    "the model that the request found, and with it every earlier checkpoint of this run",
-    "the server's momentum and the earlier models' predictions on held-out images",
-    "updates of the clients, where the strategy had stored any",
-    "the output neuron that told the clients' images",
-]
-KEPT = [
-    Kept(what="the events of this ledger", why="they show what was asked and what was done"),
-    Kept(what="accuracies by round, in metrics.jsonl and in the report", why="audits of forgetting compare with them"),
-    Kept(what="in the model the mark of the pruned neuron and of frozen weights", why="training goes on with them"),
-    Kept(what="in a simulation the images, in the cache of decoded data", why="they lie beside those of others"),
-]
 DOES_NOT_PROVE = [
     "That nothing of the clients is left in the model: forgetting is approximate with every strategy but retrain.",
     "That figures are true which others measured: a client that lies about its own images is not found out.",
-    "That files are gone: the program deletes what is listed, but files are unlinked, not overwritten.",
-    "What the operator says of itself: run, settings, examples, rounds, deleted, kept and later figures.",
+    "That bytes are gone from the disk: files are unlinked, not overwritten, and other programs may have copies.",
+    "What the operator says of itself: run, settings, examples, rounds and later figures.",
     "That there is no copy of an earlier model elsewhere, as in forks, studies, backups and downloads.",
     "When something happened: the times are those of the server's clock.",
     "Who holds the run's key: compare its id with one that you got in another way.",
@@ -74,13 +61,9 @@ def alone(run: Run) -> Iterator[None]:
 
 
 def write_due(run: Run) -> list[Path]:
-    """Write a receipt for every request that has ended and has none yet in that state; gives the files."""
-    written = []
-    for request in run.ledger.requests():
-        about = [state for state, _ in run.ledger.receipts(request.id)]
-        if request.state in ENDED and about[-1:] != [request.state]:
-            written.append(write(run, request))
-    return written
+    """Write a receipt for every request that has ended and has none about how it stands now; gives the files."""
+    due = [r for r in run.ledger.requests() if r.state in ENDED and not run.ledger.is_told(r)]
+    return [write(run, request, _later(run, request)) for request in due]
 
 
 def renew(run: Run) -> list[Path]:
@@ -119,11 +102,9 @@ def made(run: Run, request: Request, later: Later | None = None) -> Receipt:
         examples={str(client): examples[client] for client in request.clients if client in examples},
         rounds=rounds,
         settings=finite(_settings(run.config)),
-        data=about["data"],
+        data=hashlib.sha256(rfc8785.dumps(about["data"])).hexdigest(),
         versions=about["versions"],
         packages_sha256=packages,
-        deleted=DELETED if told.state == State.COMPLETED else [],
-        kept=KEPT,
         does_not_prove=DOES_NOT_PROVE,
         later=later,
         events=events,

@@ -16,16 +16,28 @@ from fedunlearn.errors import UserError
 from fedunlearn.runs import uncertainty
 from fedunlearn.runs.figures import MOST_DRAWN, Mark, accuracy_figure, curves, split_figure
 from fedunlearn.runs.files import write_atomically
-from fedunlearn.runs.home import OPERATIONAL
+from fedunlearn.runs.home import OPERATIONAL, changed
 from fedunlearn.runs.ledger import FAILED, FORGOTTEN, RECEIPT, Request, State
 from fedunlearn.runs.page import embedded, encoded, rendered
+from fedunlearn.runs.purge import known_class_counts
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.uncertainty import fraction
 from fedunlearn.runs.verdicts import Moment, Verdict, beside_retrained, latest, moments, named, seconds, verdicts
 from fedunlearn.schema import fields_of
 
 HIDDEN = ("run", "home", "data.root")  # the first is the title; where files lie on a machine is nobody else's business
-MAY_DIFFER = ("run", "home", "fork", "data.root", "strategy", "unlearn", "forget.", "evaluate_every", *OPERATIONAL)
+MAY_DIFFER = (
+    "run",
+    "home",
+    "fork",
+    "data.root",
+    "strategy",
+    "unlearn",
+    "forget.",
+    "evaluate_every",
+    "readmit",
+    *OPERATIONAL,
+)
 """How names of settings begin in which a run and the one that it is compared with may differ."""
 
 ABOUT_STATES = {
@@ -43,6 +55,7 @@ def summary(run: Run, class_counts: np.ndarray | None = None) -> str:
     Args:
         class_counts: training images of every client by class, [C, K]; the gap has its standard error only with them.
     """
+    class_counts = known_class_counts(run, class_counts)
     table = Table(title=f"run {run.name}", title_justify="left")
     columns = ("when", "who", "images", "class accuracy", "memorisation gap", "client-ID accuracy")
     for column in columns:
@@ -77,6 +90,7 @@ def write(
     Raises:
         UserError: they did take part in it, or it was trained on other data.
     """
+    class_counts = known_class_counts(run, class_counts)
     config, requests, rows, events = run.config, run.ledger.requests(), run.metrics(), run.ledger.events()
     label, current = label or config.strategy, run.ledger.current()
     found = verdicts(requests, rows, label=label, class_counts=class_counts)
@@ -119,8 +133,8 @@ def comparison(run: Run, retrained: Run) -> list[Verdict]:
     Raises:
         UserError: the other run is no retrained model: the clients took part, or it has other data or settings.
     """
-    if run.about()["data"] != retrained.about()["data"]:
-        raise UserError(f"run {retrained.name} was trained on other data than run {run.name}")
+    if others := changed(run, retrained.about()["data"]):
+        raise UserError(f"run {retrained.name} was trained on other data than run {run.name} ({others})")
     ours, theirs = (values_of(each.config) for each in (run, retrained))
     for name, value in ours.items():
         if not name.startswith(MAY_DIFFER) and theirs.get(name) != value:

@@ -66,6 +66,15 @@ class Run:
         """The folder's name."""
         return self.folder.name
 
+    @property
+    def home(self) -> Path:
+        """The state folder that the run lies in."""
+        return self.folder.parent.parent
+
+    def config_here(self) -> Config:
+        """Give the settings with the state folder that the run lies in now."""
+        return self.config.model_copy(update={"home": str(self.home)})
+
     # For whoever asks from outside -------------------------------------------------------------------------------
 
     def is_live(self) -> bool:

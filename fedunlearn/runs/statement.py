@@ -82,6 +82,9 @@ class Kept(Part):
     why: str
 
 
+NOTHING_REMOVED = Kept(what="what there was of the clients", why="nobody has removed it yet")
+
+
 class Told(Part):
     """What follows from the events alone."""
 
@@ -103,6 +106,8 @@ class Told(Part):
     gate: dict[str, Any] | None = Field(description="what the gate found: figures, errors, budget, reason")
     strategy: str | None = Field(description="that forgot the clients")
     seconds: float | None = Field(description="that the strategy took")
+    deleted: list[str] = Field(description="what was looked for and is gone")
+    kept: list[Kept]
 
     @property
     def is_late(self) -> bool:
@@ -124,11 +129,9 @@ class Receipt(Told):
     examples: dict[str, int] = Field(description="training images by client, as its node declared them")
     rounds: int | None = Field(description="in which one of the clients was trained on; null where nobody kept that")
     settings: dict[str, Any] = Field(description="of the run")
-    data: str = Field(description="SHA-256 of the training data, where the run had an auditor")
+    data: str = Field(description="SHA-256 over the fingerprints of all clients' images (`data` in run.json)")
     versions: dict[str, str]
     packages_sha256: str = Field(description="of the names and versions of all installed packages")
-    deleted: list[str]
-    kept: list[Kept]
     does_not_prove: list[str]
     later: Later | None
     events: list[Event]
@@ -161,7 +164,7 @@ class Statement(BaseModel):
 
 def concerns(event: dict[str, Any], request: str) -> bool:
     """Say whether an event is one of a request's steps."""
-    return event.get("request") == request
+    return request in (event.get("request"), event.get("purged"))
 
 
 def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
@@ -177,16 +180,20 @@ def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
     commits: list[Model] = []
     steps: list[tuple[str, dict[str, Any]]] = []
     states, previous = [""], ("", 0)
+    purges: list[dict[str, Any]] = []
     for number, at, event in events:
-        if "request" in event:
+        if "purged" in event:
+            purges.append(event)
+        elif "request" in event:
             steps.append((at, event))
             states.append(event["state"])
             if states[-1] == State.APPLIED and previous != ("commit", number - 1):
                 raise ValueError("the model that was applied is not the one that was committed with it")
         else:
             commits.append(Model(round=event["round"], checkpoint=event["checkpoint"], sha256=event["sha256"]))
-        previous = ("" if "request" in event else "commit", number)
-    if len({event["request"] for _, event in steps}) != 1 or states[-1] not in ENDED:
+        previous = ("commit" if "checkpoint" in event else "", number)
+    about = {event["request"] for _, event in steps} | {event["purged"] for event in purges}
+    if len(about) != 1 or states[-1] not in ENDED:
         raise ValueError("the events are not those of one request that has ended")
     if wrong := [pair for pair in pairwise(states) if pair[1] not in FOLLOWING.get(pair[0], ())]:
         raise ValueError(f"no request goes from {wrong[0][0] or 'nothing'} to {wrong[0][1]}")
@@ -215,6 +222,8 @@ def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
         gate=finite(detail["gate"]) if "gate" in detail else None,
         strategy=detail["strategy"] if is_applied else None,
         seconds=detail["seconds"] if is_applied else None,
+        deleted=[line for event in purges for line in event["deleted"]],
+        kept=[Kept(**one) for one in purges[-1]["kept"]] if purges else [NOTHING_REMOVED],
     )
 
 

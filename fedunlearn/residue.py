@@ -1,0 +1,87 @@
+"""Commands about what stays behind: `fedunlearn purge` and `fedunlearn scan`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedunlearn.commands import AsJson, Home, RunName, client_numbers, in_one_line, opened
+from fedunlearn.config import check_clients
+from fedunlearn.log import set_up
+
+Clients = Annotated[list[str] | None, typer.Option("--client", help="A client; several as 3,5.")]
+
+
+@in_one_line
+def purge(
+    client: Clients = None,
+    run: RunName = "",
+    metrics: Annotated[bool, typer.Option("--metrics", help="Remove its figures from metrics and report too.")] = False,
+    home: Home = "",
+) -> int:
+    """Remove what is left of forgotten clients, and say what is left after that."""
+    set_up()
+    from fedunlearn.runs import purge as purging
+    from fedunlearn.runs.lock import lock
+
+    with opened(run, home) as found:
+        clients = client_numbers(client or [])
+        check_clients(clients, found.config.clients)
+        with lock(found.folder):
+            for request in purging.check_purgeable(found, clients):
+                deleted, kept = purging.purge(found, request, figures=metrics or found.config.forget.purge_metrics)
+                for line in deleted:
+                    print(f"gone: {line}")
+                for one in kept:
+                    print(f"left: {one['what']}, since: {one['why']}")
+            for receipt in found.write_receipts():
+                print(f"receipt: {receipt}")
+    return 0
+
+
+@in_one_line
+def scan(
+    client: Clients = None,
+    run: RunName = "",
+    also: Annotated[list[Path] | None, typer.Option(help="A further file or folder to search.")] = None,
+    as_json: AsJson = False,
+    home: Home = "",
+) -> int:
+    """Search the state folder, Ray's sessions and Flower's databases for clients' images, by content.
+
+    The exit status is 0 if nothing was found, 1 if something was, 2 if nobody has the images to compare with.
+    """
+    set_up()
+    from fedunlearn.runs import scan as scanning
+
+    with opened(run, home) as found:
+        clients = client_numbers(client or [])
+        check_clients(clients, found.config.clients)
+        owned = scanning.owned_by(found, clients)
+        look_for = scanning.wanted(owned)
+        places = [*scanning.default_places(found.home), *(also or [])]
+        rows = [row_of(path, one, found.home) for path, one in scanning.scan(look_for, places)]
+        searched = len(scanning.files_below(places))
+    if as_json:
+        print(json.dumps({"found": rows, "files": searched, "not_told_apart": look_for.unknown}, indent=2))
+    else:
+        for row in rows:
+            print(f"{row['file']}: {row['what']} ({row['way_out']})")
+        of = f"{len(owned.places)} images of client {', '.join(map(str, clients))}"
+        print(f"{len(rows) or 'no'} files of {searched} have any of the {of}")
+        if look_for.unknown:
+            print(f"{look_for.unknown} of them cannot be told from other images")
+    return int(bool(rows))
+
+
+def row_of(path: Path, found: Any, home: Path) -> dict[str, Any]:
+    """Say what was found in a file."""
+    from fedunlearn.runs import scan as scanning
+
+    return {
+        "file": str(path),
+        "what": scanning.in_words(found),
+        "images": len(found.images),
+        "way_out": scanning.way_out(path, home),
+    }

@@ -1,0 +1,319 @@
+"""Removes what is left of forgotten clients: images that no run needs any more, files, and figures if that is wanted.
+
+A run needs the images of all of its clients, until what is left of a client is removed there. So runs that share a
+decoded copy may go on: an image is taken out of it when the last run does without.
+"""
+
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from logging import getLogger
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedunlearn.build import deal_of, slices_of, source_of
+from fedunlearn.data.datasets import REMOVED_FILES, Dataset
+from fedunlearn.errors import UserError
+from fedunlearn.runs import checkpoint, scan
+from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.home import all_runs
+from fedunlearn.runs.ledger import FORGOTTEN, Request, State
+from fedunlearn.runs.lock import lock
+from fedunlearn.runs.run import Run
+
+LOCK_SECONDS = 600
+PURGE = "purge"  # the kind of a row of metrics
+
+log = getLogger("fedunlearn")
+
+
+class User(NamedTuple):
+    """A run that uses a decoded copy.
+
+    Attributes:
+        name: of the run.
+        deal: names how it deals images out.
+        slices: each client's indices.
+        without: the clients that it does without.
+    """
+
+    name: str
+    deal: str
+    slices: list[np.ndarray]
+    without: set[int]
+
+    def rows(self, clients: Collection[int]) -> np.ndarray:
+        """Give the indices of some clients' images."""
+        return np.concatenate([np.empty(0, np.int64), *(self.slices[client] for client in clients)])
+
+    @property
+    def needed(self) -> np.ndarray:
+        """Give the indices of the images that the run needs."""
+        return self.rows([client for client in range(len(self.slices)) if client not in self.without])
+
+
+def purge_due(run: Run) -> None:
+    """Remove what is left after every completed request, of which it was not removed yet or has come back."""
+    done = {request.id for request in run.ledger.purged()}
+    for request in run.ledger.requests():
+        if request.state == State.COMPLETED and (request.id not in done or has_images(run, request.clients)):
+            purge(run, request, figures=run.config.forget.purge_metrics)
+
+
+def has_images(run: Run, clients: Collection[int]) -> bool:
+    """Say whether the run's decoded copy has images of clients that no run needs."""
+    store = _store_of(run)
+    if store is None:
+        return False
+    unneeded = _unneeded(Dataset(store), _users(store, run, clients))
+    return bool(unneeded[_own(store, run, clients)].any())
+
+
+def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[str], list[dict[str, str]]]:
+    """Remove what is left of the clients of a request that was applied, and write down what was found.
+
+    Args:
+        run: that nobody else holds.
+        request: applied and completed.
+        figures: whether their accuracies by round and class counts are removed too.
+
+    Returns:
+        What is gone, and what is left, each with `what` and `why`.
+    """
+    clients, home = request.clients, run.home
+    who = f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}"
+    with lock(home / "data", patience=LOCK_SECONDS):
+        try:
+            owned = scan.owned_by(run, clients)
+            look_for = scan.wanted(owned)
+        except UserError as error:
+            log.warning("nobody can look for images of %s: %s", who, error)
+            owned, look_for = None, None
+        try:
+            (gone, needed_by), stale = _take_out(run, clients), _delete_stale(home)
+        except UserError as error:  # nobody knows what a damaged run needs
+            log.warning("no image is removed: %s", error)
+            gone, needed_by, stale = 0, ["a run or study that is damaged, perhaps"], []
+        updates = _delete_files(run, clients)
+        if owned and not figures:
+            keep_class_counts(run, request, owned.class_counts)
+        if figures:
+            delete_figures(run, clients)
+        left = list(scan.scan(look_for, [home / "data", run.folder])) if look_for else []
+    in_model, kept = _looked_up_in_model(run, request)
+    deleted = [
+        *in_model,
+        f"stored updates of {who}: {updates} files deleted" if updates else f"stored updates of {who}: there are none",
+        *([f"{gone} decoded images of {who}, with their labels"] if gone else []),
+        *([f"copies of images that no run uses: {', '.join(stale)}"] if stale else []),
+        *([f"accuracies by round and class counts of {who}, in metrics and report"] if figures else []),
+    ]
+    if look_for and not left:
+        deleted.append(
+            f"images of {who}: none was found in data/ and in the run's folder ({look_for.unknown} not told apart)"
+        )
+    for path, found in left:
+        what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
+        reason = f"needed by {', '.join(needed_by)}" if needed_by and path.parent == _store_of(run) else ""
+        kept.append({"what": what, "why": reason or scan.way_out(path, home)})
+    if not look_for:
+        why = "nobody could look for them: there are none to compare with, in the decoded copy or at the source"
+        kept.append({"what": f"perhaps images of {who}", "why": why})
+    if not figures:
+        kept.append({"what": f"accuracies by round of {who}", "why": "audits compare with them (forget.purge_metrics)"})
+    run.ledger.keep_purge(request, deleted=deleted, kept=kept)
+    for line in deleted:
+        log.info("── gone: %s", line)
+    for one in kept:
+        log.info("── left: %s, since: %s", one["what"], one["why"])
+    return deleted, kept
+
+
+def _store_of(run: Run) -> Path | None:
+    """The decoded copy that a run uses, if there is one."""
+    try:
+        store = source_of(run.config_here()).store
+    except UserError:
+        return None
+    return store.resolve() if store.is_dir() else None
+
+
+def _own(store: Path, run: Run, clients: Collection[int]) -> np.ndarray:
+    slices = slices_of(run.config_here(), Dataset(store))
+    return np.concatenate([slices[client] for client in clients])
+
+
+def _users(store: Path, run: Run, clients: Collection[int]) -> list[User]:
+    """The runs that use a copy; `run` does without `clients` from now on."""
+    users = []
+    for other in _opened_runs(run.home):
+        if _store_of(other) != store:
+            continue
+        without = {client for request in other.ledger.purged() for client in request.clients}
+        without |= set(clients) if other.folder == run.folder else set()
+        config = other.config_here()
+        users.append(User(other.name, deal_of(config), slices_of(config, Dataset(store)), without))
+    return users
+
+
+def _opened_runs(home: Path) -> Iterator[Run]:
+    """All runs of a home; a damaged one ends it, since nobody knows what it needs."""
+    for folder in all_runs(home):
+        run = Run.opened(folder)
+        try:
+            yield run
+        finally:
+            run.ledger.close()
+
+
+def _unneeded(dataset: Dataset, users: list[User]) -> np.ndarray:
+    """Which images some run does without, and no run needs, bool [N]."""
+    unneeded = np.zeros(len(dataset.train.labels), bool)
+    for user in users:
+        unneeded[user.rows(user.without)] = True
+    for user in users:
+        unneeded[user.needed] = False
+    return unneeded
+
+
+def _take_out(run: Run, clients: Collection[int]) -> tuple[int, list[str]]:
+    """Write the run's copy anew without the images that nobody needs.
+
+    Returns:
+        How many of the clients' images were taken out, and who needs the others.
+    """
+    store = _store_of(run)
+    if store is None:
+        return 0, []
+    dataset, users, own = Dataset(store), _users(store, run, clients), _own(store, run, clients)
+    if studies := [f"study {name}" for name, data in _studies(run.home) if data == dataset.fingerprint]:
+        return 0, studies
+    unneeded = _unneeded(dataset, users)
+    needed_by = [f"run {user.name}" for user in users if len(np.intersect1d(user.needed, own))]
+    if unneeded.any():
+        dataset.without(unneeded, {user.deal: user.slices for user in users})
+        if (listed := store / REMOVED_FILES).exists() and listed.stat().st_size:
+            log.warning("the source still has files of these clients: delete those that %s names", listed)
+    return int(unneeded[own].sum()), needed_by
+
+
+def _studies(home: Path) -> Iterator[tuple[str, str]]:
+    """The studies of a home, each with the fingerprint of its images."""
+    for file in (home / "studies").glob("*/study.json"):
+        try:
+            yield file.parent.name, json.loads(file.read_text())["data"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{file} is damaged ({error}): remove its folder, or put back a copy") from error
+
+
+def _delete_stale(home: Path) -> list[str]:
+    """Delete decoded copies, and unpacked archives, that no run and no study uses any more; gives their names."""
+    stores = {store for store in map(_store_of, _opened_runs(home)) if store}
+    studied = {data for _, data in _studies(home)}
+    sources, deleted = set(), []
+    for folder in sorted((home / "data").glob("*/meta.json")):
+        store, about = folder.parent, json.loads(folder.read_text())
+        if store.is_symlink():
+            continue
+        is_there = Path(about.get("source", home)).exists()  # else its run may come back
+        if store in stores or about["fingerprint"] in studied or not is_there:
+            sources.add(about.get("source"))
+        else:
+            shutil.rmtree(store)
+            deleted.append(store.name)
+    for unpacked in (home / "data").glob("unpacked-*"):
+        if str(unpacked) not in sources:
+            shutil.rmtree(unpacked)
+            deleted.append(unpacked.name)
+    for link in (home / "data").iterdir():
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+    return deleted
+
+
+def _delete_files(run: Run, clients: Collection[int]) -> int:
+    """Delete the run's files that are named after one of the clients, as stored updates are."""
+    files = [file for client in clients for file in run.folder.rglob(f"*client-{client}.*")]
+    for file in files:
+        file.unlink()
+    return len(files)
+
+
+def _looked_up_in_model(run: Run, request: Request) -> tuple[list[str], list[dict[str, str]]]:
+    """What is gone of the model before the request, and what is left, as the files show it."""
+    current = run.ledger.current()
+    assert current is not None
+    here, deleted = run.folder / "checkpoints", []
+    kept = [{"what": "the events of the ledger, and receipts", "why": "they show what was asked and what was done"}]
+    kept.append({"what": "the SHA-256 of the images, in run.json", "why": "a new run knows by it whom not to train"})
+    others = sorted(file.name for file in here.iterdir() if file.name != current.checkpoint)
+    if others:
+        kept.append({"what": f"models beside the current one: {', '.join(others)}", "why": "they could not be deleted"})
+    else:
+        deleted.append(f"earlier models: checkpoints/ has {current.checkpoint} alone")
+    tensors, _ = checkpoint.read_tensors(here / current.checkpoint, sha256=current.sha256)
+    pruned = tensors["pruned"]
+    if len(pruned) and all(bool(pruned[client]) for client in request.clients):
+        deleted.append("the output neurons of the clients: the model marks them as pruned")
+        kept.append({"what": "that mark", "why": "the model's output has the place of every client"})
+    rounds = [name.partition(".")[2] for name in tensors if name.startswith("predictions.")]
+    if all(int(round_) >= request.detail["round"] for round_ in rounds):
+        deleted.append("predictions on held-out images of models before the request: there are none")
+    for beside, what in (("momentum.", "the server's momentum"), ("frozen.", "the mark of frozen weights")):
+        if any(name.startswith(beside) for name in tensors):
+            kept.append({"what": what, "why": "training goes on with it"})
+    return deleted, kept
+
+
+def keep_class_counts(run: Run, request: Request, class_counts: Mapping[str, list[int]]) -> None:
+    """Keep how many images of each class the clients had: reports have need of it when the images are gone."""
+    run.record(PURGE, round=request.detail["round"], request=request.id, class_counts=dict(class_counts))
+
+
+def known_class_counts(run: Run, class_counts: np.ndarray | None) -> np.ndarray | None:
+    """Give class counts with those that were kept when images were removed, zeros where figures were removed too."""
+    if class_counts is None:
+        return None
+    counts = class_counts.copy()
+    counts[sorted({client for request in run.ledger.purged() for client in request.clients})] = 0
+    for row in run.metrics():
+        if row["kind"] == PURGE:
+            for client, own in row["class_counts"].items():
+                counts[int(client)] = own
+    return counts
+
+
+def delete_figures(run: Run, clients: Collection[int]) -> None:
+    """Write the metrics anew without the clients' own figures, and delete the report, which is made of them."""
+    file, names = run.folder / "metrics.jsonl", set(map(str, clients))
+    rows = [row for row in run.metrics() if row["kind"] != PURGE or not names & row["class_counts"].keys()]
+    lines = [json.dumps(_without_figures(row, names)) for row in rows]
+    write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
+    shutil.rmtree(run.folder / "report", ignore_errors=True)
+
+
+def _without_figures(row: Any, clients: set[str]) -> Any:
+    if not isinstance(row, dict):
+        return row
+    left = {name: _without_figures(value, clients) for name, value in row.items()}
+    for group in ("forgotten", "retain_clients"):
+        if isinstance(left.get(group), dict):
+            left[group] = {client: value for client, value in left[group].items() if client not in clients}
+    return left
+
+
+def check_purgeable(run: Run, clients: Collection[int]) -> list[Request]:
+    """Give the requests by which clients were forgotten.
+
+    Raises:
+        UserError: one of them was not, or not completely yet.
+    """
+    requests = [r for r in run.ledger.requests() if r.state in FORGOTTEN and set(r.clients) & set(clients)]
+    forgotten = {client for request in requests if request.state == State.COMPLETED for client in request.clients}
+    if missing := sorted(set(clients) - forgotten):
+        raise UserError(
+            f"client {missing[0]} is not forgotten in run {run.name}: fedunlearn forget --client {missing[0]}"
+        )
+    return requests

@@ -1,0 +1,144 @@
+"""Looks for what is left of clients, by content: their images, their labels, the files that these were read from."""
+
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from logging import getLogger
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fedunlearn.build import dealt, fingerprint_of, slices_of, source_of
+from fedunlearn.data.datasets import Dataset, Split
+from fedunlearn.data.search import Found, Wanted
+from fedunlearn.errors import UserError
+from fedunlearn.runs.run import Run
+
+log = getLogger("fedunlearn")
+
+
+class Owned(NamedTuple):
+    """All images of a run, and which of them are some clients'.
+
+    Attributes:
+        train: all training images.
+        places: of the clients' images among them.
+        test: the held-out images.
+        files: that the training images were read from, if that is known.
+        class_counts: of each of the clients, [K], by its number as text.
+    """
+
+    train: Split
+    places: np.ndarray
+    test: Split
+    files: list[str]
+    class_counts: dict[str, list[int]]
+
+
+def owned_by(run: Run, clients: Collection[int]) -> Owned:
+    """Give the clients' images, from the decoded copy or else from their source.
+
+    Raises:
+        UserError: neither has them as the run was trained on them.
+    """
+    config, about = run.config_here(), run.about()
+    source = source_of(config)
+    for train, slices, test, files in _copies(run):
+        if all(fingerprint_of(train, slices[client]) == about["data"][str(client)] for client in clients):
+            kinds = len(about["images"]["class_names"])
+            counts = {str(c): np.bincount(train.labels[slices[c]], minlength=kinds).tolist() for c in clients}
+            return Owned(train, np.concatenate([slices[client] for client in clients]), test, files, counts)
+    raise UserError(
+        f"the images of client {', '.join(map(str, clients))} can be looked for no more: neither the decoded copy "
+        f"({source.store}) nor its source has them as run {run.name} was trained on them"
+    )
+
+
+def _copies(run: Run) -> Iterator[tuple[Split, list[np.ndarray], Split, list[str]]]:
+    """Every place that a run's images can be taken from, with its clients' indices."""
+    config = run.config_here()
+    source = source_of(config)
+    if source.store.is_dir():
+        dataset = Dataset(source.store.resolve())
+        yield dataset.train, slices_of(config, dataset), dataset.test, dataset.files
+    found = source.decode()
+    yield found.train, dealt(config, found.train.labels), found.test, found.files
+
+
+def wanted(owned: Owned) -> Wanted:
+    """Prepare to look for the clients' images, for their labels, and for the files that they are from."""
+    train = owned.train
+    is_other = np.ones(len(train.labels), bool)
+    is_other[owned.places] = False
+    others = np.concatenate([train.images[is_other], owned.test.images])
+    own_files = [Path(owned.files[place]) for place in owned.places] if owned.files else []
+    contents = (file.read_bytes() for file in own_files if file.exists())
+    return Wanted(train.images[owned.places], train.labels[owned.places], others=others, files=contents)
+
+
+def scan(look_for: Wanted, roots: Iterable[Path]) -> Iterator[tuple[Path, Found]]:
+    """Search all files below some folders; gives those in which something is."""
+    for path in files_below(roots):
+        try:
+            found = look_for.found_in(path)
+        except OSError as error:
+            log.warning("%s cannot be read (%s)", path, error.strerror)
+            continue
+        if found:
+            yield path, found
+
+
+def files_below(roots: Iterable[Path]) -> list[Path]:
+    """List all plain files below some folders, each once."""
+    found: dict[Path, None] = {}
+    for root in roots:
+        paths = sorted(root.rglob("*")) if root.is_dir() else [root]
+        found |= dict.fromkeys(path for path in paths if path.is_file() and not path.is_symlink())
+    return list(found)
+
+
+def default_places(home: Path) -> list[Path]:
+    """List the folders in which copies may lie: the state folder, Ray's sessions, and Flower's databases."""
+    return [home, ray_folder(), flower_folder()]
+
+
+def ray_folder() -> Path:
+    """Say where Ray keeps its sessions."""
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
+
+
+def flower_folder() -> Path:
+    """Say where Flower keeps its files."""
+    return Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser()
+
+
+def way_out(path: Path, home: Path) -> str:
+    """Say whose a file is, and how nothing is left in it."""
+    if path.is_relative_to(ray_folder()):
+        return "Ray's: end Ray and delete its session folder"
+    if path.is_relative_to(flower_folder()) or path.name.startswith("superlink"):
+        return "Flower's: start flower-superlink without --database, or delete the file when it has ended"
+    if path.is_relative_to(home / "data"):
+        return _way_out_of_data(path.relative_to(home / "data").parts)
+    if path.is_relative_to(home):
+        return "this program's: remove the folder of the run or study"
+    return "somebody else's"
+
+
+def _way_out_of_data(parts: tuple[str, ...]) -> str:
+    if parts[0].startswith(("cifar", "unpacked-")):
+        return "a download or an unpacked archive, which all images come from: delete the folder"
+    return "the decoded copy: `fedunlearn purge`; it says which run still needs them"
+
+
+def in_words(found: Found) -> str:
+    """Say what was found.
+
+    Example:
+        >>> in_words(Found(images={1, 2}, labels=True))
+        '2 images, all labels'
+    """
+    counts = {"images": len(found.images), "source files": len(found.files)}
+    words = [f"{count} {what[:-1] if count == 1 else what}" for what, count in counts.items() if count]
+    return ", ".join([*words, *(["all labels"] if found.labels else [])])
