@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedunlearn.config import Config, check, state_home, values_of
 from fedunlearn.errors import UserError
-from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.files import delete_unfinished, write_atomically
 from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.lock import is_locked, lock
 from fedunlearn.runs.run import Run, open_ledger, read_about, stored_config
@@ -130,11 +130,18 @@ def locked_run(config: Config, *, fingerprint: str, images: "Images", asked: Map
                 write_about(folder, ledger, about | {"config": kept.model_dump()})
             operational = {setting: value for setting, value in asked.items() if setting in OPERATIONAL}
             run = Run(folder, kept.model_copy(update={"home": config.home, "run": name, **operational}), ledger)
-            if current := ledger.current():
-                run.delete_all_but(current.checkpoint)
+            tidy(run)
             yield run
         finally:
             ledger.close()
+
+
+def tidy(run: Run) -> None:
+    """Delete what a crash left of a run that this process holds: files half-written, and older checkpoints."""
+    delete_unfinished(run.folder)
+    delete_unfinished(run.folder.parent.parent / "heads", f"{run.name}.json")
+    if current := run.ledger.current():
+        run.delete_all_but(current.checkpoint)
 
 
 def check_data(folder: Path, fingerprint: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.errors import UserError
 from fedunlearn.runs.door import RequestHandle
+from fedunlearn.runs.files import sync
 from fedunlearn.runs.ledger import Ledger, Request, TamperedError
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.signed import CANCEL, FORGET, SignedRequest, UnsignedError, check
@@ -239,9 +240,12 @@ class Run:
 
     def delete_all_but(self, name: str) -> None:
         """Delete every file beside the checkpoint `name`: older models, and what a crash left half-written."""
-        for file in (self.folder / "checkpoints").iterdir():
-            if file.name != name:
-                file.unlink()
+        folder = self.folder / "checkpoints"
+        older = [file for file in folder.iterdir() if file.name != name]
+        for file in older:
+            file.unlink()
+        if older:
+            sync(folder)
 
     def record(self, kind: str, **row: Any) -> None:
         """Append a row to `metrics.jsonl`; a row of the same kind, round and request replaces an earlier one."""
