@@ -17,6 +17,7 @@ from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.files import sync
 from fedunlearn.runs.ledger import Ledger, Request, TamperedError
 from fedunlearn.runs.lock import is_locked
+from fedunlearn.runs.rows import check as check_row
 from fedunlearn.runs.signed import CANCEL, FORGET, SignedRequest, UnsignedError, check
 
 if TYPE_CHECKING:
@@ -264,8 +265,9 @@ class Run:
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
-                rows[row["kind"], int(row["round"]), row.get("request")] = row
-            except (ValueError, TypeError, KeyError, AttributeError):
+                check_row(row)
+                rows[row["kind"], row["round"], row.get("request")] = row
+            except (ValueError, TypeError, KeyError, RecursionError):
                 damaged += 1
         if damaged > 1:  # a crash leaves one that is cut short
             log.warning("%s: %d lines are damaged and passed over", path, damaged)
