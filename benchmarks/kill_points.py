@@ -157,16 +157,18 @@ def alike(value: Any) -> Any:
     return value
 
 
-def command(words: str, home: Path) -> None:
-    """Give a command of the command line in this process; what it says goes to a file beside the state folder."""
+def command(words: str, home: Path) -> int:
+    """Give a command in this process, and return its status; what it says goes to a file beside the state folder."""
     os.environ["FEDUNLEARN_HOME"] = str(home)
     with (
         open(home.with_suffix(".log"), "a") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
-        contextlib.suppress(SystemExit),
     ):
-        cli.main(words.split())
+        try:
+            cli.main(words.split())
+        except SystemExit as ended:
+            return int(ended.code or 0)
 
 
 def forked(work: Callable[[], object]) -> None:
