@@ -38,6 +38,7 @@ COMMANDS = {
 }
 TAIL = b'{"kind": "round", "round": 2, "test": {"class": 0.5}}'
 Damage = Callable[[Path], object]
+Harm = Callable[[], AbstractContextManager[None]]
 
 
 def with_content(content: bytes) -> Damage:
@@ -84,34 +85,40 @@ SPACE = (0, 4, 40, 400, 1200, 2000)  # KiB that are left
 
 def main() -> None:
     """Print one table, a row for each damage."""
-    argparse.ArgumentParser("python -m benchmarks.storage", description=__doc__).parse_args()
+    p = argparse.ArgumentParser("python -m benchmarks.storage", description=__doc__)
+    p.add_argument("--only", default="", help="damages whose names have this regular expression")
+    options = p.parse_args()
     torch.set_num_threads(1)
     draw_nothing()
-    timing.table("what commands do", ("damage", *COMMANDS, "afterwards"), rows(), width=160)
+    timing.table("what commands do", ("damage", *COMMANDS, "afterwards"), rows(options.only), width=160)
 
 
-def rows() -> list[list[str]]:
-    """Try every damage with every command; gives a row for each."""
-    found = []
+def rows(only: str = "") -> list[list[str]]:
+    """Try damages with every command; gives a row for each."""
     with tempfile.TemporaryDirectory(prefix="storage-") as folder:
         base, home = Path(folder) / "base", Path(folder) / "home"
         for name in ("other", "run"):
             words = f"run digits {SMALL} rounds=2 forget.schedule={{1:[2]}} strategy=leave run={name} {HERE}"
             command(words, base)
         home.mkdir()
-        for place, damages in FILES.items():
-            for name, damage in damages:
-                found.append(row(f"{place}: {name}", base, home, partial(damaged, home, place, damage)))
-        for space in SPACE:
-            found.append(row(f"disk with {space} KiB left", base, home, partial(filled, home, space)))
-        found.append(row("read-only folder", base, home, partial(read_only, home)))
-        found.append(row("locked ledger", base, home, partial(locked, home)))
-        found.append(row("no flock: ENOLCK", base, home, partial(without_flock, errno.ENOLCK)))
-        found.append(row("no flock: ENOTSUP", base, home, partial(without_flock, errno.ENOTSUP)))
-        return found
+        return [row(what, base, home, harm) for what, harm in harms(home).items() if re.search(only, what)]
 
 
-def row(what: str, base: Path, home: Path, harm: Callable[[], AbstractContextManager[None]]) -> list[str]:
+def harms(home: Path) -> dict[str, Harm]:
+    """Give everything that may be wrong with a state folder, by what it is called."""
+    found: dict[str, Harm] = {
+        f"{place}: {name}": partial(damaged, home, place, damage)
+        for place, damages in FILES.items()
+        for name, damage in damages
+    }
+    found |= {f"disk with {space} KiB left": partial(filled, home, space) for space in SPACE}
+    found |= {"read-only folder": partial(read_only, home), "locked ledger": partial(locked, home)}
+    return found | {
+        f"no flock: {errno.errorcode[no]}": partial(without_flock, no) for no in (errno.ENOLCK, errno.ENOTSUP)
+    }
+
+
+def row(what: str, base: Path, home: Path, harm: Harm) -> list[str]:
     """Give every command under one damage; says what each did, and whether all is well afterwards."""
     cells, wrong = [], []
     for words in COMMANDS.values():
@@ -161,14 +168,15 @@ def after(home: Path) -> list[str]:
 
 @contextmanager
 def damaged(home: Path, place: str, damage: Damage) -> Iterator[None]:
-    """Damage a file, and put it back if nobody has written another one; a ledger in any case."""
-    (file,) = home.glob(place)
-    content = file.read_bytes()
-    damage(file)
-    harmed = file.read_bytes() if file.exists() else None
+    """Damage files, and put back those that nobody has written anew; a ledger in any case."""
+    before = {file: file.read_bytes() for file in home.glob(place)}
+    for file in before:
+        damage(file)
+    harmed = {file: file.read_bytes() if file.exists() else None for file in before}
     yield
-    if file.suffix == ".sqlite" or (file.read_bytes() if file.exists() else None) == harmed:
-        file.write_bytes(content)
+    for file, content in before.items():
+        if file.suffix == ".sqlite" or (file.read_bytes() if file.exists() else None) == harmed[file]:
+            file.write_bytes(content)
 
 
 @contextmanager
