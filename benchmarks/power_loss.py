@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-WAYS = ("killed", "power lost", "half a row")
+WAYS: tuple[str, ...] = ("killed", "power lost", "half a row")
 EXTRA = 3
 STATEMENTS = ("BEGIN", "INSERT", "COMMIT")
 
