@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -92,3 +93,13 @@ def test_of_a_folder_that_runs_share_only_the_files_of_one_of_them_are_deleted(t
         ".new-ab.json-x1_y2z3w",
         "a.json",
     }
+
+
+def test_where_a_write_fails_the_error_names_the_file(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'file'}'"):
+        write_atomically(tmp_path / "file", b"new")
+    assert not list(tmp_path.iterdir())

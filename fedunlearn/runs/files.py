@@ -3,6 +3,8 @@
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NEW = ".new-"  # how names of files begin that are not written yet
@@ -11,9 +13,19 @@ NEW = ".new-"  # how names of files begin that are not written yet
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file: temporary file -> fsync -> rename -> fsync folder."""
     make_folder(path.parent)
-    while not _replaced(path, data):
-        pass  # a run that starts has taken the temporary file for one that a crash left
-    sync(path.parent)
+    with named_in_errors(path):
+        while not _replaced(path, data):
+            pass  # a run that starts has taken the temporary file for one that a crash left
+        sync(path.parent)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Have an OSError name the file at `path`: where a write fails, as on a full disk, it names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def delete_unfinished(folder: Path, name: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.errors import UserError
 from fedunlearn.runs.door import RequestHandle
-from fedunlearn.runs.files import sync
+from fedunlearn.runs.files import named_in_errors, sync
 from fedunlearn.runs.ledger import Ledger, Request, TamperedError
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.rows import check as check_row
@@ -250,7 +250,8 @@ class Run:
 
     def record(self, kind: str, **row: Any) -> None:
         """Append a row to `metrics.jsonl`; a row of the same kind, round and request replaces an earlier one."""
-        with open(self.folder / "metrics.jsonl", "ab+") as file:
+        path = self.folder / "metrics.jsonl"
+        with named_in_errors(path), open(path, "ab+") as file:
             if file.tell() and not _ends_in_newline(file):
                 file.write(b"\n")
             file.write(json.dumps({"kind": kind, **row}).encode() + b"\n")
