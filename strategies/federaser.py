@@ -21,6 +21,7 @@ from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.replies import Results
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.runs import checkpoint
+from fedunlearn.runs.files import sync
 from fedunlearn.runs.run import Run
 
 FOLDER, AFTER = "updates", "after-"
@@ -88,6 +89,7 @@ class FedEraser(Strategy):
         for folder in (run.folder / FOLDER).glob(f"{AFTER}*"):
             if folder != now:
                 shutil.rmtree(folder)
+                sync(run.folder / FOLDER)
 
     def replay(self, federation: Federation, round_: int, clients: list[int], here: Path, there: Path) -> None:
         """Train for calibration, move by the calibrated updates, and store them in another place."""

@@ -1,10 +1,13 @@
+import errno
+import os
+
 import pytest
 import torch
 
 from fedunlearn.errors import UserError
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.runs import checkpoint
-from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.files import delete_unfinished, write_atomically
 from fedunlearn.unlearning.pruning import prune_clients
 
 
@@ -64,3 +67,39 @@ def test_words_about_the_tensors_are_kept(tmp_path):
     sha256 = checkpoint.save(tmp_path / "file", {"a": torch.ones(2)}, {"round": "3"})
     tensors, about = checkpoint.read_tensors(tmp_path / "file", sha256=sha256)
     assert (tensors["a"].tolist(), about) == ([1, 1], {"round": "3"})
+
+
+def test_a_temporary_file_that_somebody_deletes_meanwhile_is_written_again(tmp_path, monkeypatch):
+    replace, deleted = os.replace, []
+
+    def tidied_before(temporary, path):
+        if not deleted:
+            deleted.append(temporary)
+            delete_unfinished(tmp_path)
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", tidied_before)
+    write_atomically(tmp_path / "file", b"new")
+    assert deleted
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"new")]
+
+
+def test_of_a_folder_that_runs_share_only_the_files_of_one_of_them_are_deleted(tmp_path):
+    for name in (".new-a.json-x1_y2z3w", ".new-a.json-b.json-x1_y2z3w", ".new-ab.json-x1_y2z3w", "a.json"):
+        (tmp_path / name).touch()
+    delete_unfinished(tmp_path, "a.json")
+    assert {file.name for file in tmp_path.iterdir()} == {
+        ".new-a.json-b.json-x1_y2z3w",
+        ".new-ab.json-x1_y2z3w",
+        "a.json",
+    }
+
+
+def test_where_a_write_fails_the_error_names_the_file(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'file'}'"):
+        write_atomically(tmp_path / "file", b"new")
+    assert not list(tmp_path.iterdir())

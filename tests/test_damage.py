@@ -98,7 +98,21 @@ def test_a_damaged_ledger_is_named_and_nothing_begins_anew(two, damage, capsys):
     assert command("requests", "--run", "other") == 0
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe", b"12", b"null", b"{}", b'{"kind": "round", "round": null}'])
+OTHER_SHAPES = [
+    b"\xff\xfe",
+    b"12",
+    b"null",
+    b"{}",
+    b"[" * 100_000,
+    b'{"kind": "round", "round": null}',
+    b'{"kind": "round", "round": "2", "clients": 3}',
+    b'{"kind": "round", "round": 2, "clients": 3, "test": {"class": 0.5}}',
+    b'{"kind": "forget", "round": 2, "request": "r1"}',
+    b'{"kind": ["round"], "round": 2}',
+]
+
+
+@pytest.mark.parametrize("line", OTHER_SHAPES)
 def test_damaged_lines_of_metrics_are_passed_over(two, line, capsys):
     file = two.folder() / "metrics.jsonl"
     rows = two.run().metrics()

@@ -9,6 +9,7 @@ import pytest
 
 from command_line import command
 from conftest import Federate, rewrite
+from fedunlearn.cli import main
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.runs import checkpoint
@@ -57,6 +58,13 @@ class Killed:
             return original(*args, **kwargs)
 
         patch.setattr(where, name, called)
+
+
+def raising(error):
+    def called(*about):
+        raise error
+
+    return called
 
 
 def stopping(grid, when):
@@ -198,8 +206,27 @@ def test_what_a_crash_left_beside_the_checkpoint_is_deleted_and_the_timeout_may_
     federate.shared("rounds=1", name="test")
     for name in ("round-00000.safetensors", ".new-half-written"):
         (federate.folder() / "checkpoints" / name).write_bytes(b"of a model that knew the client")
+    for file in (federate.folder() / ".new-run.json-x1", federate.home / "heads" / ".new-test.json-x1"):
+        file.touch()
     federate("rounds=1 timeout=7200")
+    assert not list(federate.home.rglob(".new-*"))
     assert [file.name for file in (federate.folder() / "checkpoints").iterdir()] == ["round-00001.safetensors"]
+
+
+def test_a_request_whose_process_ended_before_its_receipt_gets_it_with_the_same_command(federate, monkeypatch):
+    federate.shared("rounds=1", name="test")
+    ask = "forget", "--client", "1", "--run", "test", "--engine", "local"
+
+    class KilledError(BaseException):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedunlearn.runs.receipts.write_due", raising(KilledError))
+        with pytest.raises(KilledError):
+            main(list(ask))
+    assert federate.requests()[0].state == State.COMPLETED
+    assert command(*ask) == 0
+    assert [file.name for file in (federate.folder() / "receipts").glob("*.json")] == ["r1.json"]
 
 
 def test_a_finished_run_is_left_as_it_is(federate, capsys):

@@ -1,13 +1,14 @@
 """Asking a run to forget clients: what is said and checked before, and who applies the request."""
 
+from contextlib import suppress
 from logging import getLogger
 
 from fedunlearn.apps.signals import stopped_by_signals
 from fedunlearn.apps.simulate import Resources, simulate
 from fedunlearn.runs.door import CLOSING_SECONDS, RequestHandle
-from fedunlearn.runs.home import check_data
+from fedunlearn.runs.home import check_data, tidy
 from fedunlearn.runs.ledger import Request
-from fedunlearn.runs.lock import LockedError
+from fedunlearn.runs.lock import LockedError, lock
 from fedunlearn.runs.run import Run, last_round
 from fedunlearn.runs.signed import SignedRequest
 
@@ -112,8 +113,8 @@ def see_to(found: Run, handle: RequestHandle, resources: Resources, *, wait: boo
 
     closing = f"run {found.name} is closing: waiting until it lets go, for {CLOSING_SECONDS} s at most"
     if not handle.is_open:
-        return
-    if not handle.is_taken(on_wait=lambda: log.info(closing)):
+        after_a_crash(found)
+    elif not handle.is_taken(on_wait=lambda: log.info(closing)):
         log.info("the request is applied here, on %d virtual nodes", resources.nodes)
         try:
             serve(found, resources, verbose=verbose)
@@ -123,6 +124,15 @@ def see_to(found: Run, handle: RequestHandle, resources: Resources, *, wait: boo
         follow()
     else:
         log.info("run %s takes the request at its next round boundary", found.name)
+
+
+def after_a_crash(found: Run) -> None:
+    """Do what a process had still to do that was killed after the end of a request, where nobody holds the run."""
+    from fedunlearn.apps.server_app import conclude
+
+    with suppress(LockedError), lock(found.folder):
+        tidy(found)
+        conclude(found)
 
 
 def serve(found: Run, resources: Resources, *, verbose: bool) -> None:

@@ -93,9 +93,7 @@ def serve(grid: Grid, config: Config) -> None:
 def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> list[Request]:
     """Train `rounds` rounds, serve all requests, write the report; gives the requests that failed."""
     Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
-    if run.config.forget.purge:
-        purge.purge_due(run)
-    run.write_receipts(renew=True)
+    conclude(run)
     kind, counts = strategy_class(run.config.strategy), None if auditor is None else auditor.class_counts()
     page = report.write(run, counts, _class_names(auditor), label=kind.label, own_settings=kind.Settings)
     log.info(report.summary(run, counts))
@@ -106,6 +104,13 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
     for request in failed:
         log.warning("request %s is %s: %s", request.id, request.state, request.detail.get("reason", ""))
     return failed
+
+
+def conclude(run: Run) -> None:
+    """Remove what is left of clients that were forgotten, and write the receipts that are missing."""
+    if run.config.forget.purge:
+        purge.purge_due(run)
+    run.write_receipts(renew=True)
 
 
 @contextmanager

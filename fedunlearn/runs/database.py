@@ -18,7 +18,9 @@ log = getLogger("fedunlearn")
 
 
 class Database:
-    """Opens (and makes) the file; a transaction is on the disk when it ends (`synchronous=FULL`).
+    """Opens (and makes) the file; a transaction is on the disk when it ends.
+
+    With `synchronous=FULL` a loss of power could bring the journal back, and take the last transaction back.
 
     Raises:
         UserError: from every method, where the file is damaged, locked for too long, or on a full disk.
@@ -29,7 +31,7 @@ class Database:
         with self.readable():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=TRY_SECONDS, isolation_level=None, check_same_thread=False)
-        self.execute("PRAGMA synchronous=FULL")
+        self.execute("PRAGMA synchronous=EXTRA")
 
     @property
     def is_writable(self) -> bool:

@@ -82,7 +82,7 @@ class EventLog(Generic[T]):
         folder = path.parent
         state_folder = folder.parent.parent if folder.parent.name == RUNS else folder
         self.keys = state_folder / "keys"
-        self._head_file = state_folder / "heads" / f"{folder.name}.json"
+        self.head_file = state_folder / "heads" / f"{folder.name}.json"
         self._begin = begin
         is_new = not path.exists()
         self._db = Database(path)
@@ -108,9 +108,9 @@ class EventLog(Generic[T]):
 
     def begin_anew(self) -> None:
         """Put the head of an earlier run of the same name aside: this run begins without events."""
-        if not self._db.rows("SELECT 1 FROM events LIMIT 1") and self._head_file.exists():
-            ended = f"{self._head_file.stem}.ended-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.json"
-            self._head_file.rename(self._head_file.with_name(ended))
+        if not self._db.rows("SELECT 1 FROM events LIMIT 1") and self.head_file.exists():
+            ended = f"{self.head_file.stem}.ended-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.json"
+            self.head_file.rename(self.head_file.with_name(ended))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -184,11 +184,11 @@ class EventLog(Generic[T]):
     def kept_head(self) -> Head | None:
         """Read the head as it is kept outside of the database, if it is."""
         try:
-            return Head.model_validate_json(self._head_file.read_bytes())
+            return Head.model_validate_json(self.head_file.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise TamperedError(f"{self._head_file} is damaged ({error}): put back a copy of it") from error
+            raise TamperedError(f"{self.head_file} is damaged ({error}): put back a copy of it") from error
 
     def evidence(self, numbers: Iterable[int]) -> tuple[list[tuple[int, str, str, list[str]]], Head]:
         """Give events with the proofs that they are among those of a signed head, and that head.
@@ -254,7 +254,7 @@ class EventLog(Generic[T]):
     def _compare(self, kept: Head) -> None:
         """Raise TamperedError unless the events so far are those that were there when a head was kept."""
         if not kept.is_signed:
-            raise TamperedError(f"{self._head_file} is not signed by the run: put back a copy of it")
+            raise TamperedError(f"{self.head_file} is not signed by the run: put back a copy of it")
         if (kept.key, kept.root) != (self._key, self._tree.root().hex()):
             raise self._tampered(f"its first {kept.size} events are others than they were")
 
@@ -274,12 +274,12 @@ class EventLog(Generic[T]):
     def _keep_head(self) -> None:
         """Write the head outside of the database, signed: a transaction that is lost afterwards shows."""
         with self._db.readable():
-            write_atomically(self._head_file, self.signed_head().model_dump_json().encode())
+            write_atomically(self.head_file, self.signed_head().model_dump_json().encode())
 
     def _tampered(self, how: str) -> TamperedError:
         return TamperedError(
             f"{self._db.path} was changed by somebody without the run's key ({how}): keep it as evidence, and put back "
-            f"a copy of the ledger that is as new as {self._head_file}"
+            f"a copy of the ledger that is as new as {self.head_file}"
         )
 
 

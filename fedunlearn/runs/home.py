@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedunlearn.config import Config, check, state_home, values_of
 from fedunlearn.errors import UserError
-from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.files import delete_unfinished, write_atomically
 from fedunlearn.runs.ledger import FORGOTTEN, Ledger
 from fedunlearn.runs.lock import is_locked, lock
 from fedunlearn.runs.run import Run, open_ledger, read_about, stored_config
@@ -131,11 +131,19 @@ def locked_run(config: Config, *, data: Mapping[str, str], images: "Images", ask
             check_data(run, data)
             if kept != stored:
                 write_about(folder, ledger, about | {"config": kept.model_dump()})
-            if current := ledger.current():
-                run.delete_all_but(current.checkpoint)
+            tidy(run)
             yield run
         finally:
             ledger.close()
+
+
+def tidy(run: Run) -> None:
+    """Delete what a crash left of a run that this process holds: files half-written, and older checkpoints."""
+    head = run.ledger.head_file
+    delete_unfinished(run.folder)
+    delete_unfinished(head.parent, head.name)
+    if current := run.ledger.current():
+        run.delete_all_but(current.checkpoint)
 
 
 def check_data(run: Run, data: Mapping[str, str]) -> None:

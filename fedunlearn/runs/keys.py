@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedunlearn.errors import UserError
+from fedunlearn.runs.files import make_folder, sync
 
 ID_BYTES = 32
 
@@ -29,7 +30,7 @@ def new_key(file: Path | None = None, *, folder: Path | None = None) -> str:
     """
     key = Ed25519PrivateKey.generate()
     path = file or file_of(folder or Path(), id_of(key))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     encoding = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
@@ -38,6 +39,7 @@ def new_key(file: Path | None = None, *, folder: Path | None = None) -> str:
             os.fsync(opened.fileno())
     except FileExistsError:
         raise UserError(f"{path} exists already: a key is never overwritten") from None
+    sync(path.parent)
     return id_of(key)
 
 

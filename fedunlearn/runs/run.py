@@ -15,8 +15,10 @@ from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.errors import UserError
 from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.events import TamperedError
+from fedunlearn.runs.files import named_in_errors, sync
 from fedunlearn.runs.ledger import Ledger, Request
 from fedunlearn.runs.lock import is_locked
+from fedunlearn.runs.rows import check as check_row
 from fedunlearn.runs.signed import CANCEL, FORGET, SignedRequest, UnsignedError, check
 
 if TYPE_CHECKING:
@@ -252,13 +254,17 @@ class Run:
 
     def delete_all_but(self, name: str) -> None:
         """Delete every file beside the checkpoint `name`: older models, and what a crash left half-written."""
-        for file in (self.folder / "checkpoints").iterdir():
-            if file.name != name:
-                file.unlink()
+        folder = self.folder / "checkpoints"
+        older = [file for file in folder.iterdir() if file.name != name]
+        for file in older:
+            file.unlink()
+        if older:
+            sync(folder)
 
     def record(self, kind: str, **row: Any) -> None:
         """Append a row to `metrics.jsonl`; a row of the same kind, round and request replaces an earlier one."""
-        with open(self.folder / "metrics.jsonl", "ab+") as file:
+        path = self.folder / "metrics.jsonl"
+        with named_in_errors(path), open(path, "ab+") as file:
             if file.tell() and not _ends_in_newline(file):
                 file.write(b"\n")
             file.write(json.dumps({"kind": kind, **row}).encode() + b"\n")
@@ -273,8 +279,9 @@ class Run:
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
-                rows[row["kind"], int(row["round"]), row.get("request")] = row
-            except (ValueError, TypeError, KeyError, AttributeError):
+                check_row(row)
+                rows[row["kind"], row["round"], row.get("request")] = row
+            except (ValueError, TypeError, KeyError, RecursionError):
                 damaged += 1
         if damaged > 1:  # a crash leaves one that is cut short
             log.warning("%s: %d lines are damaged and passed over", path, damaged)
