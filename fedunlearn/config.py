@@ -154,9 +154,10 @@ class Forget(Settings):
         le=1,
         description="of accuracy that a request may cost, on the retain clients' and on held-out images",
     )
-    purge: bool = Field(
-        default=True,
-        description="whether what is left of forgotten clients is removed when the run ends, as their decoded images",
+    purge: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="whether forgotten clients' images and files are removed when the run ends, and no new run trains "
+        "them; auto does that with images of your own (data.name=folder)",
     )
     purge_metrics: bool = Field(
         default=False, description="whether their accuracies by round and class counts are removed then too"
@@ -235,6 +236,13 @@ class Config(Settings):
         le=10**6,
         description="times the held-out loss before, or that of guessing, that a round may leave; 0 for any",
     )
+    statistics_band: float = Field(
+        default=3.0,
+        ge=0,
+        le=10**6,
+        description="times the size of held-out images' BatchNorm statistics that a client's may have, and standard "
+        "deviations that they may be away, in the mean of a layer; 0 for any",
+    )
     client_share: float = Field(
         default=0.9,
         ge=0,
@@ -243,7 +251,7 @@ class Config(Settings):
     )
     readmit: list[int] = Field(
         default=[],
-        description="clients that train in a new run although another run of the state folder has forgotten them",
+        description="clients that train in a new run though another run of the state folder forgot them for good",
     )
     data: Data = Data()
     partition: Partition = Partition()
@@ -254,6 +262,11 @@ class Config(Settings):
         default_factory=dict, description="settings of the strategy: `fedunlearn config STRATEGY` lists them"
     )
     forget: Forget = Forget()
+
+    @property
+    def is_for_good(self) -> bool:
+        """Whether what is left of forgotten clients is removed, and no new run of the state folder trains them."""
+        return self.forget.purge == "always" or (self.forget.purge == "auto" and self.data.name == "folder")
 
 
 def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:

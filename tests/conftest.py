@@ -21,8 +21,6 @@ from naive import Pooled
 
 DIGITS = Path(__file__).parent.parent / "simulations" / "digits" / "conf"
 SMALL = "clients=4 rounds=3 data.limit=120 data.test_limit=40 train.lr=0.02 train.client_head_steps=20"
-SMALL += " forget.purge=false"  # tests look at forgotten clients' images afterwards; those of purging have it on
-SMALL += " readmit=[0,1,2,3]"  # runs of a test have the same clients
 SMALL += " forget.gate=false"  # of models that know nothing yet, chance decides whether they pass
 FIXED_SSD = "strategy=ssd unlearn.tune=fixed unlearn.alpha=2 unlearn.lambda_=0.5"  # where a test names no strategy
 

@@ -184,7 +184,7 @@ def test_batch_norm_statistics_of_other_images_are_left_out(federate, capsys):
     grid = LocalGrid(4)
     broken(grid, of_other_images(4), task="batch_norm_statistics", times=1)
     federate("rounds=1", grid=grid)
-    assert "round 1: node 1 (clients 1) is left out: its statistics are" in capsys.readouterr().err
+    assert "round 1: node 1 (clients 1) is left out: its BatchNorm statistics are" in capsys.readouterr().err
 
 
 def test_one_retain_client_that_says_that_nothing_is_right_stops_no_request(federate):

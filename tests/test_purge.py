@@ -27,7 +27,7 @@ from fedunlearn.runs.statement import NOTHING_REMOVED
 from fedunlearn.runs.verifying import InvalidError, verified
 from local_grid import equal
 
-PURGED = "forget.schedule={2:[3]} forget.purge=true"
+FORGOTTEN = "forget.schedule={2:[3]} forget.purge=always"
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +171,7 @@ def test_images_are_found_in_a_databases_freed_pages_and_in_its_log(pictures_of_
 
 
 def test_after_a_run_nothing_is_found_of_whom_it_forgot(federate, capsys):
-    federate(PURGED)
+    federate(FORGOTTEN)
     (images, labels), (others, _) = images_of(federate, 3), images_of(federate, 0)
     assert len(images) == len(labels) == 0
     assert len(others)
@@ -186,9 +186,9 @@ def test_after_a_run_nothing_is_found_of_whom_it_forgot(federate, capsys):
 
 
 def test_a_run_goes_on_without_the_images_and_forgets_again(federate):
-    federate(PURGED)
+    federate(FORGOTTEN)
     before = images_of(federate, 0)[0].tobytes()
-    federate(f"{PURGED} rounds=4")
+    federate(f"{FORGOTTEN} rounds=4")
     (row,) = (row for row in federate.run().metrics() if row["kind"] == "round" and row["round"] == 4)
     assert (set(row["retain_clients"]), row["forgotten"]) == ({"0", "1", "2"}, {})
     assert command("forget", "--client", "1", "--run", "test", "--engine", "local") == 0
@@ -199,21 +199,21 @@ def test_a_run_goes_on_without_the_images_and_forgets_again(federate):
 
 
 def test_a_run_keeps_its_bits_where_the_images_of_a_forgotten_client_are_gone(federate):
-    for name, purge in (("kept", "false"), ("purged", "true")):
-        federate(f"forget.schedule={{1:[3]}} rounds=2 run={name} forget.purge={purge} readmit=[0,1,2,3]")
+    for name, purge in (("kept", "never"), ("purged", "always")):
+        federate(f"forget.schedule={{1:[3]}} rounds=2 run={name} forget.purge={purge}")
         if name == "kept":
             shutil.move(federate.folder("kept"), federate.home / "put-away")  # else its images would be kept
-    federate("forget.schedule={1:[3]} rounds=3 run=purged forget.purge=true readmit=[0,1,2,3]")
+    federate("forget.schedule={1:[3]} rounds=3 run=purged forget.purge=always")
     assert len(images_of(federate, 3, "purged")[0]) == 0
     shutil.move(federate.home / "put-away", federate.folder("kept"))
     shutil.rmtree(federate.home / "data")
-    federate("forget.schedule={1:[3]} rounds=3 run=kept readmit=[0,1,2,3]")
+    federate("forget.schedule={1:[3]} rounds=3 run=kept")
     assert equal(federate.state("kept"), federate.state("purged"))
 
 
 def test_images_stay_until_the_last_run_does_without_them(federate, capsys):
     federate("run=other partition.kind=iid")
-    federate(PURGED)
+    federate(FORGOTTEN)
     assert len(images_of(federate, 3)[0]) == 28
     status, found = found_by_scan(capsys)
     ((file, row),) = found.items()
@@ -251,12 +251,12 @@ def test_copies_that_no_run_uses_are_deleted(federate):
 
 
 def test_images_that_come_back_are_removed_when_the_run_is_opened_again(federate, capsys):
-    federate(PURGED)
+    federate(FORGOTTEN)
     shutil.rmtree(federate.home / "data")
     assert found_by_scan(capsys) == (0, {})  # compared with the source
     assert len(images_of(federate, 3)[0]) == 28
     assert found_by_scan(capsys)[0] == 1
-    federate(f"{PURGED} rounds=4")
+    federate(f"{FORGOTTEN} rounds=4")
     assert found_by_scan(capsys) == (0, {})
 
 
@@ -277,7 +277,7 @@ def test_figures_are_removed_where_that_is_asked_for(federate):
 
 
 def test_class_counts_outlive_the_images_in_reports(federate):
-    federate(PURGED)
+    federate(FORGOTTEN)
     auditor = Auditor(federate.run().config_here())
     assert auditor.class_counts([3]).sum() == 0
     assert known_class_counts(federate.run(), auditor.class_counts())[3].sum() == 28
@@ -306,7 +306,7 @@ def test_only_forgotten_clients_are_purged_and_no_live_run_is(federate, capsys):
 
 
 def test_what_a_receipt_says_is_gone_follows_from_the_ledger(federate):
-    federate(PURGED)
+    federate(FORGOTTEN)
     file = federate.folder() / FOLDER / "r1-2.json"
     said = receipt(federate)
     (event,) = (json.loads(event.text) for event in said.events if "purged" in event.text)
@@ -335,7 +335,7 @@ def tree(tmp_path):
 
 
 def test_a_run_goes_on_when_the_files_of_whom_it_forgot_are_deleted(federate, tree, capsys):
-    words = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 {PURGED}"
+    words = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 {FORGOTTEN}"
     federate(words)
     (listed,) = {file.resolve() for file in (federate.home / "data").glob(f"*/{datasets.REMOVED_FILES}")}
     files = listed.read_text().splitlines()
@@ -351,7 +351,7 @@ def test_a_run_goes_on_when_the_files_of_whom_it_forgot_are_deleted(federate, tr
 
 
 def test_a_run_names_the_clients_whose_files_have_changed(federate, tree):
-    words = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 readmit=[]"
+    words = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 "
     federate(f"{words} partition.kind=class clients=2 rounds=1")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tree / "train" / "b" / "07.png")
     with pytest.raises(UserError, match=r"run test was trained on other data \(other images of client 1\)"):
@@ -362,13 +362,13 @@ def test_a_run_names_the_clients_whose_files_have_changed(federate, tree):
 
 
 def test_a_new_run_does_not_train_whom_another_has_forgotten(federate):
-    federate("forget.schedule={2:[3]}")
+    federate(FORGOTTEN)
     with pytest.raises(UserError, match=r"client 3 was forgotten by run test \(request r1\): leave it out with"):
-        federate("run=other readmit=[]")
+        federate("run=other")
     assert not federate.folder("other").exists() or not (federate.folder("other") / "run.json").exists()
-    federate("run=retrained readmit=[] forget.schedule={0:[3]} strategy=leave")
-    federate("run=fork readmit=[] fork=test")
-    federate("run=dealt readmit=[] partition.seed=1 rounds=1")  # nobody there has the images that client 3 had
+    federate("run=retrained forget.schedule={0:[3]} strategy=leave")
+    federate("run=fork fork=test")
+    federate("run=dealt partition.seed=1 rounds=1")  # nobody there has the images that client 3 had
     federate("run=back readmit=[3]")
     (event,) = (event for event in federate.run("back").ledger.events() if "readmitted" in event)
     assert event["readmitted"] == {"3": "run test (request r1)"}
@@ -377,14 +377,21 @@ def test_a_new_run_does_not_train_whom_another_has_forgotten(federate):
 
 def test_whose_key_asked_to_be_forgotten_is_known_by_the_key(federate):
     key = "a" * 64
-    federate(f"forget.schedule={{2:[3]}} forget.keys={{3:{key}}} rounds=2")
+    federate(f"{FORGOTTEN} forget.keys={{3:{key}}} rounds=2")
     with pytest.raises(UserError, match=r"client 0 was forgotten by run test \(request r1\)"):
-        federate(f"run=other readmit=[] partition.seed=1 forget.keys={{0:{key}}}")
+        federate(f"run=other partition.seed=1 forget.keys={{0:{key}}}")
 
 
 def test_whoever_is_readmitted_has_images_again(federate):
-    federate(PURGED)
+    federate(FORGOTTEN)
     assert len(images_of(federate, 3)[0]) == 0
     federate("run=back readmit=[3]")
     assert len(images_of(federate, 3, "back")[0]) == 28
     assert federate.run("back").ledger.examples()[3] == 28
+
+
+def test_who_was_forgotten_in_an_experiment_with_public_images_trains_in_the_next(federate):
+    federate("forget.schedule={2:[3]}")
+    assert len(images_of(federate, 3)[0]) == 28
+    federate("run=other")
+    assert federate.run("other").ledger.examples()[3] == 28

@@ -22,9 +22,8 @@ from fedunlearn.runs.run import last_round
 
 APP, CLIENT, REQUESTED, ROUNDS_IN_ALL = "digits", 7, 12, 20
 SPLIT = "partition.dirichlet_alpha=0.1"  # the client owns nearly all images of one class: there is something to forget
-AGAIN = [f"readmit=[{CLIENT}]", "forget.purge=false"]  # a demonstration may be repeated
-WORDS = [SPLIT, *AGAIN, f"rounds={ROUNDS_IN_ALL}", f"forget.schedule={{{REQUESTED}:[{CLIENT}]}}"]
-RETRAINED = [SPLIT, *AGAIN, f"rounds={ROUNDS_IN_ALL}", f"forget.schedule={{0:[{CLIENT}]}}", "strategy=leave"]
+WORDS = [SPLIT, f"rounds={ROUNDS_IN_ALL}", f"forget.schedule={{{REQUESTED}:[{CLIENT}]}}"]
+RETRAINED = [SPLIT, f"rounds={ROUNDS_IN_ALL}", f"forget.schedule={{0:[{CLIENT}]}}", "strategy=leave"]
 
 log = getLogger("fedunlearn")
 

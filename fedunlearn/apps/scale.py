@@ -66,7 +66,7 @@ class Cell:
             f"rounds={study.rounds}",
             f"evaluate_every={study.rounds}",
             f"forget.schedule={{{study.rounds}:[0]}}",
-            "forget.purge=false",  # the next run has the same client
+            "forget.purge=never",  # the next run has the same client
             "readmit=[0]",
         ]
 

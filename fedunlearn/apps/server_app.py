@@ -108,7 +108,7 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
 
 def conclude(run: Run) -> None:
     """Remove what is left of clients that were forgotten, and write the receipts that are missing."""
-    if run.config.forget.purge:
+    if run.config.is_for_good:
         purge.purge_due(run)
     run.write_receipts(renew=True)
 

@@ -28,7 +28,6 @@ from fedunlearn.runs.run import Run
 from fedunlearn.unlearning import batch_norm
 from fedunlearn.unlearning.retrain_estimate import estimate_retrained
 
-MOST_UNLIKE = 3.0  # BatchNorm statistics of a client beside those of held-out images (`batch_norm.unlikeness`)
 SERVER = 2**32 - 1  # the place of the server's random draws: no client has this number
 
 log = getLogger("fedunlearn")
@@ -300,14 +299,17 @@ class Federation:
 
     def _refuse_unlike_statistics(self) -> Callable[[Results], None]:
         """Give what refuses BatchNorm statistics that are far from those of the server's own images."""
+        most = self.config.statistics_band
+        if not most:
+            return lambda one: None
         images = (images for images, _, _ in self.server.sample(IMAGES, generator_of(self.config.seed, SERVER)))
         expected = batch_norm.batch_statistics(self.model(), images, precision=self.config.train.precision)
 
         def refuse(one: Results) -> None:
             found = batch_norm.unlikeness(one.tensors, expected)
-            if found > MOST_UNLIKE:
+            if found > most:
                 raise RefusedError(
-                    f"its statistics are {found:.3g} times those of held-out images, {MOST_UNLIKE:g} at most"
+                    f"its BatchNorm statistics are {found:.3g} times what they should be, at most {most:g}"
                 )
 
         return refuse

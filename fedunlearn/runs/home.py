@@ -245,7 +245,7 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
 
 
 def forgotten_in(home: Path) -> dict[str, str]:
-    """Give whom the runs of a state folder have forgotten: by fingerprint, and by key, the run and request."""
+    """Give whom the runs of a state folder have forgotten for good: by fingerprint, and by key, run and request."""
     found: dict[str, str] = {}
     for folder in all_runs(home):
         try:
@@ -255,8 +255,10 @@ def forgotten_in(home: Path) -> dict[str, str]:
             continue
         try:
             data, keys = run.about()["data"], run.config.forget.keys
+            purged = {request.id for request in run.ledger.purged()}
             for request in run.ledger.requests():
-                for client in request.clients if request.state in FORGOTTEN else []:
+                is_for_good = request.id in purged or (run.config.is_for_good and request.state in FORGOTTEN)
+                for client in request.clients if is_for_good else []:
                     names = {data[str(client)], keys.get(client, "")} - {""}
                     found = dict.fromkeys(names, f"run {run.name} (request {request.id})") | found
         finally:

@@ -1,4 +1,4 @@
-"""What commands do where files are damaged, or cannot be written: `python -m benchmarks.storage`, as root.
+"""What commands do where files are damaged, or cannot be written: `python -m benchmarks.reliability.storage`, as root.
 
 A run of two rounds with a request that is COMPLETED lies on a tmpfs, with another run beside it. For every damage and
 every command it is there anew. `1 line` is what is asked for: a line that names the file and the way out, a status
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import timing
-from benchmarks.kill_points import HERE, SMALL, command, draw_nothing, forked
-from fedunlearn.runs import ledger
+from benchmarks.reliability.kill_points import HERE, SMALL, command, draw_nothing, forked
+from fedunlearn.runs import database
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.verifying import problems
 
@@ -85,7 +85,7 @@ SPACE = (0, 4, 40, 400, 1200, 2000)  # KiB that are left
 
 def main() -> None:
     """Print one table, a row for each damage."""
-    p = argparse.ArgumentParser("python -m benchmarks.storage", description=__doc__)
+    p = argparse.ArgumentParser("python -m benchmarks.reliability.storage", description=__doc__)
     p.add_argument("--only", default="", help="damages whose names have this regular expression")
     options = p.parse_args()
     torch.set_num_threads(1)
@@ -200,13 +200,13 @@ def read_only(home: Path) -> Iterator[None]:
 @contextmanager
 def locked(home: Path) -> Iterator[None]:
     """Have another connection hold the ledger; it is waited for two seconds instead of 60."""
-    seconds = ledger.LOCKED_SECONDS, ledger.TRY_SECONDS
-    ledger.LOCKED_SECONDS, ledger.TRY_SECONDS = 2, 1
+    seconds = database.LOCKED_SECONDS, database.TRY_SECONDS
+    database.LOCKED_SECONDS, database.TRY_SECONDS = 2, 1
     other = sqlite3.connect(home / LEDGER)
     other.execute("BEGIN EXCLUSIVE")
     yield
     other.close()
-    ledger.LOCKED_SECONDS, ledger.TRY_SECONDS = seconds
+    database.LOCKED_SECONDS, database.TRY_SECONDS = seconds
 
 
 @contextmanager

@@ -1,12 +1,12 @@
-"""Kills a forget request at every durable step, and resumes it: `python -m benchmarks.kill_points`.
+"""Kills a forget request at every durable step, and resumes it: `python -m benchmarks.reliability.kill_points`.
 
 A durable step is an fsync, a rename, an unlink, or a BEGIN, INSERT or COMMIT of SQLite. Before and after each, a fork
 of the process that carries the request out is ended with SIGKILL, and what is on disk then is kept. Another process
 gives the same command there. Steps that find the same files are tried once. A kill inside SQLite's COMMIT is not tried.
 
 There are three ways. `killed`: everything that was written is there. `power lost`: what was not synced is lost
-(`benchmarks.power_loss` says how). `half a row`: the last row of metrics is cut in half. A journal that SQLite has not
-synced may stay until its next write, and does not count as a file.
+(`power_loss.py` says how). `half a row`: the last row of metrics is cut in half. A journal that SQLite has not synced
+may stay until its next write, and does not count as a file.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.power_loss import WAYS, Steps
+from benchmarks.reliability.power_loss import WAYS, Steps
 from fedunlearn import cli
 from fedunlearn.runs import report
 from fedunlearn.runs.home import runs_folder
@@ -75,7 +75,7 @@ def main() -> None:
     """Print one table, a row for each strategy and way of being killed."""
     if os.environ | ONE_THREAD != os.environ:
         os.execve(sys.executable, sys.orig_argv, os.environ | ONE_THREAD)
-    p = argparse.ArgumentParser("python -m benchmarks.kill_points", description=__doc__)
+    p = argparse.ArgumentParser("python -m benchmarks.reliability.kill_points", description=__doc__)
     p.add_argument("--every", type=int, default=1, help="try every nth state alone")
     p.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     options = p.parse_args()

@@ -1,4 +1,4 @@
-"""Forget requests that would destroy the model, by settings and by replies: `python -m benchmarks.destructive`.
+"""Forget requests that would destroy the model: `python -m benchmarks.reliability.destructive`.
 
 A federation of digits (600 images, width 8, four clients on four nodes) trains 8 rounds of three epochs. Each row goes
 on from there: client 3 asks to be forgotten, with other settings, or while a client sends something else. Client 3 is
@@ -21,7 +21,7 @@ from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.kill_points import draw_nothing
+from benchmarks.reliability.kill_points import draw_nothing
 from fedunlearn.apps.client_app import app
 from fedunlearn.apps.server_app import server_app
 from fedunlearn.apps.simulate import app_folder
@@ -127,7 +127,7 @@ class Named(logging.Handler):
 
 def main() -> None:
     """Print one table, a row for each request."""
-    p = argparse.ArgumentParser("python -m benchmarks.destructive", description=__doc__)
+    p = argparse.ArgumentParser("python -m benchmarks.reliability.destructive", description=__doc__)
     p.add_argument("--strategies", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     options = p.parse_args()
     draw_nothing()
