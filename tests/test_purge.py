@@ -362,6 +362,7 @@ def test_a_run_names_the_clients_whose_files_have_changed(federate, tree):
 
 
 def test_a_new_run_does_not_train_whom_another_has_forgotten(federate):
+    federate("run=needs-all-images rounds=1")
     federate(FORGOTTEN)
     with pytest.raises(UserError, match=r"client 3 was forgotten by run test \(request r1\): leave it out with"):
         federate("run=other")
@@ -388,6 +389,12 @@ def test_whoever_is_readmitted_has_images_again(federate):
     federate("run=back readmit=[3]")
     assert len(images_of(federate, 3, "back")[0]) == 28
     assert federate.run("back").ledger.examples()[3] == 28
+
+
+def test_the_same_process_does_not_train_on_images_that_are_gone(federate):
+    federate(FORGOTTEN)
+    federate("run=other")
+    assert federate.run("other").ledger.examples() == {0: 32, 1: 36, 2: 24, 3: 0}
 
 
 def test_who_was_forgotten_in_an_experiment_with_public_images_trains_in_the_next(federate):

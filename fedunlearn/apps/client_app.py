@@ -85,7 +85,10 @@ def run_task(message: Message, context: Context) -> Message:
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
     """Reply with the clients that this node can answer for, all of them in a simulation, and their examples."""
-    runtime, _ = resident(messages.task_of(message).config)
+    config = messages.task_of(message).config
+    if not resident(config)[0].is_current:
+        resident.cache_clear()
+    runtime, _ = resident(config)
     counts = {client: Counts(len(own)) for client, own in enumerate(runtime.slices)}
     reply = messages.reply(message, counts)
     about = reply.content.metric_records["metrics"]

@@ -36,6 +36,11 @@ class ClientRuntime:
         self.slices = build.slices_of(config, self.dataset)
         self.model = build.on_device(build.model_of(config, self.dataset), self.device)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the images are still those of the decoded copy, of which some may have been taken out."""
+        return build.open_dataset(self.config).fingerprint == self.dataset.fingerprint
+
     def client(self, number: int, round_: int, broadcast: Tensors | None = None) -> "Client":
         """Give the client of that number, in a round, which was sent the tensors `broadcast` of a model."""
         return Client(self, number, round_, broadcast or {})
