@@ -85,7 +85,7 @@ class GuidedSettings(CheckedSettings):
         default=0.005, ge=0, le=100, description="learning rate of the repair, or the schedule's if that is higher"
     )
     freeze_fraction: float = Field(
-        default=0.97, ge=0, le=1, description="of the weights, those that changed most, that hardly move from then on"
+        default=0.99, ge=0, le=1, description="of the weights, those that changed most, that hardly move from then on"
     )
 
 
