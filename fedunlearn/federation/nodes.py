@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from logging import getLogger
 from statistics import multimode
 from typing import Any
@@ -66,7 +66,7 @@ class Nodes:
         self.disputed: list[int] = []  # clients of which nodes say different numbers of examples
         self.gpu = False
 
-    def identify(self, grid: Grid, known: Mapping[int, int]) -> None:
+    def identify(self, grid: Grid, known: Mapping[int, int], forgotten: Collection[int] = ()) -> None:
         """Learn which clients each node can answer for, and share them out, when all nodes are there.
 
         A node that three times says nothing, or what cannot be true, is named in the log and left out. So is one that
@@ -75,13 +75,19 @@ class Nodes:
 
         Args:
             known: the examples of clients, from earlier starts of the run.
+            forgotten: clients whose images may be gone. The others are shared out as if they were still there, since
+                sums depend in their last bits on who shares a node.
 
         Raises:
             UserError: no node works, or not all are connected in time.
         """
         with waiting("the nodes' first answers", limit=WAIT_SECONDS):
             found = self._introduced(grid)
-        claims = {node: found[node].examples for node in sorted(found)}
+        past = {client: known[client] for client in forgotten if client in known}
+        claims = {}
+        for node in sorted(found):
+            said = found[node].examples
+            claims[node] = said | {client: past[client] for client in said.keys() & past.keys()}
         for node, reason in (contradictions(claims, known) | too_many(claims, self._share)).items():
             log.warning("node %s is left out: %s", node, reason)
             del claims[node]

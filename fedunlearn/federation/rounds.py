@@ -107,11 +107,9 @@ class Rounds(FlowerStrategy):
         self._run.ledger.reopen()
         self._strategy.after_request(self._run)
         grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
-        forgotten = self._run.ledger.clients_in(FORGOTTEN)  # their images may be gone
-        known = {c: count for c, count in self._run.ledger.examples().items() if c not in forgotten}
-        nodes = self.federation.nodes
-        nodes.identify(grid, known)
-        self._run.ledger.keep_examples({c: n for c, n in nodes.examples.items() if c not in nodes.disputed})
+        nodes, ledger = self.federation.nodes, self._run.ledger
+        nodes.identify(grid, ledger.examples(), ledger.clients_in(FORGOTTEN))
+        ledger.keep_examples({c: n for c, n in nodes.examples.items() if c not in nodes.disputed})
         self._announce()
         if self.federation.round == 0 and self._run.ledger.current() is None:
             self._commit()
