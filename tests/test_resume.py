@@ -246,8 +246,8 @@ def test_a_run_keeps_its_settings_its_data_and_its_holder(federate):
         federate("rounds=1 train={lr:0.123}")
     with lock(federate.folder()), pytest.raises(UserError, match="run test is locked by process"):
         federate("rounds=1")
-    rewrite(federate.folder(), data="of other images")
-    with pytest.raises(UserError, match="was trained on other data"):
+    rewrite(federate.folder(), data=federate.run().about()["data"] | {"1": "of other images"})
+    with pytest.raises(UserError, match=r"was trained on other data \(other images of client 1\)"):
         federate("rounds=1")
 
 
