@@ -193,7 +193,7 @@ def test_a_scheduled_request_that_fails_makes_the_status_1(home, capsys):
 
 
 def test_a_request_that_could_not_be_applied_is_not_filed(two, monkeypatch, capsys):
-    rewrite(two.folder(), data="of other images")
+    rewrite(two.folder(), data={"1": "of other images"})
     assert "run test was trained on other data" in failed(capsys, "forget", "--run", "test", "--client", "1", *LOCAL)
     assert two.requests() == []
 
