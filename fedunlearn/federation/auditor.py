@@ -28,6 +28,10 @@ class Auditor:
         """Compute the SHA-256 of every client's images, and of the held-out ones."""
         return fingerprints_of(self._runtime.dataset, self._runtime.slices)
 
+    def has_images(self, client: int) -> bool:
+        """Whether the client's images are there: those of a forgotten one may be gone."""
+        return len(self._runtime.slices[client]) > 0
+
     def evaluate(self, params: Tensors, client: int) -> Counts:
         """Count what a model gets right on the client's images."""
         model = self._runtime.model

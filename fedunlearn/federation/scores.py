@@ -40,10 +40,11 @@ class Scorer:
             examples; `held_out` of a forgotten client is what held-out images of its class counts get.
         """
         each = retain.counts if len(retain.counts) <= MOST_LISTED else {}
-        forgotten = sorted({*forget, *self._federation.forgotten})
+        everybody = sorted({*forget, *self._federation.forgotten})
+        forgotten = [client for client in everybody if self._auditor and self._auditor.has_images(client)]
         return {
             "retain_clients": {str(client): accuracies(counts) for client, counts in each.items()},
-            "forgotten": {str(client): self._forgotten(client, predictions) for client in forgotten if self._auditor},
+            "forgotten": {str(client): self._forgotten(client, predictions) for client in forgotten},
             "retain": accuracies(retain.total),
             "test": accuracies(predictions.total),
         }

@@ -59,7 +59,11 @@ def purge_due(run: Run) -> None:
     done = {request.id for request in run.ledger.purged()}
     for request in run.ledger.requests():
         if request.state == State.COMPLETED and (request.id not in done or has_images(run, request.clients)):
-            purge(run, request, figures=run.config.forget.purge_metrics)
+            deleted, kept = purge(run, request, figures=run.config.forget.purge_metrics)
+            for line in deleted:
+                log.info("── gone: %s", line)
+            for one in kept:
+                log.info("── left: %s, since: %s", one["what"], one["why"])
 
 
 def has_images(run: Run, clients: Collection[int]) -> bool:
@@ -124,10 +128,6 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
     if not figures:
         kept.append({"what": f"accuracies by round of {who}", "why": "audits compare with them (forget.purge_metrics)"})
     run.ledger.keep_purge(request, deleted=deleted, kept=kept)
-    for line in deleted:
-        log.info("── gone: %s", line)
-    for one in kept:
-        log.info("── left: %s, since: %s", one["what"], one["why"])
     return deleted, kept
 
 

@@ -82,7 +82,10 @@ class Kept(Part):
     why: str
 
 
-NOTHING_REMOVED = Kept(what="what there was of the clients", why="nobody has removed it yet")
+NOTHING_REMOVED = Kept(
+    what="what there may be of the clients: images, stored updates, figures",
+    why="nobody has looked for it yet (`fedunlearn purge`)",
+)
 
 
 class Told(Part):
