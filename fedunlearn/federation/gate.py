@@ -69,17 +69,29 @@ class Gate:
 
 
 def without_extremes(before: Accuracies, after: Accuracies) -> tuple[list[Counted], list[Counted]]:
-    """Leave out the retain client whose accuracy falls most and the one whose rises most, of three or more.
+    """Give clients' scores, where no change is larger than the second largest, nor smaller than the second smallest.
 
-    So no single client's word makes a good model look bad, or a bad one look good.
+    So no single one of three or more clients makes a good model look bad, or a bad one look good, and all images count.
 
     Args:
         before, after: scores by client, of the two models; those count that are in both.
+
+    Example:
+        >>> same = {"class": 0.9, "examples": 100}
+        >>> lie = {"class": 0.0, "examples": 100}
+        >>> _, after = without_extremes({"0": same, "1": same, "2": same}, {"0": same, "1": lie, "2": same})
+        >>> [score["class"] for score in after]
+        [0.9, 0.9, 0.9]
     """
     both = sorted(before.keys() & after.keys())
-    by_change = sorted(both, key=lambda client: after[client]["class"] - before[client]["class"])
-    believed = by_change[1:-1] if len(by_change) >= FEWEST else by_change
-    return [before[client] for client in believed], [after[client] for client in believed]
+    changes = sorted(after[client]["class"] - before[client]["class"] for client in both)
+    least, most = (changes[1], changes[-2]) if len(both) >= FEWEST else (-1.0, 1.0)
+
+    def believed(client: str) -> Counted:
+        change = after[client]["class"] - before[client]["class"]
+        return {**after[client], "class": before[client]["class"] + min(max(change, least), most)}
+
+    return [before[client] for client in both], [believed(client) for client in both]
 
 
 def total(scores: Iterable[Counted]) -> Estimate | None:

@@ -40,8 +40,8 @@ class Scorer:
             examples; `held_out` of a forgotten client is what held-out images of its class counts get.
         """
         each = retain.counts if len(retain.counts) <= MOST_LISTED else {}
-        everybody = sorted({*forget, *self._federation.forgotten})
-        forgotten = [client for client in everybody if self._auditor and self._auditor.has_images(client)]
+        known = sorted({*forget, *self._federation.forgotten})
+        forgotten = [client for client in known if self._auditor and self._auditor.has_images(client)]
         return {
             "retain_clients": {str(client): accuracies(counts) for client, counts in each.items()},
             "forgotten": {str(client): self._forgotten(client, predictions) for client in forgotten},
