@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fedunlearn.errors import UserError
-from fedunlearn.runs.ledger import FAILED, FORGOTTEN, OPEN, VOID, Ledger, State, TamperedError
+from fedunlearn.runs.events import TamperedError
+from fedunlearn.runs.ledger import FAILED, FORGOTTEN, OPEN, VOID, Ledger, State
 
 NEXT = {
     State.RECEIVED: (State.COLLECTING, State.REFUSED),
