@@ -13,22 +13,19 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, RecordDict
 from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.reliability.kill_points import draw_nothing
-from fedunlearn.apps.client_app import app
+from benchmarks.reliability.lying import Lie, LyingGrid
 from fedunlearn.apps.server_app import server_app
 from fedunlearn.apps.simulate import app_folder
 from fedunlearn.errors import UserError
-from fedunlearn.federation import messages
 from fedunlearn.federation.auditor import Auditor
-from fedunlearn.federation.local_grid import LocalGrid
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.nn.evaluate import Counts
@@ -79,39 +76,6 @@ LIES: dict[str, Callable[[Tensor], Tensor]] = {
 COLUMNS = ("strategy", "what is done", "state", "held-out", "retain", "weights", "named", "destroyed", "reason")
 
 
-@dataclass(frozen=True)
-class Lie:
-    """One client replies something else to a task."""
-
-    task: str
-    client: int
-    name: str
-
-    def of(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Change an update, but for BatchNorm statistics."""
-        return {n: v if n.endswith(messages.STATISTICS) else LIES[self.name](v) for n, v in values.items()}
-
-
-class LyingGrid(LocalGrid):
-    """A node a client; one of them may lie."""
-
-    def __init__(self, lie: Lie | None) -> None:
-        super().__init__(4, app)
-        self._lie = lie
-
-    def push_messages(self, messages_: Iterable[Message]) -> list[str]:
-        """Answer the messages, some of them with a lie."""
-        sent = list(messages_)
-        ids = super().push_messages(sent)
-        for message, reply_id in zip(sent, ids, strict=True):
-            task, reply, lie = messages.task_of(message), self._replies[reply_id], self._lie
-            if lie and (task.name, task.clients) == (lie.task, [lie.client]) and reply.has_content():
-                travels = {array.dtype for array in reply.content.array_records["arrays"].values()}
-                dtype = "bf16" if "int16" in travels else "fp32"
-                reply.content["arrays"] = messages.pack(lie.of(messages.unpack(reply)), dtype)
-        return ids
-
-
 class Named(logging.Handler):
     """Collects whom the log names."""
 
@@ -155,8 +119,8 @@ def rows(strategies: Iterable[str]) -> list[list[str]]:
 def lies_about(strategy: str) -> list[Lie]:
     """Give what clients may send to this strategy's requests."""
     taught, repaired = TAUGHT.get(strategy), REPAIRED.get(strategy)
-    lies = [Lie(taught, FORGET_CLIENT, name) for name in LIES] if taught in ("relabel", "climb") else []
-    return lies + ([Lie(repaired, RETAIN_CLIENT, name) for name in ("x 1000", "x -10")] if repaired else [])
+    lies = [Lie(taught, FORGET_CLIENT, name, LIES[name]) for name in LIES] if taught in ("relabel", "climb") else []
+    return lies + ([Lie(repaired, RETAIN_CLIENT, name, LIES[name]) for name in ("x 1000", "x -10")] if repaired else [])
 
 
 def row(home: Path, strategy: str, what: str, words: str, lie: Lie | None) -> list[str]:

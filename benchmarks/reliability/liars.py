@@ -4,19 +4,18 @@ A federation of digits (600 images, width 8, four clients on four nodes) trains 
 clients lies in each of eight further rounds. Every lie and every rule goes on from the same 60 rounds.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, RecordDict
 from torch import Tensor
 
 from benchmarks import timing
-from fedunlearn.apps.client_app import app
+from benchmarks.reliability.lying import Lie, LyingGrid
 from fedunlearn.apps.server_app import server_app
 from fedunlearn.apps.simulate import app_folder
-from fedunlearn.federation import messages
 from fedunlearn.federation.local_grid import LocalGrid
 from fedunlearn.runs.home import runs_folder
 from fedunlearn.runs.run import Run
@@ -32,37 +31,19 @@ LIES: dict[str, Callable[[Tensor], Tensor]] = {
 SMALL = "data.limit=600 clients=4 model.width=8 rounds={rounds} seed={seed} train.schedule_rounds=68 evaluate_every=68"
 
 
-class LyingGrid(LocalGrid):
-    """A node a client; the node of client 1 replies something else to every request for an update."""
-
-    def __init__(self, lie: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(4, app)
-        self._lie = lie
-
-    def push_messages(self, messages_: Iterable[Message]) -> list[str]:
-        """Answer the messages, one of them with a lie."""
-        sent = list(messages_)
-        ids = super().push_messages(sent)
-        for message, reply_id in zip(sent, ids, strict=True):
-            task, reply = messages.task_of(message), self._replies[reply_id]
-            if task.name == "train" and task.clients == [1] and reply.has_content():
-                values = messages.unpack(reply)
-                changed = {n: v if n.endswith(messages.STATISTICS) else self._lie(v) for n, v in values.items()}
-                reply.content["arrays"] = messages.pack(changed, "fp32")
-        return ids
-
-
 def measure(home: Path, seeds: int) -> None:
     """Print one table: test accuracy by lie and rule, means over seeds."""
     rows = []
     for seed in range(seeds):
-        trained(home, f"base-{seed}", SMALL.format(rounds=60, seed=seed), LyingGrid(LIES["honest"]))
+        trained(home, f"base-{seed}", SMALL.format(rounds=60, seed=seed), LyingGrid(None))
     for name, lie in LIES.items():
         cells = []
         for rule in RULES:
             runs = [(f"{name}-{rule}-{seed}".replace(" ", "_"), seed) for seed in range(seeds)]
             words = f"fork=base-{{seed}} rounds=68 robust={rule}"
-            found = [trained(home, run, words.format(seed=seed), LyingGrid(lie)) for run, seed in runs]
+            found = [
+                trained(home, run, words.format(seed=seed), LyingGrid(Lie("train", 1, name, lie))) for run, seed in runs
+            ]
             cells.append(f"{mean(found):.3f} ({min(found):.3f}-{max(found):.3f})")
         rows.append([name, *cells])
         print(*rows[-1], flush=True)

@@ -179,12 +179,15 @@ class Rounds(FlowerStrategy):
         federation, band = self.federation, self._config.round_band
         if not band:
             return results
-        most = limit(federation.held_out_loss({}, IMAGES), len(federation.server.class_names), band)
 
         def loss(update: Tensors) -> float:
             return federation.held_out_loss(update, IMAGES)
 
-        if loss(results.mean()) <= most:
+        classes, reached = len(federation.server.class_names), loss(results.mean())
+        if reached <= limit(0.0, classes, band):  # that of guessing, whatever the loss was before
+            return results
+        most = limit(loss({}), classes, band)
+        if reached <= most:
             return results
         log.warning("round %d: its update would destroy the model; asking again, to find whose reply does that", round_)
         replies: list[Results] = []
@@ -194,7 +197,7 @@ class Rounds(FlowerStrategy):
         nodes.query(federation.grid, tasks.train, round_, asked, federation.state.params, **about)
         found = without_destroyers(replies, nodes.mean, loss, most)
         if found is None:
-            if loss(results.mean()) <= DIVERGED * most:
+            if reached <= DIVERGED * most:
                 log.warning("round %d: its held-out loss is high, and nobody in particular is to blame", round_)
                 return results
             raise UserError(
