@@ -17,7 +17,7 @@ class NotNowError(Exception):
 
 
 class DestroyedError(Exception):
-    """Weights of the model are not finite: nobody is asked about such a model, and it is never committed."""
+    """The model is not finite, or nothing can be learned from it: it is never committed, and no client is to blame."""
 
 
 @contextmanager

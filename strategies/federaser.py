@@ -108,7 +108,8 @@ class FedEraser(Strategy):
             fraction=self.settings.calibration_fraction,
         )
         params = [name for name, _ in federation.server.model.named_parameters()]
-        update = calibrated(federation, round_, directions, params, here, there)
+        sound = {client: directions[client] for client in directions if client in results.counts}
+        update = calibrated(federation, round_, sound, params, here, there)
         federation.apply_round(results, update, round_)
 
     def stored_bytes(self, run: Run) -> int:

@@ -11,7 +11,7 @@ from fedunlearn.federation.gate import changed_fraction, total, without_extremes
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.runs.budget import Figures, refusal
 from fedunlearn.runs.ledger import State
-from fedunlearn.runs.uncertainty import fraction
+from fedunlearn.runs.uncertainty import Estimate, fraction
 from local_grid import LocalGrid, equal
 from test_relabel import telling
 
@@ -22,8 +22,9 @@ CHANGED = {"w": torch.tensor([1.0, 2.0, 4.0]), "n": torch.tensor(3)}
 GOOD = Figures(fraction(0.88, MANY), fraction(0.59, MANY), fraction(0.6, MANY) - fraction(0.59, MANY))
 
 
-def refused(before, after, budget=0.05, retrained=0.6):
-    return refusal(before, after, retrained, budget)
+def refused(before, after, budget=0.05, retrained=0.6, error=0.01):
+    test_loss = Estimate(before.test.value - after.test.value, error)
+    return refusal(before, after, test_loss=test_loss, retrained=retrained, budget=budget)
 
 
 def test_a_good_model_passes():
@@ -52,9 +53,14 @@ def test_the_budget_is_what_may_be_lost():
 
 
 def test_of_few_images_chance_is_not_called_a_loss():
-    few = replace(BEFORE, test=fraction(0.6, 20))
-    assert not refused(few, replace(GOOD, test=fraction(0.4, 20)))
-    assert refused(few, replace(GOOD, test=fraction(0.1, 20)))
+    assert not refused(BEFORE, replace(GOOD, test=fraction(0.5, 20)), error=0.06)
+    assert refused(BEFORE, replace(GOOD, test=fraction(0.4, 20)), error=0.06)
+
+
+@pytest.mark.parametrize("fall", [0.06, 0.2])
+def test_a_loss_that_is_no_chance_may_not_exceed_the_budget_by_anything(fall):
+    assert refused(BEFORE, replace(GOOD, test=fraction(0.6 - fall, MANY)), error=0.029)
+    assert refused(BEFORE, replace(GOOD, retain=fraction(0.9 - fall, 10_000)))
 
 
 def scores(*accuracies):

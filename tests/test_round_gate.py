@@ -131,3 +131,54 @@ def test_running_statistics_that_destroy_the_model_are_found_where_nothing_else_
     assert len(named) == 1
     assert named[0].startswith("round 2: node 1 (clients 1) is left out")
     assert federate.run().metrics()[1]["clients"] == [0, 2, 3]
+
+
+def test_where_nobody_can_use_the_model_nobody_is_named(federate, capsys):
+    with pytest.raises(UserError, match="round 1: the model has gone astray: 4 of 4 nodes that were asked to train"):
+        federate(f"{WORDS} train.lr=100 train.epochs=9", grid=LocalGrid(4))
+    assert "is left out" not in capsys.readouterr().err
+
+
+# In a request --------------------------------------------------------------------------------------------------------
+
+
+def requested(federate, task, client, damage, words):
+    """Client 3 asks after three rounds, and while it is served a client sends something else for a task, every time."""
+    grid, rounds = LocalGrid(4), []
+
+    def deliver(message):
+        reply, asked = grid.call(message), messages.task_of(message)
+        rounds.append((asked.name, asked.round))
+        served = ("train", 3) in rounds and ("class_counts", 3) in rounds
+        return damage(reply) if served and (asked.name, asked.clients) == (task, [client]) else reply
+
+    grid.deliver = deliver
+    federate(f"{WORDS} {words} forget.schedule={{3:[3]}} forget.gate=true", grid=grid)
+
+
+def larger(times, dtype="fp32"):
+    def damage(reply):
+        values = messages.unpack(reply)
+        changed = {n: v if n.endswith(messages.STATISTICS) else times * v for n, v in values.items()}
+        reply.content["arrays"] = messages.pack(changed, dtype)
+        return reply
+
+    return damage
+
+
+def test_who_would_destroy_a_model_in_a_request_is_named_alone_and_the_rest_repair(federate, capsys):
+    requested(federate, "train", 1, larger(-1e6), "strategy=retrain run=lied")
+    named = [line for line in capsys.readouterr().err.splitlines() if "is left out" in line]
+    assert named
+    assert all("node 1 (clients 1) is left out: with its update" in line for line in named)
+    requested(federate, "train", 1, lambda reply: None, "strategy=retrain run=silent timeout=1")
+    assert equal(federate.state("lied"), federate.state("silent"))
+
+
+def test_when_a_forget_client_leads_the_model_astray_nobody_who_repairs_is_named(federate, capsys, memorised):
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        requested(federate, "relabel", 3, larger(1e12, "bf16"), "strategy=relabel unlearn.guide_images=30")
+    reason = federate.requests()[0].detail["reason"]
+    assert reason.startswith("the model has gone astray: 3 of 3 nodes that were asked to repair")
+    assert reason.endswith("clients 3 had answered to relabel before")
+    assert "is left out" not in capsys.readouterr().err

@@ -10,9 +10,9 @@ from fedunlearn.errors import NotNowError
 from fedunlearn.federation.handle import Federation, ForgetSet, total_counts
 from fedunlearn.federation.messages import floating
 from fedunlearn.federation.scores import Scores
-from fedunlearn.nn.evaluate import Counts
+from fedunlearn.nn.evaluate import Counts, Predictions
 from fedunlearn.runs.budget import MEASURED_BY, Figures, refusal
-from fedunlearn.runs.uncertainty import Estimate, fraction, held_out
+from fedunlearn.runs.uncertainty import Estimate, fall, fraction, held_out
 
 FEWEST = 3  # retain clients, of which one can be the odd one
 Counted = Mapping[str, float]
@@ -34,8 +34,9 @@ class Gate:
     def __init__(self, federation: Federation, forget: ForgetSet, scores: Scores) -> None:
         self._federation, self._forget = federation, forget
         self._params = federation.state.params
-        self._before, self._scores = self._figures(scores), scores
-        self._retrained = federation.estimate_retrained(federation.predictions()).total.class_accuracy
+        self._predictions = federation.predictions()
+        self._before, self._scores = self._figures(scores, self._predictions), scores
+        self._retrained = federation.estimate_retrained(self._predictions).total.class_accuracy
 
     def verdict(self, scores: Scores) -> dict[str, Any]:
         """Say whether the present model, of these scores, may replace the one before, with the figures.
@@ -46,22 +47,33 @@ class Gate:
         both = self._scores["retain_clients"].keys() & scores["retain_clients"].keys()
         if not both and scores["retain"]["examples"] != self._scores["retain"]["examples"]:
             raise NotNowError("not the same retain clients replied before and after")
-        after, budget = self._figures(scores), self._federation.config.forget.budget
+        predictions, budget = self._federation.predictions(), self._federation.config.forget.budget
+        after = self._figures(scores, predictions)
         old, new = without_extremes(self._scores["retain_clients"], scores["retain_clients"])
         before = replace(self._before, retain=total(old) or self._before.retain)
         after = replace(after, retain=total(new) or after.retain)
-        reason = refusal(before, after, self._retrained, budget)
+        test_loss = fall(self._predictions.hits().numpy(), predictions.hits().numpy())
+        reason = refusal(before, after, test_loss=test_loss, retrained=self._retrained, budget=budget)
         pairs = {name: [getattr(e, name).value for e in (before, after)] for name in MEASURED_BY}
         errors = {name: [getattr(e, name).error for e in (before, after)] for name in MEASURED_BY}
         changed = changed_fraction(self._params, self._federation.state.params)
-        about = {"budget": budget, "retrained": self._retrained, "changed": changed, "measured_by": MEASURED_BY}
-        return {"passed": not reason, "reason": reason, **pairs, "errors": errors, **about}
+        return {
+            "passed": not reason,
+            "reason": reason,
+            **pairs,
+            "errors": errors,
+            "test_loss": [test_loss.value, test_loss.error],
+            "budget": budget,
+            "retrained": self._retrained,
+            "changed": changed,
+            "measured_by": MEASURED_BY,
+        }
 
-    def _figures(self, scores: Scores) -> Figures:
+    def _figures(self, scores: Scores, predictions: Predictions) -> Figures:
         """Ask the forget clients how well the present model knows their images; all else is in its scores."""
         federation, forget = self._federation, self._forget
         found = sum(federation.evaluate(forget).values(), Counts())
-        counts, predictions = total_counts(federation.class_counts(forget).values()), federation.predictions()
+        counts = total_counts(federation.class_counts(forget).values())
         own = fraction(found.class_accuracy, found.examples)
         others = held_out(predictions.expected_accuracy(counts), predictions.total.examples, counts.numpy())
         retain, test = (fraction(scores[key]["class"], scores[key]["examples"]) for key in ("retain", "test"))

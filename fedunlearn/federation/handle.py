@@ -11,11 +11,11 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_client_head
-from fedunlearn.errors import NotNowError, unusable_replies
+from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.nodes import Nodes
-from fedunlearn.federation.replies import RefusedError, Results, add_cost
-from fedunlearn.federation.round_gate import IMAGES
+from fedunlearn.federation.replies import AstrayError, Results, add_cost, listed
+from fedunlearn.federation.round_gate import IMAGES, RoundGate
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.tasks import ClientTask
@@ -66,15 +66,19 @@ class Federation:
         folder: the run's, where a strategy may keep files of its own.
         grid: Flower's, set when a run starts.
         costs: of the request that is being applied, by name of the client task.
+        round_gate: looks at updates of retain clients before the model moves by them.
     """
 
     def __init__(self, run: Run, server: ServerData, nodes: Nodes, state: ServerState) -> None:
         self.config, self.folder, self._ledger = run.config, run.folder, run.ledger
         self.server, self.nodes, self.state = server, nodes, state
         self.costs: dict[str, Any] = {}
+        classes = len(server.class_names)
+        self.round_gate = RoundGate(nodes, self._held_out_loss, classes, self.config.round_band)
         self._grid: Grid | None = None
         self._forget = ForgetSet(())
         self._class_counts: dict[int, Tensor] = {}
+        self._trained = ""  # who trained last, in words
 
     # Who takes part ----------------------------------------------------------------------------------------------
 
@@ -144,34 +148,40 @@ class Federation:
             on_reply: is shown every reply alone.
             arguments: of the task: numbers, words, lists, tensors, dicts of tensors.
 
+        Retain clients that trained are asked once more where their mean update would destroy the model, and the replies
+        that do are left out.
+
         Returns:
             Sums over the clients: `.mean()`, `.sum()`, `.counts`, `.statistics`.
 
         Raises:
             NotNowError: nobody replied, or not every client that is to be forgotten.
-            DestroyedError: the model as it is now is not finite.
+            DestroyedError: the model as it is now is of no use.
 
         Example:
             `federation.apply(federation.run(self.climb, on=forget, until=0.4).mean())`
         """
-        asked = list(on)
-        server_state.check_finite(self.state)
-        results = self.nodes.query(
-            self.grid,
-            task,
-            self.round if at_round is None else at_round,
-            asked,
-            self.state.params,
-            arguments=arguments,
-            one_client_each=one_client_each,
-            on_reply=on_reply,
-        )
+        asked, round_ = list(on), self.round if at_round is None else at_round
+
+        def ask(on_reply: Callable[[Results], None]) -> Results:
+            about = {"arguments": arguments, "one_client_each": one_client_each, "on_reply": on_reply}
+            return self.nodes.query(self.grid, task, round_, asked, self.state.params, **about)
+
+        try:
+            server_state.check_finite(self.state)
+            results = ask(on_reply)
+        except DestroyedError as error:
+            raise DestroyedError(f"{error}{self._trained}") from error
         missing = [client for client in asked if client in self._forget.clients and client not in results.counts]
         if missing:
             raise NotNowError(f"client {missing[0]} did not reply to {task.name}")
         if not results.counts:
             raise NotNowError(f"no retain client replied to {task.name}")
         add_cost(self.costs, task.name, results.cost)
+        if task.kind == "train":
+            self._trained = f"; clients {listed(asked)} had answered to {task.name} before"
+            if not set(asked) & set(self._forget):
+                results, _ = self.round_gate.passed(results, round_, ask)
         return results
 
     def evaluate(self, on: Iterable[int]) -> dict[int, Counts]:
@@ -308,7 +318,7 @@ class Federation:
         def refuse(one: Results) -> None:
             found = batch_norm.unlikeness(one.tensors, expected)
             if found > most:
-                raise RefusedError(
+                raise AstrayError(
                     f"its BatchNorm statistics are {found:.3g} times what they should be, at most {most:g}"
                 )
 
@@ -346,11 +356,11 @@ class Federation:
             assert model.client_head is not None
             train_client_head(model.client_head, there, steps=steps, generator=generator)
 
-    def held_out_loss(self, update: Mapping[str, Tensor], images: int) -> float:
+    def _held_out_loss(self, update: Mapping[str, Tensor]) -> float:
         """Give the class cross-entropy on some held-out images that the model would have after an update."""
         after = server_state.apply_update(self.state, update)
         self.server.model.load_state_dict(after.params)
-        return self.server.loss(self.server.model, images)
+        return self.server.loss(self.server.model, IMAGES)
 
     def freeze(self, *, since: ServerState, fraction: float) -> None:
         """Freeze that fraction of the weights, those that changed most since an earlier state.
@@ -408,7 +418,7 @@ class Federation:
     @contextmanager
     def applying(self, forget: ForgetSet) -> Iterator[None]:
         """Mark a request as the one that is being applied: its clients must reply, its costs are booked."""
-        self._forget, self.costs = forget, {}
+        self._forget, self.costs, self._trained = forget, {}, ""
         try:
             yield
         finally:

@@ -12,12 +12,20 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedunlearn.data.partition import hosted
-from fedunlearn.errors import UserError
+from fedunlearn.errors import DestroyedError, UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation import robust as averaging
 from fedunlearn.federation.band import judged
 from fedunlearn.federation.messages import Task, Tensors
-from fedunlearn.federation.replies import Expected, Introduction, RefusedError, Results, introduction, listed
+from fedunlearn.federation.replies import (
+    AstrayError,
+    Expected,
+    Introduction,
+    RefusedError,
+    Results,
+    introduction,
+    listed,
+)
 from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.log import waiting
 from fedunlearn.nn.model import TwoHeadResNet18
@@ -25,6 +33,8 @@ from fedunlearn.nn.model import TwoHeadResNet18
 WAIT_SECONDS = 600
 ATTEMPTS = 3
 FEWEST = 3  # clients, of which one can have too large a share
+
+Refused = list[tuple[Message, ValueError]]
 
 log = getLogger("fedunlearn")
 
@@ -183,23 +193,29 @@ class Nodes:
 
         Args:
             on_reply: is shown every reply alone, and raises RefusedError for one that is to be left out too.
+
+        Raises:
+            DestroyedError: most replies are what honest clients send too if the model that they got is of no use.
         """
-        results, started = Results(), time.monotonic()
+        results, started, sent = Results(), time.monotonic(), list(sent)
         parts: list[Results] = []
-        believed = self._believed(task, sent, replies)
+        refused = Refused()
+        believed = self._believed(task, sent, replies, refused)
         band = self._band if task.compared else 0.0
         for message, one, reason in judged(believed, band, self.examples):
-            if reason:
-                self._refuse(message, reason)
-                continue
             try:
+                if reason:
+                    raise RefusedError(reason)
                 on_reply(one)
             except RefusedError as error:
-                self._refuse(message, str(error))
+                refused.append((message, error))
                 continue
             if self._is_robust(task):
                 parts.append(one)
             results.include(one)
+        check_model_is_of_use(refused, task, len(sent))
+        for message, error in refused:
+            self._refuse(message, str(error))
         if parts:
             results.tensors = {name: results.weight * value for name, value in self.mean(parts).items()}
         results.seconds = time.monotonic() - started
@@ -224,17 +240,16 @@ class Nodes:
         return self._rule != "none" and task.kind == "train"
 
     def _believed(
-        self, task: ClientTask, sent: Iterable[Message], replies: Iterable[Message]
+        self, task: ClientTask, sent: Sequence[Message], replies: Iterable[Message], refused: Refused
     ) -> Iterator[tuple[Message, Results]]:
         """Give the replies that are what was asked for and can be true, each with the message that it answers."""
-        sent = list(sent)
         variances = messages.unpack(sent[0], only="running_var") if sent else {}  # the same model in all of them
         expected = Expected(task, self._model, self._dtype, self.examples, self._pixels, variances)
         for message, reply in zip(sent, replies, strict=True):
             try:
                 yield message, expected.read(reply, message)
             except ValueError as error:
-                self._refuse(message, str(error))
+                refused.append((message, error))
 
     def _refuse(self, message: Message, reason: str) -> None:
         asked, node = messages.task_of(message), self.nodes.index(message.metadata.dst_node_id)
@@ -258,6 +273,14 @@ class Nodes:
     def packed(self, state: Mapping[str, Tensor]) -> ArrayRecord:
         """Pack a model as it is broadcast."""
         return messages.pack(state, self._dtype)
+
+
+def check_model_is_of_use(refused: Refused, task: ClientTask, asked: int) -> None:
+    """Raise DestroyedError where more than half of two or more clients cannot use the model that they were sent."""
+    astray = [error for _, error in refused if isinstance(error, AstrayError)]
+    if len(astray) > max(1, asked / 2):
+        who = f"{len(astray)} of {asked} nodes that were asked to {task.name.replace('_', ' ')}"
+        raise DestroyedError(f"the model has gone astray: {who} replied like one of which {astray[0]}")
 
 
 def contradictions(claims: Mapping[int, Mapping[int, int]], known: Mapping[int, int]) -> dict[int, str]:

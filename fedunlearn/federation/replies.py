@@ -32,6 +32,10 @@ class RefusedError(ValueError):
     """A reply is not what was asked for, or cannot be true; the reason begins with `it` or `its`, the node."""
 
 
+class AstrayError(RefusedError):
+    """A reply is what an honest client would send too if the model that it got were of no use."""
+
+
 @dataclass
 class Results:
     """What a query of clients brought: sums over those who replied, and what it cost.
@@ -202,11 +206,13 @@ class Expected:
                 raise RefusedError(f"it counted {examples} examples of client {client}, which has {has}")
             if self.task.kind == "evaluate" and examples != has:
                 raise RefusedError(f"it counted {examples} of the {has} examples of client {client}")
+            if type(loss) not in (int, float):
+                raise RefusedError(f"it sent {loss!r} as loss, which is no number")
             if not all(0 <= whole(hits, "hits") <= examples for hits in right):
                 raise RefusedError(f"it counted {max(right)} right answers to {examples} examples of client {client}")
             least = 0.0 if self.task.kind == "evaluate" else -MOST  # a loss of one's own may be negative
-            if not least <= number(loss, "loss") <= MOST:
-                raise RefusedError(f"it sent a loss of {loss:g} on {examples} examples of client {client} ({DIVERGED})")
+            if not least <= loss <= MOST:
+                raise AstrayError(f"it sent a loss of {loss:g} on {examples} examples of client {client} ({DIVERGED})")
         clients, examples = len(found.counts), sum(self.examples[client] for client in found.counts)
         if found.weight not in (clients, examples):
             raise RefusedError(f"it sent a weight of {found.weight:g}, for {clients} clients with {examples} examples")
@@ -319,5 +325,5 @@ def _tensor(name: str, array: Any, shape: Tensor, dtype: str) -> Tensor:
     value = torch.from_numpy(values.copy())
     value = messages.from_bits(value) if wanted == torch.int16 else value
     if not torch.isfinite(value).all():
-        raise RefusedError(f"it sent NaN or infinite values in {name} ({DIVERGED})")
+        raise AstrayError(f"it sent NaN or infinite values in {name} ({DIVERGED})")
     return value

@@ -2,14 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
+from logging import getLogger
 from typing import NamedTuple
 
+from fedunlearn.errors import DestroyedError
 from fedunlearn.federation.messages import Tensors
-from fedunlearn.federation.replies import Results
+from fedunlearn.federation.nodes import Nodes
+from fedunlearn.federation.replies import Results, listed
 
 IMAGES = 64  # of the server's, on which a round's update is looked at
 DIVERGED = 5  # times the limit: with such a loss training does not go on, whoever is to blame
 Combine = Callable[[Sequence[Results]], Tensors]
+OnReply = Callable[[Results], None]
+
+log = getLogger("fedunlearn")
 
 
 class Found(NamedTuple):
@@ -17,6 +23,60 @@ class Found(NamedTuple):
 
     kept: list[Results]
     dropped: list[Results]
+
+
+class RoundGate:
+    """Looks at what clients' training would make of the model before it moves.
+
+    Args:
+        nodes: that the clients are on.
+        loss: held-out loss of the model after an update; infinite where it is not finite.
+        classes: K.
+        band: times the loss before, or that of guessing, that a loss may be; 0 lets everything pass.
+    """
+
+    def __init__(self, nodes: Nodes, loss: Callable[[Tensors], float], classes: int, band: float) -> None:
+        self._nodes, self._loss, self._classes, self._band = nodes, loss, classes, band
+
+    def passed(
+        self, results: Results, round_: int, ask_again: Callable[[OnReply], object]
+    ) -> tuple[Results, list[Results]]:
+        """Give a query's results; where they would destroy the model, without the replies that do, and these apart.
+
+        Args:
+            results: of clients that trained; the model moves by their mean.
+            round_: for the log.
+            ask_again: asks the same clients once more. They reply the same, and each reply is shown.
+
+        Raises:
+            DestroyedError: whoever is left out, the model would be of no use.
+        """
+        if not self._band:
+            return results, []
+        reached = self._loss(results.mean())
+        if reached <= limit(0.0, self._classes, self._band):  # that of guessing, whatever the loss was before
+            return results, []
+        most = limit(self._loss({}), self._classes, self._band)
+        if reached <= most:
+            return results, []
+        log.warning("round %d: its update would destroy the model; asking again, to find whose reply does that", round_)
+        replies: list[Results] = []
+        ask_again(replies.append)
+        found = without_destroyers(replies, self._nodes.mean, self._loss, most)
+        if found is None:
+            if reached <= DIVERGED * most:
+                log.warning("round %d: its held-out loss is high, and nobody in particular is to blame", round_)
+                return results, []
+            raise DestroyedError(f"the held-out loss would be more than {DIVERGED * most:.3g}, whoever is left out")
+        for one in found.dropped:
+            node, clients = self._nodes.node_of(one.counts), listed(one.counts)
+            reason = "with its update the held-out loss is above the limit, without it below (round_band)"
+            log.warning("round %d: node %d (clients %s) is left out: %s", round_, node, clients, reason)
+        kept = Results(seconds=results.seconds)
+        for one in found.kept:
+            kept.include(one)
+        kept.tensors = {name: kept.weight * value for name, value in self._nodes.mean(found.kept).items()}
+        return kept, found.dropped
 
 
 def limit(before: float, classes: int, band: float) -> float:

@@ -3,7 +3,8 @@
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from logging import getLogger
 from typing import Any
@@ -21,12 +22,10 @@ from fedunlearn.errors import DestroyedError, NotNowError, UserError
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.handle import Federation
-from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.nodes import Nodes
 from fedunlearn.federation.ordered_grid import OrderedGrid
-from fedunlearn.federation.replies import MOST_LISTED, Results, listed
+from fedunlearn.federation.replies import MOST_LISTED, Results
 from fedunlearn.federation.requests import Requests
-from fedunlearn.federation.round_gate import DIVERGED, IMAGES, limit, without_destroyers
 from fedunlearn.federation.scores import Scorer
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
@@ -141,22 +140,21 @@ class Rounds(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add up the clients' updates, and let the state follow."""
         round_ = self.federation.round + 1
-        results = self.federation.nodes.add_up(
-            tasks.train,
-            self._sent,
-            replies,
-            on_reply=lambda one: self._strategy.after_reply(self.federation, self._run, round_, one),
-        )
-        if not results.counts:
-            raise UserError(f"round {round_}: no client answered")
-        results = self._sound(results, round_)
-        try:
-            batch_norm = self.federation.apply_round(results, results.mean(), round_)
-        except DestroyedError as error:
-            raise UserError(f"round {round_}: {error} (has training diverged? try a lower train.lr)") from error
-        except NotNowError as error:
-            log.warning("round %d: no BatchNorm statistics, averages in their place: %s", round_, error)
-            batch_norm = {}
+        with diverged(round_):
+            results = self.federation.nodes.add_up(
+                tasks.train,
+                self._sent,
+                replies,
+                on_reply=lambda one: self._strategy.after_reply(self.federation, self._run, round_, one),
+            )
+            if not results.counts:
+                raise UserError(f"round {round_}: no client answered")
+            results = self._sound(results, round_)
+            try:
+                batch_norm = self.federation.apply_round(results, results.mean(), round_)
+            except NotNowError as error:
+                log.warning("round %d: no BatchNorm statistics, averages in their place: %s", round_, error)
+                batch_norm = {}
         self.federation.state = replace(self.federation.state, round=round_)
         total, clients = results.total, sorted(results.counts)
         self._row = {
@@ -172,47 +170,19 @@ class Rounds(FlowerStrategy):
         return self._broadcast(), None
 
     def _sound(self, results: Results, round_: int) -> Results:
-        """Give a round's results; where they would destroy the model, without the replies that do.
+        """Give a round's results; where they would destroy the model, without the replies that do."""
+        federation = self.federation
 
-        For that the round's clients are asked once more: they reply the same, and now each reply is looked at.
-        """
-        federation, band = self.federation, self._config.round_band
-        if not band:
-            return results
-
-        def loss(update: Tensors) -> float:
-            return federation.held_out_loss(update, IMAGES)
-
-        classes, reached = len(federation.server.class_names), loss(results.mean())
-        if reached <= limit(0.0, classes, band):  # that of guessing, whatever the loss was before
-            return results
-        most = limit(loss({}), classes, band)
-        if reached <= most:
-            return results
-        log.warning("round %d: its update would destroy the model; asking again, to find whose reply does that", round_)
-        replies: list[Results] = []
-        asked = sample(federation.retain, self._config, round_)
-        one_each = self._strategy.one_reply_each(round_)
-        nodes, about = federation.nodes, {"one_client_each": one_each, "on_reply": replies.append}
-        nodes.query(federation.grid, tasks.train, round_, asked, federation.state.params, **about)
-        found = without_destroyers(replies, nodes.mean, loss, most)
-        if found is None:
-            if reached <= DIVERGED * most:
-                log.warning("round %d: its held-out loss is high, and nobody in particular is to blame", round_)
-                return results
-            raise UserError(
-                f"round {round_}: the held-out loss would be more than {DIVERGED * most:.3g}, whoever is left out "
-                "(has training diverged? try a lower train.lr; round_band=0 goes on all the same)"
+        def ask_again(on_reply: Callable[[Results], None]) -> None:
+            asked, one_each = sample(federation.retain, self._config, round_), self._strategy.one_reply_each(round_)
+            grid, params = federation.grid, federation.state.params
+            federation.nodes.query(
+                grid, tasks.train, round_, asked, params, one_client_each=one_each, on_reply=on_reply
             )
-        for one in found.dropped:
-            node, clients = nodes.node_of(one.counts), listed(one.counts)
-            reason = "with its update the held-out loss is above the limit, without it below (round_band)"
-            log.warning("round %d: node %d (clients %s) is left out: %s", round_, node, clients, reason)
+
+        kept, dropped = federation.round_gate.passed(results, round_, ask_again)
+        for one in dropped:
             self._strategy.after_refusal(self._run, round_, one)
-        kept = Results(seconds=results.seconds)
-        for one in found.kept:
-            kept.include(one)
-        kept.tensors = {name: kept.weight * value for name, value in nodes.mean(found.kept).items()}
         return kept
 
     def configure_evaluate(
@@ -227,7 +197,8 @@ class Rounds(FlowerStrategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Close the round: measure, write the metrics, commit, and say how it went."""
         federation = self.federation
-        retain = federation.nodes.add_up(tasks.evaluate, self._sent, replies)
+        with diverged(federation.round):
+            retain = federation.nodes.add_up(tasks.evaluate, self._sent, replies)
         if retain.counts:
             predictions = federation.predictions()
             federation.state = server_state.remember(federation.state, predictions.class_probs)
@@ -258,6 +229,16 @@ class Rounds(FlowerStrategy):
             log.info("clients run on CPUs; GPU fractions: %s", share)
         for client in sorted(nodes.examples.keys() - self.federation.trainable):
             log.info("client %d has %d examples: it takes no part", client, nodes.examples[client])
+
+
+@contextmanager
+def diverged(round_: int) -> Iterator[None]:
+    """Turn a DestroyedError into what a person can put right."""
+    try:
+        yield
+    except DestroyedError as error:
+        hint = "has training diverged? try a lower train.lr; round_band=0 looks at no held-out loss"
+        raise UserError(f"round {round_}: {error} ({hint})") from error
 
 
 def for_clients(config: Config) -> str:

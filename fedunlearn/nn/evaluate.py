@@ -93,9 +93,13 @@ class Predictions(NamedTuple):
     class_labels: Tensor
     client_ids: Tensor
 
+    def hits(self) -> Tensor:
+        """Say whose class is predicted, bool [N]."""
+        return self.class_probs.argmax(1) == self.class_labels
+
     def counts(self) -> dict[int, Counts]:
         """Count loss and hits of every client that has an example here."""
-        class_hits = self.class_probs.argmax(1) == self.class_labels
+        class_hits = self.hits()
         client_hits = torch.zeros_like(class_hits)
         if self.client_probs is not None:
             client_hits = self.client_probs.argmax(1) == self.client_ids
@@ -135,7 +139,7 @@ class Predictions(NamedTuple):
             ... )
             0.75
         """
-        return self._expected((self.class_probs.argmax(1) == self.class_labels).double(), class_counts)
+        return self._expected(self.hits().double(), class_counts)
 
     def expected_loss(self, class_counts: Tensor) -> float:
         """Weigh the class cross-entropy on each class as `expected_accuracy` weighs the accuracy.

@@ -23,31 +23,31 @@ class Figures:
     gap: Estimate
 
 
-def refusal(before: Figures, after: Figures, retrained: float, budget: float) -> str:
+def refusal(before: Figures, after: Figures, *, test_loss: Estimate, retrained: float, budget: float) -> str:
     """Give the reason why a model may not replace another; nothing where it may.
 
     It may not where accuracy on the retain clients' or on held-out images falls by more than the budget, where the
     forget clients' images are known better than before, or where they were memorised and as good as nothing of that is
-    gone. Chance is given two standard errors.
+    gone. A fall of no more than two standard errors may be chance, and passes.
 
     Args:
+        test_loss: how much accuracy on held-out images falls; of the same images before and after.
         retrained: estimated accuracy of the retrained model on held-out images. Where it is below that of the model
             before, as without the only owner of a class, the budget counts from it.
         budget: of accuracy, 0..1.
     """
-    allowed = Estimate(budget, 0.0)
-    expected = Estimate(min(before.test.value, retrained), before.test.error)
-    for who, old, new in (
-        ("the retain clients' images", before.retain, after.retain),
-        ("held-out images", expected, after.test),
+    expected = min(before.test.value, retrained)
+    for who, old, new, loss in (
+        ("the retain clients' images", before.retain.value, after.retain.value, before.retain - after.retain),
+        ("held-out images", expected, after.test.value, test_loss),
     ):
-        if (old - new - allowed).is_above_zero:
-            return f"accuracy on {who} is {new.value:.3f}, to be {old.value:.3f} (forget.budget={budget:g})"
+        if old - new > budget and loss.is_above_zero:
+            return f"accuracy on {who} is {new:.3f}, to be {old:.3f} (forget.budget={budget:g})"
     if (after.gap - before.gap).is_above_zero:
         return (
             f"the memorisation gap of the forget clients grows from {before.gap.value:+.3f} to {after.gap.value:+.3f}"
         )
-    memorised = (before.gap - allowed).is_above_zero
+    memorised = (before.gap - Estimate(budget, 0.0)).is_above_zero
     if memorised and after.gap.value > (1 - AT_LEAST) * before.gap.value:
         return f"nothing is forgotten: the memorisation gap was {before.gap.value:+.3f}, and is {after.gap.value:+.3f}"
     return ""

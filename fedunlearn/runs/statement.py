@@ -237,7 +237,8 @@ def gate_reason(gate: dict[str, Any]) -> str:
         pairs = (Estimate(gate[name][place], gate["errors"][name][place]) for name in MEASURED_BY)
         return Figures(*pairs)
 
-    return refusal(figures(0), figures(1), gate["retrained"], gate["budget"])
+    about = {"test_loss": Estimate(*gate["test_loss"]), "retrained": gate["retrained"], "budget": gate["budget"]}
+    return refusal(figures(0), figures(1), **about)
 
 
 def finite(value: Any) -> Any:

@@ -63,6 +63,23 @@ def fraction(p: float, n: float) -> Estimate:
     return Estimate(p, sqrt(inside * (1 - inside) / max(n, 1)))
 
 
+def fall(before: np.ndarray, after: np.ndarray) -> Estimate:
+    """Estimate how much accuracy falls from one model to another, on the same images.
+
+    Most images are right for both models or wrong for both, and say nothing. So the error is smaller than that of two
+    sets of images. It is the standard error of the mean of +1 (right before alone), -1 (right after alone) and 0.
+
+    Args:
+        before, after: which images are right, bool [n].
+
+    Example:
+        >>> print(fall(np.array([True, True, True, True]), np.array([True, True, False, False])))
+        0.500 ± 0.250
+    """
+    falls = before.astype(float) - after.astype(float)
+    return Estimate(float(falls.mean()), float(falls.std() / sqrt(max(1, len(falls)))))
+
+
 def held_out(p: float, test_examples: int, class_counts: np.ndarray | None) -> Estimate:
     """Estimate what held-out images of some class counts get.
 
