@@ -151,6 +151,10 @@ def run(
 @cli.command()
 @in_one_line
 def forget(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SETTING=VALUE]...", help="Of this request: strategy=..., unlearn.NAME=..."),
+    ] = None,
     client: Annotated[list[str] | None, typer.Option(help="A client to forget; several make one request.")] = None,
     run: RunName = "",
     wait: Annotated[bool, typer.Option("--wait", help="Follow a live run's request to its end.")] = False,
@@ -179,12 +183,12 @@ def forget(
         if status:
             return show([found.ledger.request(status)], as_json)
         if cancel:
-            about = found.ledger.request(cancel).clients
-            asked = signed_request(found, about, key, signed, action=f"cancel {cancel}")
+            whose = found.ledger.request(cancel).clients
+            asked = signed_request(found, whose, key, signed, action=f"cancel {cancel}")
             return show([found.cancel(cancel, signed=asked)], as_json)
         clients = client_numbers(client or [])
-        if accept and (clients or dry_run or not by):
-            raise UserError("--accept ID goes with --by NAME, and with neither --client nor --dry-run")
+        if accept and (clients or words or dry_run or not by):
+            raise UserError("--accept ID goes with --by NAME, and with neither --client nor --dry-run nor settings")
         if not accept:
             check_clients(clients, found.config.clients)
         from fedunlearn.apps import asking
@@ -196,9 +200,9 @@ def forget(
         if accept:
             with still_filed():
                 return show([asking.accept(found, accept, by, resources, **following)], as_json)
-        earlier = found.ledger.covering(clients)
+        earlier, how = found.ledger.covering(clients), settings_of_request(found, words or [])
         if not earlier:
-            log.info(asking.announcement(found, clients))
+            log.info(asking.announcement(found, clients, how))
             if not found.is_live():
                 asking.check_servable(found)
         asked = signed_request(found, clients, key, signed, action="forget")
@@ -206,9 +210,18 @@ def forget(
             found.would_take(asked, clients)
             log.info("run %s: nothing is filed (--dry-run)", found.name)
             return show(earlier, as_json) if earlier else 0
-        words: dict[str, Any] = {"by": by, "right": right, "signed": asked}
+        about: dict[str, Any] = {"by": by, "right": right, "signed": asked, "how": how}
         with still_filed():
-            return show(asking.ask(found, clients, resources, wait=wait, **words, **following), as_json)
+            return show(asking.ask(found, clients, resources, wait=wait, **about, **following), as_json)
+
+
+def settings_of_request(found: "Run", words: list[str]) -> dict[str, Any]:
+    """Give the settings that are others for a request than for its run; nothing without words."""
+    if not words:
+        return {}
+    from fedunlearn.federation.strategy import chosen
+
+    return chosen(found.config, words)
 
 
 def signed_request(

@@ -58,6 +58,11 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
         ("--client", "1", "--home", str(tmp_path)): "start one with 'fedunlearn run digits'",
         ("--status", "r9"): "there is no request r9: there are none",
         ("--client", "1", "--nodes", "0"): "--nodes 0 is too few",
+        ("--client", "1", "rounds=9"): "rounds=9: a request has a strategy and settings of it",
+        ("--client", "1", "strategy=relabl"): "strategy=relabl is not installed: did you mean relabel?",
+        ("--client", "1", "strategy=ssd", "unlearn.lr=1"): "unlearn.lr is no setting of strategy=ssd",
+        ("--client", "1", "unlearn.alpha=-"): "unlearn.alpha=-",
+        ("--client", "1", "ssd"): "'ssd' is no setting of the form name=value",
         ("--client", "1", "--gpus", "0.5"): "--gpus 0.5: there is no GPU here",
         ("--client", "1", "--engine", "nope"): "--engine nope is not one of ray, local",
     }

@@ -1,5 +1,7 @@
 """The gate that every new model passes before it replaces the old one."""
 
+import base64
+import json
 from dataclasses import replace
 
 import pytest
@@ -192,3 +194,27 @@ def test_a_person_can_take_the_model_all_the_same_and_the_receipt_says_who(train
 def test_who_takes_it_says_so_and_asks_for_nothing_else(trained, capsys, words):
     assert command("forget", "--accept", "r1", "--run", "before", *words) == 2
     assert "--accept ID goes with --by NAME" in capsys.readouterr().err
+
+
+OTHERWISE = ("strategy=relabel", "unlearn.epochs=1", "unlearn.guide_images=30", "unlearn.rounds=1")
+
+
+def test_what_was_set_aside_can_be_asked_for_again_with_another_strategy_and_other_settings(trained, memorised):
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        trained(f"{ASKS} {DESTRUCTIVE['ssd']}")
+    about = ("--run", "test", "--engine", "local", "--client", "3")
+    assert command("forget", *about, "--accept", "r1", *OTHERWISE) == 2
+    assert command("forget", *about, *OTHERWISE, "unlearn.repair_lr=100") == 1  # the gate is still there
+    trained.run().ledger.close()
+    assert command("forget", *about, *OTHERWISE) == 0
+    first, second, third = trained.requests()
+    assert [first.state, second.state, third.state] == [State.QUARANTINED, State.QUARANTINED, State.COMPLETED]
+    assert third.detail["strategy"] == "relabel"
+    assert third.detail["how"]["unlearn"]["epochs"] == 1
+    trained(f"{ASKS} {' '.join(OTHERWISE)} run=other")
+    assert equal(trained.state(), trained.state("other"))
+    receipt = json.loads((trained.folder() / "receipts" / "r3.json").read_text())
+    said = json.loads(base64.b64decode(receipt["payload"]))["predicate"]
+    assert said["how"]["strategy"] == said["strategy"] == "relabel"
+    assert said["settings"]["strategy"] == "ssd"
+    assert command("verify", str(trained.folder() / "receipts" / "r3.json")) == 0

@@ -13,8 +13,7 @@ from conftest import DIGITS, small
 from fedunlearn.apps.client_app import app
 from fedunlearn.config import compose
 from fedunlearn.federation import messages, replies, tasks
-from fedunlearn.federation.nodes import Nodes, assigned, contradictions, disputed, too_many
-from fedunlearn.federation.rounds import for_clients
+from fedunlearn.federation.nodes import Nodes, assigned, contradictions, disputed, for_clients, too_many
 from fedunlearn.federation.server_data import ServerData
 from local_grid import LocalGrid
 from strategies.ssd import SelectiveDampening
@@ -32,18 +31,10 @@ class Conversation:
     """Two nodes of a small federation, and what the second of them replied to each client task."""
 
     def __init__(self):
-        config = compose(DIGITS, small("train.server_momentum=0"))
+        words = "train.server_momentum=0 message_dtype=fp32 timeout=9 reply_band=5 client_share=0.9"
+        config = compose(DIGITS, small(words))
         self.server, self.grid = ServerData(config), LocalGrid(2, app)
-        self.nodes = Nodes(
-            for_clients(config),
-            self.server.model,
-            pixels=self.server.pixels,
-            clients=4,
-            dtype="fp32",
-            timeout=9,
-            band=5,
-            share=0.9,
-        )
+        self.nodes = Nodes(config, self.server.model, pixels=self.server.pixels)
         self.nodes.identify(self.grid, {})
         state = self.server.model.state_dict()
         self.sent = {name: self.nodes.messages(task, 1, range(4), state)[1] for name, task in ASKED.items()}
@@ -279,7 +270,7 @@ def introduced(reply, **changes):
 )
 def test_what_a_node_says_of_itself_must_be_possible(talk, changes, reason):
     (node,) = [node for node, place in talk.grid.nodes.items() if place == 1]
-    content = messages.request(messages.Task(talk.nodes._config, "identify", 0, []), {})
+    content = messages.request(messages.Task(for_clients(talk.nodes.config), "identify", 0, []), {})
     message = Message(content, node, "query.identify")
     assert introduced(talk.grid.call(message)).examples == talk.nodes.examples
     with pytest.raises(replies.RefusedError, match=reason):

@@ -134,7 +134,7 @@ def test_running_statistics_that_destroy_the_model_are_found_where_nothing_else_
 
 
 def test_where_nobody_can_use_the_model_nobody_is_named(federate, capsys):
-    with pytest.raises(UserError, match="round 1: the model has gone astray: 4 of 4 nodes that were asked to train"):
+    with pytest.raises(UserError, match=r"round 1: the model has gone astray: 4 of 4 nodes could not use it \(train"):
         federate(f"{WORDS} train.lr=100 train.epochs=9", grid=LocalGrid(4))
     assert "is left out" not in capsys.readouterr().err
 
@@ -179,6 +179,6 @@ def test_when_a_forget_client_leads_the_model_astray_nobody_who_repairs_is_named
     with pytest.raises(UserError, match="request r1 is QUARANTINED"):
         requested(federate, "relabel", 3, larger(1e12, "bf16"), "strategy=relabel unlearn.guide_images=30")
     reason = federate.requests()[0].detail["reason"]
-    assert reason.startswith("the model has gone astray: 3 of 3 nodes that were asked to repair")
+    assert reason.startswith("the model has gone astray: 3 of 3 nodes could not use it (repair: it sent")
     assert reason.endswith("clients 3 had answered to relabel before")
     assert "is left out" not in capsys.readouterr().err

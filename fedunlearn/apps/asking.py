@@ -1,7 +1,9 @@
 """Asking a run to forget clients: what is said and checked before, and who applies the request."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from logging import getLogger
+from typing import Any
 
 from fedunlearn.apps.signals import stopped_by_signals
 from fedunlearn.apps.simulate import Resources, simulate
@@ -17,11 +19,11 @@ log = getLogger("fedunlearn")
 # what applies a request imports torch when it is called: who only files one must not wait for it
 
 
-def announcement(found: Run, clients: list[int]) -> str:
-    """Say which run is about to be asked to forget whom."""
+def announcement(found: Run, clients: list[int], how: Mapping[str, Any]) -> str:
+    """Say which run is about to be asked to forget whom; `how` has settings that are others than the run's."""
     images = images_of(found)
     who = [f"client {c} ({images[c]} images)" if c in images else f"client {c}" for c in clients]
-    state, config = "live" if found.is_live() else "idle", found.config
+    state, config = "live" if found.is_live() else "idle", found.config.model_copy(update=how)
     return (
         f"run {found.name} ({config.data.name}, strategy={config.strategy}, {state}, after round "
         f"{last_round(found.folder)} of {config.rounds}) is to forget {', '.join(who)}"
@@ -60,6 +62,7 @@ def ask(
     by: str = "",
     right: str = "",
     signed: SignedRequest | None = None,
+    how: Mapping[str, Any] | None = None,
 ) -> list[Request]:
     """File a request, and see to it that somebody applies it.
 
@@ -68,6 +71,7 @@ def ask(
         by: who asks.
         right: by what right.
         signed: what the clients' key has signed.
+        how: settings that are others for this request.
 
     Returns:
         The new request and earlier ones that cover some of the clients, as they stand then.
@@ -75,7 +79,7 @@ def ask(
     Raises:
         TimeoutError: the run has not applied the request, or does not let go; it stays filed.
     """
-    handle = found.request(clients, by=by, right=right, signed=signed)
+    handle = found.request(clients, by=by, right=right, signed=signed, how=how)
     with stopped_by_signals(filed):
         see_to(found, handle, resources, wait=wait, limit=limit, verbose=verbose)
     return handle.requests()

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_client_head
+from fedunlearn.config import Config
 from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.nodes import Nodes
@@ -416,13 +417,21 @@ class Federation:
     # For the request that is being applied -----------------------------------------------------------------------
 
     @contextmanager
-    def applying(self, forget: ForgetSet) -> Iterator[None]:
-        """Mark a request as the one that is being applied: its clients must reply, its costs are booked."""
+    def applying(self, forget: ForgetSet, config: Config) -> Iterator[None]:
+        """Mark a request as the one that is being applied: its clients must reply, its costs are booked.
+
+        Args:
+            forget: who is to be forgotten.
+            config: settings that the request is applied with, here and on the clients.
+        """
+        usual = self.config
         self._forget, self.costs, self._trained = forget, {}, ""
+        self.config = self.nodes.config = config
         try:
             yield
         finally:
             self._forget, self._class_counts = ForgetSet(()), {}
+            self.config = self.nodes.config = usual
 
 
 def total_counts(counts: Iterable[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedunlearn.config import Config, Forget, to_json
 from fedunlearn.data.partition import hosted
 from fedunlearn.errors import DestroyedError, UserError
 from fedunlearn.federation import messages
@@ -43,37 +44,25 @@ class Nodes:
     """Addresses clients through the nodes that host them.
 
     Args:
-        config: settings as JSON, which travel with every message.
+        config: settings of the run.
         model: that says which shapes replies have.
         pixels: of an image.
-        clients: of the federation.
-        dtype: of the tensors in messages, `fp32` or `bf16`.
-        timeout: seconds of silence after which nodes are left out.
-        band: times the usual size that what a node sends may have; 0 for any.
-        share: of all examples that one client may have, of three clients or more.
-        robust: how updates are averaged.
+
+    Attributes:
+        config: settings that travel with the messages.
+        nodes: Flower's node ids, by position in the federation.
+        clients_of: by Flower's node id, its clients in order.
+        examples: of each client.
+        disputed: clients of which nodes say different numbers of examples.
+        gpu: whether a node has one.
     """
 
-    def __init__(
-        self,
-        config: str,
-        model: TwoHeadResNet18,
-        *,
-        pixels: int,
-        clients: int,
-        dtype: str,
-        timeout: float,
-        band: float,
-        share: float,
-        robust: averaging.Rule = "none",
-    ) -> None:
-        self._config, self._model, self._pixels, self._clients = config, model, pixels, clients
-        self._dtype, self._timeout, self._band, self._share = dtype, timeout, band, share
-        self._rule: averaging.Rule = robust
-        self.nodes: list[int] = []  # Flower's node ids, by position in the federation
-        self.clients_of: dict[int, list[int]] = {}  # Flower's node id -> clients, in order
-        self.examples: dict[int, int] = {}  # client -> how many it has
-        self.disputed: list[int] = []  # clients of which nodes say different numbers of examples
+    def __init__(self, config: Config, model: TwoHeadResNet18, *, pixels: int) -> None:
+        self.config, self._model, self._pixels = config, model, pixels
+        self.nodes: list[int] = []
+        self.clients_of: dict[int, list[int]] = {}
+        self.examples: dict[int, int] = {}
+        self.disputed: list[int] = []
         self.gpu = False
 
     def identify(self, grid: Grid, known: Mapping[int, int], forgotten: Collection[int] = ()) -> None:
@@ -98,7 +87,7 @@ class Nodes:
         for node in sorted(found):
             said = found[node].examples
             claims[node] = said | {client: past[client] for client in said.keys() & past.keys()}
-        for node, reason in (contradictions(claims, known) | too_many(claims, self._share)).items():
+        for node, reason in (contradictions(claims, known) | too_many(claims, self.config.client_share)).items():
             log.warning("node %s is left out: %s", node, reason)
             del claims[node]
         if not claims:
@@ -123,12 +112,12 @@ class Nodes:
             unknown = [node for node in grid.get_node_ids() if node not in found and failures[node] < ATTEMPTS]
             if not unknown:
                 time.sleep(0.1)
-            content = messages.request(Task(self._config, "identify", 0, []), {})
+            content = messages.request(Task(for_clients(self.config), "identify", 0, []), {})
             sent = [Message(content, node, "query.identify") for node in unknown]
-            patience = min(self._timeout, WAIT_SECONDS)
+            patience = min(self.config.timeout, WAIT_SECONDS)
             for node, reply in zip(unknown, grid.send_and_receive(sent, timeout=patience), strict=True):
                 try:
-                    found[node] = introduction(reply, self._clients)
+                    found[node] = introduction(reply, self.config.clients)
                 except ValueError as error:
                     failures[node] += 1
                     log.warning("node %s, attempt %d of %d: %s", node, failures[node], ATTEMPTS, error)
@@ -170,7 +159,7 @@ class Nodes:
             records = {"arrays": self.packed(state), **records}
         return [
             Message(
-                messages.request(Task(self._config, task.name, round_, own, text), records),
+                messages.request(Task(for_clients(self.config), task.name, round_, own, text), records),
                 node,
                 task.kind,
                 group_id=str(round_),
@@ -201,7 +190,7 @@ class Nodes:
         parts: list[Results] = []
         refused = Refused()
         believed = self._believed(task, sent, replies, refused)
-        band = self._band if task.compared else 0.0
+        band = self.config.reply_band if task.compared else 0.0
         for message, one, reason in judged(believed, band, self.examples):
             try:
                 if reason:
@@ -223,8 +212,8 @@ class Nodes:
 
     def mean(self, replies: Sequence[Results]) -> Tensors:
         """Give the mean update of some replies, in the way in which this federation averages."""
-        if self._rule != "none" and len(replies) >= averaging.FEWEST:
-            return averaging.mean(replies, self._rule)
+        if self.config.robust != "none" and len(replies) >= averaging.FEWEST:
+            return averaging.mean(replies, self.config.robust)
         total = Results()
         for one in replies:
             total.include(one)
@@ -237,14 +226,14 @@ class Nodes:
 
     def _is_robust(self, task: ClientTask) -> bool:
         """Whether a task's updates are averaged so that a few dishonest ones cannot turn the mean."""
-        return self._rule != "none" and task.kind == "train"
+        return self.config.robust != "none" and task.kind == "train"
 
     def _believed(
         self, task: ClientTask, sent: Sequence[Message], replies: Iterable[Message], refused: Refused
     ) -> Iterator[tuple[Message, Results]]:
         """Give the replies that are what was asked for and can be true, each with the message that it answers."""
         variances = messages.unpack(sent[0], only="running_var") if sent else {}  # the same model in all of them
-        expected = Expected(task, self._model, self._dtype, self.examples, self._pixels, variances)
+        expected = Expected(task, self._model, self.config.message_dtype, self.examples, self._pixels, variances)
         for message, reply in zip(sent, replies, strict=True):
             try:
                 yield message, expected.read(reply, message)
@@ -268,19 +257,24 @@ class Nodes:
     ) -> Results:
         """Send `messages` and `add_up` what comes back; `content` is further content of the messages."""
         sent = self.messages(task, round_, clients, state, **content)
-        return self.add_up(task, sent, grid.send_and_receive(sent, timeout=self._timeout), on_reply=on_reply)
+        return self.add_up(task, sent, grid.send_and_receive(sent, timeout=self.config.timeout), on_reply=on_reply)
 
     def packed(self, state: Mapping[str, Tensor]) -> ArrayRecord:
         """Pack a model as it is broadcast."""
-        return messages.pack(state, self._dtype)
+        return messages.pack(state, self.config.message_dtype)
+
+
+def for_clients(config: Config) -> str:
+    """Give the settings as clients get them: who is to be forgotten, and which run it is, is nobody's business."""
+    return to_json(config.model_copy(update={"forget": Forget(), "run": ""}))
 
 
 def check_model_is_of_use(refused: Refused, task: ClientTask, asked: int) -> None:
     """Raise DestroyedError where more than half of two or more clients cannot use the model that they were sent."""
     astray = [error for _, error in refused if isinstance(error, AstrayError)]
     if len(astray) > max(1, asked / 2):
-        who = f"{len(astray)} of {asked} nodes that were asked to {task.name.replace('_', ' ')}"
-        raise DestroyedError(f"the model has gone astray: {who} replied like one of which {astray[0]}")
+        who = f"{len(astray)} of {asked} nodes could not use it"
+        raise DestroyedError(f"the model has gone astray: {who} ({task.name}: {astray[0]})")
 
 
 def contradictions(claims: Mapping[int, Mapping[int, int]], known: Mapping[int, int]) -> dict[int, str]:

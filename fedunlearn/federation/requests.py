@@ -7,12 +7,13 @@ from datetime import datetime
 from logging import getLogger
 from typing import Any
 
+from fedunlearn.config import Config
 from fedunlearn.errors import DestroyedError, NotNowError, UserError
 from fedunlearn.federation import server_state
 from fedunlearn.federation.gate import Gate
 from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.scores import Scorer, Scores
-from fedunlearn.federation.strategy import Strategy
+from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.runs.formats import forgotten
 from fedunlearn.runs.ledger import OPEN, RECEIPT, Request, State
 from fedunlearn.runs.run import Run
@@ -96,8 +97,8 @@ class Requests:
             reason = f"client {client} has {federation.examples([client])} examples and was never trained on"
         elif not set(federation.retain) - set(request.clients):
             reason = "no client would be left"
-        elif unsigned := self._unsigned(request):
-            reason = unsigned
+        elif unsuitable := self._unsigned(request) or self._impossible(request):
+            reason = unsuitable
         else:
             return self._ledger.advance(request, State.COLLECTING)
         log.warning("── request %s is refused: %s", request.id, reason)
@@ -121,6 +122,18 @@ class Requests:
             return str(error)
         return ""
 
+    def _impossible(self, request: Request) -> str:
+        """Say why the strategy that a request asks for cannot be had here; nothing where it can."""
+        try:
+            strategy_of(self._config_of(request))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def _config_of(self, request: Request) -> Config:
+        """Give the settings that a request is applied with: the run's, or others where it asks for them."""
+        return self._run.config.model_copy(update=request.detail.get("how", {}))
+
     def _apply(self, request: Request) -> Request:
         """Let the strategy forget, and commit what passes the gate; or restore the state.
 
@@ -129,16 +142,17 @@ class Requests:
         """
         federation = self._federation
         forget = ForgetSet(tuple(sorted(set(request.clients) - federation.never_trained)), request.id)
-        state = federation.state
+        state, config = federation.state, self._config_of(request)
+        strategy = strategy_of(config) if "how" in request.detail else self._strategy
         stored_bytes = state.stored_bytes + self._strategy.stored_bytes(self._run)
         try:
             federation.recalibrate_batch_norm()
             before = self._scorer.now(forget)
-            with federation.applying(forget):
+            with federation.applying(forget, config):
                 # a model that nobody has trained knows nobody
                 gate = Gate(federation, forget, before) if self._settings.gate and federation.round else None
                 federation.costs, started = {}, time.monotonic()
-                result = self._unlearn(request, forget)
+                result = self._unlearn(strategy, request, forget)
                 costs, seconds = federation.costs, time.monotonic() - started
                 after = self._scorer.now(forget) if gate else {}
                 verdict = gate.verdict(after) if gate else {}
@@ -154,7 +168,7 @@ class Requests:
         receipt = {
             "round": federation.round,
             "completes_at": self._completes_at(),
-            "strategy": self._run.config.strategy,
+            "strategy": config.strategy,
             "seconds": seconds,
             "costs": costs,
             "stored_bytes": stored_bytes,
@@ -164,32 +178,21 @@ class Requests:
         tensors = federation.state.tensors()
         applied = self._run.commit(tensors, federation.round, request, **receipt, **result)
         assert applied is not None
-        self._strategy.after_request(self._run)
+        for one in {self._strategy, strategy}:
+            one.after_request(self._run)
         self._scores = after
         return applied
 
-    def _unlearn(self, request: Request, forget: ForgetSet) -> dict[str, Any]:
+    def _unlearn(self, strategy: Strategy, request: Request, forget: ForgetSet) -> dict[str, Any]:
         """Let the strategy forget, if there is anything to forget, and prune; returns what it says for the receipt."""
         federation = self._federation
-        result = self._strategy.forget(federation, forget) if federation.round else {}
-        self._check(result)
+        result = strategy.forget(federation, forget) if federation.round else {}
+        check_result(strategy, result)
         federation.recalibrate_batch_norm()
         if self._run.config.model.client_head:
             log.info("── pruning the output of %s", named(request.clients))
         federation.state = server_state.after_request(federation.state, request.clients)
         return result
-
-    def _check(self, result: Any) -> None:
-        """Raise UserError where a receipt cannot hold what `forget` returned."""
-        name = type(self._strategy).__name__
-        if not isinstance(result, dict):
-            raise UserError(f"{name}.forget returned {type(result).__name__}, not a dict for the receipt")
-        if taken := sorted(result.keys() & RECEIPT):
-            raise UserError(f"{name}.forget returned {taken[0]!r}, which a receipt says by itself")
-        try:
-            json.dumps(result)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{name}.forget returned what a receipt cannot hold: {error}") from None
 
     def _failed(self, request: Request, reason: str) -> Request:
         attempts = request.detail.get("attempts", 0) + 1
@@ -222,6 +225,19 @@ class Requests:
         """The round with which a request that is applied now is completed: the run's last one, if it trains any."""
         end = self._federation.round + self._settings.rounds_until_completed
         return end if self._last_round is None else min(end, self._last_round)
+
+
+def check_result(strategy: Strategy, result: Any) -> None:
+    """Raise UserError where a receipt cannot hold what a strategy's `forget` returned."""
+    name = type(strategy).__name__
+    if not isinstance(result, dict):
+        raise UserError(f"{name}.forget returned {type(result).__name__}, not a dict for the receipt")
+    if taken := sorted(result.keys() & RECEIPT):
+        raise UserError(f"{name}.forget returned {taken[0]!r}, which a receipt says by itself")
+    try:
+        json.dumps(result)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}.forget returned what a receipt cannot hold: {error}") from None
 
 
 def own(scores: Scores, clients: Iterable[int]) -> Scores:

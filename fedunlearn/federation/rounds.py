@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedunlearn.build import is_evaluated
-from fedunlearn.config import Config, Forget, to_json
+from fedunlearn.config import Config
 from fedunlearn.errors import DestroyedError, NotNowError, UserError
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.auditor import Auditor
@@ -81,17 +81,7 @@ class Rounds(FlowerStrategy):
         torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         strategy, server = strategy_of(run.config), ServerData(run.config)
         state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(server_state.BESIDE.values())))
-        nodes = Nodes(
-            for_clients(run.config),
-            server.model,
-            pixels=server.pixels,
-            clients=run.config.clients,
-            dtype=run.config.message_dtype,
-            timeout=run.config.timeout,
-            band=run.config.reply_band,
-            share=run.config.client_share,
-            robust=run.config.robust,
-        )
+        nodes = Nodes(run.config, server.model, pixels=server.pixels)
         federation = Federation(run, server, nodes, state)
         scorer = Scorer(federation, auditor)
         requests = Requests(run, federation, strategy, scorer, on_commit=on_commit)
@@ -239,11 +229,6 @@ def diverged(round_: int) -> Iterator[None]:
     except DestroyedError as error:
         hint = "has training diverged? try a lower train.lr; round_band=0 looks at no held-out loss"
         raise UserError(f"round {round_}: {error} ({hint})") from error
-
-
-def for_clients(config: Config) -> str:
-    """Give the settings as clients get them: who is to be forgotten, and which run it is, is nobody's business."""
-    return to_json(config.model_copy(update={"forget": Forget(), "run": ""}))
 
 
 def sample(clients: list[int], config: Config, round_: int) -> list[int]:

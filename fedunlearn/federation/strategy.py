@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.replies import Results
 from fedunlearn.federation.tasks import BUILT_IN, tasks_of
 from fedunlearn.runs.run import Run
-from fedunlearn.schema import nearest_of, setting_names, validated
+from fedunlearn.schema import check_names, name_of, nearest_of, setting_names, validated
 
 ENTRY_POINTS = "fedunlearn.strategies"
 
@@ -142,6 +143,41 @@ def strategy_of(config: Config) -> Strategy:
     strategy = strategy_class(config.strategy)(settings_for(config.strategy, config.unlearn))
     strategy.check(config)
     return strategy
+
+
+def chosen(config: Config, words: Sequence[str]) -> dict[str, Any]:
+    """Give the strategy of one request and all of its settings, where they are others than the run's.
+
+    Args:
+        config: of the run.
+        words: `strategy=ssd`, `unlearn.alpha=8` and the like. What they do not name is as in the run, or the default of
+            another strategy.
+
+    Returns:
+        `strategy` and `unlearn`, as they change the run's settings; nothing without words.
+
+    Raises:
+        UserError: a word names no setting, or not one of these, or its value is wrong.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if not words:
+        return {}
+    check_names(words, Config)
+    for word in words:
+        if name_of(word) != "strategy" and not name_of(word).startswith("unlearn."):
+            raise UserError(f"{word}: a request has a strategy and settings of it (unlearn.*); all else is the run's")
+    try:
+        parsed = [OverridesParser.create().parse_override(word) for word in words]
+    except HydraException as error:
+        raise UserError(f"{' '.join(words)}: {str(error).splitlines()[0]}") from None
+    values = {name_of(word): one.value() for word, one in zip(words, parsed, strict=True)}
+    strategy = str(values.pop("strategy", config.strategy))
+    given = {name.removeprefix("unlearn."): value for name, value in values.items()}
+    unlearn = given if strategy != config.strategy else config.unlearn | given
+    how = completed(config.model_copy(update={"strategy": strategy, "unlearn": unlearn}))
+    return {"strategy": how.strategy, "unlearn": how.unlearn}
 
 
 def completed(config: Config) -> Config:

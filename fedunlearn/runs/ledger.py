@@ -36,9 +36,9 @@ TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State
 RECEIPT = {
     "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts",
     "before", "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs", "deleted", "due_at",
-    "examples", "finished", "gate", "kept", "key", "kind", "ledger", "not_before", "purged", "readmitted", "reason",
-    "receipt", "request", "right", "round", "seconds", "signed", "state", "stored_bytes", "strategy", "turned_away",
-    "unwitnessed",
+    "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger", "not_before", "purged", "readmitted",
+    "reason", "receipt", "request", "right", "round", "seconds", "signed", "state", "stored_bytes", "strategy",
+    "turned_away", "unwitnessed",
 }  # fmt: skip  # what a receipt, its row of metrics, or another event of the ledger says by itself
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
@@ -139,6 +139,7 @@ class Ledger(EventLog[Standing]):
         by: str = "",
         right: str = "",
         signed: Mapping[str, Any] | None = None,
+        how: Mapping[str, Any] | None = None,
     ) -> list[Request]:
         """Ask for `clients` to be forgotten together, after round `not_before` at the earliest.
 
@@ -147,6 +148,10 @@ class Ledger(EventLog[Standing]):
             by: who asks.
             right: by what right.
             signed: what the clients' key has signed.
+            how: settings of the run that are others for this request: `strategy` and `unlearn`.
+
+        Raises:
+            UserError: what was signed was filed before, or `how` comes too late for an earlier request.
 
         Returns the earlier requests that cover some of them (those that are void do not), then a new one for the rest.
         """
@@ -155,6 +160,8 @@ class Ledger(EventLog[Standing]):
             wanted = sorted(set(clients))
             earlier = [r for r in self._valid() if set(r.clients) & set(wanted)]
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
+            if how and earlier:
+                raise UserError(f"request {earlier[0].id} is {earlier[0].state}: its settings stay as they are")
             if not rest:
                 if signed:
                     self.record(asked_again=wanted, signed=dict(signed))
@@ -163,6 +170,7 @@ class Ledger(EventLog[Standing]):
             at = self.time()
             about = {"not_before": not_before, "due_at": due(at, months), "asked_by": by, "right": right}
             about |= {"signed": dict(signed)} if signed else {}
+            about |= {"how": dict(how)} if how else {}
             self.record(at, request=f"r{number}", state=State.RECEIVED, clients=rest, **about)
             return [*earlier, self.request(f"r{number}")]
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from logging import getLogger
@@ -84,7 +84,13 @@ class Run:
         return is_locked(self.folder)
 
     def request(
-        self, clients: Iterable[int], *, by: str = "", right: str = "", signed: SignedRequest | None = None
+        self,
+        clients: Iterable[int],
+        *,
+        by: str = "",
+        right: str = "",
+        signed: SignedRequest | None = None,
+        how: Mapping[str, Any] | None = None,
     ) -> RequestHandle:
         """Ask for clients to be forgotten, together.
 
@@ -95,6 +101,7 @@ class Run:
             by: who asks; the receipt says it.
             right: by what right.
             signed: what the clients' key has signed.
+            how: settings that are others for this request, as `fedunlearn.federation.strategy.chosen` gives them.
 
         Returns:
             A handle on the new request and on earlier ones that cover some of the clients.
@@ -116,6 +123,7 @@ class Run:
             by=by,
             right=right,
             signed=asdict(signed) if signed else None,
+            how=how,
         )
         return RequestHandle(self.folder, self.ledger, tuple(request.id for request in requests))
 

@@ -108,6 +108,9 @@ class Told(Part):
     figures: list[Figure]
     gate: dict[str, Any] | None = Field(description="what the gate found: figures, errors, budget, reason")
     strategy: str | None = Field(description="that forgot the clients")
+    how: dict[str, Any] | None = Field(
+        description="`strategy` and its settings as the request asked for them; null where they were the run's"
+    )
     seconds: float | None = Field(description="that the strategy took")
     deleted: list[str] = Field(description="what was looked for and is gone")
     kept: list[Kept]
@@ -224,6 +227,7 @@ def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
         figures=_figures(first["clients"], detail) if is_applied else [],
         gate=finite(detail["gate"]) if "gate" in detail else None,
         strategy=detail["strategy"] if is_applied else None,
+        how=first.get("how"),
         seconds=detail["seconds"] if is_applied else None,
         deleted=[line for event in purges for line in event["deleted"]],
         kept=[Kept(**one) for one in purges[-1]["kept"]] if purges else [NOTHING_REMOVED],
