@@ -55,8 +55,8 @@ def test_the_budget_is_what_may_be_lost():
 
 
 def test_of_few_images_chance_is_not_called_a_loss():
-    assert not refused(BEFORE, replace(GOOD, test=fraction(0.5, 20)), error=0.06)
-    assert refused(BEFORE, replace(GOOD, test=fraction(0.4, 20)), error=0.06)
+    assert not refused(BEFORE, replace(GOOD, test=fraction(0.5, 20)), error=0.11)
+    assert refused(BEFORE, replace(GOOD, test=fraction(0.4, 20)), error=0.11)
 
 
 @pytest.mark.parametrize("fall", [0.06, 0.2])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedunlearn.errors import UserError
-from fedunlearn.federation import messages
+from fedunlearn.federation import messages, tasks
 from fedunlearn.federation.replies import Results
 from fedunlearn.federation.round_gate import limit, without_destroyers
 from local_grid import LocalGrid, equal
@@ -173,6 +173,27 @@ def test_who_would_destroy_a_model_in_a_request_is_named_alone_and_the_rest_repa
     assert all("node 1 (clients 1) is left out: with its update" in line for line in named)
     requested(federate, "train", 1, lambda reply: None, "strategy=retrain run=silent timeout=1")
     assert equal(federate.state("lied"), federate.state("silent"))
+
+
+def test_who_alone_cannot_use_a_model_gone_astray_is_not_blamed(federate, capsys, monkeypatch):
+    def ruin(strategy, federation, forget):
+        with federation.editing() as model:
+            model.class_head.out.bias.data[0] = 1000 * strategy.settings.lr
+        federation.run(tasks.train, on=federation.retain)
+        return {}
+
+    def not_a_number(reply):
+        tensors = messages.unpack(reply)
+        reply.content["arrays"] = messages.pack(tensors | {"class_head.out.bias": torch.full((10,), torch.nan)}, "fp32")
+        return reply
+
+    monkeypatch.setattr("strategies.ascent.GradientAscent.forget", ruin)
+    for lr, said in {1.0: "could not take part: the model has gone astray", 1e-9: "is left out: it sent NaN"}.items():
+        words = f"run=r{lr} strategy=ascent unlearn.lr={lr} forget.budget=1"
+        requested(federate, "train", 1, not_a_number, words)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "(clients 1)" in line]
+        assert lines
+        assert all(said in line for line in lines)
 
 
 def test_when_a_forget_client_leads_the_model_astray_nobody_who_repairs_is_named(federate, capsys, memorised):

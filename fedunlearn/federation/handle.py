@@ -166,7 +166,8 @@ class Federation:
 
         def ask(on_reply: Callable[[Results], None]) -> Results:
             about = {"arguments": arguments, "one_client_each": one_client_each, "on_reply": on_reply}
-            return self.nodes.query(self.grid, task, round_, asked, self.state.params, **about)
+            is_of_use = self.round_gate.is_of_use
+            return self.nodes.query(self.grid, task, round_, asked, self.state.params, is_of_use=is_of_use, **about)
 
         try:
             server_state.check_finite(self.state)

@@ -174,6 +174,7 @@ class Nodes:
         replies: Iterable[Message],
         *,
         on_reply: Callable[[Results], None] = lambda results: None,
+        is_of_use: Callable[[], bool] = lambda: True,
     ) -> Results:
         """Sum the replies to `sent` as they come, in their order (`OrderedGrid`).
 
@@ -182,6 +183,7 @@ class Nodes:
 
         Args:
             on_reply: is shown every reply alone, and raises RefusedError for one that is to be left out too.
+            is_of_use: whether something can be learned from the model that was sent. Of another one nobody is blamed.
 
         Raises:
             DestroyedError: most replies are what honest clients send too if the model that they got is of no use.
@@ -204,7 +206,8 @@ class Nodes:
             results.include(one)
         check_model_is_of_use(refused, task, len(sent))
         for message, error in refused:
-            self._refuse(message, str(error))
+            is_blamed = not isinstance(error, AstrayError) or is_of_use()
+            self._refuse(message, str(error) if is_blamed else f"the model has gone astray, and {error}", is_blamed)
         if parts:
             results.tensors = {name: results.weight * value for name, value in self.mean(parts).items()}
         results.seconds = time.monotonic() - started
@@ -240,9 +243,10 @@ class Nodes:
             except ValueError as error:
                 refused.append((message, error))
 
-    def _refuse(self, message: Message, reason: str) -> None:
+    def _refuse(self, message: Message, reason: str, is_blamed: bool) -> None:
         asked, node = messages.task_of(message), self.nodes.index(message.metadata.dst_node_id)
-        log.warning("round %d: node %d (clients %s) is left out: %s", asked.round, node, listed(asked.clients), reason)
+        fate = "is left out" if is_blamed else "could not take part"
+        log.warning("round %d: node %d (clients %s) %s: %s", asked.round, node, listed(asked.clients), fate, reason)
 
     def query(
         self,
@@ -253,11 +257,13 @@ class Nodes:
         state: Mapping[str, Tensor],
         *,
         on_reply: Callable[[Results], None] = lambda results: None,
+        is_of_use: Callable[[], bool] = lambda: True,
         **content: Any,
     ) -> Results:
         """Send `messages` and `add_up` what comes back; `content` is further content of the messages."""
         sent = self.messages(task, round_, clients, state, **content)
-        return self.add_up(task, sent, grid.send_and_receive(sent, timeout=self.config.timeout), on_reply=on_reply)
+        replies = grid.send_and_receive(sent, timeout=self.config.timeout)
+        return self.add_up(task, sent, replies, on_reply=on_reply, is_of_use=is_of_use)
 
     def packed(self, state: Mapping[str, Tensor]) -> ArrayRecord:
         """Pack a model as it is broadcast."""

@@ -38,6 +38,10 @@ class RoundGate:
     def __init__(self, nodes: Nodes, loss: Callable[[Tensors], float], classes: int, band: float) -> None:
         self._nodes, self._loss, self._classes, self._band = nodes, loss, classes, band
 
+    def is_of_use(self) -> bool:
+        """Say whether the model that clients are sent predicts held-out images better than `band` times guessing."""
+        return not self._band or self._loss({}) <= limit(0.0, self._classes, self._band)
+
     def passed(
         self, results: Results, round_: int, ask_again: Callable[[OnReply], object]
     ) -> tuple[Results, list[Results]]:

@@ -28,7 +28,7 @@ def refusal(before: Figures, after: Figures, *, test_loss: Estimate, retrained: 
 
     It may not where accuracy on the retain clients' or on held-out images falls by more than the budget, where the
     forget clients' images are known better than before, or where they were memorised and as good as nothing of that is
-    gone. A fall of no more than two standard errors may be chance, and passes.
+    gone. A fall of no more than a standard error may be chance, and passes.
 
     Args:
         test_loss: how much accuracy on held-out images falls; of the same images before and after.
@@ -41,7 +41,7 @@ def refusal(before: Figures, after: Figures, *, test_loss: Estimate, retrained: 
         ("the retain clients' images", before.retain.value, after.retain.value, before.retain - after.retain),
         ("held-out images", expected, after.test.value, test_loss),
     ):
-        if old - new > budget and loss.is_above_zero:
+        if old - new > budget and loss.value > loss.error:
             return f"accuracy on {who} is {new:.3f}, to be {old:.3f} (forget.budget={budget:g})"
     if (after.gap - before.gap).is_above_zero:
         return (
