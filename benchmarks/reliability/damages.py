@@ -152,10 +152,10 @@ def _only(*clients: int) -> Damage:
     return damage
 
 
-def _examples(client: int, value: Any) -> Damage:
+def _examples(client: int, value: int | float | Callable[[int], Any]) -> Damage:
     def damage(reply: Message) -> Message:
         values: Any = list(reply.content["metrics"]["examples"])  # type: ignore[index, arg-type]
-        new = value(values[client]) if callable(value) else value
+        new = value if isinstance(value, int | float) else value(values[client])
         reply.content["metrics"]["examples"] = [  # type: ignore[index]
             new if place == client else type(new)(v) for place, v in enumerate(values)
         ]

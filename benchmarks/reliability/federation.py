@@ -112,8 +112,7 @@ def going_on(
     asked, values = _composed(words)
     config = prepared(asked.model_copy(update={"home": str(home), "run": run}), values)
     auditor = auditor or Auditor(config)
-    images = {"fingerprint": auditor.fingerprint, "images": auditor.images}
-    with locked_run(config, **images, asked=values) as opened:  # type: ignore[arg-type]
+    with locked_run(config, data=auditor.fingerprints(), images=auditor.images, asked=values) as opened:
         Rounds.assemble(opened, auditor=auditor).start(grid, rounds)
         yield opened
 

@@ -418,16 +418,16 @@ class Federation:
     # For the request that is being applied -----------------------------------------------------------------------
 
     @contextmanager
-    def applying(self, forget: ForgetSet, config: Config) -> Iterator[None]:
+    def applying(self, forget: ForgetSet, config: Config | None = None) -> Iterator[None]:
         """Mark a request as the one that is being applied: its clients must reply, its costs are booked.
 
         Args:
             forget: who is to be forgotten.
-            config: settings that the request is applied with, here and on the clients.
+            config: settings that the request is applied with, here and on the clients; the run's by default.
         """
         usual = self.config
         self._forget, self.costs, self._trained = forget, {}, ""
-        self.config = self.nodes.config = config
+        self.config = self.nodes.config = config or usual
         try:
             yield
         finally:
