@@ -72,5 +72,5 @@ class Bench:
 def _words(scenario: str) -> str:
     if scenario == TRAINING:
         return f"strategy=leave rounds={BASE_ROUNDS + 1}"
-    request = f"forget.schedule={{{BASE_ROUNDS}:[{FORGET}]}} forget.attempts=1"
+    request = f"forget.schedule={{{BASE_ROUNDS}:[{FORGET}]}} forget.attempts=1 forget.budget=0.1"
     return f"strategy={scenario} rounds={BASE_ROUNDS} {request} {WORDS.get(scenario, '')}".strip()
