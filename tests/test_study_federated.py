@@ -401,9 +401,16 @@ def test_forgetting_that_harms_the_model_has_its_price_told():
     assert "fewer of the test images right: −0.10 ± 0.02" in said.text
 
 
-def test_the_page_holds_all_that_the_report_says(home):
-    assert main([*SMALL, "study.strategies=[leave]"]) == 0
-    (page,) = home.glob("studies/*/report/index.html")
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A state folder with a study of one strategy, and its report."""
+    folder = tmp_path_factory.mktemp("reported")
+    assert main([*SMALL, "study.strategies=[leave]", f"study.home={folder}"]) == 0
+    return folder
+
+
+def test_the_page_holds_all_that_the_report_says(reported):
+    (page,) = reported.glob("studies/*/report/index.html")
     text = page.read_text()
     assert not re.findall(r'(?:src|srcset|href)="(?!data:|#)', text)
     assert text.count("data:image/svg+xml;base64,") == 4  # two figures, each for a light and for a dark page
@@ -417,10 +424,11 @@ def test_the_page_holds_all_that_the_report_says(home):
     assert "<code>study.order</code>" in text
 
 
-def test_a_picture_is_drawn_in_the_same_bytes(home):
-    assert main([*SMALL, "study.strategies=[leave]"]) == 0
-    drawn = {file: file.read_bytes() for file in home.glob("studies/*/report/*.svg")}
-    assert main([*SMALL, "study.strategies=[leave]"]) == 0
+def test_a_picture_is_drawn_in_the_same_bytes(reported):
+    drawn = {file: file.read_bytes() for file in reported.glob("studies/*/report/*.svg")}
+    for file in drawn:
+        file.unlink()
+    assert main([*SMALL, "study.strategies=[leave]", f"study.home={reported}"]) == 0
     assert drawn
     assert drawn == {file: file.read_bytes() for file in drawn}
 
