@@ -12,12 +12,24 @@ from pathlib import Path
 
 import pytest
 
+import command_line
 from benchmarks.superlink import superlink as started
 
 APP = Path(__file__).parent.parent / "simulations" / "digits"
 SMALL = "rounds=4 data.limit=200 data.test_limit=40 forget.schedule={2:[3]}"
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """What a run on four nodes in one process leaves: its checkpoint's hash."""
+    folder = tmp_path_factory.mktemp("local")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDUNLEARN_HOME", str(folder))
+        words = [*SMALL.split(), "run=local", "--engine", "local", "--nodes", "4"]
+        assert command_line.command("run", "digits", *words) == 0
+    return checkpoint(folder, "local")
 
 
 @pytest.fixture
@@ -63,8 +75,7 @@ def workers(home):
     return found
 
 
-def test_flwr_run_on_two_actors_gives_the_bits_of_one_process_whatever_is_killed(home, superlink):
-    assert fedunlearn_run("run=local", "--nodes", "4").returncode == 0
+def test_flwr_run_on_two_actors_gives_the_bits_of_one_process_whatever_is_killed(home, superlink, local):
     two = "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=2"
     killed, lines = [], []
     with subprocess.Popen(flwr_command("run=two", two), env=superlink, stdout=subprocess.PIPE, text=True) as run:
@@ -81,7 +92,7 @@ def test_flwr_run_on_two_actors_gives_the_bits_of_one_process_whatever_is_killed
                 break
     assert len(killed) == 2
     assert all(b"glibc.malloc.hugetlb=1" in environment for environment in environments)
-    assert checkpoint(home, "local") != checkpoint(home, "two")
+    assert checkpoint(home, "two") != local
     output = "".join(lines)
     assert "10 clients on 4 virtual nodes" in output
     assert 'one each: --nodes 10, of flwr run --federation-config "num-supernodes=10"' in output
@@ -90,7 +101,7 @@ def test_flwr_run_on_two_actors_gives_the_bits_of_one_process_whatever_is_killed
     assert re.search(r"request r1, forgotten after round 2 .* client 3: .* client-ID \S+ → 0\.000", output + again)
     assert re.search(r"round +4/4 .* left", again)
     assert (home / "runs" / "two" / "report" / "index.html").exists()
-    assert checkpoint(home, "local") == checkpoint(home, "two")
+    assert checkpoint(home, "two") == local
 
 
 def test_settings_reach_the_server_and_mistakes_in_them_end_with_one_line(home, superlink):
@@ -103,16 +114,15 @@ def test_settings_reach_the_server_and_mistakes_in_them_end_with_one_line(home, 
     assert not (home / "runs").exists()
 
 
-def test_fedunlearn_run_on_one_ray_actor_gives_the_bits_of_one_process(home):
+def test_fedunlearn_run_on_one_ray_actor_gives_the_bits_of_one_process(home, local):
     """Flower's and Ray's lines are not among a person's."""
-    assert fedunlearn_run("run=local", "--nodes", "2").returncode == 0
-    done = fedunlearn_run("run=ray", "--engine", "ray", "--nodes", "2", "--workers", "1")
+    done = fedunlearn_run("run=ray", "--engine", "ray", "--nodes", "4", "--workers", "1")
     lines = done.stderr.splitlines()
     assert done.returncode == 0, done.stderr
-    assert any(line.startswith("10 clients on 2 virtual nodes; one each: --nodes 10") for line in lines)
+    assert any(line.startswith("10 clients on 4 virtual nodes; one each: --nodes 10") for line in lines)
     assert any(line.startswith("report: ") for line in lines)
     assert not [line for line in lines if "ROUND" in line or "ServerApp" in line]
-    assert checkpoint(home, "ray") == checkpoint(home, "local")
+    assert checkpoint(home, "ray") == local
 
 
 def test_a_mistake_that_shows_on_ray_only_ends_with_one_line_and_status_2(home):

@@ -42,7 +42,8 @@ def without_times(result):
 def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
     words = ["dataset=digits", "scale=laptop", "study.seeds=[0,1]", "study.workers=2"]
     words += ["data.limit=240", "data.test_limit=100"]
-    words += ["learning.epochs=2", "search.trials=2", "finetuning.epochs=1"]
+    words += ["learning.epochs=2", "search.trials=2", "finetuning.epochs=1", "finetuning.class_weights=[0.5]"]
+    words += ["ablation.fractions=[0.1,0.2]", "ablation.retain_fractions=[0.1,0.2]"]
     blocked_import = subprocess.run([sys.executable, "-c", "import flwr"], env=blocked, capture_output=True, text=True)
     assert "flwr is blocked" in blocked_import.stderr
     done = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=700)
@@ -124,7 +125,7 @@ def check_cells(report, tasks):
 
 def test_pieces_give_the_same_as_one_go(tmp_path, monkeypatch, capsys):
     words = [*SHORT, "study.stages=[train,retrain,unlearn]", "study.pipelines=[ce_dl]", "learning.epochs=2"]
-    words += ["search.trials=3", "finetuning.epochs=2"]
+    words += ["search.trials=2", "finetuning.epochs=2", "data.limit=240", "data.test_limit=100"]
     found = {}
     for kind, pieces in (("whole", []), ("pieces", ["study.minutes=0"])):
         monkeypatch.setenv("FEDUNLEARN_HOME", str(tmp_path / kind))
@@ -167,7 +168,7 @@ def wait_until(condition, process=None):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_in_the_midst_of_training_it_continues(tmp_path, blocked, workers):
     """One worker is the command itself; of two, the command alone is killed, and they must not outlive it."""
-    words = [*TRAIN, "learning.epochs=8", "study.seeds=[0,1]", f"study.workers={workers}"]
+    words = [*TRAIN, "learning.epochs=8", f"study.seeds={[*range(workers)]}", f"study.workers={workers}"]
     process = subprocess.Popen(command(*words), env=blocked, stdout=subprocess.DEVNULL, start_new_session=True)
     tasks = tmp_path / "home" / "studies" / "digits-laptop" / "tasks"
     wait_until(lambda: len(list(tasks.glob("*/partial.safetensors"))) == workers, process)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedunlearn.nn.descent import Adam
+
 DRAWS = 256
 """Embeddings a step."""
 RATE = 0.01
@@ -70,12 +72,12 @@ def train_client_head(
     mean = total / count.clamp(min=1)
     deviation = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
     often = count[:, 0].cpu()
-    optimiser = torch.optim.Adam(head.parameters(), lr=RATE)
+    optimiser = Adam(head.parameters(), lr=RATE)
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = RATE * (1 - step / steps)
+        optimiser.lr = RATE * (1 - step / steps)
         drawn = torch.multinomial(often, DRAWS, replacement=True, generator=generator).to(device, non_blocking=True)
         noise = torch.randn(DRAWS, mean.shape[1], generator=generator).to(device, non_blocking=True)
         logits = head(mean[drawn] + deviation[drawn] * noise)[:, columns]
-        optimiser.zero_grad()
+        head.zero_grad()
         cross_entropy(logits, drawn // classes).backward()
         optimiser.step()

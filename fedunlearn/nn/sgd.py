@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedunlearn.nn.cuda_graph import captured
+from fedunlearn.nn.descent import SGD
 from fedunlearn.nn.evaluate import Counts, hits
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import Batch
@@ -51,10 +52,7 @@ class LocalSGD:
         trained = [parameter for parameter in model.parameters() if id(parameter) not in excluded]
         self.model, self.precision, self.device = model, precision, trained[0].device
         rate = torch.zeros((), device=self.device) if self.on_gpu else 0.0  # a graph reads it where it lies
-        self.optimiser = torch.optim.SGD(trained, lr=rate, momentum=momentum, weight_decay=weight_decay, fused=True)
-        self.momenta = [torch.zeros_like(parameter) for parameter in trained]
-        for parameter, buffer in zip(trained, self.momenta, strict=True):
-            self.optimiser.state[parameter]["momentum_buffer"] = buffer
+        self.optimiser = SGD(trained, lr=rate, momentum=momentum, weight_decay=weight_decay, fused=True)
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.batch_size, self.function, self.loss = batch_size, function, {}
         self.replay: Callable[[], None] | None = None
@@ -89,10 +87,12 @@ class LocalSGD:
 
     def _begin(self, lr: float, loss: Mapping[str, Any]) -> None:
         self.model.train()
-        for buffer in (*self.momenta, self.totals):
+        for buffer in (*self.optimiser.momenta, self.totals):
             buffer.zero_()
-        group = self.optimiser.param_groups[0]
-        group["lr"] = group["lr"].fill_(lr) if self.on_gpu else lr
+        if isinstance(self.optimiser.lr, Tensor):
+            self.optimiser.lr.fill_(lr)
+        else:
+            self.optimiser.lr = lr
         if loss != self.loss:
             self.replay, self.loss = None, dict(loss)
 
@@ -111,7 +111,7 @@ class LocalSGD:
         if self.replay is None or self.place is None:
             images, class_labels, client_ids = batch
             place = images.clone(), class_labels.clone(), client_ids.clone()
-            state = [*self.model.state_dict().values(), *self.momenta, self.totals]
+            state = [*self.model.state_dict().values(), *self.optimiser.momenta, self.totals]
             self.place, self.replay = place, captured(lambda: self._step(place), state)
         for there, value in zip(self.place, batch, strict=True):
             there.copy_(value)

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedunlearn.nn.descent import SGD
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.nn.precision import at_least_fp32, autocast
 from fedunlearn.unlearning.kronecker import guide_gradients
@@ -34,6 +34,7 @@ def distill(
         guide: of `kronecker.projectors` or `kronecker.diagonal_guide`.
 
     Example:
+        >>> import torch
         >>> model = TwoHeadResNet18(2, 0, width=8)
         >>> images, soft_labels = torch.ones(4, 3, 8, 8), torch.tensor([[0.7, 0.3]]).expand(4, 2)
         >>> free = {"class_head.out.inputs": torch.eye(17)}  # 16 inputs and the bias
@@ -41,7 +42,7 @@ def distill(
         >>> round(model(images).class_logits[0].softmax(0)[0].item(), 2)
         0.7
     """
-    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    optimiser = SGD(model.parameters(), lr=lr, momentum=momentum)
     model.eval()
     for images, soft_labels in (batch for epoch in epochs for batch in epoch):
         with autocast(images.device, precision):

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedunlearn.data.batches import scale
+from fedunlearn.nn.descent import Adam
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import Batch
 from fedunlearn.nn.precision import at_least_fp32, autocast
@@ -50,11 +51,7 @@ class FineTuning:
         self.model, self.examples, self.retain, self.recipe, self.seed = model, pool.train, retain, recipe, seed
         self.subset_weight, self.masks, self.epoch = subset_weight, masks, 0
         device = retain.device
-        on_gpu = device.type == "cuda"
-        self.optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=on_gpu)
-        for parameter in model.parameters():  # there from the start, to be saved and captured
-            averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimiser.state[parameter] = {"step": torch.zeros((), device=device), **averages}
+        self.optimiser = Adam(model.parameters(), lr=lr, fused=True, capturable=device.type == "cuda")
         self.adversary = torch.zeros((), device=device)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.forget, self.offsets = forget.clone(), torch.arange(min(recipe.batch_size, len(forget)), device=device)
@@ -86,8 +83,8 @@ class FineTuning:
     def _adam_state(self) -> dict[str, Tensor]:
         return {
             f"adam.{name}.{kind}": value
-            for name, parameter in self.model.named_parameters()
-            for kind, value in self.optimiser.state[parameter].items()
+            for (name, _), state in zip(self.model.named_parameters(), self.optimiser.state, strict=True)
+            for kind, value in state.items()
         }
 
     def _epochs(self, adversarial: bool) -> Epochs:
@@ -130,7 +127,7 @@ class FineTuning:
         )
 
     def _descend(self, loss: Tensor) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         loss.backward()
         if self.masks is not None:
             for name, parameter in self.model.named_parameters():

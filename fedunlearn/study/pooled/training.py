@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedunlearn.data.batches import augmented, cuts, draws, scale
 from fedunlearn.nn.cuda_graph import captured
+from fedunlearn.nn.descent import SGD
 from fedunlearn.nn.evaluate import hits
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import Batch
@@ -114,17 +115,17 @@ class Training:
         self.model, self.examples, self.indices, self.recipe, self.seed = model, examples, indices, recipe, seed
         self.forward = torch.compile(model) if compiled else model
         self.history: list[list[float]] = []
-        self.optimiser = torch.optim.SGD(
+        self.lr = torch.tensor(recipe.lr, device=indices.device)
+        self.optimiser = SGD(
             model.parameters(),
-            lr=torch.tensor(recipe.lr, device=indices.device),
+            lr=self.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
         # the client head has no gradient at first: its momentum is zero until then, and its weights do not decay
-        self.momenta = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        for name, parameter in model.named_parameters():
-            self.optimiser.state[parameter]["momentum_buffer"] = self.momenta[name]
+        names = [name for name, _ in model.named_parameters()]
+        self.momenta = dict(zip(names, self.optimiser.momenta, strict=True))
         self.totals = torch.zeros(3, dtype=torch.float64, device=indices.device)
         self.epochs_of: dict[tuple, Epochs] = {}
 
@@ -140,7 +141,7 @@ class Training:
         """
         started, recipe = time.perf_counter(), self.recipe
         progress = self.epoch / recipe.epochs
-        self.optimiser.param_groups[0]["lr"].fill_(learning_rate(progress, lr=recipe.lr, schedule=recipe.schedule))
+        self.lr.fill_(learning_rate(progress, lr=recipe.lr, schedule=recipe.schedule))
         weights = loss_weights(progress, recipe.loss, warmup=recipe.warmup)
         self.totals.zero_()
         self.model.train()
@@ -186,7 +187,7 @@ class Training:
             outputs = (self.forward if len(images) == self.recipe.batch_size else self.model)(images)
         class_logits, client_logits, embedding = outputs
         loss = multi_task_loss(class_logits, client_logits, embedding, class_labels, client_ids, **weights)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         loss.backward()
         self.optimiser.step()
         self.totals += torch.stack([loss.detach() * len(images), *hits(outputs, batch)])
