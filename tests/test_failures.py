@@ -187,6 +187,21 @@ def test_batch_norm_statistics_of_other_images_are_left_out(federate, capsys):
     assert "round 1: node 1 (clients 1) is left out: its BatchNorm statistics are" in capsys.readouterr().err
 
 
+def test_where_most_clients_images_are_unlike_the_servers_averages_do(federate, capsys):
+    grid = LocalGrid(4)
+
+    def deliver(message):
+        reply = grid.call(message)
+        is_asked = messages.task_of(message).name == "batch_norm_statistics"
+        return of_other_images(4)(reply, message) if is_asked else reply
+
+    grid.deliver = deliver
+    federate("rounds=1", grid=grid)
+    said = capsys.readouterr().err
+    assert "round 1: no BatchNorm statistics, averages in their place: the model has gone astray: 4 of 4" in said
+    assert "is left out" not in said
+
+
 def test_one_retain_client_that_says_that_nothing_is_right_stops_no_request(federate):
     def nothing_right(reply, message):
         reply.content["metrics"]["class_correct"] = [0]

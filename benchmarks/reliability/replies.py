@@ -2,9 +2,9 @@
 
 Digits, 600 images, width 8, four clients on four nodes. One base run of 12 rounds is made. Every case goes on from it:
 with one more round, or with a request for client 0 by each installed strategy. A request is tried once
-(`forget.attempts=1`), with the budget that harm is measured by (`forget.budget=0.1`). Every message that the undisturbed
-run sends to client 1 or to client 0 is a place for damage, found by recording it. A client task is tried with all kinds
-of damage once. Other strategies, and other clients, get those that leave a reply in the expected form.
+(`forget.attempts=1`), with the budget that harm is measured by (`forget.budget=0.1`). Every message that the
+undisturbed run sends to client 1 or to client 0 is a place for damage, found by recording it. A client task is tried
+with all kinds of damage once. Other strategies, and other clients, get those that leave a reply in the expected form.
 
 Nothing of a reply counts that is refused when it is read. So a case that is refused there has the outcome of an error
 reply in the same place, which is run. All others are run.

@@ -260,7 +260,10 @@ class Federation:
         server_state.check_finite(self.state)
         self.fit_client_head(results.statistics, round_)
         asked = self.retain if is_evaluated(self.config, round_) else results.counts
-        return self.recalibrate_batch_norm(on=asked, at_round=round_)
+        try:
+            return self.recalibrate_batch_norm(on=asked, at_round=round_)
+        except DestroyedError as error:  # the model is sound: most clients' images are unlike the server's
+            raise NotNowError(str(error)) from error
 
     def train(self, *, on: Iterable[int], rounds: int, lr: float | None = None) -> None:
         """Let clients train for some rounds; the server adds their mean updates and trains the client head.
@@ -320,9 +323,8 @@ class Federation:
         def refuse(one: Results) -> None:
             found = batch_norm.unlikeness(one.tensors, expected)
             if found > most:
-                raise AstrayError(
-                    f"its BatchNorm statistics are {found:.3g} times what they should be, at most {most:g}"
-                )
+                times = f"{found:.3g} times what they should be, at most {most:g}"
+                raise AstrayError(f"its BatchNorm statistics are {times} (statistics_band)")
 
         return refuse
 
