@@ -187,6 +187,31 @@ def test_batch_norm_statistics_of_other_images_are_left_out(federate, capsys):
     assert "round 1: node 1 (clients 1) is left out: its BatchNorm statistics are" in capsys.readouterr().err
 
 
+def test_a_lie_about_batch_norm_statistics_before_a_request_hides_no_loss(federate):
+    words = "rounds=8 train.epochs=3 data.limit=200 data.test_limit=100 evaluate_every=8"
+    federate.shared(f"{words} strategy=leave")
+    grid, asked = LocalGrid(4), []
+
+    def opposite(reply):
+        sums = messages.unpack(reply)
+        reply.content["arrays"] = ArrayRecord({n: torch.stack([v[0], -v[1], v[2]]) for n, v in sums.items()})
+        return reply
+
+    def deliver(message):
+        task, reply = messages.task_of(message), grid.call(message)
+        if task.name != "batch_norm_statistics":
+            return reply
+        asked.append(task.round)
+        return opposite(reply) if len(asked) <= 3 else reply
+
+    grid.deliver = deliver
+    destroys = "strategy=ssd unlearn.tune=fixed unlearn.alpha=0.3 forget.gate=true statistics_band=0"
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        federate(f"{words} fork=before forget.schedule={{8:[3]}} {destroys}", grid=grid)
+    gate = federate.requests()[0].detail["gate"]
+    assert gate["test"][0] == federate.run("before").metrics()[-1]["test"]["class"]
+
+
 def test_where_most_clients_images_are_unlike_the_servers_averages_do(federate, capsys):
     grid = LocalGrid(4)
 

@@ -26,15 +26,17 @@ class Gate:
         federation: before the request; the gate remembers its model.
         forget: who is to be forgotten.
         scores: of the model.
+        committed: predictions of the model as it was committed. Where its BatchNorm statistics were better than those
+            that have been estimated since, it is the one to keep up with.
 
     Raises:
         NotNowError: a forget client does not reply, or other retain clients than before; from `verdict` too.
     """
 
-    def __init__(self, federation: Federation, forget: ForgetSet, scores: Scores) -> None:
+    def __init__(self, federation: Federation, forget: ForgetSet, scores: Scores, committed: Predictions) -> None:
         self._federation, self._forget = federation, forget
         self._params = federation.state.params
-        self._predictions = federation.predictions()
+        self._predictions = max(committed, federation.predictions(), key=lambda found: found.total.class_accuracy)
         self._before, self._scores = self._figures(scores, self._predictions), scores
         self._retrained = federation.estimate_retrained(self._predictions).total.class_accuracy
 
@@ -76,7 +78,8 @@ class Gate:
         counts = total_counts(federation.class_counts(forget).values())
         own = fraction(found.class_accuracy, found.examples)
         others = held_out(predictions.expected_accuracy(counts), predictions.total.examples, counts.numpy())
-        retain, test = (fraction(scores[key]["class"], scores[key]["examples"]) for key in ("retain", "test"))
+        retain = fraction(scores["retain"]["class"], scores["retain"]["examples"])
+        test = fraction(predictions.total.class_accuracy, predictions.total.examples)
         return Figures(retain, test, own - others)
 
 

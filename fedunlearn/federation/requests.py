@@ -146,11 +146,12 @@ class Requests:
         strategy = strategy_of(config) if "how" in request.detail else self._strategy
         stored_bytes = state.stored_bytes + self._strategy.stored_bytes(self._run)
         try:
+            committed = federation.predictions()
             federation.recalibrate_batch_norm()
             before = self._scorer.now(forget)
             with federation.applying(forget, config):
                 # a model that nobody has trained knows nobody
-                gate = Gate(federation, forget, before) if self._settings.gate and federation.round else None
+                gate = Gate(federation, forget, before, committed) if self._settings.gate and federation.round else None
                 federation.costs, started = {}, time.monotonic()
                 result = self._unlearn(strategy, request, forget)
                 costs, seconds = federation.costs, time.monotonic() - started

@@ -58,15 +58,19 @@ class RoundGate:
         if not self._band:
             return results, []
         reached = self._loss(results.mean())
-        if reached <= limit(0.0, self._classes, self._band):  # that of guessing, whatever the loss was before
+        of_guessing = limit(0.0, self._classes, self._band)
+        if reached <= of_guessing:  # whatever the loss was before
             return results, []
-        most = limit(self._loss({}), self._classes, self._band)
+        before = self._loss({})
+        most = limit(before, self._classes, self._band)
         if reached <= most:
             return results, []
-        log.warning("round %d: its update would destroy the model; asking again, to find whose reply does that", round_)
-        replies: list[Results] = []
-        ask_again(replies.append)
-        found = without_destroyers(replies, self._nodes.mean, self._loss, most)
+        found = None
+        if before <= of_guessing:  # of another model honest replies may do harm too
+            log.warning("round %d: its update would destroy the model; asking again: whose reply does that?", round_)
+            replies: list[Results] = []
+            ask_again(replies.append)
+            found = without_destroyers(replies, self._nodes.mean, self._loss, most)
         if found is None:
             if reached <= DIVERGED * most:
                 log.warning("round %d: its held-out loss is high, and nobody in particular is to blame", round_)
