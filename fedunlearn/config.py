@@ -241,7 +241,7 @@ class Config(Settings):
         ge=0,
         le=10**6,
         description="times the size of held-out images' BatchNorm statistics that a client's may have, and standard "
-        "deviations that they may be away, in the mean of a layer; 0 for any",
+        "deviations that they may be away, in the mean of a layer; also 1 / the cosine of their means; 0 for any",
     )
     client_share: float = Field(
         default=0.9,

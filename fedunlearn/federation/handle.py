@@ -165,9 +165,10 @@ class Federation:
         asked, round_ = list(on), self.round if at_round is None else at_round
 
         def ask(on_reply: Callable[[Results], None]) -> Results:
-            about = {"arguments": arguments, "one_client_each": one_client_each, "on_reply": on_reply}
-            is_of_use = self.round_gate.is_of_use
-            return self.nodes.query(self.grid, task, round_, asked, self.state.params, is_of_use=is_of_use, **about)
+            about: dict[str, Any] = {"arguments": arguments, "one_client_each": one_client_each, "on_reply": on_reply}
+            if self._forget:  # in a request the model in between may be of no use
+                about["is_of_use"] = self.round_gate.is_of_use
+            return self.nodes.query(self.grid, task, round_, asked, self.state.params, **about)
 
         try:
             server_state.check_finite(self.state)

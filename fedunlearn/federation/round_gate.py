@@ -39,8 +39,8 @@ class RoundGate:
         self._nodes, self._loss, self._classes, self._band = nodes, loss, classes, band
 
     def is_of_use(self) -> bool:
-        """Say whether the model that clients are sent predicts held-out images better than `band` times guessing."""
-        return not self._band or self._loss({}) <= limit(0.0, self._classes, self._band)
+        """Say whether the model that clients are sent predicts held-out images better than guessing does."""
+        return self._loss({}) < math.log(self._classes)
 
     def passed(
         self, results: Results, round_: int, ask_again: Callable[[OnReply], object]

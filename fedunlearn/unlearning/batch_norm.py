@@ -1,9 +1,11 @@
 """Estimate BatchNorm's running statistics again after unlearning (paper, Algorithm 1, line 5)."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from fedunlearn.nn.hooks import layer_inputs
 from fedunlearn.nn.precision import at_least_fp32, autocast
@@ -70,10 +72,12 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor], *, precision: 
 
 
 def unlikeness(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Say how unlike two statistics of the same layers are, in the layer in which they are most unlike.
+    """Say how unlike two statistics of the same layers are; 1 where they are alike.
 
-    It is the larger of two means over the layer's channels: the geometric mean of E'[x^2] / E[x^2] or its inverse,
-    whichever is above 1, and the mean of |E'[x] - E[x]| in standard deviations of the expected ones.
+    It is the largest of three. Two are means over a layer's channels, in the layer in which they are largest: the
+    geometric mean of E'[x^2] / E[x^2] or its inverse, whichever is above 1, and the mean of |E'[x] - E[x]| in standard
+    deviations of the expected ones. The third is 1 / cos, of the angle between E'[x] and E[x] over all channels of the
+    model, in the same standard deviations; infinite where they point away from each other.
 
     Args:
         found: `{layer: [3, channels]}`, as `batch_statistics` gives them; E' is of these.
@@ -83,16 +87,25 @@ def unlikeness(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> f
         >>> expected = {"0": torch.tensor([[2.0], [2.0], [10.0]])}
         >>> round(unlikeness({"0": torch.tensor([[4.0], [16.0], [80.0]])}, expected), 2)
         4.0
+        >>> unlikeness({"0": torch.tensor([[2.0], [-2.0], [10.0]])}, expected)
+        inf
     """
-    return max(_unlikeness_of_layer(value, expected[name].to(value.device)) for name, value in found.items())
+    layers = [_standardised(value, expected[name].to(value.device)) for name, value in found.items()]
+    means, usual_means = (
+        torch.cat(list(parts)) for parts in zip(*((one, other) for one, other, _ in layers), strict=True)
+    )
+    cosine = float(cosine_similarity(means, usual_means, dim=0))
+    deviations = [float((one - other).abs().mean()) for one, other, _ in layers]
+    return max(1 / cosine if cosine > 0 else math.inf, *deviations, *(ratio for _, _, ratio in layers))
 
 
-def _unlikeness_of_layer(found: Tensor, expected: Tensor) -> float:
+def _standardised(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Give a layer's means and the expected ones, in expected standard deviations, and how unlike its squares are."""
     (_, mean, square), (_, usual_mean, usual_square) = (rows / rows[0] for rows in (found, expected))
     least = torch.finfo(torch.float32).tiny
     ratio = (square.clamp(min=least) / usual_square.clamp(min=least)).log().abs().mean().exp()
     deviation = (usual_square - usual_mean.square()).clamp(min=least).sqrt()
-    return float(torch.maximum(ratio, ((mean - usual_mean).abs() / deviation).mean()))
+    return mean / deviation, usual_mean / deviation, float(ratio)
 
 
 @torch.no_grad()
