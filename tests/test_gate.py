@@ -25,8 +25,8 @@ GOOD = Figures(fraction(0.88, MANY), fraction(0.59, MANY), fraction(0.6, MANY) -
 
 
 def refused(before, after, budget=0.05, retrained=0.6, error=0.01):
-    test_loss = Estimate(before.test.value - after.test.value, error)
-    return refusal(before, after, test_loss=test_loss, retrained=retrained, budget=budget)
+    test_fall = Estimate(before.test.value - after.test.value, error)
+    return refusal(before, after, test_fall=test_fall, retrained=retrained, budget=budget)
 
 
 def test_a_good_model_passes():
@@ -131,13 +131,15 @@ def test_a_destroyed_model_is_never_taken(trained, capsys, strategy):
         trained(f"{ASKS} {DESTRUCTIVE[strategy]}")
     (request,) = trained.requests()
     assert request.state == State.QUARANTINED
-    assert "accuracy on" in request.detail["reason"]
     gate = request.detail["gate"]
     assert not gate["passed"]
     assert gate["reason"] == request.detail["reason"]
-    assert gate["retain"][1] < gate["retain"][0] - gate["budget"] or gate["test"][1] < gate["test"][0] - gate["budget"]
-    assert 0 < gate["changed"] <= 1
-    assert gate["measured_by"]["gap"] == "the forget clients"
+    if "gone astray" not in gate["reason"]:
+        assert (
+            gate["retain"][1] < gate["retain"][0] - gate["budget"] or gate["test"][1] < gate["test"][0] - gate["budget"]
+        )
+        assert 0 < gate["changed"] <= 1
+        assert gate["measured_by"]["gap"] == "the forget clients"
     assert equal(trained.state(), before)
     assert trained.run().ledger.current().round == 8
     said = capsys.readouterr().err
@@ -218,3 +220,53 @@ def test_what_was_set_aside_can_be_asked_for_again_with_another_strategy_and_oth
     assert said["how"]["strategy"] == said["strategy"] == "relabel"
     assert said["settings"]["strategy"] == "ssd"
     assert command("verify", str(trained.folder() / "receipts" / "r3.json")) == 0
+
+
+OWN = """
+import fedunlearn
+
+class Fails(fedunlearn.Strategy):
+    def forget(self, federation, forget):
+        raise LookupError("nothing there")
+
+class Says(fedunlearn.Strategy):
+    def forget(self, federation, forget):
+        return {"sha256": "mine"}
+
+class Sure(fedunlearn.Strategy):
+    def forget(self, federation, forget):
+        with federation.editing() as model:
+            for parameter in model.class_head.parameters():
+                parameter.data.mul_(1e6)
+        return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Fails", "failed with LookupError: nothing there"),
+        ("Says", "Says.forget returned 'sha256', which a receipt says by itself"),
+        ("Sure", "the loss on held-out images is"),
+        ("gone", "No module named 'own_gone'"),
+    ],
+)
+def test_a_strategy_that_a_request_alone_has_asked_for_stops_nothing_else(trained, monkeypatch, tmp_path, name, reason):
+    module = f"own_{name.lower()}"
+    tmp_path.joinpath(f"{module}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    trained(f"{LEARNED} fork=before forget.gate=true strategy=leave")
+    about = ("--run", "test", "--engine", "local")
+    if name == "gone":
+        how = {"strategy": f"{module}:Sure", "unlearn": {}}
+        tmp_path.joinpath(f"{module}.py").unlink()
+        run = trained.run()
+        run.ledger.advance(run.request([3], how=how).requests()[0], State.COLLECTING)
+        assert command("forget", *about, "--client", "1", "strategy=leave") == 0
+    else:
+        assert command("forget", *about, "--client", "3", f"strategy={module}:{name}") == 1
+        assert command("forget", *about, "--client", "1", "strategy=leave") == 0
+    first, second = trained.requests()
+    assert (first.state, second.state) == (State.QUARANTINED, State.COMPLETED)
+    assert reason in first.detail["reason"]
+    assert (trained.folder() / "receipts" / "r1.json").exists()

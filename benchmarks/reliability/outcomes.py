@@ -92,13 +92,18 @@ class Examiner:
         return Model(predictions.total.class_accuracy, own, finite)
 
 
-def outcome(found: Found, undisturbed: Found, before: Model, *, liar: int, forget: int) -> str:
-    """Say in two words what a bad reply did; the thresholds are those of this module."""
+def outcome(found: Found, undisturbed: Found, before: Model, *, without: Model | None, liar: int, forget: int) -> str:
+    """Say in two words what a bad reply did; the thresholds are those of this module.
+
+    Args:
+        without: what becomes of the model where the liar does not reply at all. That is no harm of the lie.
+    """
     if found.ended:
         return "run ends"
     assert found.model is not None
     assert undisturbed.model is not None
-    if not found.model.finite or _lost(found.model, undisturbed.model, liar) > MOST_LOST:
+    fair = [undisturbed.model, *([without] if without else [])]
+    if not found.model.finite or min(_lost(found.model, one, liar) for one in fair) > MOST_LOST:
         return "harmful"
     if found.impossible:
         return "false figures"

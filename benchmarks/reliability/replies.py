@@ -12,7 +12,8 @@ reply in the same place, which is run. All others are run.
 Outcomes, beside the undisturbed run from the same base, the worst that applies:
 
 - run ends: with an exception, though three honest clients are there.
-- harmful: a weight is not finite, or accuracy on held-out images or on the honest clients' is lower by more than 0.1.
+- harmful: a weight is not finite, or accuracy on held-out images or on the honest clients' is lower by more than 0.1,
+  also than where the liar is silent.
 - false figures: NaN, infinity, or accuracies outside 0..1 in `metrics.jsonl` or in what the request says.
 - neutralised: COMPLETED, and the accuracy of client 0 has lost less than half of what the undisturbed request takes.
 - innocents named: the log names an honest client as the sender of something that was refused.
@@ -35,7 +36,7 @@ from benchmarks.reliability.array_damages import Damage
 from benchmarks.reliability.bench import TRAINING, Bench
 from benchmarks.reliability.damages import damages_of, is_believable
 from benchmarks.reliability.federation import CLIENTS, FORGET, LIAR, BadReplyGrid, Site, damaged
-from benchmarks.reliability.outcomes import WORST_FIRST, Found, outcome
+from benchmarks.reliability.outcomes import WORST_FIRST, Found, Model, outcome
 from benchmarks.reliability.stock import has_counterpart, stock_found
 from fedunlearn.federation import messages
 from fedunlearn.federation.replies import Expected, introduction
@@ -71,9 +72,10 @@ def beside_stock(bench: Bench, grid: BadReplyGrid, rows: list[dict[str, Any]]) -
     site = Site("train", LIAR, 0)
     damages = damages_of(grid.sent[site][1])
     undisturbed, found = stock_found(bench.examiner, grid, site, None), {}
+    silent = stock_found(bench.examiner, grid, site, lambda reply: None)
     for name in filter(has_counterpart, damages):
         one = stock_found(bench.examiner, grid, site, damages[name])
-        found[name] = outcome(one, undisturbed, bench.before, liar=LIAR, forget=FORGET)
+        found[name] = outcome(one, undisturbed, bench.before, without=silent.model, liar=LIAR, forget=FORGET)
         print(f"stock FedAvg: {found[name]:12} {name}  {one.ended[:100]}", flush=True)
     ours = Counter(row["outcome"] for row in rows if row["damage"] in found and _is_at(row, site))
     return [
@@ -139,6 +141,7 @@ def measure(home: Path, file: Path, wanted: list[str]) -> list[dict[str, Any]]:
         grid = bench.grid()
         undisturbed = bench.found(scenario, grid)
         print(f"{scenario}, undisturbed: {undisturbed}", flush=True)
+        silent: dict[Site, Model | None] = {}
         known = tasks_of(strategy_class("leave" if scenario == TRAINING else scenario))
         refused: dict[Site, dict[str, Any]] = {}  # by place, the row of an error reply, which is run
         for case, damage in cases(scenario, grid, tried):
@@ -148,7 +151,9 @@ def measure(home: Path, file: Path, wanted: list[str]) -> list[dict[str, Any]]:
                 if case.site in refused and is_refused_at_reading(bench, known.get(case.site.task), message, reply):
                     row = refused[case.site] | {"key": case.key, "damage": case.damage, "run": False}
                 else:
-                    row = _row(bench, case, damage, undisturbed)
+                    if case.site not in silent:
+                        silent[case.site] = bench.found(scenario, bench.grid(case.site, lambda reply: None)).model
+                    row = _row(bench, case, damage, undisturbed, silent[case.site])
                 with file.open("a") as out:
                     out.write(json.dumps(row) + "\n")
                 kept[case.key] = row
@@ -162,7 +167,7 @@ def measure(home: Path, file: Path, wanted: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(bench: Bench, case: Case, damage: Damage, undisturbed: Found) -> dict[str, Any]:
+def _row(bench: Bench, case: Case, damage: Damage, undisturbed: Found, silent: Model | None) -> dict[str, Any]:
     started = time.perf_counter()
     found = bench.found(case.scenario, bench.grid(case.site, damage))
     why = found.ended or "; ".join(found.impossible[:2]) or found.reason
@@ -172,7 +177,7 @@ def _row(bench: Bench, case: Case, damage: Damage, undisturbed: Found) -> dict[s
         "task": case.site.task,
         "client": case.site.client,
         "damage": case.damage,
-        "outcome": outcome(found, undisturbed, bench.before, liar=case.site.client, forget=FORGET),
+        "outcome": outcome(found, undisturbed, bench.before, without=silent, liar=case.site.client, forget=FORGET),
         "set_aside": found.state == State.QUARANTINED != undisturbed.state,
         "test": found.model.test if found.model else None,
         "clients": found.model.clients if found.model else None,

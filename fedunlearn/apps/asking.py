@@ -39,14 +39,20 @@ def images_of(found: Run) -> dict[int, int]:
     return known
 
 
+def check_strategy(found: Run, how: Mapping[str, Any]) -> None:
+    """Raise UserError where there is not the strategy that a run's request is to be applied with."""
+    from fedunlearn.federation.strategy import strategy_of
+
+    strategy_of(found.config.model_copy(update=how))
+
+
 def check_servable(found: Run) -> None:
     """Raise UserError where a run that is not live could not serve a request: then none is filed."""
     from fedunlearn.build import loss_of
     from fedunlearn.federation.auditor import Auditor
-    from fedunlearn.federation.strategy import strategy_of
 
     found.check_checkpoint()
-    strategy_of(found.config)
+    check_strategy(found, {})
     loss_of(found.config)
     check_data(found, Auditor(found.config).fingerprints())
 
@@ -95,6 +101,7 @@ def accept(found: Run, request_id: str, by: str, resources: Resources, *, limit:
         UserError: there is no such request, or it is not one that the gate has set aside.
         TimeoutError: as for `ask`.
     """
+    check_strategy(found, found.ledger.request(request_id).detail.get("how", {}))
     if not found.is_live():
         check_servable(found)
     handle = RequestHandle(found.folder, found.ledger, (found.ledger.accept(request_id, by).id,))

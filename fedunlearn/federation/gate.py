@@ -38,6 +38,8 @@ class Gate:
         self._params = federation.state.params
         self._predictions = max(committed, federation.predictions(), key=lambda found: found.total.class_accuracy)
         self._before, self._scores = self._figures(scores, self._predictions), scores
+        self._budget = federation.config.forget.budget
+        self._most_loss = federation.round_gate.most_loss(self._predictions.total.mean_loss)
         self._retrained = federation.estimate_retrained(self._predictions).total.class_accuracy
 
     def verdict(self, scores: Scores) -> dict[str, Any]:
@@ -49,13 +51,19 @@ class Gate:
         both = self._scores["retain_clients"].keys() & scores["retain_clients"].keys()
         if not both and scores["retain"]["examples"] != self._scores["retain"]["examples"]:
             raise NotNowError("not the same retain clients replied before and after")
-        predictions, budget = self._federation.predictions(), self._federation.config.forget.budget
+        predictions = self._federation.predictions()
         after = self._figures(scores, predictions)
         old, new = without_extremes(self._scores["retain_clients"], scores["retain_clients"])
         before = replace(self._before, retain=total(old) or self._before.retain)
         after = replace(after, retain=total(new) or after.retain)
-        test_loss = fall(self._predictions.hits().numpy(), predictions.hits().numpy())
-        reason = refusal(before, after, test_loss=test_loss, retrained=self._retrained, budget=budget)
+        test_fall = fall(self._predictions.hits().numpy(), predictions.hits().numpy())
+        about = {
+            "retrained": self._retrained,
+            "budget": self._budget,
+            "loss": predictions.total.mean_loss,
+            "most_loss": self._most_loss,
+        }
+        reason = refusal(before, after, test_fall=test_fall, **about)
         pairs = {name: [getattr(e, name).value for e in (before, after)] for name in MEASURED_BY}
         errors = {name: [getattr(e, name).error for e in (before, after)] for name in MEASURED_BY}
         changed = changed_fraction(self._params, self._federation.state.params)
@@ -64,9 +72,8 @@ class Gate:
             "reason": reason,
             **pairs,
             "errors": errors,
-            "test_loss": [test_loss.value, test_loss.error],
-            "budget": budget,
-            "retrained": self._retrained,
+            "test_fall": [test_fall.value, test_fall.error],
+            **about,
             "changed": changed,
             "measured_by": MEASURED_BY,
         }

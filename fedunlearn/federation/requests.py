@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from inspect import signature
 from logging import getLogger
 from typing import Any
 
@@ -15,10 +16,12 @@ from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.scores import Scorer, Scores
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.runs.formats import forgotten
-from fedunlearn.runs.ledger import OPEN, RECEIPT, Request, State
+from fedunlearn.runs.ledger import OPEN, RECEIPT, Ledger, Request, State
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.signed import UnsignedError, check, read
 from fedunlearn.runs.verdicts import named
+
+PARAMETERS = {*signature(Run.commit).parameters, *signature(Ledger.commit).parameters}
 
 log = getLogger("fedunlearn")
 
@@ -143,9 +146,9 @@ class Requests:
         federation = self._federation
         forget = ForgetSet(tuple(sorted(set(request.clients) - federation.never_trained)), request.id)
         state, config = federation.state, self._config_of(request)
-        strategy = strategy_of(config) if "how" in request.detail else self._strategy
         stored_bytes = state.stored_bytes + self._strategy.stored_bytes(self._run)
         try:
+            strategy = strategy_of(config) if "how" in request.detail else self._strategy
             committed = federation.predictions()
             federation.recalibrate_batch_norm()
             before = self._scorer.now(forget)
@@ -163,6 +166,13 @@ class Requests:
         except NotNowError as error:
             federation.state = state
             return self._failed(request, str(error))
+        except Exception as error:
+            if "how" not in request.detail:
+                raise
+            log.exception("── strategy=%s of request %s failed", config.strategy, request.id)
+            federation.state = state
+            reason = f"strategy={config.strategy} failed with {type(error).__name__}: {error}"
+            return self._not_taken(request, {"passed": False, "reason": reason})
         if verdict and not verdict["passed"] and "accepted_by" not in request.detail:
             federation.state = state
             return self._not_taken(request, verdict)
@@ -233,7 +243,7 @@ def check_result(strategy: Strategy, result: Any) -> None:
     name = type(strategy).__name__
     if not isinstance(result, dict):
         raise UserError(f"{name}.forget returned {type(result).__name__}, not a dict for the receipt")
-    if taken := sorted(result.keys() & RECEIPT):
+    if taken := sorted(result.keys() & (RECEIPT | PARAMETERS)):
         raise UserError(f"{name}.forget returned {taken[0]!r}, which a receipt says by itself")
     try:
         json.dumps(result)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fedunlearn.errors import DestroyedError
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.nodes import Nodes
-from fedunlearn.federation.replies import Results, listed
+from fedunlearn.federation.replies import MOST, Results, listed
 
 IMAGES = 64  # of the server's, on which a round's update is looked at
 DIVERGED = 5  # times the limit: with such a loss training does not go on, whoever is to blame
@@ -37,6 +37,10 @@ class RoundGate:
 
     def __init__(self, nodes: Nodes, loss: Callable[[Tensors], float], classes: int, band: float) -> None:
         self._nodes, self._loss, self._classes, self._band = nodes, loss, classes, band
+
+    def most_loss(self, before: float) -> float:
+        """Give the held-out loss that a model may have after one of a loss before."""
+        return limit(before, self._classes, self._band) if self._band else MOST
 
     def is_of_use(self) -> bool:
         """Say whether the model that clients are sent predicts held-out images better than guessing does."""

@@ -1,5 +1,6 @@
 """What a request may cost: the figures before and after it, and the reason why a model may not replace another."""
 
+import math
 from dataclasses import dataclass
 
 from fedunlearn.runs.uncertainty import Estimate
@@ -23,7 +24,16 @@ class Figures:
     gap: Estimate
 
 
-def refusal(before: Figures, after: Figures, *, test_loss: Estimate, retrained: float, budget: float) -> str:
+def refusal(
+    before: Figures,
+    after: Figures,
+    *,
+    test_fall: Estimate,
+    retrained: float,
+    budget: float,
+    loss: float = 0.0,
+    most_loss: float = math.inf,
+) -> str:
     """Give the reason why a model may not replace another; nothing where it may.
 
     It may not where accuracy on the retain clients' or on held-out images falls by more than the budget, where the
@@ -31,18 +41,23 @@ def refusal(before: Figures, after: Figures, *, test_loss: Estimate, retrained: 
     gone. A fall of no more than a standard error may be chance, and passes.
 
     Args:
-        test_loss: how much accuracy on held-out images falls; of the same images before and after.
+        test_fall: how much accuracy on held-out images falls; of the same images before and after.
         retrained: estimated accuracy of the retrained model on held-out images. Where it is below that of the model
             before, as without the only owner of a class, the budget counts from it.
         budget: of accuracy, 0..1.
+        loss: class cross-entropy on held-out images after the request, in nats. With a large one a model may be as
+            accurate as before, and cannot be trained any more.
+        most_loss: that it may be.
     """
     expected = min(before.test.value, retrained)
-    for who, old, new, loss in (
+    for who, old, new, fall in (
         ("the retain clients' images", before.retain.value, after.retain.value, before.retain - after.retain),
-        ("held-out images", expected, after.test.value, test_loss),
+        ("held-out images", expected, after.test.value, test_fall),
     ):
-        if old - new > budget and loss.value > loss.error:
+        if old - new > budget and fall.value > fall.error:
             return f"accuracy on {who} is {new:.3f}, to be {old:.3f} (forget.budget={budget:g})"
+    if loss > most_loss:
+        return f"the loss on held-out images is {loss:.3g}, to be {most_loss:.3g} at most (round_band)"
     if (after.gap - before.gap).is_above_zero:
         return (
             f"the memorisation gap of the forget clients grows from {before.gap.value:+.3f} to {after.gap.value:+.3f}"

@@ -227,7 +227,7 @@ def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
         figures=_figures(first["clients"], detail) if is_applied else [],
         gate=finite(detail["gate"]) if "gate" in detail else None,
         strategy=detail["strategy"] if is_applied else None,
-        how=first.get("how"),
+        how=finite(first.get("how")),
         seconds=detail["seconds"] if is_applied else None,
         deleted=[line for event in purges for line in event["deleted"]],
         kept=[Kept(**one) for one in purges[-1]["kept"]] if purges else [NOTHING_REMOVED],
@@ -241,8 +241,8 @@ def gate_reason(gate: dict[str, Any]) -> str:
         pairs = (Estimate(gate[name][place], gate["errors"][name][place]) for name in MEASURED_BY)
         return Figures(*pairs)
 
-    about = {"test_loss": Estimate(*gate["test_loss"]), "retrained": gate["retrained"], "budget": gate["budget"]}
-    return refusal(figures(0), figures(1), **about)
+    about = {name: gate[name] for name in ("retrained", "budget", "loss", "most_loss")}
+    return refusal(figures(0), figures(1), test_fall=Estimate(*gate["test_fall"]), **about)
 
 
 def finite(value: Any) -> Any:
