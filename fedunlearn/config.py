@@ -231,7 +231,7 @@ class Config(Settings):
         "the memory of an update for every client",
     )
     round_band: float = Field(
-        default=2.0,
+        default=1.3,
         ge=0,
         le=10**6,
         description="times the held-out loss before, or that of guessing, that a round may leave; 0 for any",

@@ -196,7 +196,7 @@ class Nodes:
         for message, one, reason in judged(believed, band, self.examples):
             try:
                 if reason:
-                    raise RefusedError(reason)
+                    raise AstrayError(reason)
                 on_reply(one)
             except RefusedError as error:
                 refused.append((message, error))

@@ -39,8 +39,8 @@ class RoundGate:
         self._nodes, self._loss, self._classes, self._band = nodes, loss, classes, band
 
     def most_loss(self, before: float) -> float:
-        """Give the held-out loss that a model may have after one of a loss before."""
-        return limit(before, self._classes, self._band) if self._band else MOST
+        """Give the held-out loss with which a model can still be trained, after one of a loss before."""
+        return DIVERGED * limit(before, self._classes, self._band) if self._band else MOST
 
     def is_of_use(self) -> bool:
         """Say whether the model that clients are sent predicts held-out images better than guessing does."""
