@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError)
+"""What reading raises where content from outside is not of the form that it should be of."""
+
 
 class UserError(Exception):
     """What a person can put right: shown as one line, without a traceback, and ends a command with status 2."""

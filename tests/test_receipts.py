@@ -261,6 +261,16 @@ def test_verify_of_a_run_names_what_was_changed(run, first, capsys):
     assert command("verify", "--run", "one") == 1
     assert "r9.json: the ledger does not know it" in capsys.readouterr().out
     (first.parent / "r9.json").unlink()
+    (first.parent / "r9.json").mkdir()
+    assert command("verify", "--run", "one") == 1
+    assert "r9.json: the ledger does not know it, and it cannot be read" in capsys.readouterr().out
+    (first.parent / "r9.json").rmdir()
+    first.unlink()
+    first.mkdir()
+    assert command("verify", "--run", "one") == 1
+    assert f"{first} cannot be read (Is a directory)" in capsys.readouterr().out
+    first.rmdir()
+    first.write_bytes(original)
     (checkpoint,) = (run.folder / "checkpoints").iterdir()
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1] + b"\0")
     assert command("verify", "--run", "one") == 1

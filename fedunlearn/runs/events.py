@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UNREADABLE, UserError
 from fedunlearn.runs import keys, merkle
 from fedunlearn.runs.database import Database
 from fedunlearn.runs.files import write_atomically
@@ -246,15 +246,17 @@ class EventLog(Generic[T]):
         if not self._compared:
             self._compared, self._is_witnessed = True, kept is not None or not rows
 
-    def _take(self, number: int, at: str, text: str, signature: str, *, is_last: bool) -> None:
+    def _take(self, number: int, at: Any, text: Any, signature: Any, *, is_last: bool) -> None:
         """Take in an event that is the next one; the last one, and one that changes the key, must be signed."""
         if number != len(self._tree.leaves) + 1:
             raise self._tampered(f"event {len(self._tree.leaves) + 1} is missing")
         try:
             event = json.loads(text)
             key = event["key"] if "ledger" in event else ""
+            if not isinstance(at, str) or not isinstance(text, str) or not (key == "" or keys.is_id(key)):
+                raise ValueError("it is of another form")
             self._found.follow(at, event)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except UNREADABLE as error:
             raise self._tampered(f"event {number} is none") from error
         self._tree.append(merkle.leaf(entry(at, text)))
         self._key = self._key or key

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import Error
 
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UNREADABLE, UserError
 from fedunlearn.runs import keys, merkle
 from fedunlearn.runs.budget import MEASURED_BY
 from fedunlearn.runs.events import Head, entry
@@ -95,18 +95,17 @@ def problems(run: Run, *, key: str = "", log: Path | None = None) -> Iterator[st
                 raise InvalidError("it is not the one that was written")
             verified(data)
         except OSError as error:
-            yield f"{file} is missing ({error.strerror})"
+            yield f"{file} cannot be read ({error.strerror})"
         except InvalidError as error:
             yield f"{file}: {error}"
     for file in (run.folder / FOLDER).glob("*.json"):
         if file.name not in known:  # a countersigned one is valid
             try:
-                verified(file.read_bytes(), key=run.ledger.key)
+                with _or_invalid("it cannot be read"):
+                    data = file.read_bytes()
+                verified(data, key=run.ledger.key)
             except InvalidError as error:
                 yield f"{file}: the ledger does not know it, and {error}"
-
-
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError, Error)
 
 
 @contextmanager
@@ -114,7 +113,7 @@ def _or_invalid(what: str) -> Iterator[None]:
     """Turn what parsers raise for bytes from outside into one error."""
     try:
         yield
-    except UNREADABLE as error:
+    except (*UNREADABLE, OSError, Error) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise InvalidError(f"{what}: {reason}") from error
 
