@@ -24,7 +24,9 @@ KeyFile = Annotated[Path, typer.Option("--key", help="A private key, as `keys ne
 def verify(
     receipt: Annotated[Path | None, typer.Argument(help="A receipt, as runs/demo/receipts/r1.json.")] = None,
     key: Annotated[str, typer.Option(help="Id of the key that must have signed; ask the operator for it.")] = "",
-    log: Annotated[Path | None, typer.Option(help="The run's heads/<run>.json or ledger.sqlite, to compare.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Of a receipt: the run's ledger.sqlite. Of a run: a copy of heads/<run>.json.")
+    ] = None,
     run: RunName = "",
     home: Home = "",
 ) -> int:

@@ -240,11 +240,31 @@ def test_the_client_countersigns_and_both_signatures_count(first, tmp_path, caps
 
 def test_the_log_must_hold_the_events(run, first, federate):
     data = first.read_bytes()
-    assert verified(data, log=federate.home / "heads" / "one.json")
+    assert verified(data, log=run.folder / "ledger.sqlite")
     federate("rounds=1 run=other")
     for other in (federate.folder("other") / "ledger.sqlite", federate.home / "heads" / "other.json", first):
         with pytest.raises(InvalidError):
             verified(data, log=other)
+
+
+def test_a_head_of_more_or_of_fewer_events_is_no_check_and_verify_says_so(run, first, tmp_path, capsys):
+    head, file = verified(first.read_bytes()).head, tmp_path / "head.json"
+    private = keys.load(keys.file_of(run.ledger.keys, run.ledger.key))
+
+    def kept(size, root):
+        other = head.model_copy(update={"size": size, "root": root})
+        signature = private.sign(other.message).hex()
+        file.write_text(other.model_copy(update={"signature": signature}).model_dump_json())
+        return command("verify", str(first), "--log", str(file))
+
+    assert kept(head.size, head.root) == 0
+    assert kept(head.size, "00" * 32) == 1
+    capsys.readouterr()
+    for size in (head.size - 1, head.size + 1):
+        assert kept(size, "00" * 32) == 2
+        said = capsys.readouterr()
+        assert "no head alone shows that" in said.err
+        assert "is valid" not in said.out
 
 
 def test_verify_of_a_run_names_what_was_changed(run, first, capsys):

@@ -37,10 +37,11 @@ def verified(data: bytes, *, key: str = "", log: Path | None = None) -> Receipt:
     Args:
         data: the file.
         key: id of the key that must have signed; without one, of whatever run the receipt names.
-        log: the run's ledger, or the head that is kept outside of it; the receipt's events must be there too.
+        log: the run's ledger, or a head of it; the receipt's events must be there too.
 
     Raises:
         InvalidError: with the first thing that is wrong.
+        UserError: nobody can say whether the events are in `log`.
     """
     envelope = envelope_of(data)
     receipt = _receipt(envelope)
@@ -196,13 +197,23 @@ def _values(gate: dict[str, Any]) -> list[Any]:
 
 
 def _check_log(head: Head, log: Path) -> None:
-    """The ledger, or the head that is kept outside of it, continues what the receipt's head stands for."""
+    """The ledger continues what the receipt's head stands for; a head alone can only be of the same events.
+
+    Raises:
+        InvalidError: it does not.
+        UserError: nobody can say whether it does.
+    """
     with _or_invalid(f"{log} cannot be read"):
         if log.suffix == ".json":
             kept = Head.model_validate_json(log.read_bytes())
-            if not kept.is_signed or kept.key != head.key or kept.size < head.size:
-                raise InvalidError(f"{log} is not of the same ledger, or is older")
-            if kept.size == head.size and kept.root != head.root:
+            if not kept.is_signed or kept.key != head.key:
+                raise InvalidError(f"{log} is not signed with the key {head.key} of the ledger")
+            if kept.size != head.size:
+                raise UserError(
+                    f"{log} stands for {kept.size} events, and the receipt for {head.size}: no head alone shows that "
+                    "the one ledger continues the other. Ask for the run's ledger.sqlite, and give that as --log"
+                )
+            if kept.root != head.root:
                 raise InvalidError(f"{log} stands for other events")
             return
         try:
