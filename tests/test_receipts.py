@@ -16,9 +16,10 @@ from securesystemslib.dsse import Envelope
 
 from command_line import command
 from fedunlearn.errors import UserError
-from fedunlearn.runs import keys, receipts
+from fedunlearn.runs import keys, merkle, receipts
+from fedunlearn.runs.events import Head, entry
 from fedunlearn.runs.ledger import State
-from fedunlearn.runs.statement import Told
+from fedunlearn.runs.statement import Receipt, Told, told_by
 from fedunlearn.runs.verifying import InvalidError, verified
 
 WORDS = "rounds=3 forget.schedule={1:[3]} forget.gate=true forget.budget=1 evaluate_every=1"
@@ -215,6 +216,70 @@ def test_parts_that_are_missing_moved_or_foreign_are_not_valid_even_with_the_run
     data, key = sound
     with pytest.raises(InvalidError):
         verified(resigned(data, change, key))
+
+
+def rewritten(data, key, change):
+    """A receipt of another history of the same request: its events are others, of a ledger of their own, all signed."""
+    statement = json.loads(payload(data))
+    said = statement["predicate"]
+    events = [(event["at"], json.loads(event["text"])) for event in said["events"]]
+    for place, (at, event) in enumerate(events):
+        events[place] = (change(event) or at, event)
+    told = told_by((number, at, event) for number, (at, event) in enumerate(events, 1))
+    texts = [(at, json.dumps(event, sort_keys=True)) for at, event in events]
+    leaves, owner = [merkle.leaf(entry(*one)) for one in texts], keys.id_of(keys.load(key))
+    head = Head(key=owner, size=len(leaves), root=merkle.root(leaves).hex())
+    signature = keys.load(key).sign(head.message).hex()
+    said |= told.model_dump() | {"head": head.model_copy(update={"signature": signature}).model_dump()}
+    said["events"] = [
+        {"number": n, "at": at, "text": text, "proof": [step.hex() for step in merkle.proof(leaves, n - 1)]}
+        for n, (at, text) in enumerate(texts, 1)
+    ]
+    return receipts.signed(receipts.statement_of(Receipt.model_validate(said)), key)
+
+
+def of_the_gate(change):
+    """Changes what the gate says of the model."""
+    return lambda event: change(event["gate"]) if "gate" in event else None
+
+
+def only(**said):
+    def change(gate):
+        gate.clear()
+        gate.update(said)
+
+    return change
+
+
+GATES = {
+    "nothing": only(),
+    "the verdict alone": only(passed=True, reason=""),
+    "a refusal alone": only(passed=False, reason="the model is not finite"),
+    "no errors": lambda gate: only(**{name: value for name, value in gate.items() if name != "errors"})(gate),
+    "no errors and a refusal": lambda gate: gate.update(passed=False, reason="no") or gate.__delitem__("errors"),
+    "errors that are a list": lambda gate: gate.update(errors=[]),
+    "no figures of retain clients": lambda gate: gate.__delitem__("retain"),
+    "one figure that is null": lambda gate: gate.update(passed=False) or gate["retain"].__setitem__(0, None),
+    "text for figures": lambda gate: gate.update(retain="xy"),
+    "a verdict that is a number": lambda gate: gate.update(passed=1),
+}
+
+
+@pytest.mark.parametrize("change", GATES.values(), ids=GATES.keys())
+def test_where_the_gates_figures_are_missing_or_no_figures_none_is_valid_whoever_signs(sound, change):
+    data, key = sound
+    assert verified(rewritten(data, key, lambda event: None)).gate["passed"] is True
+    with pytest.raises(InvalidError, match="gate"):
+        verified(rewritten(data, key, of_the_gate(change)))
+
+
+def test_a_gate_that_could_not_measure_a_figure_is_checked_all_the_same(sound):
+    data, key = sound
+
+    def unmeasured(gate):
+        gate["gap"], gate["errors"]["gap"] = [None, None], [None, None]
+
+    assert verified(rewritten(data, key, of_the_gate(unmeasured))).gate["gap"] == [None, None]
 
 
 def test_the_client_countersigns_and_both_signatures_count(first, tmp_path, capsys):

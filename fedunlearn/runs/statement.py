@@ -237,12 +237,17 @@ def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
 def gate_reason(gate: dict[str, Any]) -> str:
     """Compute anew from its figures why the gate refuses a model; nothing where it does not."""
 
-    def figures(place: int) -> Figures:
-        pairs = (Estimate(gate[name][place], gate["errors"][name][place]) for name in MEASURED_BY)
-        return Figures(*pairs)
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
 
-    about = {"test_loss": Estimate(*gate["test_loss"]), "retrained": gate["retrained"], "budget": gate["budget"]}
-    return refusal(figures(0), figures(1), **about)
+    def estimate(value: float | None, error: float | None) -> Estimate:
+        return Estimate(number(value), number(error))
+
+    def figures(place: int) -> Figures:
+        return Figures(*(estimate(gate[name][place], gate["errors"][name][place]) for name in MEASURED_BY))
+
+    about = {"test_loss": estimate(*gate["test_loss"]), "retrained": number(gate["retrained"])}
+    return refusal(figures(0), figures(1), budget=gate["budget"], **about)
 
 
 def finite(value: Any) -> Any:

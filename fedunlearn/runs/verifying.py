@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import rfc8785
 from pydantic import ValidationError
@@ -16,12 +15,13 @@ from securesystemslib.exceptions import Error
 
 from fedunlearn.errors import UNREADABLE, UserError
 from fedunlearn.runs import keys, merkle
-from fedunlearn.runs.budget import MEASURED_BY
 from fedunlearn.runs.events import Head, entry
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.receipts import FOLDER, PAYLOAD_TYPE, as_file, statement_of
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.statement import Receipt, Statement, Told, content, gate_reason, told_by
+
+DESTROYED = {"passed", "reason"}  # what the gate says of a model that has no figures
 
 
 class InvalidError(UserError):
@@ -170,14 +170,19 @@ def _check_times(receipt: Receipt) -> None:
 
 def _check_gate(receipt: Receipt) -> None:
     """The gate's figures give its verdict, and a model that was taken had passed it, or somebody answers for it."""
-    if receipt.gate is None or "errors" not in receipt.gate or None in _values(receipt.gate):
-        return  # a model that was not finite has no figures
+    gate = receipt.gate
+    if gate is None:
+        return
     with _or_invalid("the gate's figures are not sound"):
-        if gate_reason(receipt.gate) != receipt.gate["reason"] or receipt.gate["passed"] == bool(
-            receipt.gate["reason"]
-        ):
+        is_taken, is_passed = receipt.state == State.COMPLETED, gate["passed"]
+        has_figures = gate.keys() != DESTROYED
+        if has_figures and gate_reason(gate) != gate["reason"]:
             raise InvalidError("the gate's verdict does not follow from its figures")
-        if receipt.state == State.COMPLETED and not receipt.gate["passed"] and not receipt.accepted_by:
+        if is_passed is not (gate["reason"] == "") or (is_passed and not is_taken):
+            raise InvalidError("the gate's verdict is not what became of the model")
+        if is_taken and not has_figures:
+            raise InvalidError("the model was taken although the gate has no figures of it")
+        if is_taken and not is_passed and not receipt.accepted_by:
             raise InvalidError("the model was taken although the gate refused it, and nobody answers for that")
 
 
@@ -190,10 +195,6 @@ def check_continues(run: Run, log: Path) -> None:
         leaves = [bytes.fromhex(event["hash"]) for event in run.ledger.events()[: kept.size]]
         if len(leaves) < kept.size or merkle.root(leaves).hex() != kept.root:
             raise InvalidError(f"the ledger does not continue the {kept.size} events of {log}")
-
-
-def _values(gate: dict[str, Any]) -> list[Any]:
-    return [value for name in MEASURED_BY for value in (*gate[name], *gate["errors"][name])]
 
 
 def _check_log(head: Head, log: Path) -> None:
