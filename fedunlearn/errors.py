@@ -23,6 +23,16 @@ class DestroyedError(Exception):
     """The model is not finite, or nothing can be learned from it: it is never committed, and no client is to blame."""
 
 
+def printable(text: str) -> str:
+    """Write out what a terminal would act on or hide, so that a text from outside stays one line.
+
+    Example:
+        >>> printable("café" + chr(10) + chr(27) + "[8m")
+        'café\\\\n\\\\x1b[8m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextmanager
 def unusable_replies() -> Iterator[None]:
     """Turn a ValueError over what clients sent into a NotNowError: other replies may do.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedunlearn.commands import Home, RunName, client_numbers, in_one_line, opened
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UserError, printable
 
 if TYPE_CHECKING:
     from fedunlearn.runs.run import Run
@@ -53,14 +53,14 @@ def verify(
         print(f"{receipt} is NOT valid: {error}")
         return 1
     for line in in_words(said, f"{receipt} is valid"):
-        print(line)
+        print(printable(line))
     for signer in signers(data):
         who = "the run's key" if signer == said.head.key else "a countersigner's key"
         print(f"signed with {who} {signer}{', as you asked' if signer == key else ''}")
     if said.head.key != key:
         print("nobody has confirmed the run's key yet: ask the operator for its id, and give it as --key")
     for sentence in said.does_not_prove:
-        print(f"not proved: {sentence}")
+        print(f"not proved: {printable(sentence)}")
     return 0
 
 

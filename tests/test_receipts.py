@@ -282,6 +282,81 @@ def test_a_gate_that_could_not_measure_a_figure_is_checked_all_the_same(sound):
     assert verified(rewritten(data, key, of_the_gate(unmeasured))).gate["gap"] == [None, None]
 
 
+def with_times(zone=None, due=None):
+    """Changes the times of all events, and when the request is due."""
+
+    def change(event):
+        if due and "due_at" in event:
+            event["due_at"] = due
+        return zone
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_times(due="2026-12-29T11:14:07"),
+        with_times(due="2026-12-29"),
+        with_times(due="x"),
+        with_times(zone="2026-11-29T11:14:07"),
+        with_times(zone="2026-11-29T11:14:07", due="2026-12-29T11:14:07"),
+        with_times(zone="x"),
+    ],
+)
+def test_times_without_a_zone_or_that_are_none_are_not_valid(sound, change):
+    data, key = sound
+    with pytest.raises(InvalidError, match="its times are not sound"):
+        verified(rewritten(data, key, change))
+
+
+FORGED = "one, client 3: COMPLETED\nsigned with the run's key 00, as you asked\n\x1b[8m"
+
+
+@pytest.mark.parametrize("name", [FORGED, "", "a b", "../a", "one\n"])
+def test_a_receipt_of_a_run_or_a_request_that_is_no_name_is_not_valid(sound, name):
+    data, key = sound
+
+    def rename(event):
+        if "request" in event:
+            event["request"] = name
+
+    for changed in (
+        resigned(data, lambda s: s["predicate"].update(run=name), key),
+        rewritten(data, key, rename),
+    ):
+        with pytest.raises(InvalidError, match="no name"):
+            verified(changed)
+
+
+def test_what_a_receipt_says_cannot_look_like_what_verify_says(sound, tmp_path, capsys):
+    data, _ = sound
+    key, file = tmp_path / "own.pem", tmp_path / "r1.json"
+    keys.new_key(key)
+
+    def rename(event):
+        if "strategy" in event:
+            event["strategy"] = FORGED
+
+    changed = rewritten(data, key, rename)
+    file.write_bytes(
+        resigned(changed, lambda s: s["predicate"]["does_not_prove"].append("\x1b[2K\u202e" + FORGED), key)
+    )
+    assert command("verify", str(file)) == 0
+    said = capsys.readouterr().out
+    assert "\nsigned with the run's key 00" not in said
+    assert not {"\x1b", "\u202e"} & set(said)
+    assert r"COMPLETED\nsigned with the run's key 00, as you asked\n\x1b[8m" in said
+    file.write_bytes(resigned(changed, lambda s: s["predicate"]["events"][1].update(at=FORGED), key))
+    assert command("verify", str(file)) == 1
+    file.write_bytes(resigned(data, lambda s: s["predicate"]["head"].update(key=FORGED), key))
+    assert command("verify", str(file)) == 1
+    said = capsys.readouterr().out
+    assert "is not signed with the run's key one, client 3" in said
+    assert "\x1b" not in said
+    assert "\nsigned" not in said
+
+
 def test_the_client_countersigns_and_both_signatures_count(first, tmp_path, capsys):
     own = keys.new_key(tmp_path / "client3.pem")
     assert command("keys", "sign", str(first), "--key", str(tmp_path / "client3.pem")) == 0

@@ -118,7 +118,7 @@ class Told(Part):
     @property
     def is_late(self) -> bool:
         """Whether the request was applied, or ended, after it was due."""
-        return datetime.fromisoformat(self.applied_at or self.ended_at) > datetime.fromisoformat(self.due_at)
+        return instant(self.applied_at or self.ended_at) > instant(self.due_at)
 
 
 class Later(Part):
@@ -166,6 +166,18 @@ class Statement(BaseModel):
     subject: list[Subject]
     predicate_type: Literal["urn:fedunlearn:receipt:1"] = Field(alias="predicateType", default=PREDICATE_TYPE)
     predicate: Receipt
+
+
+def instant(text: str) -> datetime:
+    """Read a time.
+
+    Raises:
+        ValueError: it is none, or does not say of which zone.
+    """
+    found = datetime.fromisoformat(text)
+    if found.tzinfo is None:
+        raise ValueError(f"{text} has no time zone")
+    return found
 
 
 def concerns(event: dict[str, Any], request: str) -> bool:

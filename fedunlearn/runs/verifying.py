@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from datetime import datetime
 from pathlib import Path
 
 import rfc8785
@@ -13,19 +13,23 @@ from pydantic import ValidationError
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import Error
 
-from fedunlearn.errors import UNREADABLE, UserError
+from fedunlearn.config import RUN_NAME
+from fedunlearn.errors import UNREADABLE, UserError, printable
 from fedunlearn.runs import keys, merkle
 from fedunlearn.runs.events import Head, entry
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.receipts import FOLDER, PAYLOAD_TYPE, as_file, statement_of
 from fedunlearn.runs.run import Run
-from fedunlearn.runs.statement import Receipt, Statement, Told, content, gate_reason, told_by
+from fedunlearn.runs.statement import Receipt, Statement, Told, content, gate_reason, instant, told_by
 
 DESTROYED = {"passed", "reason"}  # what the gate says of a model that has no figures
 
 
 class InvalidError(UserError):
-    """A receipt is not what it claims to be."""
+    """A receipt is not what it claims to be; what it says of that is written out."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(printable(str(reason)))
 
 
 def verified(data: bytes, *, key: str = "", log: Path | None = None) -> Receipt:
@@ -141,6 +145,8 @@ def _receipt(envelope: Envelope) -> Receipt:
         statement = Statement.model_validate(said)
     if statement != statement_of(statement.predicate):
         raise InvalidError("its subject is not the model that the receipt names")
+    if not re.fullmatch(RUN_NAME, statement.predicate.run) or not re.fullmatch(r"r\d+", statement.predicate.request):
+        raise InvalidError("what it calls the run, or the request, is no name of one")
     return statement.predicate
 
 
@@ -162,10 +168,10 @@ def _check_events(receipt: Receipt, head: Head) -> None:
 
 def _check_times(receipt: Receipt) -> None:
     with _or_invalid("its times are not sound"):
-        times = [datetime.fromisoformat(step.at) for step in receipt.states]
+        times = [instant(step.at) for step in receipt.states]
         if times != sorted(times):
             raise InvalidError("its times are not in order")
-        datetime.fromisoformat(receipt.due_at)
+        instant(receipt.due_at)
 
 
 def _check_gate(receipt: Receipt) -> None:
