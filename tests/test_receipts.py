@@ -19,7 +19,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.runs import keys, merkle, receipts
 from fedunlearn.runs.events import Head, entry
 from fedunlearn.runs.ledger import State
-from fedunlearn.runs.statement import Receipt, Told, told_by
+from fedunlearn.runs.statement import Event, Receipt, Told, content, told_by
 from fedunlearn.runs.verifying import InvalidError, verified
 
 WORDS = "rounds=3 forget.schedule={1:[3]} forget.gate=true forget.budget=1 evaluate_every=1"
@@ -405,6 +405,66 @@ def test_a_head_of_more_or_of_fewer_events_is_no_check_and_verify_says_so(run, f
         said = capsys.readouterr()
         assert "no head alone shows that" in said.err
         assert "is valid" not in said.out
+
+
+def without(run, first, is_left_out, *, also=()):
+    """A receipt that the run signs, with fewer events of the same ledger."""
+    receipt = verified(first.read_bytes())
+    numbers = [event.number for event in receipt.events if not is_left_out(content(event))]
+    found, head = run.ledger.evidence(lambda events: [*numbers, *also])
+    events = [Event(number=n, at=at, text=text, proof=proof) for n, at, text, proof in found]
+    told = told_by((event.number, event.at, content(event)) for event in events)
+    said = receipt.model_dump() | told.model_dump() | {"events": events, "head": head}
+    return receipts.signed(
+        receipts.statement_of(Receipt.model_validate(said)), keys.file_of(run.ledger.keys, run.ledger.key)
+    )
+
+
+def test_with_the_ledger_no_event_can_be_left_out_by_whoever_has_the_key(run, first, capsys):
+    run.ledger.keep_purge(run.ledger.request("r1"), deleted=["all"], kept=[{"what": "a copy", "why": "it is needed"}])
+    run.write_receipts()
+    last, log = first.parent / "r1-3.json", run.folder / "ledger.sqlite"
+    assert verified(last.read_bytes(), log=log).deleted == ["all"]
+    assert command("verify", "--run", "one") == 0
+    commits = [n for n, event in enumerate(run.ledger.events(), 1) if "checkpoint" in event]
+    before = next(content(event) for event in verified(last.read_bytes()).events if "checkpoint" in event.text)
+    for changed, why in (
+        (without(run, last, lambda event: "purged" in event), "it leaves out event"),
+        (without(run, last, lambda event: event == before, also=commits[:1]), "it leaves out event"),
+        (without(run, last, lambda event: False, also=commits[:1]), "other events"),
+    ):
+        assert verified(changed, key=run.ledger.key).request == "r1"  # alone it cannot show that
+        with pytest.raises(InvalidError, match=why):
+            verified(changed, key=run.ledger.key, log=log)
+        (first.parent / "r7.json").write_bytes(changed)
+        assert command("verify", "--run", "one") == 1
+        assert "r7.json: the ledger does not know it, and it " in capsys.readouterr().out
+
+
+def test_that_a_model_was_refused_first_cannot_be_left_out(federate):
+    federate("rounds=1")
+    run = federate.run()
+    (request,) = run.ledger.file([3])
+    run.ledger.advance(request, State.COLLECTING)
+    run.ledger.advance(request, State.QUARANTINED, reason="no", gate={"passed": False, "reason": "no"})
+    run.ledger.accept("r1", by="somebody")
+    run.ledger.advance(request, State.QUARANTINED, reason="no reply")
+    (file,) = run.write_receipts()
+    assert verified(file.read_bytes(), log=run.folder / "ledger.sqlite").reason == "no reply"
+    first_try = iter(["COLLECTING", "QUARANTINED", ""])
+    left_out = [next(first_try)]
+
+    def is_of_the_first_try(event):
+        is_next = event.get("state") == left_out[-1]
+        if is_next:
+            left_out.append(next(first_try))
+        return is_next
+
+    changed = without(run, file, is_of_the_first_try)
+    assert [step.state for step in verified(changed).states] == ["RECEIVED", "COLLECTING", "QUARANTINED"]
+    with pytest.raises(InvalidError, match="it leaves out event"):
+        verified(changed, log=run.folder / "ledger.sqlite")
+    run.ledger.close()
 
 
 def test_verify_of_a_run_names_what_was_changed(run, first, capsys):

@@ -203,18 +203,20 @@ class EventLog(Generic[T]):
         except (OSError, ValueError) as error:
             raise TamperedError(f"{self.head_file} is damaged ({error}): put back a copy of it") from error
 
-    def evidence(self, numbers: Iterable[int]) -> tuple[list[tuple[int, str, str, list[str]]], Head]:
+    def evidence(
+        self, choose: Callable[[list[dict[str, Any]]], Iterable[int]]
+    ) -> tuple[list[tuple[int, str, str, list[str]]], Head]:
         """Give events with the proofs that they are among those of a signed head, and that head.
 
         Args:
-            numbers: of the events, from 1.
+            choose: gives the numbers of the events, from 1; it is shown all that the head stands for.
 
         Returns:
             Number, time, text and proof of each, and the head.
         """
         head = self.signed_head()
-        rows = self._db.rows("SELECT number, at, event FROM events")
-        leaves, wanted = self._tree.leaves[: head.size], set(numbers)
+        rows = self._db.rows("SELECT number, at, event FROM events WHERE number <= ? ORDER BY number", (head.size,))
+        leaves, wanted = self._tree.leaves[: head.size], set(choose([json.loads(event) for _, _, event in rows]))
         events = [
             (number, at, event, [step.hex() for step in merkle.proof(leaves, number - 1)])
             for number, at, event in rows

@@ -8,7 +8,7 @@ Source: in-toto attestation framework, Statement v1.
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import Any, Literal
@@ -183,6 +183,22 @@ def instant(text: str) -> datetime:
 def concerns(event: dict[str, Any], request: str) -> bool:
     """Say whether an event is one of a request's steps."""
     return request in (event.get("request"), event.get("purged"))
+
+
+def brought(events: Sequence[dict[str, Any]], request: str) -> list[int]:
+    """Give the numbers of the events that a request's receipt brings along, of all that its ledger has.
+
+    These are its steps, the commit that it found and the one that applied it.
+
+    Args:
+        events: the content of each, from the first.
+        request: id of the request.
+    """
+    steps = [number for number, event in enumerate(events, 1) if concerns(event, request)]
+    applied = [number for number in steps if events[number - 1].get("state") == State.APPLIED]
+    commits = [number for number, event in enumerate(events, 1) if "checkpoint" in event]
+    found = [number for number in commits if number < applied[-1]][-2:] if applied else []
+    return sorted({*steps, *found})
 
 
 def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import rfc8785
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ from fedunlearn.runs.events import Head, entry
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.receipts import FOLDER, PAYLOAD_TYPE, as_file, statement_of
 from fedunlearn.runs.run import Run
-from fedunlearn.runs.statement import Receipt, Statement, Told, content, gate_reason, instant, told_by
+from fedunlearn.runs.statement import Receipt, Statement, Told, brought, content, gate_reason, instant, told_by
 
 DESTROYED = {"passed", "reason"}  # what the gate says of a model that has no figures
 
@@ -60,7 +61,7 @@ def verified(data: bytes, *, key: str = "", log: Path | None = None) -> Receipt:
     _check_times(receipt)
     _check_gate(receipt)
     if log:
-        _check_log(head, log)
+        _check_log(receipt, log)
     return receipt
 
 
@@ -98,7 +99,7 @@ def problems(run: Run, *, key: str = "", log: Path | None = None) -> Iterator[st
             data = file.read_bytes()
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise InvalidError("it is not the one that was written")
-            verified(data)
+            _check_of_run(run, data)
         except OSError as error:
             yield f"{file} cannot be read ({error.strerror})"
         except InvalidError as error:
@@ -108,7 +109,7 @@ def problems(run: Run, *, key: str = "", log: Path | None = None) -> Iterator[st
             try:
                 with _or_invalid("it cannot be read"):
                     data = file.read_bytes()
-                verified(data, key=run.ledger.key)
+                _check_of_run(run, data, key=run.ledger.key)
             except InvalidError as error:
                 yield f"{file}: the ledger does not know it, and {error}"
 
@@ -203,13 +204,14 @@ def check_continues(run: Run, log: Path) -> None:
             raise InvalidError(f"the ledger does not continue the {kept.size} events of {log}")
 
 
-def _check_log(head: Head, log: Path) -> None:
+def _check_log(receipt: Receipt, log: Path) -> None:
     """The ledger continues what the receipt's head stands for; a head alone can only be of the same events.
 
     Raises:
-        InvalidError: it does not.
+        InvalidError: it does not, or has events of the request that the receipt leaves out.
         UserError: nobody can say whether it does.
     """
+    head = receipt.head
     with _or_invalid(f"{log} cannot be read"):
         if log.suffix == ".json":
             kept = Head.model_validate_json(log.read_bytes())
@@ -228,6 +230,24 @@ def _check_log(head: Head, log: Path) -> None:
                 rows = db.execute("SELECT at, event FROM events ORDER BY number").fetchall()
         except sqlite3.Error as error:
             raise InvalidError(f"{log} cannot be read: {error}") from error
-        leaves = [merkle.leaf(entry(at, event)) for at, event in rows[: head.size]]
-        if len(leaves) < head.size or merkle.root(leaves).hex() != head.root:
-            raise InvalidError(f"{log} does not hold the events that the receipt's head stands for")
+        rows = rows[: head.size]
+        leaves, events = [merkle.leaf(entry(*row)) for row in rows], [json.loads(event) for _, event in rows]
+        _check_whole(receipt, leaves, events, str(log))
+
+
+def _check_whole(receipt: Receipt, leaves: list[bytes], events: list[dict[str, Any]], log: str) -> None:
+    """The receipt's head is of these events, and the receipt has exactly those that concern its request."""
+    if len(leaves) < receipt.head.size or merkle.root(leaves).hex() != receipt.head.root:
+        raise InvalidError(f"{log} does not hold the events that the receipt's head stands for")
+    wanted, found = brought(events, receipt.request), [event.number for event in receipt.events]
+    if missing := sorted({*wanted} - {*found}):
+        raise InvalidError(f"it leaves out event {missing[0]} of {log}, which concerns its request")
+    if wanted != found:
+        raise InvalidError(f"it has other events than those of {log} that concern its request")
+
+
+def _check_of_run(run: Run, data: bytes, *, key: str = "") -> None:
+    """A receipt is valid, and whole by the run's ledger."""
+    receipt = verified(data, key=key)
+    events = run.ledger.events()[: receipt.head.size]
+    _check_whole(receipt, [bytes.fromhex(event["hash"]) for event in events], events, "the ledger")
