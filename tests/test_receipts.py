@@ -120,7 +120,7 @@ def test_a_refused_and_a_cancelled_request_have_receipts_too(federate, home, cap
     assert verified((federate.folder() / "receipts" / "r2.json").read_bytes()).state == State.CANCELLED
 
 
-def test_a_crash_before_the_receipt_is_written_leaves_it_to_the_next_start(federate, monkeypatch):
+def test_a_crash_before_the_receipt_is_written_leaves_it_to_the_next_start(federate, monkeypatch, capsys):
     def crash(*about, **words):
         raise KeyboardInterrupt
 
@@ -129,7 +129,10 @@ def test_a_crash_before_the_receipt_is_written_leaves_it_to_the_next_start(feder
         with pytest.raises(KeyboardInterrupt):
             federate("rounds=2 forget.schedule={1:[3]}")
     assert federate.requests()[0].state == State.COMPLETED
+    assert command("verify", "--run", "test") == 1
+    assert "wrong: request r1 is COMPLETED, and has no receipt of how it stands" in capsys.readouterr().out
     federate("rounds=2 forget.schedule={1:[3]}")
+    assert command("verify", "--run", "test") == 0
     assert verified((federate.folder() / "receipts" / "r1.json").read_bytes()).state == State.COMPLETED
 
 

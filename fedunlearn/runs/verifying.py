@@ -21,7 +21,7 @@ from fedunlearn.runs.events import Head, entry
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.receipts import FOLDER, PAYLOAD_TYPE, as_file, statement_of
 from fedunlearn.runs.run import Run
-from fedunlearn.runs.statement import Receipt, Statement, Told, brought, content, gate_reason, instant, told_by
+from fedunlearn.runs.statement import ENDED, Receipt, Statement, Told, brought, content, gate_reason, instant, told_by
 
 DESTROYED = {"passed", "reason"}  # what the gate says of a model that has no figures
 
@@ -104,6 +104,7 @@ def problems(run: Run, *, key: str = "", log: Path | None = None) -> Iterator[st
             yield f"{file} cannot be read ({error.strerror})"
         except InvalidError as error:
             yield f"{file}: {error}"
+    yield from _untold(run)
     for file in (run.folder / FOLDER).glob("*.json"):
         if file.name not in known:  # a countersigned one is valid
             try:
@@ -112,6 +113,18 @@ def problems(run: Run, *, key: str = "", log: Path | None = None) -> Iterator[st
                 _check_of_run(run, data, key=run.ledger.key)
             except InvalidError as error:
                 yield f"{file}: the ledger does not know it, and {error}"
+
+
+def _untold(run: Run) -> Iterator[str]:
+    """Name the requests that have ended without a receipt of that; a process that holds the run may be writing it."""
+    if run.is_live():
+        return
+    for request in run.ledger.requests():
+        if request.state in ENDED and not run.ledger.is_told(request):
+            yield (
+                f"request {request.id} is {request.state}, and has no receipt of how it stands: "
+                f"start the run again with run={run.name}, which writes it"
+            )
 
 
 @contextmanager
