@@ -180,8 +180,9 @@ def test_a_changed_ledger_is_not_read_and_not_written(place, tamper):
     ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
     events = ledger._db.rows("SELECT count(*) FROM events")
     for use in (ledger.requests, ledger.current, ledger.head, ledger.events, lambda: ledger.file([0])):
-        with pytest.raises(TamperedError, match="put back a copy"):
+        with pytest.raises(TamperedError, match="put back a copy") as found:
             use()
+        assert "\n" not in str(found.value)
     assert ledger._db.rows("SELECT count(*) FROM events") == events
     ledger.close()
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedunlearn.errors import UNREADABLE, UserError
 from fedunlearn.runs import keys, merkle
@@ -201,7 +201,8 @@ class EventLog(Generic[T]):
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise TamperedError(f"{self.head_file} is damaged ({error}): put back a copy of it") from error
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise TamperedError(f"{self.head_file} is damaged ({reason}): put back a copy of it") from error
 
     def evidence(
         self, choose: Callable[[list[dict[str, Any]]], Iterable[int]]
