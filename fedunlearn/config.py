@@ -20,6 +20,7 @@ from fedunlearn.schema import check_names, fields_of, in_one_line, is_mapping, n
 Passes = Literal["auto", "bf16", "fp32"]
 Precision = Literal["bf16", "fp32"]
 Scale = Literal["auto", "full", "laptop"]
+RUN_NAME = r"\w[\w.-]*"
 
 
 class Settings(BaseModel):
@@ -323,7 +324,7 @@ def check(config: Config) -> Config:
     Raises:
         UserError: naming the first that does not.
     """
-    if config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
+    if config.run and not re.fullmatch(RUN_NAME, config.run):
         raise UserError(f"run={config.run!r} is no name: a letter or digit, then also '.', '_' and '-'")
     for round_, clients in config.forget.schedule.items():
         if not 0 <= round_ <= config.rounds:

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError)
+"""What reading raises where content from outside is not of the form that it should be of."""
+
 
 class UserError(Exception):
     """What a person can put right: shown as one line, without a traceback, and ends a command with status 2."""
@@ -18,6 +21,16 @@ class NotNowError(Exception):
 
 class DestroyedError(Exception):
     """The model is not finite, or nothing can be learned from it: it is never committed, and no client is to blame."""
+
+
+def printable(text: str) -> str:
+    """Write out what a terminal would act on or hide, so that a text from outside stays one line.
+
+    Example:
+        >>> printable("café" + chr(10) + chr(27) + "[8m")
+        'café\\\\n\\\\x1b[8m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedunlearn.commands import Home, RunName, client_numbers, in_one_line, opened
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UserError, printable
 
 if TYPE_CHECKING:
     from fedunlearn.runs.run import Run
@@ -24,7 +24,9 @@ KeyFile = Annotated[Path, typer.Option("--key", help="A private key, as `keys ne
 def verify(
     receipt: Annotated[Path | None, typer.Argument(help="A receipt, as runs/demo/receipts/r1.json.")] = None,
     key: Annotated[str, typer.Option(help="Id of the key that must have signed; ask the operator for it.")] = "",
-    log: Annotated[Path | None, typer.Option(help="The run's heads/<run>.json or ledger.sqlite, to compare.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Of a receipt: the run's ledger.sqlite. Of a run: a copy of heads/<run>.json.")
+    ] = None,
     run: RunName = "",
     home: Home = "",
 ) -> int:
@@ -51,14 +53,14 @@ def verify(
         print(f"{receipt} is NOT valid: {error}")
         return 1
     for line in in_words(said, f"{receipt} is valid"):
-        print(line)
+        print(printable(line))
     for signer in signers(data):
         who = "the run's key" if signer == said.head.key else "a countersigner's key"
         print(f"signed with {who} {signer}{', as you asked' if signer == key else ''}")
     if said.head.key != key:
         print("nobody has confirmed the run's key yet: ask the operator for its id, and give it as --key")
     for sentence in said.does_not_prove:
-        print(f"not proved: {sentence}")
+        print(f"not proved: {printable(sentence)}")
     return 0
 
 

@@ -16,9 +16,10 @@ from securesystemslib.dsse import Envelope
 
 from command_line import command
 from fedunlearn.errors import UserError
-from fedunlearn.runs import keys, receipts
+from fedunlearn.runs import keys, merkle, receipts
+from fedunlearn.runs.events import Head, entry
 from fedunlearn.runs.ledger import State
-from fedunlearn.runs.statement import Told
+from fedunlearn.runs.statement import Event, Receipt, Told, content, told_by
 from fedunlearn.runs.verifying import InvalidError, verified
 
 WORDS = "rounds=3 forget.schedule={1:[3]} forget.gate=true forget.budget=1 evaluate_every=1"
@@ -119,7 +120,7 @@ def test_a_refused_and_a_cancelled_request_have_receipts_too(federate, home, cap
     assert verified((federate.folder() / "receipts" / "r2.json").read_bytes()).state == State.CANCELLED
 
 
-def test_a_crash_before_the_receipt_is_written_leaves_it_to_the_next_start(federate, monkeypatch):
+def test_a_crash_before_the_receipt_is_written_leaves_it_to_the_next_start(federate, monkeypatch, capsys):
     def crash(*about, **words):
         raise KeyboardInterrupt
 
@@ -128,7 +129,10 @@ def test_a_crash_before_the_receipt_is_written_leaves_it_to_the_next_start(feder
         with pytest.raises(KeyboardInterrupt):
             federate("rounds=2 forget.schedule={1:[3]}")
     assert federate.requests()[0].state == State.COMPLETED
+    assert command("verify", "--run", "test") == 1
+    assert "wrong: request r1 is COMPLETED, and has no receipt of how it stands" in capsys.readouterr().out
     federate("rounds=2 forget.schedule={1:[3]}")
+    assert command("verify", "--run", "test") == 0
     assert verified((federate.folder() / "receipts" / "r1.json").read_bytes()).state == State.COMPLETED
 
 
@@ -217,6 +221,145 @@ def test_parts_that_are_missing_moved_or_foreign_are_not_valid_even_with_the_run
         verified(resigned(data, change, key))
 
 
+def rewritten(data, key, change):
+    """A receipt of another history of the same request: its events are others, of a ledger of their own, all signed."""
+    statement = json.loads(payload(data))
+    said = statement["predicate"]
+    events = [(event["at"], json.loads(event["text"])) for event in said["events"]]
+    for place, (at, event) in enumerate(events):
+        events[place] = (change(event) or at, event)
+    told = told_by((number, at, event) for number, (at, event) in enumerate(events, 1))
+    texts = [(at, json.dumps(event, sort_keys=True)) for at, event in events]
+    leaves, owner = [merkle.leaf(entry(*one)) for one in texts], keys.id_of(keys.load(key))
+    head = Head(key=owner, size=len(leaves), root=merkle.root(leaves).hex())
+    signature = keys.load(key).sign(head.message).hex()
+    said |= told.model_dump() | {"head": head.model_copy(update={"signature": signature}).model_dump()}
+    said["events"] = [
+        {"number": n, "at": at, "text": text, "proof": [step.hex() for step in merkle.proof(leaves, n - 1)]}
+        for n, (at, text) in enumerate(texts, 1)
+    ]
+    return receipts.signed(receipts.statement_of(Receipt.model_validate(said)), key)
+
+
+def of_the_gate(change):
+    """Changes what the gate says of the model."""
+    return lambda event: change(event["gate"]) if "gate" in event else None
+
+
+def only(**said):
+    def change(gate):
+        gate.clear()
+        gate.update(said)
+
+    return change
+
+
+GATES = {
+    "nothing": only(),
+    "the verdict alone": only(passed=True, reason=""),
+    "a refusal alone": only(passed=False, reason="the model is not finite"),
+    "no errors": lambda gate: only(**{name: value for name, value in gate.items() if name != "errors"})(gate),
+    "no errors and a refusal": lambda gate: gate.update(passed=False, reason="no") or gate.__delitem__("errors"),
+    "errors that are a list": lambda gate: gate.update(errors=[]),
+    "no figures of retain clients": lambda gate: gate.__delitem__("retain"),
+    "one figure that is null": lambda gate: gate.update(passed=False) or gate["retain"].__setitem__(0, None),
+    "text for figures": lambda gate: gate.update(retain="xy"),
+    "a verdict that is a number": lambda gate: gate.update(passed=1),
+}
+
+
+@pytest.mark.parametrize("change", GATES.values(), ids=GATES.keys())
+def test_where_the_gates_figures_are_missing_or_no_figures_none_is_valid_whoever_signs(sound, change):
+    data, key = sound
+    assert verified(rewritten(data, key, lambda event: None)).gate["passed"] is True
+    with pytest.raises(InvalidError, match="gate"):
+        verified(rewritten(data, key, of_the_gate(change)))
+
+
+def test_a_gate_that_could_not_measure_a_figure_is_checked_all_the_same(sound):
+    data, key = sound
+
+    def unmeasured(gate):
+        gate["gap"], gate["errors"]["gap"] = [None, None], [None, None]
+
+    assert verified(rewritten(data, key, of_the_gate(unmeasured))).gate["gap"] == [None, None]
+
+
+def with_times(zone=None, due=None):
+    """Changes the times of all events, and when the request is due."""
+
+    def change(event):
+        if due and "due_at" in event:
+            event["due_at"] = due
+        return zone
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_times(due="2026-12-29T11:14:07"),
+        with_times(due="2026-12-29"),
+        with_times(due="x"),
+        with_times(zone="2026-11-29T11:14:07"),
+        with_times(zone="2026-11-29T11:14:07", due="2026-12-29T11:14:07"),
+        with_times(zone="x"),
+    ],
+)
+def test_times_without_a_zone_or_that_are_none_are_not_valid(sound, change):
+    data, key = sound
+    with pytest.raises(InvalidError, match="its times are not sound"):
+        verified(rewritten(data, key, change))
+
+
+FORGED = "one, client 3: COMPLETED\nsigned with the run's key 00, as you asked\n\x1b[8m"
+
+
+@pytest.mark.parametrize("name", [FORGED, "", "a b", "../a", "one\n"])
+def test_a_receipt_of_a_run_or_a_request_that_is_no_name_is_not_valid(sound, name):
+    data, key = sound
+
+    def rename(event):
+        if "request" in event:
+            event["request"] = name
+
+    for changed in (
+        resigned(data, lambda s: s["predicate"].update(run=name), key),
+        rewritten(data, key, rename),
+    ):
+        with pytest.raises(InvalidError, match="no name"):
+            verified(changed)
+
+
+def test_what_a_receipt_says_cannot_look_like_what_verify_says(sound, tmp_path, capsys):
+    data, _ = sound
+    key, file = tmp_path / "own.pem", tmp_path / "r1.json"
+    keys.new_key(key)
+
+    def rename(event):
+        if "strategy" in event:
+            event["strategy"] = FORGED
+
+    changed = rewritten(data, key, rename)
+    file.write_bytes(
+        resigned(changed, lambda s: s["predicate"]["does_not_prove"].append("\x1b[2K\u202e" + FORGED), key)
+    )
+    assert command("verify", str(file)) == 0
+    said = capsys.readouterr().out
+    assert "\nsigned with the run's key 00" not in said
+    assert not {"\x1b", "\u202e"} & set(said)
+    assert r"COMPLETED\nsigned with the run's key 00, as you asked\n\x1b[8m" in said
+    file.write_bytes(resigned(changed, lambda s: s["predicate"]["events"][1].update(at=FORGED), key))
+    assert command("verify", str(file)) == 1
+    file.write_bytes(resigned(data, lambda s: s["predicate"]["head"].update(key=FORGED), key))
+    assert command("verify", str(file)) == 1
+    said = capsys.readouterr().out
+    assert "is not signed with the run's key one, client 3" in said
+    assert "\x1b" not in said
+    assert "\nsigned" not in said
+
+
 def test_the_client_countersigns_and_both_signatures_count(first, tmp_path, capsys):
     own = keys.new_key(tmp_path / "client3.pem")
     assert command("keys", "sign", str(first), "--key", str(tmp_path / "client3.pem")) == 0
@@ -240,11 +383,91 @@ def test_the_client_countersigns_and_both_signatures_count(first, tmp_path, caps
 
 def test_the_log_must_hold_the_events(run, first, federate):
     data = first.read_bytes()
-    assert verified(data, log=federate.home / "heads" / "one.json")
+    assert verified(data, log=run.folder / "ledger.sqlite")
     federate("rounds=1 run=other")
     for other in (federate.folder("other") / "ledger.sqlite", federate.home / "heads" / "other.json", first):
         with pytest.raises(InvalidError):
             verified(data, log=other)
+
+
+def test_a_head_of_more_or_of_fewer_events_is_no_check_and_verify_says_so(run, first, tmp_path, capsys):
+    head, file = verified(first.read_bytes()).head, tmp_path / "head.json"
+    private = keys.load(keys.file_of(run.ledger.keys, run.ledger.key))
+
+    def kept(size, root):
+        other = head.model_copy(update={"size": size, "root": root})
+        signature = private.sign(other.message).hex()
+        file.write_text(other.model_copy(update={"signature": signature}).model_dump_json())
+        return command("verify", str(first), "--log", str(file))
+
+    assert kept(head.size, head.root) == 0
+    assert kept(head.size, "00" * 32) == 1
+    capsys.readouterr()
+    for size in (head.size - 1, head.size + 1):
+        assert kept(size, "00" * 32) == 2
+        said = capsys.readouterr()
+        assert "no head alone shows that" in said.err
+        assert "is valid" not in said.out
+
+
+def without(run, first, is_left_out, *, also=()):
+    """A receipt that the run signs, with fewer events of the same ledger."""
+    receipt = verified(first.read_bytes())
+    numbers = [event.number for event in receipt.events if not is_left_out(content(event))]
+    found, head = run.ledger.evidence(lambda events: [*numbers, *also])
+    events = [Event(number=n, at=at, text=text, proof=proof) for n, at, text, proof in found]
+    told = told_by((event.number, event.at, content(event)) for event in events)
+    said = receipt.model_dump() | told.model_dump() | {"events": events, "head": head}
+    return receipts.signed(
+        receipts.statement_of(Receipt.model_validate(said)), keys.file_of(run.ledger.keys, run.ledger.key)
+    )
+
+
+def test_with_the_ledger_no_event_can_be_left_out_by_whoever_has_the_key(run, first, capsys):
+    run.ledger.keep_purge(run.ledger.request("r1"), deleted=["all"], kept=[{"what": "a copy", "why": "it is needed"}])
+    run.write_receipts()
+    last, log = first.parent / "r1-3.json", run.folder / "ledger.sqlite"
+    assert verified(last.read_bytes(), log=log).deleted == ["all"]
+    assert command("verify", "--run", "one") == 0
+    commits = [n for n, event in enumerate(run.ledger.events(), 1) if "checkpoint" in event]
+    before = next(content(event) for event in verified(last.read_bytes()).events if "checkpoint" in event.text)
+    for changed, why in (
+        (without(run, last, lambda event: "purged" in event), "it leaves out event"),
+        (without(run, last, lambda event: event == before, also=commits[:1]), "it leaves out event"),
+        (without(run, last, lambda event: False, also=commits[:1]), "other events"),
+    ):
+        assert verified(changed, key=run.ledger.key).request == "r1"  # alone it cannot show that
+        with pytest.raises(InvalidError, match=why):
+            verified(changed, key=run.ledger.key, log=log)
+        (first.parent / "r7.json").write_bytes(changed)
+        assert command("verify", "--run", "one") == 1
+        assert "r7.json: the ledger does not know it, and it " in capsys.readouterr().out
+
+
+def test_that_a_model_was_refused_first_cannot_be_left_out(federate):
+    federate("rounds=1")
+    run = federate.run()
+    (request,) = run.ledger.file([3])
+    run.ledger.advance(request, State.COLLECTING)
+    run.ledger.advance(request, State.QUARANTINED, reason="no", gate={"passed": False, "reason": "no"})
+    run.ledger.accept("r1", by="somebody")
+    run.ledger.advance(request, State.QUARANTINED, reason="no reply")
+    (file,) = run.write_receipts()
+    assert verified(file.read_bytes(), log=run.folder / "ledger.sqlite").reason == "no reply"
+    first_try = iter(["COLLECTING", "QUARANTINED", ""])
+    left_out = [next(first_try)]
+
+    def is_of_the_first_try(event):
+        is_next = event.get("state") == left_out[-1]
+        if is_next:
+            left_out.append(next(first_try))
+        return is_next
+
+    changed = without(run, file, is_of_the_first_try)
+    assert [step.state for step in verified(changed).states] == ["RECEIVED", "COLLECTING", "QUARANTINED"]
+    with pytest.raises(InvalidError, match="it leaves out event"):
+        verified(changed, log=run.folder / "ledger.sqlite")
+    run.ledger.close()
 
 
 def test_verify_of_a_run_names_what_was_changed(run, first, capsys):
@@ -261,6 +484,16 @@ def test_verify_of_a_run_names_what_was_changed(run, first, capsys):
     assert command("verify", "--run", "one") == 1
     assert "r9.json: the ledger does not know it" in capsys.readouterr().out
     (first.parent / "r9.json").unlink()
+    (first.parent / "r9.json").mkdir()
+    assert command("verify", "--run", "one") == 1
+    assert "r9.json: the ledger does not know it, and it cannot be read" in capsys.readouterr().out
+    (first.parent / "r9.json").rmdir()
+    first.unlink()
+    first.mkdir()
+    assert command("verify", "--run", "one") == 1
+    assert f"{first} cannot be read (Is a directory)" in capsys.readouterr().out
+    first.rmdir()
+    first.write_bytes(original)
     (checkpoint,) = (run.folder / "checkpoints").iterdir()
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1] + b"\0")
     assert command("verify", "--run", "one") == 1

@@ -108,6 +108,20 @@ def head_garbled(place):
     (place / "heads" / "one.json").write_text("{")
 
 
+def head_of(size, *, is_signed):
+    """Cut, and the head outside says so much, signed with a key of whoever did it, or not at all."""
+
+    def tamper(place):
+        sql("DELETE FROM events WHERE number > 3")(place)
+        key = new_key(folder=place / "others") if is_signed else ""
+        message = f"fedunlearn ledger\n{key}\n{size}\n{merkle.root([]).hex()}\n".encode()
+        signature = keys.load(keys.file_of(place / "others", key)).sign(message).hex() if key else ""
+        said = {"key": key, "size": size, "root": merkle.root([]).hex(), "signature": signature}
+        (place / "heads" / "one.json").write_text(json.dumps(said))
+
+    return tamper
+
+
 LAST = "(SELECT max(number) FROM events)"
 KINDS = {
     "an event's text": sql("""UPDATE events SET event = replace(event, '"clients": [1]', '"clients": [0]')"""),
@@ -138,9 +152,25 @@ KINDS = {
     "the ledger removed": removed,
     "the ledger emptied": emptied,
     "another run's ledger": swapped,
+    "a signature that is no text": sql(f"UPDATE events SET signature = x'00' WHERE number = {LAST}"),
+    "a number for a signature": sql(f"UPDATE events SET signature = 5 WHERE number = {LAST}"),
+    "bytes for a time": sql("UPDATE events SET at = x'30' WHERE number = 3"),
+    "bytes for an event": sql("UPDATE events SET event = x'7b7d' WHERE number = 3"),
+    "a number for the key": sql("""UPDATE events SET event = '{"key": 5, "ledger": 2}' WHERE number = 1"""),
+    "a key that is no text": sql(r"""UPDATE events SET event = '{"key": "\ud800", "ledger": 2}' WHERE number = 1"""),
+    "a list for the key": sql("""UPDATE events SET event = '{"key": ["a"], "ledger": 2}' WHERE number = 1"""),
+    "an event nested too deep": sql(f"UPDATE events SET event = '{'[' * 200_000}' WHERE number = 3"),
+    "a number too large": sql("""UPDATE events SET event = '{"examples": {"1e400": 1e400}}' WHERE number = 3"""),
+    "an event that is a list": sql("""UPDATE events SET event = '["ledger", "request"]' WHERE number = 3"""),
     "the head outside": head_changed,
     "the last events, and the head outside": cut_with_a_head,
     "the head outside, no JSON": head_garbled,
+    "the last events, and an empty head": head_of(0, is_signed=False),
+    "the last events, and an empty head of another key": head_of(0, is_signed=True),
+    "the last events, and a head of less than none": head_of(-1, is_signed=True),
+    "the last events, and an unsigned head": head_of(3, is_signed=False),
+    "the last events, and a head of another key": head_of(3, is_signed=True),
+    "the last events, and an unsigned head of more": head_of(10**30, is_signed=False),
 }  # fmt: skip
 
 
@@ -150,8 +180,9 @@ def test_a_changed_ledger_is_not_read_and_not_written(place, tamper):
     ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
     events = ledger._db.rows("SELECT count(*) FROM events")
     for use in (ledger.requests, ledger.current, ledger.head, ledger.events, lambda: ledger.file([0])):
-        with pytest.raises(TamperedError, match="put back a copy"):
+        with pytest.raises(TamperedError, match="put back a copy") as found:
             use()
+        assert "\n" not in str(found.value)
     assert ledger._db.rows("SELECT count(*) FROM events") == events
     ledger.close()
 
@@ -183,6 +214,76 @@ def test_where_the_head_outside_is_gone_the_ledger_itself_says_so_for_good(place
     assert ledger.signed_head() == ledger.kept_head()
     assert ledger.unwitnessed() == [before]
     ledger.close()
+
+
+@pytest.mark.parametrize("left", [1, 2, 3, 4])
+def test_a_ledger_that_was_cut_to_its_beginning_says_so_too_where_the_head_is_gone(place, left):
+    sql(f"DELETE FROM events WHERE number > {left}")(place)
+    (place / "heads" / "one.json").unlink()
+    ledger = Ledger(place / "runs" / "one" / "ledger.sqlite")
+    assert ledger.kept_head() is None
+    ledger.file([0])
+    assert ledger.unwitnessed() == [left]
+    ledger.close()
+
+
+def begun_without_a_word(path):
+    """A new run makes its first events, and nothing was amiss."""
+    ledger = Ledger(path)
+    ledger.begin_anew()
+    ledger.commit(1, "round-00001.safetensors", "11")
+    assert ledger.unwitnessed() == []
+    assert ledger.signed_head() == ledger.kept_head()
+    ledger.close()
+
+
+def test_a_new_run_that_was_killed_at_its_first_events_begins_anew(tmp_path, monkeypatch):
+    """Killed right before they are final, or right after."""
+    for name, is_final in (("before", False), ("after", True)):
+        path = tmp_path / "runs" / name / "ledger.sqlite"
+        ledger = Ledger(path)
+        ledger.commit(0, "round-00000.safetensors", "00")
+        ledger.close()
+        if not is_final:
+            with sqlite3.connect(path) as db:
+                db.execute("DELETE FROM events")
+            db.close()
+        begun_without_a_word(path)
+
+
+def test_where_the_first_events_fail_the_same_process_may_try_again(tmp_path):
+    path = tmp_path / "runs" / "one" / "ledger.sqlite"
+    ledger = Ledger(path)
+
+    def fail():
+        with ledger.transaction():
+            ledger.record(one=1)
+            raise KeyboardInterrupt
+
+    def full(*about):
+        raise OSError(28, "full")
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedunlearn.runs.files.os.replace", full)
+        with pytest.raises(UserError, match="full"):
+            ledger.commit(1, "round-00001.safetensors", "11")
+    assert ledger.events() == []
+    ledger.close()
+    begun_without_a_word(path)
+
+
+def test_a_copy_is_as_witnessed_as_what_it_is_a_copy_of(place):
+    for is_witnessed, name in ((True, "two"), (False, "three")):
+        ledger, copy = (Ledger(place / "runs" / run / "ledger.sqlite") for run in ("one", name))
+        before = len(ledger.events())
+        ledger.copy_to(copy)
+        assert copy.unwitnessed() == ([] if is_witnessed else [before])
+        (place / "heads" / "one.json").unlink(missing_ok=True)
+        ledger.close()
+        copy.close()
 
 
 def test_where_a_commit_fails_nothing_was_filed(place):

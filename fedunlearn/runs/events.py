@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UNREADABLE, UserError
 from fedunlearn.runs import keys, merkle
 from fedunlearn.runs.database import Database
 from fedunlearn.runs.files import write_atomically
@@ -23,7 +23,6 @@ CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY, at TEXT NOT NULL, event TEXT NOT NULL, signature TEXT NOT NULL)
 """
 FORMAT = 2
-FIRST = 4  # events that a new log may have before a head of it is kept
 RUNS = "runs"  # folder of a state folder
 
 
@@ -37,7 +36,7 @@ class Head(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     key: str = Field(description="id of the run's key: the Ed25519 public key")
-    size: int = Field(description="how many events there were")
+    size: int = Field(ge=1, description="how many events there were")
     root: str = Field(description="Merkle root over them")
     signature: str = Field(default="", description="the run's, under the three above")
 
@@ -99,37 +98,51 @@ class EventLog(Generic[T]):
 
     def copy_to(self, other: "EventLog[T]") -> None:
         """Copy everything into another log, which goes on with a key of its own."""
+        root = self.head().root
         other.begin_anew()
         self._db.copy_to(other._db)
         other._begin_reading()
+        other.found()
+        other._is_witnessed = self._is_witnessed
         with other.transaction():
-            other._is_witnessed = True
-            other._new_key(fork_of=self.head().root)
+            other._new_key(fork_of=root)
 
     def begin_anew(self) -> None:
-        """Put the head of an earlier run of the same name aside: this run begins without events."""
+        """Put the head of an earlier run of the same name aside: this run begins without events.
+
+        So is the head of a run that was killed before its first events were final.
+        """
         if not self._db.rows("SELECT 1 FROM events LIMIT 1") and self.head_file.exists():
             ended = f"{self.head_file.stem}.ended-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.json"
             self.head_file.rename(self.head_file.with_name(ended))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Have the events that are recorded inside become final together, or not at all."""
+        """Have the events that are recorded inside become final together, or not at all.
+
+        The head is kept after them. That of the first ones is kept before: so no log with events was ever without one.
+        """
+        is_first = False
         try:
             with self._db.transaction():
                 self.found()
                 before = len(self._tree.leaves)
-                if not self._key:
+                is_first = not self._key
+                if is_first:
                     self._new_key()
                 if not self._is_witnessed:
                     self.record(unwitnessed=before)
                     self._is_witnessed = True
                 yield
                 is_changed = len(self._tree.leaves) > before
+                if is_first:
+                    self._keep_head()
         except BaseException:
             self._begin_reading()
+            if is_first:
+                self.begin_anew()
             raise
-        if is_changed:
+        if is_changed and not is_first:
             self._keep_head()
 
     def found(self) -> T:
@@ -188,20 +201,23 @@ class EventLog(Generic[T]):
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise TamperedError(f"{self.head_file} is damaged ({error}): put back a copy of it") from error
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise TamperedError(f"{self.head_file} is damaged ({reason}): put back a copy of it") from error
 
-    def evidence(self, numbers: Iterable[int]) -> tuple[list[tuple[int, str, str, list[str]]], Head]:
+    def evidence(
+        self, choose: Callable[[list[dict[str, Any]]], Iterable[int]]
+    ) -> tuple[list[tuple[int, str, str, list[str]]], Head]:
         """Give events with the proofs that they are among those of a signed head, and that head.
 
         Args:
-            numbers: of the events, from 1.
+            choose: gives the numbers of the events, from 1; it is shown all that the head stands for.
 
         Returns:
             Number, time, text and proof of each, and the head.
         """
         head = self.signed_head()
-        rows = self._db.rows("SELECT number, at, event FROM events")
-        leaves, wanted = self._tree.leaves[: head.size], set(numbers)
+        rows = self._db.rows("SELECT number, at, event FROM events WHERE number <= ? ORDER BY number", (head.size,))
+        leaves, wanted = self._tree.leaves[: head.size], set(choose([json.loads(event) for _, _, event in rows]))
         events = [
             (number, at, event, [step.hex() for step in merkle.proof(leaves, number - 1)])
             for number, at, event in rows
@@ -216,6 +232,8 @@ class EventLog(Generic[T]):
 
     def _read_on(self) -> None:
         kept = None if self._compared else self.kept_head()  # before the events: those go on meanwhile
+        if kept and not kept.is_signed:
+            raise TamperedError(f"{self.head_file} is not signed by the run: put back a copy of it")
         seen = len(self._tree.leaves)
         rows = self._db.rows(
             "SELECT number, at, event, signature FROM events WHERE number > ? ORDER BY number", (seen,)
@@ -229,17 +247,19 @@ class EventLog(Generic[T]):
         if kept and len(self._tree.leaves) < kept.size:
             raise self._tampered(f"it has {len(self._tree.leaves)} events, and had {kept.size}")
         if not self._compared:
-            self._compared, self._is_witnessed = True, kept is not None or len(rows) <= FIRST
+            self._compared, self._is_witnessed = True, kept is not None or not rows
 
-    def _take(self, number: int, at: str, text: str, signature: str, *, is_last: bool) -> None:
+    def _take(self, number: int, at: Any, text: Any, signature: Any, *, is_last: bool) -> None:
         """Take in an event that is the next one; the last one, and one that changes the key, must be signed."""
         if number != len(self._tree.leaves) + 1:
             raise self._tampered(f"event {len(self._tree.leaves) + 1} is missing")
         try:
             event = json.loads(text)
             key = event["key"] if "ledger" in event else ""
+            if not isinstance(at, str) or not isinstance(text, str) or not (key == "" or keys.is_id(key)):
+                raise ValueError("it is of another form")
             self._found.follow(at, event)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except UNREADABLE as error:
             raise self._tampered(f"event {number} is none") from error
         self._tree.append(merkle.leaf(entry(at, text)))
         self._key = self._key or key
@@ -253,8 +273,6 @@ class EventLog(Generic[T]):
 
     def _compare(self, kept: Head) -> None:
         """Raise TamperedError unless the events so far are those that were there when a head was kept."""
-        if not kept.is_signed:
-            raise TamperedError(f"{self.head_file} is not signed by the run: put back a copy of it")
         if (kept.key, kept.root) != (self._key, self._tree.root().hex()):
             raise self._tampered(f"its first {kept.size} events are others than they were")
 

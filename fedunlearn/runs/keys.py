@@ -7,6 +7,7 @@ whoever has the id can check a signature.
 import os
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
@@ -70,9 +71,14 @@ def id_of(key: Ed25519PrivateKey) -> str:
     return key.public_key().public_bytes_raw().hex()
 
 
-def is_signed(signature: str, message: bytes, key_id: str) -> bool:
-    """Say whether a signature, in hexadecimal digits, is that key's under the message."""
-    if not re.fullmatch(r"[0-9a-f]{128}", signature) or not re.fullmatch(r"[0-9a-f]{64}", key_id):
+def is_id(found: object) -> TypeGuard[str]:
+    """Say whether something is an id of a key."""
+    return isinstance(found, str) and bool(re.fullmatch(r"[0-9a-f]{64}", found))
+
+
+def is_signed(signature: object, message: bytes, key_id: object) -> bool:
+    """Say whether a signature, in hexadecimal digits, is that key's under the message; what is none is not."""
+    if not isinstance(signature, str) or not re.fullmatch(r"[0-9a-f]{128}", signature) or not is_id(key_id):
         return False
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key_id)).verify(bytes.fromhex(signature), message)

@@ -30,7 +30,7 @@ from fedunlearn.runs.statement import (
     Later,
     Receipt,
     Statement,
-    concerns,
+    brought,
     content,
     finite,
     told_by,
@@ -45,6 +45,7 @@ DOES_NOT_PROVE = [
     "What the operator says of itself: run, settings, examples, rounds and later figures.",
     "That there is no copy of an earlier model elsewhere, as in forks, studies, backups and downloads.",
     "When something happened: the times are those of the server's clock.",
+    "That no event of the request was left out: only the run's ledger shows that (--log ledger.sqlite).",
     "Who holds the run's key: compare its id with one that you got in another way.",
 ]
 
@@ -156,13 +157,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _events(run: Run, request: Request) -> tuple[list[Event], Head]:
     """The steps of a request, with the commit that it found and the one that applied it; and the head over all."""
-    events = run.ledger.events()
-    steps = [place for place, event in enumerate(events) if concerns(event, request.id)]
-    applied = [place for place in steps if events[place].get("state") == State.APPLIED]
-    commits = [place for place, event in enumerate(events) if "checkpoint" in event]
-    if applied:
-        steps += [place for place in commits if place < applied[-1]][-2:]
-    found, head = run.ledger.evidence(place + 1 for place in steps)
+    found, head = run.ledger.evidence(lambda events: brought(events, request.id))
     return [Event(number=n, at=at, text=text, proof=proof) for n, at, text, proof in found], head
 
 

@@ -8,7 +8,7 @@ Source: in-toto attestation framework, Statement v1.
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import Any, Literal
@@ -118,7 +118,7 @@ class Told(Part):
     @property
     def is_late(self) -> bool:
         """Whether the request was applied, or ended, after it was due."""
-        return datetime.fromisoformat(self.applied_at or self.ended_at) > datetime.fromisoformat(self.due_at)
+        return instant(self.applied_at or self.ended_at) > instant(self.due_at)
 
 
 class Later(Part):
@@ -168,9 +168,37 @@ class Statement(BaseModel):
     predicate: Receipt
 
 
+def instant(text: str) -> datetime:
+    """Read a time.
+
+    Raises:
+        ValueError: it is none, or does not say of which zone.
+    """
+    found = datetime.fromisoformat(text)
+    if found.tzinfo is None:
+        raise ValueError(f"{text} has no time zone")
+    return found
+
+
 def concerns(event: dict[str, Any], request: str) -> bool:
     """Say whether an event is one of a request's steps."""
     return request in (event.get("request"), event.get("purged"))
+
+
+def brought(events: Sequence[dict[str, Any]], request: str) -> list[int]:
+    """Give the numbers of the events that a request's receipt brings along, of all that its ledger has.
+
+    These are its steps, the commit that it found and the one that applied it.
+
+    Args:
+        events: the content of each, from the first.
+        request: id of the request.
+    """
+    steps = [number for number, event in enumerate(events, 1) if concerns(event, request)]
+    applied = [number for number in steps if events[number - 1].get("state") == State.APPLIED]
+    commits = [number for number, event in enumerate(events, 1) if "checkpoint" in event]
+    found = [number for number in commits if number < applied[-1]][-2:] if applied else []
+    return sorted({*steps, *found})
 
 
 def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
@@ -237,12 +265,17 @@ def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
 def gate_reason(gate: dict[str, Any]) -> str:
     """Compute anew from its figures why the gate refuses a model; nothing where it does not."""
 
-    def figures(place: int) -> Figures:
-        pairs = (Estimate(gate[name][place], gate["errors"][name][place]) for name in MEASURED_BY)
-        return Figures(*pairs)
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
 
-    about = {name: gate[name] for name in ("retrained", "budget", "loss", "most_loss")}
-    return refusal(figures(0), figures(1), test_fall=Estimate(*gate["test_fall"]), **about)
+    def estimate(value: float | None, error: float | None) -> Estimate:
+        return Estimate(number(value), number(error))
+
+    def figures(place: int) -> Figures:
+        return Figures(*(estimate(gate[name][place], gate["errors"][name][place]) for name in MEASURED_BY))
+
+    about = {name: number(gate[name]) for name in ("retrained", "budget", "loss", "most_loss")}
+    return refusal(figures(0), figures(1), test_fall=estimate(*gate["test_fall"]), **about)
 
 
 def finite(value: Any) -> Any:

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,23 @@ from pydantic import ValidationError
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import Error
 
-from fedunlearn.errors import UserError
+from fedunlearn.config import RUN_NAME
+from fedunlearn.errors import UNREADABLE, UserError, printable
 from fedunlearn.runs import keys, merkle
-from fedunlearn.runs.budget import MEASURED_BY
 from fedunlearn.runs.events import Head, entry
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.receipts import FOLDER, PAYLOAD_TYPE, as_file, statement_of
 from fedunlearn.runs.run import Run
-from fedunlearn.runs.statement import Receipt, Statement, Told, content, gate_reason, told_by
+from fedunlearn.runs.statement import ENDED, Receipt, Statement, Told, brought, content, gate_reason, instant, told_by
+
+DESTROYED = {"passed", "reason"}  # what the gate says of a model that has no figures
 
 
 class InvalidError(UserError):
-    """A receipt is not what it claims to be."""
+    """A receipt is not what it claims to be; what it says of that is written out."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(printable(str(reason)))
 
 
 def verified(data: bytes, *, key: str = "", log: Path | None = None) -> Receipt:
@@ -37,10 +42,11 @@ def verified(data: bytes, *, key: str = "", log: Path | None = None) -> Receipt:
     Args:
         data: the file.
         key: id of the key that must have signed; without one, of whatever run the receipt names.
-        log: the run's ledger, or the head that is kept outside of it; the receipt's events must be there too.
+        log: the run's ledger, or a head of it; the receipt's events must be there too.
 
     Raises:
         InvalidError: with the first thing that is wrong.
+        UserError: nobody can say whether the events are in `log`.
     """
     envelope = envelope_of(data)
     receipt = _receipt(envelope)
@@ -55,7 +61,7 @@ def verified(data: bytes, *, key: str = "", log: Path | None = None) -> Receipt:
     _check_times(receipt)
     _check_gate(receipt)
     if log:
-        _check_log(head, log)
+        _check_log(receipt, log)
     return receipt
 
 
@@ -93,20 +99,32 @@ def problems(run: Run, *, key: str = "", log: Path | None = None) -> Iterator[st
             data = file.read_bytes()
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise InvalidError("it is not the one that was written")
-            verified(data)
+            _check_of_run(run, data)
         except OSError as error:
-            yield f"{file} is missing ({error.strerror})"
+            yield f"{file} cannot be read ({error.strerror})"
         except InvalidError as error:
             yield f"{file}: {error}"
+    yield from _untold(run)
     for file in (run.folder / FOLDER).glob("*.json"):
         if file.name not in known:  # a countersigned one is valid
             try:
-                verified(file.read_bytes(), key=run.ledger.key)
+                with _or_invalid("it cannot be read"):
+                    data = file.read_bytes()
+                _check_of_run(run, data, key=run.ledger.key)
             except InvalidError as error:
                 yield f"{file}: the ledger does not know it, and {error}"
 
 
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError, Error)
+def _untold(run: Run) -> Iterator[str]:
+    """Name the requests that have ended without a receipt of that; a process that holds the run may be writing it."""
+    if run.is_live():
+        return
+    for request in run.ledger.requests():
+        if request.state in ENDED and not run.ledger.is_told(request):
+            yield (
+                f"request {request.id} is {request.state}, and has no receipt of how it stands: "
+                f"start the run again with run={run.name}, which writes it"
+            )
 
 
 @contextmanager
@@ -114,7 +132,7 @@ def _or_invalid(what: str) -> Iterator[None]:
     """Turn what parsers raise for bytes from outside into one error."""
     try:
         yield
-    except UNREADABLE as error:
+    except (*UNREADABLE, OSError, Error) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise InvalidError(f"{what}: {reason}") from error
 
@@ -141,6 +159,8 @@ def _receipt(envelope: Envelope) -> Receipt:
         statement = Statement.model_validate(said)
     if statement != statement_of(statement.predicate):
         raise InvalidError("its subject is not the model that the receipt names")
+    if not re.fullmatch(RUN_NAME, statement.predicate.run) or not re.fullmatch(r"r\d+", statement.predicate.request):
+        raise InvalidError("what it calls the run, or the request, is no name of one")
     return statement.predicate
 
 
@@ -162,22 +182,27 @@ def _check_events(receipt: Receipt, head: Head) -> None:
 
 def _check_times(receipt: Receipt) -> None:
     with _or_invalid("its times are not sound"):
-        times = [datetime.fromisoformat(step.at) for step in receipt.states]
+        times = [instant(step.at) for step in receipt.states]
         if times != sorted(times):
             raise InvalidError("its times are not in order")
-        datetime.fromisoformat(receipt.due_at)
+        instant(receipt.due_at)
 
 
 def _check_gate(receipt: Receipt) -> None:
     """The gate's figures give its verdict, and a model that was taken had passed it, or somebody answers for it."""
-    if receipt.gate is None or "errors" not in receipt.gate or None in _values(receipt.gate):
-        return  # a model that was not finite has no figures
+    gate = receipt.gate
+    if gate is None:
+        return
     with _or_invalid("the gate's figures are not sound"):
-        if gate_reason(receipt.gate) != receipt.gate["reason"] or receipt.gate["passed"] == bool(
-            receipt.gate["reason"]
-        ):
+        is_taken, is_passed = receipt.state == State.COMPLETED, gate["passed"]
+        has_figures = gate.keys() != DESTROYED
+        if has_figures and gate_reason(gate) != gate["reason"]:
             raise InvalidError("the gate's verdict does not follow from its figures")
-        if receipt.state == State.COMPLETED and not receipt.gate["passed"] and not receipt.accepted_by:
+        if is_passed is not (gate["reason"] == "") or (is_passed and not is_taken):
+            raise InvalidError("the gate's verdict is not what became of the model")
+        if is_taken and not has_figures:
+            raise InvalidError("the model was taken although the gate has no figures of it")
+        if is_taken and not is_passed and not receipt.accepted_by:
             raise InvalidError("the model was taken although the gate refused it, and nobody answers for that")
 
 
@@ -192,18 +217,25 @@ def check_continues(run: Run, log: Path) -> None:
             raise InvalidError(f"the ledger does not continue the {kept.size} events of {log}")
 
 
-def _values(gate: dict[str, Any]) -> list[Any]:
-    return [value for name in MEASURED_BY for value in (*gate[name], *gate["errors"][name])]
+def _check_log(receipt: Receipt, log: Path) -> None:
+    """The ledger continues what the receipt's head stands for; a head alone can only be of the same events.
 
-
-def _check_log(head: Head, log: Path) -> None:
-    """The ledger, or the head that is kept outside of it, continues what the receipt's head stands for."""
+    Raises:
+        InvalidError: it does not, or has events of the request that the receipt leaves out.
+        UserError: nobody can say whether it does.
+    """
+    head = receipt.head
     with _or_invalid(f"{log} cannot be read"):
         if log.suffix == ".json":
             kept = Head.model_validate_json(log.read_bytes())
-            if not kept.is_signed or kept.key != head.key or kept.size < head.size:
-                raise InvalidError(f"{log} is not of the same ledger, or is older")
-            if kept.size == head.size and kept.root != head.root:
+            if not kept.is_signed or kept.key != head.key:
+                raise InvalidError(f"{log} is not signed with the key {head.key} of the ledger")
+            if kept.size != head.size:
+                raise UserError(
+                    f"{log} stands for {kept.size} events, and the receipt for {head.size}: no head alone shows that "
+                    "the one ledger continues the other. Ask for the run's ledger.sqlite, and give that as --log"
+                )
+            if kept.root != head.root:
                 raise InvalidError(f"{log} stands for other events")
             return
         try:
@@ -211,6 +243,24 @@ def _check_log(head: Head, log: Path) -> None:
                 rows = db.execute("SELECT at, event FROM events ORDER BY number").fetchall()
         except sqlite3.Error as error:
             raise InvalidError(f"{log} cannot be read: {error}") from error
-        leaves = [merkle.leaf(entry(at, event)) for at, event in rows[: head.size]]
-        if len(leaves) < head.size or merkle.root(leaves).hex() != head.root:
-            raise InvalidError(f"{log} does not hold the events that the receipt's head stands for")
+        rows = rows[: head.size]
+        leaves, events = [merkle.leaf(entry(*row)) for row in rows], [json.loads(event) for _, event in rows]
+        _check_whole(receipt, leaves, events, str(log))
+
+
+def _check_whole(receipt: Receipt, leaves: list[bytes], events: list[dict[str, Any]], log: str) -> None:
+    """The receipt's head is of these events, and the receipt has exactly those that concern its request."""
+    if len(leaves) < receipt.head.size or merkle.root(leaves).hex() != receipt.head.root:
+        raise InvalidError(f"{log} does not hold the events that the receipt's head stands for")
+    wanted, found = brought(events, receipt.request), [event.number for event in receipt.events]
+    if missing := sorted({*wanted} - {*found}):
+        raise InvalidError(f"it leaves out event {missing[0]} of {log}, which concerns its request")
+    if wanted != found:
+        raise InvalidError(f"it has other events than those of {log} that concern its request")
+
+
+def _check_of_run(run: Run, data: bytes, *, key: str = "") -> None:
+    """A receipt is valid, and whole by the run's ledger."""
+    receipt = verified(data, key=key)
+    events = run.ledger.events()[: receipt.head.size]
+    _check_whole(receipt, [bytes.fromhex(event["hash"]) for event in events], events, "the ledger")
