@@ -2,7 +2,7 @@
 
 import errno
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, Any, NoReturn
@@ -12,6 +12,7 @@ import typer
 from fedunlearn.errors import UserError
 from fedunlearn.runs.home import open_run
 from fedunlearn.runs.run import Run
+from fedunlearn.schema import check_text
 
 Home = Annotated[str, typer.Option("--home", help="State folder; by default $FEDUNLEARN_HOME, else ~/.fedunlearn.")]
 RunName = Annotated[str, typer.Option("--run", help="The run; by default the live one, else the newest finished one.")]
@@ -26,6 +27,7 @@ def in_one_line(command: Callable[..., int]) -> Callable[..., NoReturn]:
     @wraps(command)
     def guarded(*arguments: Any, **options: Any) -> NoReturn:
         try:
+            check_typed(options.values())
             status = command(*arguments, **options)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -38,6 +40,14 @@ def in_one_line(command: Callable[..., int]) -> Callable[..., NoReturn]:
         raise typer.Exit(status)
 
     return guarded
+
+
+def check_typed(values: Iterable[Any]) -> None:
+    """Raise UserError where something was typed that is no text."""
+    for value in values:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(text)
 
 
 @contextmanager

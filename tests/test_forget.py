@@ -1,6 +1,7 @@
 """Requests from outside a run: the command, and the door of `Run` that it goes through."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -72,6 +73,35 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
         assert message in error
         assert error.count("\n") == 1
     assert finished.folder().joinpath("ledger.sqlite").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["J\udcfcrgen", "a\x1b[2J", "a\nb", "a\x00", "a\u2028b"])
+def test_what_is_no_text_is_refused_when_it_is_typed(finished, capsys, text):
+    client = ("--client", "1")
+    for words in (
+        (*client, "--by", text),
+        (*client, "--right", text),
+        (*client, "--by", text, "--dry-run"),
+        ("--accept", "r1", "--by", text),
+        (*client, f"unlearn.guide=\x01{text}"),
+    ):
+        assert command("forget", *words, "--engine", "local") == 2
+        error = capsys.readouterr().err
+        assert re.search("is no text|has the control character", error)
+        assert error.count("\n") == 1
+    ledger = finished.run().ledger
+    for ask in (
+        lambda: ledger.file([1], by=text),
+        lambda: ledger.file([1], right=text),
+        lambda: ledger.accept("r1", text),
+    ):
+        with pytest.raises(UserError, match=r"is no text|has the control character"):
+            ask()
+    assert finished.requests() == []
+
+
+def test_letters_of_any_script_are_text(finished):
+    assert command("forget", "--client", "1", "--by", "Jürgen\u00a0犬", "--right", "Art. 17 DSGVO", "--dry-run") == 0
 
 
 def test_an_earlier_request_gives_its_receipt_and_status_0(federate, capsys):

@@ -14,6 +14,7 @@ from dateutil.relativedelta import relativedelta
 
 from fedunlearn.errors import UserError
 from fedunlearn.runs.events import EventLog, now
+from fedunlearn.schema import check_text
 
 
 class State(StrEnum):
@@ -151,10 +152,13 @@ class Ledger(EventLog[Standing]):
             how: settings of the run that are others for this request: `strategy` and `unlearn`.
 
         Raises:
-            UserError: what was signed was filed before, or `how` comes too late for an earlier request.
+            UserError: what was signed was filed before, `how` comes too late for an earlier request, or `by` or
+                `right` is no text.
 
         Returns the earlier requests that cover some of them (those that are void do not), then a new one for the rest.
         """
+        check_text(by)
+        check_text(right)
         with self.transaction():
             self._check_unused(signed)
             wanted = sorted(set(clients))
@@ -250,6 +254,7 @@ class Ledger(EventLog[Standing]):
         Raises:
             UserError: there is no such request, it is not one that the gate has set aside, or another one covers it.
         """
+        check_text(by)
         with self.transaction():
             request = self.request(request_id)
             if later := self.covering(request.clients):
