@@ -53,6 +53,8 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
     cases = {
         ("--client", "4"): "client 4 is not in 0..3",
         ("--client", "-1"): "client -1 is not in 0..3",
+        ("--client=--3",): "client '--3' is not a whole number",
+        (f"--client={'1' * 5000}",): f"client '{'1' * 20}' is not a whole number of at most 9 digits",
         ("--client", "three"): "client 'three' is not a whole number",
         (): "no client to forget: name one in 0..3",
         ("--client", "1", "--run", "other"): "no run other in",
