@@ -8,11 +8,16 @@ import threading
 import time
 
 import pytest
+from pydantic import Field
 
 from command_line import command
 from fedunlearn import open_run
 from fedunlearn.apps import asking
+from fedunlearn.apps.server_app import prepared
+from fedunlearn.config import Config
+from fedunlearn.config import Settings as CheckedSettings
 from fedunlearn.errors import UserError
+from fedunlearn.federation.strategy import Strategy, chosen
 from fedunlearn.runs import door
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.lock import LockedError, lock
@@ -65,6 +70,17 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
         ("--client", "1", "strategy=relabl"): "strategy=relabl is not installed: did you mean relabel?",
         ("--client", "1", "strategy=ssd", "unlearn.lr=1"): "unlearn.lr is no setting of strategy=ssd",
         ("--client", "1", "unlearn.alpha=-"): "unlearn.alpha=-",
+        ("--client", "1", "strategy=ssd,leave"): "strategy=ssd,leave: a request has one value of a setting",
+        ("--client", "1", "unlearn.alpha=choice(1,2)"): "a request has one value of a setting",
+        ("--client", "1", "unlearn.alpha=range(1,3)"): "a request has one value of a setting",
+        ("--client", "1", "~unlearn.alpha=2"): "a request has one value of a setting",
+        ("--client", "1", "strategy=null"): "strategy=null names no strategy",
+        ("--client", "1", "unlearn.alpha=1", "+unlearn.alpha=2"): "unlearn.alpha is named twice",
+        ("--client", "1", "strategy=ü"): "write it in quotes, as strategy='ü'",
+        ("--client", "1", "strategy='ü'"): "strategy=ü is not installed",
+        ("--client", "1", "unlearn.alpha=inf"): "unlearn.alpha=inf cannot be written into a receipt",
+        ("--client", "1", "unlearn.alpha=1e400"): "unlearn.alpha=inf cannot be written into a receipt",
+        ("--client", "1", "unlearn.alpha=nan"): "unlearn.alpha=nan",
         ("--client", "1", "ssd"): "'ssd' is no setting of the form name=value",
         ("--client", "1", "--gpus", "0.5"): "--gpus 0.5: there is no GPU here",
         ("--client", "1", "--engine", "nope"): "--engine nope is not one of ray, local",
@@ -75,6 +91,32 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
         assert message in error
         assert error.count("\n") == 1
     assert finished.folder().joinpath("ledger.sqlite").read_bytes() == before
+
+
+class Own(Strategy):
+    class Settings(CheckedSettings):
+        whole: int = 0
+        several: list[float] = Field(default_factory=list)
+        text: str = ""
+
+    def forget(self, federation, forget):
+        return {}
+
+
+@pytest.mark.parametrize("word", ["whole=9007199254740993", "several=[1,-inf]", "text='\udcfc'"])
+def test_settings_of_ones_own_that_no_receipt_can_hold_are_refused(word):
+    name = f"{__name__}:Own"
+    with pytest.raises(UserError, match=rf"unlearn\.{word.partition('=')[0]}=.* cannot be written into a receipt"):
+        chosen(Config(), [f"strategy='{name}'", f"unlearn.{word}"])
+    assert chosen(Config(), [f"strategy='{name}'", "unlearn.whole=3"])["unlearn"]["whole"] == 3
+
+
+def test_a_new_run_has_settings_that_its_receipts_can_hold(home):
+    own = f"{__name__}:Own"
+    with pytest.raises(UserError, match=r"unlearn\.whole=\d+ cannot be written into a receipt"):
+        prepared(Config(run="new", strategy=own, unlearn={"whole": 2**60}), {})
+    config = prepared(Config(run="new", strategy=own, unlearn={"several": [float("inf")]}), {})
+    assert config.unlearn["several"] == [float("inf")]  # a receipt says null
 
 
 @pytest.mark.parametrize("text", ["J\udcfcrgen", "a\x1b[2J", "a\nb", "a\x00", "a\u2028b"])
