@@ -162,6 +162,17 @@ def test_an_earlier_request_gives_its_receipt_and_status_0(federate, capsys):
     assert lines[0] == lines[1]
 
 
+def test_settings_that_come_too_late_are_refused_with_and_without_dry_run(federate, capsys):
+    federate.shared(FORGOTTEN, name="test")
+    for clients in ("3", "2,3"):
+        said = []
+        for dry_run in ((), ("--dry-run",)):
+            capsys.readouterr()
+            assert command("forget", "--client", clients, "strategy=ssd", "--engine", "local", *dry_run) == 2
+            said.append(capsys.readouterr().err)
+        assert said == ["error: request r1 is COMPLETED: its settings stay as they are\n"] * 2
+
+
 def test_a_refused_request_gives_status_1(finished, capsys):
     assert command("forget", *(f"--client={client}" for client in range(4)), "--engine", "local") == 1
     assert "no client would be left" in capsys.readouterr().out

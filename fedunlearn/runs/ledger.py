@@ -162,10 +162,9 @@ class Ledger(EventLog[Standing]):
         with self.transaction():
             self._check_unused(signed)
             wanted = sorted(set(clients))
-            earlier = [r for r in self._valid() if set(r.clients) & set(wanted)]
+            self.check_how(wanted, how)
+            earlier = self._touching(wanted)
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
-            if how and earlier:
-                raise UserError(f"request {earlier[0].id} is {earlier[0].state}: its settings stay as they are")
             if not rest:
                 if signed:
                     self.record(asked_again=wanted, signed=dict(signed))
@@ -184,9 +183,14 @@ class Ledger(EventLog[Standing]):
 
     def covering(self, clients: Iterable[int]) -> list[Request]:
         """Give the earlier requests, if any, that cover all of the clients together; void ones do not."""
-        wanted, valid = set(clients), self._valid()
-        covered = {client for request in valid for client in request.clients}
-        return [request for request in valid if wanted & set(request.clients)] if wanted <= covered else []
+        wanted = set(clients)
+        found = self._touching(wanted)
+        return found if wanted <= {client for request in found for client in request.clients} else []
+
+    def check_how(self, clients: Iterable[int], how: Mapping[str, Any] | None) -> None:
+        """Raise UserError where settings come too late for an earlier request of one of the clients."""
+        if how and (earlier := self._touching(clients)):
+            raise UserError(f"request {earlier[0].id} is {earlier[0].state}: its settings stay as they are")
 
     def overdue(self) -> list[Request]:
         """Give the open requests whose time is over."""
@@ -196,8 +200,10 @@ class Ledger(EventLog[Standing]):
         """Give the requests that failed, and whose clients no other request covers."""
         return [r for r in self.requests() if r.state in FAILED and not self.covering(r.clients)]
 
-    def _valid(self) -> list[Request]:
-        return [request for request in self.requests() if request.state not in VOID]
+    def _touching(self, clients: Iterable[int]) -> list[Request]:
+        """The requests that cover some of the clients; void ones do not."""
+        wanted = set(clients)
+        return [r for r in self.requests() if r.state not in VOID and wanted & set(r.clients)]
 
     def request(self, request_id: str) -> Request:
         """Read the request of that id.
