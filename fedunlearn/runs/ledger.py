@@ -258,7 +258,8 @@ class Ledger(EventLog[Standing]):
             by: who answers for that.
 
         Raises:
-            UserError: there is no such request, it is not one that the gate has set aside, or another one covers it.
+            UserError: there is no such request, it is not one that the gate has set aside, or others cover some of
+                its clients.
         """
         check_text(by)
         with self.transaction():
@@ -269,6 +270,7 @@ class Ledger(EventLog[Standing]):
                 raise UserError(
                     f"request {request_id} is {request.state}: the gate has set nothing aside to be accepted"
                 )
+            self._check_apart(request)
             self._advance(request, State.COLLECTING, {"accepted_by": by, "accepted_at": now(), "attempts": 0})
         return self.request(request_id)
 
@@ -341,6 +343,18 @@ class Ledger(EventLog[Standing]):
         if signed and signed["nonce"] in self.found().nonces:
             raise UserError("what was signed was filed before")
 
+    def _check_apart(self, request: Request) -> None:
+        """Raise UserError where other requests cover some of a request's clients: they would be forgotten twice."""
+        if not (others := self._touching(request.clients)):
+            return
+        covered = {client for other in others for client in other.clients}
+        states = ", ".join(f"{other.id} for {_listed(other.clients)} is {other.state}" for other in others)
+        rest = ",".join(str(client) for client in request.clients if client not in covered)
+        raise UserError(
+            f"request {request.id} for {_listed(request.clients)} cannot be accepted any more: {states}; "
+            f"`fedunlearn forget --client {rest}` asks for the rest"
+        )
+
     def write_down(self, clients: Iterable[int], action: str, reason: str) -> None:
         """Write down that somebody asked for something and may not."""
         with self.transaction():
@@ -376,6 +390,10 @@ class Ledger(EventLog[Standing]):
 
     def _advance(self, request: Request, state: State, detail: dict[str, Any]) -> None:
         self.record(request=request.id, state=state, **detail)
+
+
+def _listed(clients: Sequence[int]) -> str:
+    return f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}"
 
 
 def due(received_at: str, months: int) -> str:
