@@ -201,6 +201,7 @@ def forget(
             with still_filed():
                 return show([asking.accept(found, accept, by, resources, **following)], as_json)
         earlier, how = found.ledger.covering(clients), settings_of_request(found, words or [])
+        found.ledger.check_how(clients, how)
         if not earlier:
             log.info(asking.announcement(found, clients, how))
             if not found.is_live():

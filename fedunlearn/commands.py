@@ -1,10 +1,12 @@
 """What all commands have in common: options, errors in one line, an open run."""
 
 import errno
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -12,6 +14,7 @@ import typer
 from fedunlearn.errors import UserError
 from fedunlearn.runs.home import open_run
 from fedunlearn.runs.run import Run
+from fedunlearn.schema import check_text
 
 Home = Annotated[str, typer.Option("--home", help="State folder; by default $FEDUNLEARN_HOME, else ~/.fedunlearn.")]
 RunName = Annotated[str, typer.Option("--run", help="The run; by default the live one, else the newest finished one.")]
@@ -21,23 +24,45 @@ FAILING_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 
 
 def in_one_line(command: Callable[..., int]) -> Callable[..., NoReturn]:
-    """Exit with the command's status; a UserError, or a disk that fails, is one line on stderr and status 2."""
+    """Exit with the command's status; an error that a person can put right is one line on stderr and status 2.
+
+    Those are every UserError, a file that was named and cannot be read or written, and a disk that fails.
+    """
 
     @wraps(command)
     def guarded(*arguments: Any, **options: Any) -> NoReturn:
         try:
+            check_typed(options.values())
             status = command(*arguments, **options)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 2
         except OSError as error:
-            if error.errno not in FAILING_STORAGE:
+            if file := named_file(error, options.values()):
+                print(f"error: {file} cannot be used ({error.strerror})", file=sys.stderr)
+            elif error.errno not in FAILING_STORAGE:
                 raise
-            print(f"error: {error}: what is committed is whole, the same command goes on from it", file=sys.stderr)
+            else:
+                print(f"error: {error}: what is committed is whole, the same command goes on from it", file=sys.stderr)
             status = 2
         raise typer.Exit(status)
 
     return guarded
+
+
+def named_file(error: OSError, values: Iterable[Any]) -> Path | None:
+    """Give the file that an error is about, or a folder above it, where somebody has named it to the command."""
+    about = Path(str(error.filename))
+    named = [path for path in values if isinstance(path, Path)]
+    return next((about for path in named if about in (path, *path.parents)), None)
+
+
+def check_typed(values: Iterable[Any]) -> None:
+    """Raise UserError where something was typed that is no text."""
+    for value in values:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(text)
 
 
 @contextmanager
@@ -54,6 +79,6 @@ def client_numbers(texts: list[str]) -> list[int]:
     """Read the clients that were typed, as `3`, or as `3,5`."""
     words = [word for text in texts for word in (text.split(",") if text else [text])]
     for word in words:
-        if not word.strip().lstrip("-").isdecimal():
-            raise UserError(f"client {word!r} is not a whole number")
+        if not re.fullmatch(r"\s*-?\d{1,9}\s*", word):
+            raise UserError(f"client {word[:20]!r} is not a whole number of at most 9 digits")
     return [int(word) for word in words]

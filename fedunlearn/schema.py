@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -95,6 +96,15 @@ def nearest_of(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, 1, 0.6)
     close = close or [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, 1, 0.8)]
     return f": did you mean {close[0]}?" if close else " (`fedunlearn config` lists all of them)"
+
+
+def check_text(text: str) -> None:
+    """Raise UserError where a text has something that is no character, or a control character."""
+    for character in text:
+        if unicodedata.category(character) == "Cs":
+            raise UserError(f"{text!r} is no text: {character!r} is no character in UTF-8")
+        if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+            raise UserError(f"{text!r} has the control character {character!r}: leave it out")
 
 
 def validated(schema: type[S], values: Any, *, prefix: str = "") -> S:

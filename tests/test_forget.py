@@ -1,17 +1,23 @@
 """Requests from outside a run: the command, and the door of `Run` that it goes through."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
+from pydantic import Field
 
 from command_line import command
 from fedunlearn import open_run
 from fedunlearn.apps import asking
+from fedunlearn.apps.server_app import prepared
+from fedunlearn.config import Config
+from fedunlearn.config import Settings as CheckedSettings
 from fedunlearn.errors import UserError
+from fedunlearn.federation.strategy import Strategy, chosen
 from fedunlearn.runs import door
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.lock import LockedError, lock
@@ -52,6 +58,8 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
     cases = {
         ("--client", "4"): "client 4 is not in 0..3",
         ("--client", "-1"): "client -1 is not in 0..3",
+        ("--client=--3",): "client '--3' is not a whole number",
+        (f"--client={'1' * 5000}",): f"client '{'1' * 20}' is not a whole number of at most 9 digits",
         ("--client", "three"): "client 'three' is not a whole number",
         (): "no client to forget: name one in 0..3",
         ("--client", "1", "--run", "other"): "no run other in",
@@ -62,6 +70,17 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
         ("--client", "1", "strategy=relabl"): "strategy=relabl is not installed: did you mean relabel?",
         ("--client", "1", "strategy=ssd", "unlearn.lr=1"): "unlearn.lr is no setting of strategy=ssd",
         ("--client", "1", "unlearn.alpha=-"): "unlearn.alpha=-",
+        ("--client", "1", "strategy=ssd,leave"): "strategy=ssd,leave: a request has one value of a setting",
+        ("--client", "1", "unlearn.alpha=choice(1,2)"): "a request has one value of a setting",
+        ("--client", "1", "unlearn.alpha=range(1,3)"): "a request has one value of a setting",
+        ("--client", "1", "~unlearn.alpha=2"): "a request has one value of a setting",
+        ("--client", "1", "strategy=null"): "strategy=null names no strategy",
+        ("--client", "1", "unlearn.alpha=1", "+unlearn.alpha=2"): "unlearn.alpha is named twice",
+        ("--client", "1", "strategy=ü"): "write it in quotes, as strategy='ü'",
+        ("--client", "1", "strategy='ü'"): "strategy=ü is not installed",
+        ("--client", "1", "unlearn.alpha=inf"): "unlearn.alpha=inf cannot be written into a receipt",
+        ("--client", "1", "unlearn.alpha=1e400"): "unlearn.alpha=inf cannot be written into a receipt",
+        ("--client", "1", "unlearn.alpha=nan"): "unlearn.alpha=nan",
         ("--client", "1", "ssd"): "'ssd' is no setting of the form name=value",
         ("--client", "1", "--gpus", "0.5"): "--gpus 0.5: there is no GPU here",
         ("--client", "1", "--engine", "nope"): "--engine nope is not one of ray, local",
@@ -72,6 +91,61 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
         assert message in error
         assert error.count("\n") == 1
     assert finished.folder().joinpath("ledger.sqlite").read_bytes() == before
+
+
+class Own(Strategy):
+    class Settings(CheckedSettings):
+        whole: int = 0
+        several: list[float] = Field(default_factory=list)
+        text: str = ""
+
+    def forget(self, federation, forget):
+        return {}
+
+
+@pytest.mark.parametrize("word", ["whole=9007199254740993", "several=[1,-inf]", "text='\udcfc'"])
+def test_settings_of_ones_own_that_no_receipt_can_hold_are_refused(word):
+    name = f"{__name__}:Own"
+    with pytest.raises(UserError, match=rf"unlearn\.{word.partition('=')[0]}=.* cannot be written into a receipt"):
+        chosen(Config(), [f"strategy='{name}'", f"unlearn.{word}"])
+    assert chosen(Config(), [f"strategy='{name}'", "unlearn.whole=3"])["unlearn"]["whole"] == 3
+
+
+def test_a_new_run_has_settings_that_its_receipts_can_hold(home):
+    own = f"{__name__}:Own"
+    with pytest.raises(UserError, match=r"unlearn\.whole=\d+ cannot be written into a receipt"):
+        prepared(Config(run="new", strategy=own, unlearn={"whole": 2**60}), {})
+    config = prepared(Config(run="new", strategy=own, unlearn={"several": [float("inf")]}), {})
+    assert config.unlearn["several"] == [float("inf")]  # a receipt says null
+
+
+@pytest.mark.parametrize("text", ["J\udcfcrgen", "a\x1b[2J", "a\nb", "a\x00", "a\u2028b"])
+def test_what_is_no_text_is_refused_when_it_is_typed(finished, capsys, text):
+    client = ("--client", "1")
+    for words in (
+        (*client, "--by", text),
+        (*client, "--right", text),
+        (*client, "--by", text, "--dry-run"),
+        ("--accept", "r1", "--by", text),
+        (*client, f"unlearn.guide=\x01{text}"),
+    ):
+        assert command("forget", *words, "--engine", "local") == 2
+        error = capsys.readouterr().err
+        assert re.search("is no text|has the control character", error)
+        assert error.count("\n") == 1
+    ledger = finished.run().ledger
+    for ask in (
+        lambda: ledger.file([1], by=text),
+        lambda: ledger.file([1], right=text),
+        lambda: ledger.accept("r1", text),
+    ):
+        with pytest.raises(UserError, match=r"is no text|has the control character"):
+            ask()
+    assert finished.requests() == []
+
+
+def test_letters_of_any_script_are_text(finished):
+    assert command("forget", "--client", "1", "--by", "Jürgen\u00a0犬", "--right", "Art. 17 DSGVO", "--dry-run") == 0
 
 
 def test_an_earlier_request_gives_its_receipt_and_status_0(federate, capsys):
@@ -86,6 +160,17 @@ def test_an_earlier_request_gives_its_receipt_and_status_0(federate, capsys):
     assert command("forget", "--list") == command("forget", "--status", "r1") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == lines[1]
+
+
+def test_settings_that_come_too_late_are_refused_with_and_without_dry_run(federate, capsys):
+    federate.shared(FORGOTTEN, name="test")
+    for clients in ("3", "2,3"):
+        said = []
+        for dry_run in ((), ("--dry-run",)):
+            capsys.readouterr()
+            assert command("forget", "--client", clients, "strategy=ssd", "--engine", "local", *dry_run) == 2
+            said.append(capsys.readouterr().err)
+        assert said == ["error: request r1 is COMPLETED: its settings stay as they are\n"] * 2
 
 
 def test_a_refused_request_gives_status_1(finished, capsys):

@@ -35,6 +35,29 @@ def test_a_failed_request_may_be_asked_again(ledger, state):
     assert again.id == "r2"
 
 
+def test_a_request_is_not_accepted_where_another_covers_one_of_its_clients(ledger):
+    (request,) = ledger.file([2, 3])
+    ledger.advance(request, State.QUARANTINED, gate={"passed": False})
+    (other,) = ledger.file([3])
+    for state in (State.COLLECTING, State.COMPLETED):
+        ledger.advance(other, state)
+        with pytest.raises(UserError, match="accepted any more") as refused:
+            ledger.accept("r1", "somebody")
+        assert str(refused.value) == (
+            f"request r1 for clients 2, 3 cannot be accepted any more: r2 for client 3 is {state}; "
+            "`fedunlearn forget --client 2` asks for the rest"
+        )
+    assert ledger.request("r1").state == State.QUARANTINED
+    assert ledger.file([2])[0].id == "r3"
+
+
+def test_a_request_is_accepted_where_the_other_one_has_failed_too(ledger):
+    (request,) = ledger.file([2, 3])
+    ledger.advance(request, State.QUARANTINED, gate={"passed": False})
+    ledger.advance(ledger.file([3])[0], State.QUARANTINED)
+    assert ledger.accept("r1", "somebody").state == State.COLLECTING
+
+
 def test_details_of_steps_add_up_to_the_receipt(ledger):
     (request,) = ledger.file([3])
     ledger.advance(request, State.COLLECTING, attempts=1)

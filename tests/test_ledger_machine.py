@@ -52,6 +52,9 @@ class Model:
     def valid(self):
         return [asked for asked in self.requests if asked.state not in VOID]
 
+    def touching(self, clients):
+        return [asked for asked in self.valid() if set(asked.clients) & set(clients)]
+
     def covering(self, clients):
         covered = {client for asked in self.valid() for client in asked.clients}
         return [asked for asked in self.valid() if set(asked.clients) & set(clients)] if set(clients) <= covered else []
@@ -130,11 +133,13 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(place=PLACES)
     def accept(self, place):
         request, asked = self.chosen(place)
-        if asked.state == State.QUARANTINED and asked.gated and not self.model.covering(asked.clients):
+        if asked.state == State.QUARANTINED and asked.gated and not self.model.touching(asked.clients):
             asked.state = self.ledger.accept(request.id, "somebody").state
             assert asked.state == State.COLLECTING
         else:
-            with pytest.raises(UserError, match=r"not needed any more|has set nothing aside"):
+            with pytest.raises(
+                UserError, match=r"not needed any more|has set nothing aside|cannot be accepted any more"
+            ):
                 self.ledger.accept(request.id, "somebody")
 
     @rule()

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from fedunlearn.apps.asking import images_of
 from fedunlearn.apps.scale import figure as scaling_figure
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
@@ -516,6 +517,54 @@ def test_rows_that_a_crash_cut_short_or_repeated_count_once(forgot):
     rounds = [row for row in forgot.metrics() if row["kind"] == "round"]
     assert [row["round"] for row in rounds] == [1, 2, 3]
     assert rounds[-1]["loss"] == 1.5
+
+
+SCORE = {"class": 0.5, "client_id": 0.5, "examples": 10}
+SCORES = {"retain": SCORE, "test": SCORE, "forgotten": {}, "retain_clients": {}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"kind": "round", "retain_clients": [1]},
+        {"kind": "round", "retain_clients": {"1": 5}},
+        {"kind": "round", "retain_clients": {"a": SCORE}},
+        {"kind": "mine", "retain_clients": [1]},
+        {"kind": "mine", "test": 1},
+        {"kind": "score", "forgotten": [3]},
+        {"kind": "purge", "request": "r1", "class_counts": [1]},
+        {"kind": "purge", "request": "r1", "class_counts": {"9": [1] * 10}},
+        {"kind": "purge", "request": "r1", "class_counts": {"3": [1, 2]}},
+        {"kind": "purge", "request": "r1", "class_counts": {"3": [10**30] * 10}},
+        {"kind": "round", "clients": ["3"]},
+        {"kind": "round", **SCORES, "forgotten": {"77": [1]}},
+        {"kind": "round", **SCORES, "forgotten": {"-9": SCORE}},
+        {"kind": "round", **SCORES, "forgotten": {"77": SCORE}},
+        {"kind": "round", **SCORES, "forgotten": {"03": SCORE}},
+        {"kind": "round", **SCORES, "forgotten": {"3": [1, 2]}},
+        {"kind": "round", **SCORES, "forgotten": {"3": SCORE | {"examples": "10"}}},
+        {"kind": "round", **SCORES, "test": SCORE | {"class": float("inf")}},
+    ],
+)
+def test_rows_that_commands_cannot_rely_on_are_passed_over(forgot, row):
+    before = forgot.metrics()
+    forgot.record(round=3, **row)
+    assert forgot.metrics() == before
+    images_of(forgot)
+    report.summary(forgot, Auditor(forgot.config).class_counts())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"kind": "mine", "words": ["of", "somebody"]},
+        {"kind": "purge", "request": "r1", "class_counts": {"3": [1] * 10}},
+        {"kind": "round", **SCORES, "forgotten": {"3": SCORE | {"held_out": float("nan")}}},
+    ],
+)
+def test_rows_that_are_sound_are_taken(forgot, row):
+    forgot.record(round=3, **row)
+    assert {"round": 3, **row}.keys() in [found.keys() for found in forgot.metrics()]
 
 
 def test_a_run_beside_the_retrained_model(forgot, federate):

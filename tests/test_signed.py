@@ -77,6 +77,54 @@ def test_times_without_a_zone_and_words_for_clients_are_not_read(key):
             read(json.dumps(asked | wrong).encode())
 
 
+@pytest.mark.parametrize("zone", ["+00:00", "+14:00", "-14:00"])
+def test_times_at_the_ends_of_the_calendar_are_times(key, zone):
+    asked = sign([3], run=RUN, key=key[1])
+    first, last = f"0001-01-01T00:00:00{zone}", f"9999-12-31T23:59:59{zone}"
+    for issued_at, expires_at, reason in ((first, first, "has expired"), (last, last, "in the future")):
+        other = replace(asked, issued_at=issued_at, expires_at=expires_at, signature="")
+        other = read(asdict(replace(other, signature=keys.load(key[1]).sign(other.message).hex())))
+        with pytest.raises(UnsignedError, match=reason):
+            checked(other, key)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--days", "1e12"], "in 0..36500 days, not in 1e+12"),
+        (["--days", "nan"], "in 0..36500 days, not in nan"),
+        (["--days", "inf"], "in 0..36500 days, not in inf"),
+        (["--client", "--3"], "client '--3' is not a whole number"),
+        (["--client", "1" * 5000], f"client '{'1' * 20}' is not a whole number of at most 9 digits"),
+    ],
+)
+def test_what_cannot_be_signed_gets_one_line(key, tmp_path, capsys, words, message):
+    about = ["--client", "3", "--key", key[1], "--run-key", RUN]
+    assert command("keys", "ask", tmp_path / "asked.json", *about, *words) == 2
+    error = capsys.readouterr().err
+    assert (message in error, error.count("\n")) == (True, 1)
+
+
+def test_a_file_that_cannot_be_used_gets_one_line(federate, key, tmp_path, capsys):
+    federate.shared("rounds=1", name="test")
+    capsys.readouterr()
+    missing, private = tmp_path / "no folder" / "file.json", key[1]
+    forget = ("forget", "--client", "3", "--engine", "local")
+    for words, message in (
+        ((*forget, "--signed", missing), f"{missing} cannot be used (No such file or directory)"),
+        ((*forget, "--signed", tmp_path), f"{tmp_path} cannot be used (Is a directory)"),
+        ((*forget, "--signed", tmp_path / ("n" * 300)), "cannot be used (File name too long)"),
+        (("keys", "sign", missing, "--key", private), f"{missing} cannot be used"),
+        (("keys", "sign", private, "--key", private), "it is no envelope with a receipt"),
+        (("keys", "ask", missing, "--client", "3", "--key", private, "--run-key", RUN), f"{missing} cannot be used"),
+        (("keys", "ask", tmp_path, "--client", "3", "--key", private, "--run-key", RUN), f"{tmp_path} cannot be used"),
+        (("keys", "new", private / "below.pem"), f"{private} cannot be used"),
+    ):
+        assert command(*words) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("run test ")]
+        assert (len(lines), message in lines[0]) == (1, True)
+
+
 def test_a_run_that_wants_signatures_forgets_for_its_clients_alone(federate, key, tmp_path, capsys):
     federate(f"rounds=1 forget.signed=true forget.keys={{3:'{key[0]}'}}")
     before = federate.state()

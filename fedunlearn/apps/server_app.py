@@ -16,13 +16,14 @@ from fedunlearn.config import Config, compose, split_words, state_home, values_o
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.rounds import Rounds
-from fedunlearn.federation.strategy import completed, strategy_class
+from fedunlearn.federation.strategy import check_writable, completed, strategy_class
 from fedunlearn.log import set_up
 from fedunlearn.runs import purge, report
 from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run, open_ledger
+from fedunlearn.runs.statement import finite
 from fedunlearn.schema import name_of
 
 log = getLogger("fedunlearn")
@@ -137,7 +138,10 @@ def prepared(config: Config, asked: dict[str, Any]) -> Config:
     elif config.fork:
         config = forked(config, asked)
     loss_of(config)
-    return completed(config)
+    config = completed(config)
+    if not (config.run and (folder / "run.json").exists()):
+        check_writable(finite(config.unlearn))
+    return config
 
 
 def asked_for(words: list[str], config: Config) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 import inspect
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
+import rfc8785
 from pydantic import BaseModel
 
 from fedunlearn.config import Config
@@ -159,25 +160,51 @@ def chosen(config: Config, words: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: a word names no setting, or not one of these, or its value is wrong.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     if not words:
         return {}
     check_names(words, Config)
+    values: dict[str, Any] = {}
     for word in words:
-        if name_of(word) != "strategy" and not name_of(word).startswith("unlearn."):
+        name = name_of(word)
+        if name != "strategy" and not name.startswith("unlearn."):
             raise UserError(f"{word}: a request has a strategy and settings of it (unlearn.*); all else is the run's")
-    try:
-        parsed = [OverridesParser.create().parse_override(word) for word in words]
-    except HydraException as error:
-        raise UserError(f"{' '.join(words)}: {str(error).splitlines()[0]}") from None
-    values = {name_of(word): one.value() for word, one in zip(words, parsed, strict=True)}
+        if name in values:
+            raise UserError(f"{name} is named twice: a request has one value of it")
+        values[name] = _value_of(word)
+    if values.get("strategy", "") is None:
+        raise UserError("strategy=null names no strategy")
     strategy = str(values.pop("strategy", config.strategy))
     given = {name.removeprefix("unlearn."): value for name, value in values.items()}
     unlearn = given if strategy != config.strategy else config.unlearn | given
     how = completed(config.model_copy(update={"strategy": strategy, "unlearn": unlearn}))
+    check_writable(how.unlearn)
     return {"strategy": how.strategy, "unlearn": how.unlearn}
+
+
+def _value_of(word: str) -> Any:
+    """Read the one value of a word such as `unlearn.alpha=8`, as Hydra reads it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    name, _, text = word.partition("=")
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        hint = f": write it in quotes, as {name}='{text}'" if not text.isascii() and text[:1] not in "'\"" else ""
+        raise UserError(f"{word}: {str(error).splitlines()[0]}{hint}") from None
+    if override.is_sweep_override() or override.is_delete():
+        raise UserError(f"{word}: a request has one value of a setting")
+    return override.value()
+
+
+def check_writable(unlearn: Mapping[str, Any]) -> None:
+    """Raise UserError for the first setting of a strategy that a receipt cannot hold (RFC 8785)."""
+    for name, value in unlearn.items():
+        try:
+            rfc8785.dumps(value)
+        except (ValueError, RecursionError):
+            limits = "numbers are finite there, and whole ones below 2**53"
+            raise UserError(f"unlearn.{name}={value} cannot be written into a receipt: {limits}") from None
 
 
 def completed(config: Config) -> Config:

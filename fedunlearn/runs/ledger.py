@@ -14,6 +14,7 @@ from dateutil.relativedelta import relativedelta
 
 from fedunlearn.errors import UserError
 from fedunlearn.runs.events import EventLog, now
+from fedunlearn.schema import check_text
 
 
 class State(StrEnum):
@@ -151,17 +152,19 @@ class Ledger(EventLog[Standing]):
             how: settings of the run that are others for this request: `strategy` and `unlearn`.
 
         Raises:
-            UserError: what was signed was filed before, or `how` comes too late for an earlier request.
+            UserError: what was signed was filed before, `how` comes too late for an earlier request, or `by` or
+                `right` is no text.
 
         Returns the earlier requests that cover some of them (those that are void do not), then a new one for the rest.
         """
+        check_text(by)
+        check_text(right)
         with self.transaction():
             self._check_unused(signed)
             wanted = sorted(set(clients))
-            earlier = [r for r in self._valid() if set(r.clients) & set(wanted)]
+            self.check_how(wanted, how)
+            earlier = self._touching(wanted)
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
-            if how and earlier:
-                raise UserError(f"request {earlier[0].id} is {earlier[0].state}: its settings stay as they are")
             if not rest:
                 if signed:
                     self.record(asked_again=wanted, signed=dict(signed))
@@ -180,9 +183,14 @@ class Ledger(EventLog[Standing]):
 
     def covering(self, clients: Iterable[int]) -> list[Request]:
         """Give the earlier requests, if any, that cover all of the clients together; void ones do not."""
-        wanted, valid = set(clients), self._valid()
-        covered = {client for request in valid for client in request.clients}
-        return [request for request in valid if wanted & set(request.clients)] if wanted <= covered else []
+        wanted = set(clients)
+        found = self._touching(wanted)
+        return found if wanted <= {client for request in found for client in request.clients} else []
+
+    def check_how(self, clients: Iterable[int], how: Mapping[str, Any] | None) -> None:
+        """Raise UserError where settings come too late for an earlier request of one of the clients."""
+        if how and (earlier := self._touching(clients)):
+            raise UserError(f"request {earlier[0].id} is {earlier[0].state}: its settings stay as they are")
 
     def overdue(self) -> list[Request]:
         """Give the open requests whose time is over."""
@@ -192,8 +200,10 @@ class Ledger(EventLog[Standing]):
         """Give the requests that failed, and whose clients no other request covers."""
         return [r for r in self.requests() if r.state in FAILED and not self.covering(r.clients)]
 
-    def _valid(self) -> list[Request]:
-        return [request for request in self.requests() if request.state not in VOID]
+    def _touching(self, clients: Iterable[int]) -> list[Request]:
+        """The requests that cover some of the clients; void ones do not."""
+        wanted = set(clients)
+        return [r for r in self.requests() if r.state not in VOID and wanted & set(r.clients)]
 
     def request(self, request_id: str) -> Request:
         """Read the request of that id.
@@ -248,8 +258,10 @@ class Ledger(EventLog[Standing]):
             by: who answers for that.
 
         Raises:
-            UserError: there is no such request, it is not one that the gate has set aside, or another one covers it.
+            UserError: there is no such request, it is not one that the gate has set aside, or others cover some of
+                its clients.
         """
+        check_text(by)
         with self.transaction():
             request = self.request(request_id)
             if later := self.covering(request.clients):
@@ -258,6 +270,7 @@ class Ledger(EventLog[Standing]):
                 raise UserError(
                     f"request {request_id} is {request.state}: the gate has set nothing aside to be accepted"
                 )
+            self._check_apart(request)
             self._advance(request, State.COLLECTING, {"accepted_by": by, "accepted_at": now(), "attempts": 0})
         return self.request(request_id)
 
@@ -330,6 +343,18 @@ class Ledger(EventLog[Standing]):
         if signed and signed["nonce"] in self.found().nonces:
             raise UserError("what was signed was filed before")
 
+    def _check_apart(self, request: Request) -> None:
+        """Raise UserError where other requests cover some of a request's clients: they would be forgotten twice."""
+        if not (others := self._touching(request.clients)):
+            return
+        covered = {client for other in others for client in other.clients}
+        states = ", ".join(f"{other.id} for {_listed(other.clients)} is {other.state}" for other in others)
+        rest = ",".join(str(client) for client in request.clients if client not in covered)
+        raise UserError(
+            f"request {request.id} for {_listed(request.clients)} cannot be accepted any more: {states}; "
+            f"`fedunlearn forget --client {rest}` asks for the rest"
+        )
+
     def write_down(self, clients: Iterable[int], action: str, reason: str) -> None:
         """Write down that somebody asked for something and may not."""
         with self.transaction():
@@ -365,6 +390,10 @@ class Ledger(EventLog[Standing]):
 
     def _advance(self, request: Request, state: State, detail: dict[str, Any]) -> None:
         self.record(request=request.id, state=state, **detail)
+
+
+def _listed(clients: Sequence[int]) -> str:
+    return f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}"
 
 
 def due(received_at: str, months: int) -> str:

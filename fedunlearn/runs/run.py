@@ -283,11 +283,12 @@ class Run:
         """Read the rows of `metrics.jsonl` in order of rounds; lines that are none are passed over and counted."""
         path = self.folder / "metrics.jsonl"
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        classes = len(self.class_names()) if (self.folder / "run.json").exists() else None
         damaged = 0
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
-                check_row(row)
+                check_row(row, self.config, classes=classes)
                 rows[row["kind"], row["round"], row.get("request")] = row
             except (ValueError, TypeError, KeyError, RecursionError):
                 damaged += 1

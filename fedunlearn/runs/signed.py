@@ -17,7 +17,7 @@ import rfc8785
 from fedunlearn.errors import UserError
 from fedunlearn.runs import keys
 
-DAYS = 30  # that a signed request can be filed in
+DAYS, MOST_DAYS = 30, 36500  # that a signed request can be filed in
 FORGET, CANCEL = "forget", "cancel"
 
 
@@ -64,7 +64,12 @@ def sign(clients: Collection[int], *, run: str, key: Path, action: str = FORGET,
         key: the clients' private key.
         action: `forget`, or `cancel` and the id of a request.
         days: that it can be filed in.
+
+    Raises:
+        UserError: those are too many, or there is no such key.
     """
+    if not 0 <= days <= MOST_DAYS:
+        raise UserError(f"a signed request can be filed in 0..{MOST_DAYS} days, not in {days:g}")
     private, now = keys.load(key), datetime.now(UTC)
     until, nonce, owner = now + timedelta(days=days), secrets.token_hex(16), keys.id_of(private)
     asked = SignedRequest(run, action, sorted(set(clients)), now.isoformat(), until.isoformat(), nonce, owner)
@@ -124,7 +129,7 @@ def check(
     for client in asked.clients:
         if owners.get(client) != asked.key:
             raise UnsignedError(f"its key is not that of client {client} (forget.keys)")
-    if not datetime.fromisoformat(asked.issued_at) - timedelta(minutes=10) <= at:
+    if datetime.fromisoformat(asked.issued_at) > at + timedelta(minutes=10):
         raise UnsignedError("it was signed in the future")
     if at > datetime.fromisoformat(asked.expires_at):
         raise UnsignedError(f"it has expired on {asked.expires_at}")
