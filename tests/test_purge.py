@@ -250,6 +250,47 @@ def test_copies_that_no_run_uses_are_deleted(federate):
     assert "copies of images that no run uses: digits-1-200-40" in receipt(federate).deleted
 
 
+def through_link_to_home(home, monkeypatch):
+    link = home.with_name("link")
+    link.symlink_to(home)
+    monkeypatch.setenv("FEDUNLEARN_HOME", str(link))
+
+
+def through_link_to_data(home, monkeypatch):
+    (home / "data").rename(home / "big")
+    (home / "data").symlink_to("big")
+
+
+@pytest.mark.parametrize("moved", [through_link_to_home, through_link_to_data])
+def test_copies_that_another_run_needs_stay_where_the_state_folder_is_reached_through_a_link(
+    federate, tree, monkeypatch, moved
+):
+    federate("run=other rounds=1")
+    federate("forget.schedule={2:[3]}")
+    folder = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0"
+    federate(f"run=pictures rounds=1 {folder} {FORGOTTEN.replace('2', '1')}")
+    before = {file.name for file in (federate.home / "data").iterdir()}
+    moved(federate.home, monkeypatch)
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert {file.name for file in (federate.home / "data").iterdir()} == before
+    assert "needed by run other" in {one.why for one in receipt(federate).kept}
+    federate("run=other rounds=2")
+    federate(f"run=pictures rounds=2 {folder} {FORGOTTEN.replace('2', '1')}")
+
+
+def test_the_copy_of_an_archive_stays_where_the_archive_is_elsewhere_for_now(federate, tree):
+    archive = Path(shutil.make_archive(str(tree), "zip", tree))
+    folder = f"data.name=folder data.root={archive} data.image_size=8 data.limit=0 data.test_limit=0"
+    federate(f"run=pictures rounds=1 {folder}")
+    federate("forget.schedule={1:[3]} rounds=1")
+    before = {file.name for file in (federate.home / "data").iterdir()}
+    archive.rename(archive.with_name("away.zip"))
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert {file.name for file in (federate.home / "data").iterdir()} == before | {"lock"}
+    archive.with_name("away.zip").rename(archive)
+    federate(f"run=pictures rounds=2 {folder}")
+
+
 def test_images_that_come_back_are_removed_when_the_run_is_opened_again(federate, capsys):
     federate(FORGOTTEN)
     shutil.rmtree(federate.home / "data")

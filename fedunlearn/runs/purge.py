@@ -120,7 +120,8 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         )
     for path, found in left:
         what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
-        reason = f"needed by {', '.join(needed_by)}" if needed_by and path.parent == _store_of(run) else ""
+        is_own_copy = path.parent.resolve() == _store_of(run)
+        reason = f"needed by {', '.join(needed_by)}" if needed_by and is_own_copy else ""
         kept.append({"what": what, "why": reason or scan.way_out(path, home)})
     if not look_for:
         why = "nobody could look for them: there are none to compare with, in the decoded copy or at the source"
@@ -132,7 +133,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
 
 
 def _store_of(run: Run) -> Path | None:
-    """The decoded copy that a run uses, if there is one."""
+    """The decoded copy that a run uses, if there is one; by its real path, so that copies can be compared."""
     try:
         store = source_of(run.config_here()).store
     except UserError:
@@ -210,27 +211,39 @@ def _studies(home: Path) -> Iterator[tuple[str, str]]:
 
 def _delete_stale(home: Path) -> list[str]:
     """Delete decoded copies, and unpacked archives, that no run and no study uses any more; gives their names."""
+    data = (home / "data").resolve()
     stores = {store for store in map(_store_of, _opened_runs(home)) if store}
-    studied = {data for _, data in _studies(home)}
+    studied = {fingerprint for _, fingerprint in _studies(home)}
+    is_archive_needed = any(map(_has_archive_alone, _opened_runs(home)))
     sources, deleted = set(), []
-    for folder in sorted((home / "data").glob("*/meta.json")):
-        store, about = folder.parent, json.loads(folder.read_text())
+    for file in sorted(data.glob("*/meta.json")):
+        store, about = file.parent, json.loads(file.read_text())
         if store.is_symlink():
             continue
-        is_there = Path(about.get("source", home)).exists()  # else its run may come back
-        if store in stores or about["fingerprint"] in studied or not is_there:
-            sources.add(about.get("source"))
+        source = Path(about.get("source", home)).resolve()
+        is_unpacked = source.parent == data
+        is_there = source.exists()  # else its run may come back
+        is_used = store.resolve() in stores or about["fingerprint"] in studied
+        if is_used or not is_there or (is_unpacked and is_archive_needed):
+            sources.add(source)
         else:
             shutil.rmtree(store)
             deleted.append(store.name)
-    for unpacked in (home / "data").glob("unpacked-*"):
-        if str(unpacked) not in sources:
+    for unpacked in data.glob("unpacked-*"):
+        if unpacked.resolve() not in sources and not unpacked.is_symlink():
             shutil.rmtree(unpacked)
             deleted.append(unpacked.name)
-    for link in (home / "data").iterdir():
-        if link.is_symlink() and not link.exists():
+    for link in data.iterdir():
+        is_alias = link.is_symlink() and len(link.readlink().parts) == 1
+        if is_alias and not link.exists():
             link.unlink()
     return deleted
+
+
+def _has_archive_alone(run: Run) -> bool:
+    """Say whether a run is of an archive, and its decoded copy may have another name: the archive is elsewhere now."""
+    about = run.config.data
+    return about.name == "folder" and not Path(about.root).expanduser().is_dir() and _store_of(run) is None
 
 
 def _delete_files(run: Run, clients: Collection[int]) -> int:
