@@ -50,17 +50,18 @@ def scan(
 ) -> int:
     """Search the state folder, Ray's sessions and Flower's databases for clients' images, by content.
 
-    The exit status is 0 if nothing was found, 1 if something was, 2 if nobody has the images to compare with.
+    The exit status is 0 if nothing was found, 1 if something was, 2 if nobody has the images to compare with or a
+    path does not exist.
     """
     set_up()
     from fedunlearn.runs import scan as scanning
 
     with opened(run, home) as found:
+        places = [*scanning.default_places(found.home), *scanning.existing(also or [])]
         clients = client_numbers(client or [])
         check_clients(clients, found.config.clients)
         owned = scanning.owned_by(found, clients)
         look_for = scanning.wanted(owned)
-        places = [*scanning.default_places(found.home), *(also or [])]
         rows = [row_of(path, one, found.home) for path, one in scanning.scan(look_for, places)]
         searched = len(scanning.files_below(places))
     if as_json:

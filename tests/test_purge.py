@@ -167,6 +167,22 @@ def test_images_are_found_in_a_databases_freed_pages_and_in_its_log(pictures_of_
     assert len(wanted.found_in(tmp_path / "superlink.db").images) == 10
 
 
+def test_links_are_followed_and_every_file_is_searched_once(tmp_path):
+    inside, outside = tmp_path / "home", tmp_path / "outside"
+    for folder in (inside / "z", outside):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"images")
+    (inside / "data").symlink_to(outside)
+    (inside / "again").symlink_to("z")
+    (inside / "z" / "up").symlink_to(inside)
+    (inside / "itself").symlink_to("itself")
+    (inside / "a").symlink_to(outside / "file")
+    found = scan.files_below([inside, tmp_path / "home" / "z"])
+    assert {file.resolve() for file in found} == {inside / "z" / "file", outside / "file"}
+    assert inside / "z" / "file" in found
+    assert len(found) == 2
+
+
 # --- purging ------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +315,15 @@ def test_images_that_come_back_are_removed_when_the_run_is_opened_again(federate
     assert found_by_scan(capsys)[0] == 1
     federate(f"{FORGOTTEN} rounds=4")
     assert found_by_scan(capsys) == (0, {})
+
+
+def test_images_are_found_behind_a_link_and_a_path_that_is_not_there_is_named(federate, capsys):
+    federate("rounds=1")
+    through_link_to_data(federate.home, None)
+    status, found = found_by_scan(capsys)
+    assert (status, [Path(file).name for file in found]) == (1, ["train_images.npy"])
+    assert command("scan", "--client", "3", "--run", "test", "--also", "/typo/nowhere") == 2
+    assert "/typo/nowhere: there is no such file or folder" in capsys.readouterr().err
 
 
 def test_figures_are_removed_where_that_is_asked_for(federate):

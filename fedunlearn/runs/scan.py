@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from logging import getLogger
 from pathlib import Path
@@ -90,12 +91,40 @@ def scan(look_for: Wanted, roots: Iterable[Path]) -> Iterator[tuple[Path, Found]
 
 
 def files_below(roots: Iterable[Path]) -> list[Path]:
-    """List all plain files below some folders, each once."""
-    found: dict[Path, None] = {}
-    for root in roots:
-        paths = sorted(root.rglob("*")) if root.is_dir() else [root]
-        found |= dict.fromkeys(path for path in paths if path.is_file() and not path.is_symlink())
-    return list(found)
+    """List all plain files below some folders, each once; links are followed after everything else.
+
+    So a file has the name by which it is reached without links, if there is one.
+    """
+    found: dict[Path, Path] = {}
+    folders: set[Path] = set()
+    waiting = deque(roots)
+    while waiting:
+        path = waiting.popleft()
+        try:
+            real = path.resolve()
+            if path.is_file():
+                found.setdefault(real, path)
+            elif path.is_dir() and real not in folders:
+                folders.add(real)
+                inside = sorted(path.iterdir())
+                waiting.extendleft(one for one in reversed(inside) if not one.is_symlink())
+                waiting.extend(one for one in inside if one.is_symlink())
+        except (OSError, RuntimeError) as error:  # a link that leads to itself is a RuntimeError
+            log.warning("%s cannot be searched (%s)", path, error)
+    return list(found.values())
+
+
+def existing(paths: Iterable[Path]) -> list[Path]:
+    """Give the files and folders that somebody named.
+
+    Raises:
+        UserError: one of them does not exist.
+    """
+    named = list(paths)
+    for path in named:
+        if not os.path.exists(path):
+            raise UserError(f"--also {path}: there is no such file or folder")
+    return named
 
 
 def default_places(home: Path) -> list[Path]:
