@@ -1,7 +1,9 @@
 """What stays behind: what is removed of forgotten clients, and what a search by content finds of them."""
 
+import bz2
 import gzip
 import json
+import lzma
 import shutil
 import sqlite3
 import zipfile
@@ -167,6 +169,40 @@ def test_images_are_found_in_a_databases_freed_pages_and_in_its_log(pictures_of_
     assert len(wanted.found_in(tmp_path / "superlink.db").images) == 10
 
 
+def broken(packed):
+    return packed[:30] + b"\xff" * 30 + packed[60:]
+
+
+def cut(packed):
+    return packed[: len(packed) // 2]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("damage", [broken, cut])
+def test_a_packed_file_that_is_damaged_is_named(pictures_of_one, tmp_path, pack, damage):
+    images, others = pictures_of_one
+    (tmp_path / "some").write_bytes(damage(pack(others.tobytes())))
+    assert Wanted(images, np.arange(40), others=others).found_in(tmp_path / "some").unread
+
+
+@pytest.mark.parametrize("place", ["flags", "content"])
+def test_the_rest_of_an_archive_is_searched_where_one_part_is_encrypted_or_damaged(pictures_of_one, tmp_path, place):
+    images, others = pictures_of_one
+    with zipfile.ZipFile(tmp_path / "some", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("first", b"first" * 100)
+        archive.writestr("second", images[:2].tobytes())
+    content = bytearray((tmp_path / "some").read_bytes())
+    if place == "flags":
+        content[6] |= 1
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+    else:
+        content[35:45] = b"\xff" * 10
+    (tmp_path / "some").write_bytes(content)
+    found = Wanted(images, np.arange(40), others=others).found_in(tmp_path / "some")
+    assert found.images == {0, 1}
+    assert found.unread
+
+
 def test_links_are_followed_and_every_file_is_searched_once(tmp_path):
     inside, outside = tmp_path / "home", tmp_path / "outside"
     for folder in (inside / "z", outside):
@@ -324,6 +360,19 @@ def test_images_are_found_behind_a_link_and_a_path_that_is_not_there_is_named(fe
     assert (status, [Path(file).name for file in found]) == (1, ["train_images.npy"])
     assert command("scan", "--client", "3", "--run", "test", "--also", "/typo/nowhere") == 2
     assert "/typo/nowhere: there is no such file or folder" in capsys.readouterr().err
+
+
+def test_a_damaged_file_stops_nothing_and_the_receipt_names_it(federate, capsys):
+    federate("rounds=1 forget.purge=always")
+    (federate.home / "data" / "backup.gz").write_bytes(broken(gzip.compress(str(list(range(999))).encode())))
+    assert command("forget", "--client", "3", "--run", "test", "--engine", "local") == 0
+    said = receipt(federate)
+    (left,) = (one for one in said.kept if "backup.gz" in one.what)
+    assert left.what == "perhaps images of client 3 in data/backup.gz"
+    assert left.why.startswith("it cannot be read to the end (Error -3")
+    assert not any("none was found" in line for line in said.deleted)
+    status, found = found_by_scan(capsys)
+    assert (status, [Path(file).name for file in found]) == (1, ["backup.gz"])
 
 
 def test_figures_are_removed_where_that_is_asked_for(federate):

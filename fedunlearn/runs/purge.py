@@ -121,8 +121,8 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
     for path, found in left:
         what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
         is_own_copy = path.parent.resolve() == _store_of(run)
-        reason = f"needed by {', '.join(needed_by)}" if needed_by and is_own_copy else ""
-        kept.append({"what": what, "why": reason or scan.way_out(path, home)})
+        reason = f"needed by {', '.join(needed_by)}" if needed_by and is_own_copy and not found.unread else ""
+        kept.append({"what": what, "why": reason or scan.why_left(path, found, home)})
     if not look_for:
         why = "nobody could look for them: there are none to compare with, in the decoded copy or at the source"
         kept.append({"what": f"perhaps images of {who}", "why": why})

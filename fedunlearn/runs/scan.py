@@ -79,13 +79,14 @@ def wanted(owned: Owned) -> Wanted:
 
 
 def scan(look_for: Wanted, roots: Iterable[Path]) -> Iterator[tuple[Path, Found]]:
-    """Search all files below some folders; gives those in which something is."""
+    """Search all files below some folders; gives those in which something is, or that could not all be read."""
     for path in files_below(roots):
         try:
             found = look_for.found_in(path)
-        except OSError as error:
-            log.warning("%s cannot be read (%s)", path, error.strerror)
+        except FileNotFoundError:  # it was deleted meanwhile
             continue
+        except OSError as error:
+            found = Found(unread=error.strerror or str(error))
         if found:
             yield path, found
 
@@ -101,16 +102,15 @@ def files_below(roots: Iterable[Path]) -> list[Path]:
     while waiting:
         path = waiting.popleft()
         try:
-            real = path.resolve()
             if path.is_file():
-                found.setdefault(real, path)
-            elif path.is_dir() and real not in folders:
-                folders.add(real)
+                found.setdefault(path.resolve(), path)
+            elif path.is_dir() and path.resolve() not in folders:
+                folders.add(path.resolve())
                 inside = sorted(path.iterdir())
                 waiting.extendleft(one for one in reversed(inside) if not one.is_symlink())
                 waiting.extend(one for one in inside if one.is_symlink())
-        except (OSError, RuntimeError) as error:  # a link that leads to itself is a RuntimeError
-            log.warning("%s cannot be searched (%s)", path, error)
+        except OSError:  # whoever reads it says so
+            found.setdefault(path, path)
     return list(found.values())
 
 
@@ -142,6 +142,12 @@ def flower_folder() -> Path:
     return Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser()
 
 
+def why_left(path: Path, found: Found, home: Path) -> str:
+    """Say whose a file is, how nothing is left in it, and why it could not all be searched."""
+    unread = f"it cannot be read to the end ({found.unread}), " if found.unread else ""
+    return unread + way_out(path, home)
+
+
 def way_out(path: Path, home: Path) -> str:
     """Say whose a file is, and how nothing is left in it."""
     if path.is_relative_to(ray_folder()):
@@ -156,6 +162,8 @@ def way_out(path: Path, home: Path) -> str:
 
 
 def _way_out_of_data(parts: tuple[str, ...]) -> str:
+    if len(parts) == 1:
+        return "somebody put it there: delete it, or move it away"
     if parts[0].startswith(("cifar", "unpacked-")):
         return "a download or an unpacked archive, which all images come from: delete the folder"
     return "the decoded copy: `fedunlearn purge`; it says which run still needs them"
@@ -167,7 +175,11 @@ def in_words(found: Found) -> str:
     Example:
         >>> in_words(Found(images={1, 2}, labels=True))
         '2 images, all labels'
+        >>> in_words(Found(unread="Error -3 while decompressing"))
+        'perhaps images'
     """
     counts = {"images": len(found.images), "source files": len(found.files)}
     words = [f"{count} {what[:-1] if count == 1 else what}" for what, count in counts.items() if count]
-    return ", ".join([*words, *(["all labels"] if found.labels else [])])
+    words += ["all labels"] if found.labels else []
+    words += [f"perhaps {'more ' if words else ''}images"] if found.unread else []
+    return ", ".join(words)
