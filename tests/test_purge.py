@@ -375,6 +375,53 @@ def test_a_damaged_file_stops_nothing_and_the_receipt_names_it(federate, capsys)
     assert (status, [Path(file).name for file in found]) == (1, ["backup.gz"])
 
 
+def forgotten_once(federate):
+    """A run that has forgotten client 3, and still has its images."""
+    federate.shared("forget.schedule={1:[3]} rounds=1", name="test")
+    open_dataset(federate.run().config_here())
+
+
+@pytest.mark.parametrize("text", ["{}", "junk", "[]", '{"class_names": [], "fingerprint": "0", "source": null}'])
+def test_what_is_damaged_beside_a_run_stops_no_purge(federate, text):
+    forgotten_once(federate)
+    for file in ("data/foo/meta.json", "runs/test/x-client-3.d/file"):
+        (federate.home / file).parent.mkdir(parents=True)
+        (federate.home / file).write_text(text)
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert any("decoded images of client 3" in line for line in receipt(federate).deleted)
+    assert (federate.home / "data/foo/meta.json").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"data": null}', "junk"])
+def test_a_damaged_study_keeps_the_images(federate, text):
+    forgotten_once(federate)
+    study = federate.home / "studies" / "s" / "study.json"
+    study.parent.mkdir(parents=True)
+    study.write_text(text)
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert len(images_of(federate, 3)[0]) == 28
+    (kept,) = (one for one in receipt(federate).kept if "images of client 3" in one.what)
+    assert f"{study} is damaged" in kept.why
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("train_images.npy", "junk"), ("meta.json", None), ("meta.json", "{}"), ("meta.json", "[]"), ("meta.json", "")],
+)
+def test_a_damaged_copy_is_named_and_the_receipt_is_written(federate, capsys, caplog, name, text):
+    forgotten_once(federate)
+    (store,) = (federate.home / "data").glob("digits-*")
+    (store / name).unlink()
+    if text is not None:
+        (store / name).write_text(text)
+    assert found_by_scan(capsys)[0] in (0, 1)  # compared with the source
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert f"{store / name} is missing or damaged" in caplog.text
+    assert receipt(federate).kept != [NOTHING_REMOVED]
+    with pytest.raises(UserError, match=f"{name} is missing or damaged .*: remove the folder {store}"):
+        federate("rounds=2 run=other")
+
+
 def test_figures_are_removed_where_that_is_asked_for(federate):
     federate("forget.schedule={2:[3]}")
     assert any("3" in row.get("forgotten", {}) for row in federate.run().metrics())

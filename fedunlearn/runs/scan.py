@@ -61,8 +61,13 @@ def _copies(run: Run) -> Iterator[tuple[Split, list[np.ndarray], Split, list[str
     config = run.config_here()
     source = source_of(config)
     if source.store.is_dir():
-        dataset = Dataset(source.store.resolve())
-        yield dataset.train, slices_of(config, dataset), dataset.test, dataset.files
+        try:
+            dataset = Dataset(source.store.resolve())
+            copy = dataset.train, slices_of(config, dataset), dataset.test, dataset.files
+        except UserError as error:
+            log.warning("the source has to do: %s", error)
+        else:
+            yield copy
     found = source.decode()
     yield found.train, dealt(config, found.train.labels), found.test, found.files
 
