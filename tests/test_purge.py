@@ -538,6 +538,69 @@ def test_a_new_run_does_not_train_whom_another_has_forgotten(federate):
     assert not any("readmitted" in event for event in federate.run("retrained").ledger.events())
 
 
+def changed_about(folder):
+    (folder / "run.json").write_text((folder / "run.json").read_text() + "\n")
+
+
+def settings_of_another_version(folder):
+    about = json.loads((folder / "run.json").read_text())
+    about["config"]["gone"] = 1
+    (folder / "run.json").write_text(json.dumps(about))
+
+
+def lost_about(folder):
+    (folder / "run.json").unlink()
+
+
+def junk_about(folder):
+    (folder / "run.json").write_text('{"created": "", "data": [], "images": 1, "versions": 1, "config": []}')
+
+
+def lost_ledger(folder):
+    (folder / "ledger.sqlite").unlink()
+
+
+def junk_ledger(folder):
+    (folder / "ledger.sqlite").write_bytes(b"junk" * 1000)
+
+
+FORGOT = r"client 3 was forgotten by run test \(request r1\)"
+NOBODY_KNOWS = r"whom run test has forgotten is not known, perhaps client 0 \(.*\): repair or remove that run"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed_about, FORGOT),
+        (settings_of_another_version, FORGOT),
+        (lost_about, NOBODY_KNOWS),
+        (junk_about, NOBODY_KNOWS),
+        (lost_ledger, NOBODY_KNOWS),
+        (junk_ledger, NOBODY_KNOWS),
+    ],
+)
+def test_a_damaged_run_keeps_its_ban(federate, damage, message):
+    federate.shared("forget.schedule={1:[3]} rounds=1 forget.purge=always", name="test")
+    shutil.rmtree(federate.home / "data", ignore_errors=True)  # its images come back
+    damage(federate.folder())
+    with pytest.raises(UserError, match=message):
+        federate("run=other rounds=1")
+
+
+def test_whoever_names_every_client_begins_beside_a_damaged_run(federate):
+    federate.shared("forget.schedule={1:[3]} rounds=1 forget.purge=always", name="test")
+    junk_ledger(federate.folder())
+    federate("run=other rounds=1 readmit=[0,1,2,3]")
+    (event,) = (event for event in federate.run("other").ledger.events() if "readmitted" in event)
+    assert event["readmitted"] == dict.fromkeys("0123", "run test, perhaps")
+
+
+def test_a_damaged_run_that_has_forgotten_nobody_bans_nobody(federate):
+    federate.shared("rounds=1", name="test")
+    lost_about(federate.folder())
+    federate("run=other rounds=1")
+
+
 def test_whose_key_asked_to_be_forgotten_is_known_by_the_key(federate):
     key = "a" * 64
     federate(f"{FORGOTTEN} forget.keys={{3:{key}}} rounds=2")

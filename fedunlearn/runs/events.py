@@ -27,6 +27,10 @@ FIRST = 4  # events that a new log may have before a head of it is kept
 RUNS = "runs"  # folder of a state folder
 
 
+class EarlierVersionError(UserError):
+    """A log was written by a version that did not sign events."""
+
+
 class TamperedError(UserError):
     """A log is not as this run's processes wrote it."""
 
@@ -91,7 +95,9 @@ class EventLog(Generic[T]):
             self._db.execute(SCHEMA)
         columns = [row[1] for row in self._db.rows("PRAGMA table_info(events)")]
         if columns and "signature" not in columns:
-            raise UserError(f"{path} was written by an earlier version of fedunlearn: finish the run with that version")
+            raise EarlierVersionError(
+                f"{path} was written by an earlier version of fedunlearn: finish the run with that version"
+            )
 
     def close(self) -> None:
         """Close the file."""
