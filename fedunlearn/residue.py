@@ -50,17 +50,18 @@ def scan(
 ) -> int:
     """Search the state folder, Ray's sessions and Flower's databases for clients' images, by content.
 
-    The exit status is 0 if nothing was found, 1 if something was, 2 if nobody has the images to compare with.
+    The exit status is 0 if nothing was found, 1 if something was or a file cannot be read, and 2 if nobody has the
+    images to compare with or a path does not exist.
     """
     set_up()
     from fedunlearn.runs import scan as scanning
 
     with opened(run, home) as found:
+        places = [*scanning.default_places(found.home), *scanning.existing(also or [])]
         clients = client_numbers(client or [])
         check_clients(clients, found.config.clients)
         owned = scanning.owned_by(found, clients)
         look_for = scanning.wanted(owned)
-        places = [*scanning.default_places(found.home), *(also or [])]
         rows = [row_of(path, one, found.home) for path, one in scanning.scan(look_for, places)]
         searched = len(scanning.files_below(places))
     if as_json:
@@ -69,7 +70,10 @@ def scan(
         for row in rows:
             print(f"{row['file']}: {row['what']} ({row['way_out']})")
         of = f"{len(owned.places)} images of client {', '.join(map(str, clients))}"
-        print(f"{len(rows) or 'no'} files of {searched} have any of the {of}")
+        have = sum(row["has_some"] for row in rows)
+        print(f"{have or 'no'} files of {searched} have any of the {of}")
+        if unread := sum(bool(row["unread"]) for row in rows):
+            print(f"{unread} files could not be read to the end: nobody knows what is in them")
         if look_for.unknown:
             print(f"{look_for.unknown} of them cannot be told from other images")
     return int(bool(rows))
@@ -83,5 +87,7 @@ def row_of(path: Path, found: Any, home: Path) -> dict[str, Any]:
         "file": str(path),
         "what": scanning.in_words(found),
         "images": len(found.images),
-        "way_out": scanning.way_out(path, home),
+        "has_some": bool(found.images or found.files or found.labels),
+        "unread": found.unread,
+        "way_out": scanning.why_left(path, found, home),
     }

@@ -42,7 +42,7 @@ def test_who_asks_for_test_images_alone_never_touches_the_training_images(tmp_pa
     data = datasets.load("digits", cache=tmp_path)
     assert data.test.images.shape == (360, 8, 8, 1)
     assert (data.channels, len(data.class_names), len(data.fingerprint)) == (1, 10, 64)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=r"train_images\.npy is missing or damaged"):
         _ = data.train
 
 

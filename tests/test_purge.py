@@ -1,7 +1,9 @@
 """What stays behind: what is removed of forgotten clients, and what a search by content finds of them."""
 
+import bz2
 import gzip
 import json
+import lzma
 import shutil
 import sqlite3
 import zipfile
@@ -167,6 +169,56 @@ def test_images_are_found_in_a_databases_freed_pages_and_in_its_log(pictures_of_
     assert len(wanted.found_in(tmp_path / "superlink.db").images) == 10
 
 
+def broken(packed):
+    return packed[:30] + b"\xff" * 30 + packed[60:]
+
+
+def cut(packed):
+    return packed[: len(packed) // 2]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("damage", [broken, cut])
+def test_a_packed_file_that_is_damaged_is_named(pictures_of_one, tmp_path, pack, damage):
+    images, others = pictures_of_one
+    (tmp_path / "some").write_bytes(damage(pack(others.tobytes())))
+    assert Wanted(images, np.arange(40), others=others).found_in(tmp_path / "some").unread
+
+
+@pytest.mark.parametrize("place", ["flags", "content"])
+def test_the_rest_of_an_archive_is_searched_where_one_part_is_encrypted_or_damaged(pictures_of_one, tmp_path, place):
+    images, others = pictures_of_one
+    with zipfile.ZipFile(tmp_path / "some", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("first", b"first" * 100)
+        archive.writestr("second", images[:2].tobytes())
+    content = bytearray((tmp_path / "some").read_bytes())
+    if place == "flags":
+        content[6] |= 1
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+    else:
+        content[35:45] = b"\xff" * 10
+    (tmp_path / "some").write_bytes(content)
+    found = Wanted(images, np.arange(40), others=others).found_in(tmp_path / "some")
+    assert found.images == {0, 1}
+    assert found.unread
+
+
+def test_links_are_followed_and_every_file_is_searched_once(tmp_path):
+    inside, outside = tmp_path / "home", tmp_path / "outside"
+    for folder in (inside / "z", outside):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"images")
+    (inside / "data").symlink_to(outside)
+    (inside / "again").symlink_to("z")
+    (inside / "z" / "up").symlink_to(inside)
+    (inside / "itself").symlink_to("itself")
+    (inside / "a").symlink_to(outside / "file")
+    found = scan.files_below([inside, tmp_path / "home" / "z"])
+    assert {file.resolve() for file in found} == {inside / "z" / "file", outside / "file"}
+    assert inside / "z" / "file" in found
+    assert len(found) == 2
+
+
 # --- purging ------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +302,47 @@ def test_copies_that_no_run_uses_are_deleted(federate):
     assert "copies of images that no run uses: digits-1-200-40" in receipt(federate).deleted
 
 
+def through_link_to_home(home, monkeypatch):
+    link = home.with_name("link")
+    link.symlink_to(home)
+    monkeypatch.setenv("FEDUNLEARN_HOME", str(link))
+
+
+def through_link_to_data(home, monkeypatch):
+    (home / "data").rename(home / "big")
+    (home / "data").symlink_to("big")
+
+
+@pytest.mark.parametrize("moved", [through_link_to_home, through_link_to_data])
+def test_copies_that_another_run_needs_stay_where_the_state_folder_is_reached_through_a_link(
+    federate, tree, monkeypatch, moved
+):
+    federate("run=other rounds=1")
+    federate("forget.schedule={2:[3]}")
+    folder = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0"
+    federate(f"run=pictures rounds=1 {folder} {FORGOTTEN.replace('2', '1')}")
+    before = {file.name for file in (federate.home / "data").iterdir()}
+    moved(federate.home, monkeypatch)
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert {file.name for file in (federate.home / "data").iterdir()} == before
+    assert "needed by run other" in {one.why for one in receipt(federate).kept}
+    federate("run=other rounds=2")
+    federate(f"run=pictures rounds=2 {folder} {FORGOTTEN.replace('2', '1')}")
+
+
+def test_the_copy_of_an_archive_stays_where_the_archive_is_elsewhere_for_now(federate, tree):
+    archive = Path(shutil.make_archive(str(tree), "zip", tree))
+    folder = f"data.name=folder data.root={archive} data.image_size=8 data.limit=0 data.test_limit=0"
+    federate(f"run=pictures rounds=1 {folder}")
+    federate("forget.schedule={1:[3]} rounds=1")
+    before = {file.name for file in (federate.home / "data").iterdir()}
+    archive.rename(archive.with_name("away.zip"))
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert {file.name for file in (federate.home / "data").iterdir()} == before | {"lock"}
+    archive.with_name("away.zip").rename(archive)
+    federate(f"run=pictures rounds=2 {folder}")
+
+
 def test_images_that_come_back_are_removed_when_the_run_is_opened_again(federate, capsys):
     federate(FORGOTTEN)
     shutil.rmtree(federate.home / "data")
@@ -258,6 +351,75 @@ def test_images_that_come_back_are_removed_when_the_run_is_opened_again(federate
     assert found_by_scan(capsys)[0] == 1
     federate(f"{FORGOTTEN} rounds=4")
     assert found_by_scan(capsys) == (0, {})
+
+
+def test_images_are_found_behind_a_link_and_a_path_that_is_not_there_is_named(federate, capsys):
+    federate("rounds=1")
+    through_link_to_data(federate.home, None)
+    status, found = found_by_scan(capsys)
+    assert (status, [Path(file).name for file in found]) == (1, ["train_images.npy"])
+    assert command("scan", "--client", "3", "--run", "test", "--also", "/typo/nowhere") == 2
+    assert "/typo/nowhere: there is no such file or folder" in capsys.readouterr().err
+
+
+def test_a_damaged_file_stops_nothing_and_the_receipt_names_it(federate, capsys):
+    federate("rounds=1 forget.purge=always")
+    (federate.home / "data" / "backup.gz").write_bytes(broken(gzip.compress(str(list(range(999))).encode())))
+    assert command("forget", "--client", "3", "--run", "test", "--engine", "local") == 0
+    said = receipt(federate)
+    (left,) = (one for one in said.kept if "backup.gz" in one.what)
+    assert left.what == "perhaps images of client 3 in data/backup.gz"
+    assert left.why.startswith("it cannot be read to the end (Error -3")
+    assert not any("none was found" in line for line in said.deleted)
+    status, found = found_by_scan(capsys)
+    assert (status, [Path(file).name for file in found]) == (1, ["backup.gz"])
+
+
+def forgotten_once(federate):
+    """A run that has forgotten client 3, and still has its images."""
+    federate.shared("forget.schedule={1:[3]} rounds=1", name="test")
+    open_dataset(federate.run().config_here())
+
+
+@pytest.mark.parametrize("text", ["{}", "junk", "[]", '{"class_names": [], "fingerprint": "0", "source": null}'])
+def test_what_is_damaged_beside_a_run_stops_no_purge(federate, text):
+    forgotten_once(federate)
+    for file in ("data/foo/meta.json", "runs/test/x-client-3.d/file"):
+        (federate.home / file).parent.mkdir(parents=True)
+        (federate.home / file).write_text(text)
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert any("decoded images of client 3" in line for line in receipt(federate).deleted)
+    assert (federate.home / "data/foo/meta.json").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"data": null}', "junk"])
+def test_a_damaged_study_keeps_the_images(federate, text):
+    forgotten_once(federate)
+    study = federate.home / "studies" / "s" / "study.json"
+    study.parent.mkdir(parents=True)
+    study.write_text(text)
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert len(images_of(federate, 3)[0]) == 28
+    (kept,) = (one for one in receipt(federate).kept if "images of client 3" in one.what)
+    assert f"{study} is damaged" in kept.why
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("train_images.npy", "junk"), ("meta.json", None), ("meta.json", "{}"), ("meta.json", "[]"), ("meta.json", "")],
+)
+def test_a_damaged_copy_is_named_and_the_receipt_is_written(federate, capsys, caplog, name, text):
+    forgotten_once(federate)
+    (store,) = (federate.home / "data").glob("digits-*")
+    (store / name).unlink()
+    if text is not None:
+        (store / name).write_text(text)
+    assert found_by_scan(capsys)[0] in (0, 1)  # compared with the source
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    assert f"{store / name} is missing or damaged" in caplog.text
+    assert receipt(federate).kept != [NOTHING_REMOVED]
+    with pytest.raises(UserError, match=f"{name} is missing or damaged .*: remove the folder {store}"):
+        federate("rounds=2 run=other")
 
 
 def test_figures_are_removed_where_that_is_asked_for(federate):
@@ -374,6 +536,69 @@ def test_a_new_run_does_not_train_whom_another_has_forgotten(federate):
     (event,) = (event for event in federate.run("back").ledger.events() if "readmitted" in event)
     assert event["readmitted"] == {"3": "run test (request r1)"}
     assert not any("readmitted" in event for event in federate.run("retrained").ledger.events())
+
+
+def changed_about(folder):
+    (folder / "run.json").write_text((folder / "run.json").read_text() + "\n")
+
+
+def settings_of_another_version(folder):
+    about = json.loads((folder / "run.json").read_text())
+    about["config"]["gone"] = 1
+    (folder / "run.json").write_text(json.dumps(about))
+
+
+def lost_about(folder):
+    (folder / "run.json").unlink()
+
+
+def junk_about(folder):
+    (folder / "run.json").write_text('{"created": "", "data": [], "images": 1, "versions": 1, "config": []}')
+
+
+def lost_ledger(folder):
+    (folder / "ledger.sqlite").unlink()
+
+
+def junk_ledger(folder):
+    (folder / "ledger.sqlite").write_bytes(b"junk" * 1000)
+
+
+FORGOT = r"client 3 was forgotten by run test \(request r1\)"
+NOBODY_KNOWS = r"whom run test has forgotten is not known, perhaps client 0 \(.*\): repair or remove that run"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed_about, FORGOT),
+        (settings_of_another_version, FORGOT),
+        (lost_about, NOBODY_KNOWS),
+        (junk_about, NOBODY_KNOWS),
+        (lost_ledger, NOBODY_KNOWS),
+        (junk_ledger, NOBODY_KNOWS),
+    ],
+)
+def test_a_damaged_run_keeps_its_ban(federate, damage, message):
+    federate.shared("forget.schedule={1:[3]} rounds=1 forget.purge=always", name="test")
+    shutil.rmtree(federate.home / "data", ignore_errors=True)  # its images come back
+    damage(federate.folder())
+    with pytest.raises(UserError, match=message):
+        federate("run=other rounds=1")
+
+
+def test_whoever_names_every_client_begins_beside_a_damaged_run(federate):
+    federate.shared("forget.schedule={1:[3]} rounds=1 forget.purge=always", name="test")
+    junk_ledger(federate.folder())
+    federate("run=other rounds=1 readmit=[0,1,2,3]")
+    (event,) = (event for event in federate.run("other").ledger.events() if "readmitted" in event)
+    assert event["readmitted"] == dict.fromkeys("0123", "run test, perhaps")
+
+
+def test_a_damaged_run_that_has_forgotten_nobody_bans_nobody(federate):
+    federate.shared("rounds=1", name="test")
+    lost_about(federate.folder())
+    federate("run=other rounds=1")
 
 
 def test_whose_key_asked_to_be_forgotten_is_known_by_the_key(federate):

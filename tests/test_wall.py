@@ -8,6 +8,7 @@ import pytest
 
 from fedunlearn import Strategy, build
 from fedunlearn.apps.client_app import resident
+from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.server_data import ServerData
@@ -109,7 +110,7 @@ class Cheating(Strategy):
 def test_a_strategy_that_looks_at_a_copy_of_the_clients_images_is_found_out(federate, machines):
     federate("rounds=1 strategy=test_wall:Cheating")
     federate.run().ledger.file([3])
-    with pytest.raises(FileNotFoundError, match="train_images"):
+    with pytest.raises(UserError, match=r"train_images\.npy is missing"):
         machines("test", 1)
 
 

@@ -22,6 +22,9 @@ NAMES = ("digits", "cifar10", "cifar100", "folder", "random")
 REMOVED_FILES = "files-to-delete.txt"
 """In a store: files of the source that nobody needs any more, one a line."""
 
+REQUIRED = ("class_names", "fingerprint")
+"""What every store says of itself."""
+
 log = logging.getLogger("fedunlearn")
 
 
@@ -59,6 +62,9 @@ class Dataset:
     Args:
         store: the folder that `load` wrote.
 
+    Raises:
+        UserError: from every method, where a file of it is missing or damaged.
+
     Attributes:
         store: the same.
         class_names: K names.
@@ -73,8 +79,8 @@ class Dataset:
     """
 
     def __init__(self, store: Path) -> None:
-        self._meta = json.loads((store / "meta.json").read_text())
         self.store = store
+        self._meta = about(store)
         self.removed: int = self._meta.get("removed", 0)
         self._train: str = self._meta.get("train", "train")
         self.class_names: list[str] = self._meta["class_names"]
@@ -100,7 +106,8 @@ class Dataset:
     def files(self) -> list[str]:
         """Name the files that the training images were read from, in their order; none where they are not known."""
         file = self.store / f"{self._train}_files.json"
-        return json.loads(file.read_text()) if file.exists() else []
+        with _undamaged(file):
+            return json.loads(file.read_text()) if file.exists() else []
 
     def dealt(self, deal: str) -> list[np.ndarray] | None:
         """Give each client's indices as they were before images were taken out, less those; None for an unknown deal.
@@ -111,7 +118,7 @@ class Dataset:
         file = self.store / f"{self._train}_{deal}.npz"
         if not file.exists():
             return None
-        with np.load(file) as kept:
+        with _undamaged(file), np.load(file) as kept:
             return np.split(kept["indices"], kept["cuts"])
 
     def without(self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]]) -> None:
@@ -124,6 +131,8 @@ class Dataset:
             gone: which ones, bool [N].
             deals: by name, each client's indices into the images as they are now.
         """
+        if self.files and (missing := {"source", "image_size"} - self._meta.keys()):
+            raise UserError(_damage(self.store / "meta.json", f"it has no {min(missing)}"))
         kept, train = ~gone, self.train
         place = np.cumsum(kept) - 1
         name = f"train-{int(self._train.partition('-')[2] or 0) + 1}"
@@ -165,8 +174,45 @@ class Dataset:
             alias.symlink_to(self.store.name)
 
     def _split(self, name: str) -> Split:
-        images, labels = (np.load(self.store / f"{name}_{part}.npy", mmap_mode="r") for part in ("images", "labels"))
+        images, labels = (self._array(f"{name}_{part}.npy") for part in ("images", "labels"))
+        if images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise UserError(_damage(self.store / f"{name}_images.npy", "it has not one image for every label"))
         return Split(images, labels)
+
+    def _array(self, name: str) -> np.ndarray:
+        with _undamaged(self.store / name):
+            return np.load(self.store / name, mmap_mode="r")
+
+
+def about(store: Path) -> dict[str, Any]:
+    """Read what a decoded copy says of itself.
+
+    Raises:
+        UserError: its `meta.json` is missing, damaged, or of something else.
+    """
+    file = store / "meta.json"
+    kinds = {"class_names": list, "fingerprint": str, "source": str, "train": str, "removed": int, "channels": int}
+    with _undamaged(file):
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it has no settings by name")
+        for name, kind in kinds.items():
+            if not isinstance(found.get(name, kind()), kind) or (name not in found and name in REQUIRED):
+                raise ValueError(f"it has no {name}")
+        return found
+
+
+@contextmanager
+def _undamaged(file: Path) -> Iterator[None]:
+    """Turn what is wrong with a file of a decoded copy into a UserError."""
+    try:
+        yield
+    except Exception as error:  # json, numpy and zip have errors of their own
+        raise UserError(_damage(file, str(error))) from error
+
+
+def _damage(file: Path, reason: str) -> str:
+    return f"{file} is missing or damaged ({reason}): remove the folder {file.parent}, its images are decoded anew"
 
 
 class Decoded(NamedTuple):
@@ -435,8 +481,8 @@ def _write(store: Path, decoded: Decoded) -> None:
             np.save(folder / f"{name}.npy", array)
         if decoded.files:
             (folder / "train_files.json").write_text(json.dumps(decoded.files))
-        about = {"class_names": decoded.class_names, "channels": decoded.test.images.shape[-1], **decoded.about}
-        (folder / "meta.json").write_text(json.dumps({**about, "fingerprint": _fingerprint(arrays)}))
+        meta = {"class_names": decoded.class_names, "channels": decoded.test.images.shape[-1], **decoded.about}
+        (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": _fingerprint(arrays)}))
 
 
 def _arrays(train: Split, test: Split) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import gzip
 import lzma
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,14 +40,16 @@ class Found:
         images: which of the images, by their place.
         files: which of the source files, by their place.
         labels: whether the sequence of all labels is there.
+        unread: why not all of the file could be searched; empty where all was.
     """
 
     images: set[int] = field(default_factory=set)
     files: set[int] = field(default_factory=set)
     labels: bool = False
+    unread: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.images or self.files or self.labels)
+        return bool(self.images or self.files or self.labels or self.unread)
 
 
 class Wanted:
@@ -86,7 +88,7 @@ class Wanted:
         self._labels = [labels.astype(kind).tobytes() for kind in (np.int64, np.int32, np.uint8)] if is_telling else []
 
     def found_in(self, path: Path) -> Found:
-        """Search a file, and what is compressed in it.
+        """Search a file, and what is compressed in it; `Found.unread` says where that is corrupt or encrypted.
 
         Raises:
             OSError: it cannot be read.
@@ -98,12 +100,12 @@ class Wanted:
             self._search(file, found)
         for magic, opened in PACKED.items():
             if beginning.startswith(magic):
-                with suppress(OSError, EOFError, lzma.LZMAError), opened(path, "rb") as content:
+                with _noted(found), opened(path, "rb") as content:
                     self._search(content, found)
         if beginning.startswith(b"PK\x03\x04"):
-            with suppress(OSError, zipfile.BadZipFile, NotImplementedError), zipfile.ZipFile(path) as archive:
+            with _noted(found), zipfile.ZipFile(path) as archive:
                 for name in archive.namelist():
-                    with archive.open(name) as content:
+                    with _noted(found), archive.open(name) as content:
                         self._search(content, found)
         return found
 
@@ -112,6 +114,15 @@ class Wanted:
             for _, (kind, number) in self._finder.found_in(chunk):
                 (found.images if kind == "image" else found.files).add(number)
             found.labels = found.labels or any(labels in chunk for labels in self._labels)
+
+
+@contextmanager
+def _noted(found: Found) -> Iterator[None]:
+    """Note that something packed cannot be read, and go on with the rest."""
+    try:
+        yield
+    except Exception as error:  # each archive format has errors of its own
+        found.unread = found.unread or str(error) or type(error).__name__
 
 
 def forms(values: np.ndarray) -> Iterator[bytes]:

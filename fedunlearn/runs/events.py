@@ -26,6 +26,10 @@ FORMAT = 2
 RUNS = "runs"  # folder of a state folder
 
 
+class EarlierVersionError(UserError):
+    """A log was written by a version that did not sign events."""
+
+
 class TamperedError(UserError):
     """A log is not as this run's processes wrote it."""
 
@@ -90,7 +94,9 @@ class EventLog(Generic[T]):
             self._db.execute(SCHEMA)
         columns = [row[1] for row in self._db.rows("PRAGMA table_info(events)")]
         if columns and "signature" not in columns:
-            raise UserError(f"{path} was written by an earlier version of fedunlearn: finish the run with that version")
+            raise EarlierVersionError(
+                f"{path} was written by an earlier version of fedunlearn: finish the run with that version"
+            )
 
     def close(self) -> None:
         """Close the file."""

@@ -10,14 +10,15 @@ from importlib.metadata import version
 from itertools import chain
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedunlearn.config import Config, check, state_home, values_of
+from fedunlearn.config import Config, check, state_home, stored, values_of
 from fedunlearn.errors import UserError
+from fedunlearn.runs.events import EarlierVersionError
 from fedunlearn.runs.files import delete_unfinished, write_atomically
 from fedunlearn.runs.ledger import FORGOTTEN, Ledger
 from fedunlearn.runs.lock import is_locked, lock
-from fedunlearn.runs.run import Run, open_ledger, read_about, stored_config
+from fedunlearn.runs.run import Run, check_about, check_not_empty, open_ledger, read_about, stored_config
 from fedunlearn.schema import validated
 
 if TYPE_CHECKING:
@@ -229,9 +230,9 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
         By client, the run and request that forgot it.
 
     Raises:
-        UserError: `readmit` does not name one of them.
+        UserError: `readmit` does not name one of them, or nobody knows whom a damaged run has forgotten.
     """
-    banned = forgotten_in(state_home(config.home))
+    banned, unknown = forgotten_in(state_home(config.home))
     found: dict[int, str] = {}
     for client in sorted(set(range(config.clients)) - set(never)):
         names = {data[str(client)], config.forget.keys.get(client, "")} & banned.keys()
@@ -240,30 +241,92 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
                 f"client {client} was forgotten by {banned[min(names)]}: leave it out with "
                 f"forget.schedule={{0:[{client}]}}, or take it back with readmit=[{client}]"
             )
-        found |= {client: banned[min(names)]} if names else {}
+        if unknown and client not in config.readmit:
+            run, reason = min(unknown.items())
+            raise UserError(
+                f"whom run {run} has forgotten is not known, perhaps client {client} ({reason}): repair or remove that "
+                "run, or take every client back by naming all of them in readmit"
+            )
+        if names or unknown:
+            found[client] = banned[min(names)] if names else f"run {min(unknown)}, perhaps"
     return found
 
 
-def forgotten_in(home: Path) -> dict[str, str]:
-    """Give whom the runs of a state folder have forgotten for good: by fingerprint, and by key, run and request."""
-    found: dict[str, str] = {}
-    for folder in all_runs(home):
+class Banned(NamedTuple):
+    """Whom the runs of a state folder have forgotten for good.
+
+    Attributes:
+        names: by fingerprint, and by key, run and request.
+        unknown: the runs of which nobody knows whom they have forgotten, each with the reason.
+    """
+
+    names: dict[str, str]
+    unknown: dict[str, str]
+
+
+def forgotten_in(home: Path) -> Banned:
+    """Give whom the runs of a state folder have forgotten for good, as far as their files can be read."""
+    names: dict[str, str] = {}
+    unknown: dict[str, str] = {}
+    files = chain(*(runs_folder(home).glob(f"*/{file}") for file in ("run.json", "ledger.sqlite")))
+    for folder in sorted({file.parent for file in files}, key=created_of):
         try:
-            run = Run.opened(folder)
+            names = _forgotten_by(folder) | names
+        except EarlierVersionError as error:  # it forgot nobody for good
+            log.warning("run %s is passed over: %s", folder.name, error)
         except UserError as error:
-            log.warning("whom run %s has forgotten is not known: %s", folder.name, error)
-            continue
+            unknown[folder.name] = str(error)
+    return Banned(names, unknown)
+
+
+def _forgotten_by(folder: Path) -> dict[str, str]:
+    """Whom one run has forgotten for good, by its ledger; `run.json` says who that is.
+
+    Raises:
+        UserError: one of the two cannot be read, and there may be somebody.
+    """
+    if not (folder / "ledger.sqlite").exists():  # opening would make one
+        raise UserError(f"{folder / 'ledger.sqlite'} is missing")
+    ledger = Ledger(folder / "ledger.sqlite")
+    try:
+        check_not_empty(folder, ledger)
+        purged = {request.id for request in ledger.purged()}
+        requests = [request for request in ledger.requests() if request.id in purged or request.state in FORGOTTEN]
+        if not requests:
+            return {}
         try:
-            data, keys = run.about()["data"], run.config.forget.keys
-            purged = {request.id for request in run.ledger.purged()}
-            for request in run.ledger.requests():
-                is_for_good = request.id in purged or (run.config.is_for_good and request.state in FORGOTTEN)
-                for client in request.clients if is_for_good else []:
-                    names = {data[str(client)], keys.get(client, "")} - {""}
-                    found = dict.fromkeys(names, f"run {run.name} (request {request.id})") | found
-        finally:
-            run.ledger.close()
-    return found
+            check_about(folder, ledger)
+        except UserError as error:
+            log.warning("run %s keeps its ban as far as it can be read: %s", folder.name, error)
+    finally:
+        ledger.close()
+    data, keys, is_for_good = _who_is_who(folder)
+    return {
+        name: f"run {folder.name} (request {request.id})"
+        for request in reversed(requests)
+        if request.id in purged or is_for_good
+        for client in request.clients
+        for name in (data[str(client)], keys.get(str(client), ""))
+        if name
+    }
+
+
+def _who_is_who(folder: Path) -> tuple[dict[str, str], dict[str, str], bool]:
+    """What `run.json` says of clients: fingerprints and keys by number, and whether they are forgotten for good.
+
+    Where the settings are not of this version, they are.
+    """
+    about = read_about(folder)
+    try:
+        is_for_good = stored(about["config"]).is_for_good
+    except UserError:
+        is_for_good = True
+    try:
+        keys = about["config"].get("forget", {}).get("keys", {})
+        data = {str(client): str(about["data"][str(client)]) for client in range(about["config"]["clients"])}
+        return data, {str(client): str(key) for client, key in keys.items()}, is_for_good
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'run.json'} is damaged: it does not say who the clients are") from error
 
 
 def _of_base(base: Path, data: Mapping[str, str]) -> tuple[dict[str, str], set[int]]:

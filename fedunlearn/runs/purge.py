@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedunlearn.build import deal_of, slices_of, source_of
-from fedunlearn.data.datasets import REMOVED_FILES, Dataset
+from fedunlearn.data.datasets import REMOVED_FILES, Dataset, about
 from fedunlearn.errors import UserError
 from fedunlearn.runs import checkpoint, scan
 from fedunlearn.runs.files import write_atomically
@@ -58,7 +58,7 @@ def purge_due(run: Run) -> None:
     """Remove what is left after every completed request, of which it was not removed yet or has come back."""
     done = {request.id for request in run.ledger.purged()}
     for request in run.ledger.requests():
-        if request.state == State.COMPLETED and (request.id not in done or has_images(run, request.clients)):
+        if request.state == State.COMPLETED and (request.id not in done or _has_images(run, request.clients)):
             deleted, kept = purge(run, request, figures=run.config.forget.purge_metrics)
             for line in deleted:
                 log.info("── gone: %s", line)
@@ -66,13 +66,17 @@ def purge_due(run: Run) -> None:
                 log.info("── left: %s, since: %s", one["what"], one["why"])
 
 
-def has_images(run: Run, clients: Collection[int]) -> bool:
-    """Say whether the run's decoded copy has images of clients that no run needs."""
+def _has_images(run: Run, clients: Collection[int]) -> bool:
+    """Say whether the run's decoded copy has images of clients that no run needs, as far as anybody knows."""
     store = _store_of(run)
     if store is None:
         return False
-    unneeded = _unneeded(Dataset(store), _users(store, run, clients))
-    return bool(unneeded[_own(store, run, clients)].any())
+    try:
+        unneeded = _unneeded(Dataset(store), _users(store, run, clients))
+        return bool(unneeded[_own(store, run, clients)].any())
+    except UserError as error:
+        log.warning("no image is removed: %s", error)
+        return False
 
 
 def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[str], list[dict[str, str]]]:
@@ -96,20 +100,26 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
             log.warning("nobody can look for images of %s: %s", who, error)
             owned, look_for = None, None
         try:
-            (gone, needed_by), stale = _take_out(run, clients), _delete_stale(home)
+            gone, needed_by = _take_out(run, clients)
         except UserError as error:  # nobody knows what a damaged run needs
             log.warning("no image is removed: %s", error)
-            gone, needed_by, stale = 0, ["a run or study that is damaged, perhaps"], []
-        updates = _delete_files(run, clients)
+            gone, needed_by = 0, [f"somebody, perhaps: {error}"]
+        try:
+            stale = _delete_stale(home)
+        except UserError as error:
+            log.warning("no copy is deleted: %s", error)
+            stale = []
+        updates, kept_updates = _delete_files(run, clients)
         if owned and not figures:
             keep_class_counts(run, request, owned.class_counts)
         if figures:
             delete_figures(run, clients)
         left = list(scan.scan(look_for, [home / "data", run.folder])) if look_for else []
     in_model, kept = _looked_up_in_model(run, request)
+    kept += kept_updates
     deleted = [
         *in_model,
-        f"stored updates of {who}: {updates} files deleted" if updates else f"stored updates of {who}: there are none",
+        *([] if kept_updates and not updates else [_updates_in_words(updates, who)]),
         *([f"{gone} decoded images of {who}, with their labels"] if gone else []),
         *([f"copies of images that no run uses: {', '.join(stale)}"] if stale else []),
         *([f"accuracies by round and class counts of {who}, in metrics and report"] if figures else []),
@@ -120,8 +130,9 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         )
     for path, found in left:
         what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
-        reason = f"needed by {', '.join(needed_by)}" if needed_by and path.parent == _store_of(run) else ""
-        kept.append({"what": what, "why": reason or scan.way_out(path, home)})
+        is_own_copy = path.parent.resolve() == _store_of(run)
+        reason = f"needed by {', '.join(needed_by)}" if needed_by and is_own_copy and not found.unread else ""
+        kept.append({"what": what, "why": reason or scan.why_left(path, found, home)})
     if not look_for:
         why = "nobody could look for them: there are none to compare with, in the decoded copy or at the source"
         kept.append({"what": f"perhaps images of {who}", "why": why})
@@ -131,8 +142,12 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
     return deleted, kept
 
 
+def _updates_in_words(count: int, who: str) -> str:
+    return f"stored updates of {who}: {f'{count} files deleted' if count else 'there are none'}"
+
+
 def _store_of(run: Run) -> Path | None:
-    """The decoded copy that a run uses, if there is one."""
+    """The decoded copy that a run uses, if there is one; by its real path, so that copies can be compared."""
     try:
         store = source_of(run.config_here()).store
     except UserError:
@@ -203,42 +218,79 @@ def _studies(home: Path) -> Iterator[tuple[str, str]]:
     """The studies of a home, each with the fingerprint of its images."""
     for file in (home / "studies").glob("*/study.json"):
         try:
-            yield file.parent.name, json.loads(file.read_text())["data"]
-        except (ValueError, KeyError) as error:
+            fingerprint = json.loads(file.read_text())["data"]
+            if not isinstance(fingerprint, str):
+                raise ValueError("its data has no fingerprint")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{file} is damaged ({error}): remove its folder, or put back a copy") from error
+        yield file.parent.name, fingerprint
+
+
+def _copies(data: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """The decoded copies of a folder, each with what it says of itself; None where that is damaged."""
+    for file in sorted(data.glob("*/meta.json")):
+        if file.parent.is_symlink():
+            continue
+        try:
+            yield file.parent, about(file.parent)
+        except UserError as error:
+            log.warning("%s stays, whatever it is: %s", file.parent.name, error)
+            yield file.parent, None
 
 
 def _delete_stale(home: Path) -> list[str]:
     """Delete decoded copies, and unpacked archives, that no run and no study uses any more; gives their names."""
+    data = (home / "data").resolve()
     stores = {store for store in map(_store_of, _opened_runs(home)) if store}
-    studied = {data for _, data in _studies(home)}
+    studied = {fingerprint for _, fingerprint in _studies(home)}
+    is_archive_needed = any(map(_has_archive_alone, _opened_runs(home)))
     sources, deleted = set(), []
-    for folder in sorted((home / "data").glob("*/meta.json")):
-        store, about = folder.parent, json.loads(folder.read_text())
-        if store.is_symlink():
+    for store, meta in _copies(data):
+        if meta is None:
+            is_archive_needed = True
             continue
-        is_there = Path(about.get("source", home)).exists()  # else its run may come back
-        if store in stores or about["fingerprint"] in studied or not is_there:
-            sources.add(about.get("source"))
+        source = Path(meta.get("source", home)).resolve()
+        is_unpacked = source.parent == data
+        is_there = source.exists()  # else its run may come back
+        is_used = store.resolve() in stores or meta["fingerprint"] in studied
+        if is_used or not is_there or (is_unpacked and is_archive_needed):
+            sources.add(source)
         else:
             shutil.rmtree(store)
             deleted.append(store.name)
-    for unpacked in (home / "data").glob("unpacked-*"):
-        if str(unpacked) not in sources:
+    for unpacked in data.glob("unpacked-*"):
+        if unpacked.resolve() not in sources and not unpacked.is_symlink() and not is_archive_needed:
             shutil.rmtree(unpacked)
             deleted.append(unpacked.name)
-    for link in (home / "data").iterdir():
-        if link.is_symlink() and not link.exists():
+    for link in data.iterdir():
+        is_alias = link.is_symlink() and len(link.readlink().parts) == 1
+        if is_alias and not link.exists():
             link.unlink()
     return deleted
 
 
-def _delete_files(run: Run, clients: Collection[int]) -> int:
-    """Delete the run's files that are named after one of the clients, as stored updates are."""
-    files = [file for client in clients for file in run.folder.rglob(f"*client-{client}.*")]
-    for file in files:
-        file.unlink()
-    return len(files)
+def _has_archive_alone(run: Run) -> bool:
+    """Say whether a run is of an archive, and its decoded copy may have another name: the archive is elsewhere now."""
+    data = run.config.data
+    return data.name == "folder" and not Path(data.root).expanduser().is_dir() and _store_of(run) is None
+
+
+def _delete_files(run: Run, clients: Collection[int]) -> tuple[int, list[dict[str, str]]]:
+    """Delete the run's files that are named after one of the clients, as stored updates are.
+
+    Returns:
+        How many, and those that could not be deleted. A folder of such a name is nobody's update.
+    """
+    deleted, kept = 0, []
+    for file in [file for client in clients for file in run.folder.rglob(f"*client-{client}.*")]:
+        if file.is_dir() and not file.is_symlink():
+            continue
+        try:
+            file.unlink()
+            deleted += 1
+        except OSError as error:
+            kept.append({"what": str(file.relative_to(run.home)), "why": f"it cannot be deleted: {error.strerror}"})
+    return deleted, kept
 
 
 def _looked_up_in_model(run: Run, request: Request) -> tuple[list[str], list[dict[str, str]]]:

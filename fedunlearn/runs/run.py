@@ -342,16 +342,21 @@ def open_ledger(folder: Path) -> Ledger:
     """
     ledger = Ledger(folder / "ledger.sqlite")
     try:
-        if ledger.current() is None and last_round(folder):
-            raise UserError(
-                f"{folder / 'ledger.sqlite'} is empty, beside a checkpoint of round {last_round(folder)}: "
-                f"put back a copy of the ledger, or remove the folder {folder}"
-            )
+        check_not_empty(folder, ledger)
         check_about(folder, ledger)
     except BaseException:
         ledger.close()
         raise
     return ledger
+
+
+def check_not_empty(folder: Path, ledger: Ledger) -> None:
+    """Raise UserError where a ledger knows nothing of the checkpoints beside it."""
+    if ledger.current() is None and last_round(folder):
+        raise UserError(
+            f"{folder / 'ledger.sqlite'} is empty, beside a checkpoint of round {last_round(folder)}: "
+            f"put back a copy of the ledger, or remove the folder {folder}"
+        )
 
 
 def check_about(folder: Path, ledger: Ledger) -> None:

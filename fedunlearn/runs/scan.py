@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from logging import getLogger
 from pathlib import Path
@@ -60,8 +61,13 @@ def _copies(run: Run) -> Iterator[tuple[Split, list[np.ndarray], Split, list[str
     config = run.config_here()
     source = source_of(config)
     if source.store.is_dir():
-        dataset = Dataset(source.store.resolve())
-        yield dataset.train, slices_of(config, dataset), dataset.test, dataset.files
+        try:
+            dataset = Dataset(source.store.resolve())
+            copy = dataset.train, slices_of(config, dataset), dataset.test, dataset.files
+        except UserError as error:
+            log.warning("the source has to do: %s", error)
+        else:
+            yield copy
     found = source.decode()
     yield found.train, dealt(config, found.train.labels), found.test, found.files
 
@@ -78,24 +84,52 @@ def wanted(owned: Owned) -> Wanted:
 
 
 def scan(look_for: Wanted, roots: Iterable[Path]) -> Iterator[tuple[Path, Found]]:
-    """Search all files below some folders; gives those in which something is."""
+    """Search all files below some folders; gives those in which something is, or that could not all be read."""
     for path in files_below(roots):
         try:
             found = look_for.found_in(path)
-        except OSError as error:
-            log.warning("%s cannot be read (%s)", path, error.strerror)
+        except FileNotFoundError:  # it was deleted meanwhile
             continue
+        except OSError as error:
+            found = Found(unread=error.strerror or str(error))
         if found:
             yield path, found
 
 
 def files_below(roots: Iterable[Path]) -> list[Path]:
-    """List all plain files below some folders, each once."""
-    found: dict[Path, None] = {}
-    for root in roots:
-        paths = sorted(root.rglob("*")) if root.is_dir() else [root]
-        found |= dict.fromkeys(path for path in paths if path.is_file() and not path.is_symlink())
-    return list(found)
+    """List all plain files below some folders, each once; links are followed after everything else.
+
+    So a file has the name by which it is reached without links, if there is one.
+    """
+    found: dict[Path, Path] = {}
+    folders: set[Path] = set()
+    waiting = deque(roots)
+    while waiting:
+        path = waiting.popleft()
+        try:
+            if path.is_file():
+                found.setdefault(path.resolve(), path)
+            elif path.is_dir() and path.resolve() not in folders:
+                folders.add(path.resolve())
+                inside = sorted(path.iterdir())
+                waiting.extendleft(one for one in reversed(inside) if not one.is_symlink())
+                waiting.extend(one for one in inside if one.is_symlink())
+        except OSError:  # whoever reads it says so
+            found.setdefault(path, path)
+    return list(found.values())
+
+
+def existing(paths: Iterable[Path]) -> list[Path]:
+    """Give the files and folders that somebody named.
+
+    Raises:
+        UserError: one of them does not exist.
+    """
+    named = list(paths)
+    for path in named:
+        if not os.path.exists(path):
+            raise UserError(f"--also {path}: there is no such file or folder")
+    return named
 
 
 def default_places(home: Path) -> list[Path]:
@@ -113,6 +147,12 @@ def flower_folder() -> Path:
     return Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser()
 
 
+def why_left(path: Path, found: Found, home: Path) -> str:
+    """Say whose a file is, how nothing is left in it, and why it could not all be searched."""
+    unread = f"it cannot be read to the end ({found.unread}), " if found.unread else ""
+    return unread + way_out(path, home)
+
+
 def way_out(path: Path, home: Path) -> str:
     """Say whose a file is, and how nothing is left in it."""
     if path.is_relative_to(ray_folder()):
@@ -127,6 +167,8 @@ def way_out(path: Path, home: Path) -> str:
 
 
 def _way_out_of_data(parts: tuple[str, ...]) -> str:
+    if len(parts) == 1:
+        return "somebody put it there: delete it, or move it away"
     if parts[0].startswith(("cifar", "unpacked-")):
         return "a download or an unpacked archive, which all images come from: delete the folder"
     return "the decoded copy: `fedunlearn purge`; it says which run still needs them"
@@ -138,7 +180,11 @@ def in_words(found: Found) -> str:
     Example:
         >>> in_words(Found(images={1, 2}, labels=True))
         '2 images, all labels'
+        >>> in_words(Found(unread="Error -3 while decompressing"))
+        'perhaps images'
     """
     counts = {"images": len(found.images), "source files": len(found.files)}
     words = [f"{count} {what[:-1] if count == 1 else what}" for what, count in counts.items() if count]
-    return ", ".join([*words, *(["all labels"] if found.labels else [])])
+    words += ["all labels"] if found.labels else []
+    words += [f"perhaps {'more ' if words else ''}images"] if found.unread else []
+    return ", ".join(words)
