@@ -1,12 +1,15 @@
 """PGA: projected gradient ascent with the forget client's help (Halimi et al., 2022, "Federated Unlearning: How to
 Efficiently Erase a Client in FL?", Section 3)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedunlearn.federation import tasks
 from fedunlearn.federation.handle import Federation, ForgetSet
+from fedunlearn.federation.messages import Tensors
 from strategies.ascent import GradientAscent
 
 RANDOM = 1  # the place of random draws of untrained models, beside the run's own initial weights
@@ -29,11 +32,27 @@ class ProjectedAscent(GradientAscent):
         until = federation.estimated_accuracy(forget)
         examples = federation.examples(own.counts)
         fraction = examples / federation.examples(federation.retain)
-        federation.apply({name: -fraction * by for name, by in own.mean().items()})
+        federation.apply(opposite(own.mean(), fraction, federation.state.params))
         radius = distance_of_random_models(federation) / 3
         federation.apply(federation.run(self.climb, on=forget, until=until, radius=radius).mean())
         self.repair(federation)
         return {"until": until, "radius": radius}
+
+
+def opposite(update: Tensors, fraction: float, params: Mapping[str, Tensor]) -> Tensors:
+    """Give -fraction times an update, with which no running variance falls below zero.
+
+    Args:
+        update: of one client.
+        params: that it is an update of.
+
+    Example:
+        >>> opposite({"running_var": torch.tensor([9.0])}, 0.5, {"running_var": torch.tensor([2.0])})
+        {'running_var': tensor([-2.])}
+    """
+    away = {name: -fraction * by for name, by in update.items()}
+    variances = {name: by for name, by in away.items() if name.endswith("running_var")}
+    return away | {name: torch.maximum(by, -params[name].to(by.device)) for name, by in variances.items()}
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ BASE_ROUNDS = 12
 BASE = (
     f"data.limit=600 data.test_limit=120 clients={CLIENTS} model.width=8 rounds={BASE_ROUNDS} train.epochs=2 "
     "train.batch_size=32 train.crop_padding=0 train.lr=0.05 train.schedule_rounds=16 train.server_momentum=0 "
-    f"train.client_head_steps=20 evaluate_every={BASE_ROUNDS} train.precision=fp32 message_dtype=fp32 timeout=0.2"
+    f"train.client_head_steps=20 evaluate_every={BASE_ROUNDS} train.precision=fp32 message_dtype=fp32 timeout=0.2 "
+    "strategy=federaser"  # which stores what it needs for a request, and changes nothing else
 )
 LIAR, FORGET = 1, 0  # the client that lies where all are asked, and the one that is forgotten
 
