@@ -584,13 +584,20 @@ def test_a_damaged_run_keeps_its_ban(federate, damage, message):
     shutil.rmtree(federate.home / "data", ignore_errors=True)  # its images come back
     damage(federate.folder())
     with pytest.raises(UserError, match=message):
-        federate("run=other rounds=1")
+        federate("run=other rounds=1 forget.purge=always")
+
+
+def test_beside_a_damaged_run_a_run_with_public_images_begins(federate, capsys):
+    federate.shared("forget.schedule={1:[3]} rounds=1 forget.purge=always", name="test")
+    junk_ledger(federate.folder())
+    federate("run=other rounds=1")
+    assert "whom run test has forgotten is not known (" in capsys.readouterr().err
 
 
 def test_whoever_names_every_client_begins_beside_a_damaged_run(federate):
     federate.shared("forget.schedule={1:[3]} rounds=1 forget.purge=always", name="test")
     junk_ledger(federate.folder())
-    federate("run=other rounds=1 readmit=[0,1,2,3]")
+    federate("run=other rounds=1 forget.purge=always readmit=[0,1,2,3]")
     (event,) = (event for event in federate.run("other").ledger.events() if "readmitted" in event)
     assert event["readmitted"] == dict.fromkeys("0123", "run test, perhaps")
 

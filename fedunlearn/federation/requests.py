@@ -224,7 +224,7 @@ class Requests:
 
     def _complete(self, request: Request) -> None:
         at_once = self._scores and self._federation.round == request.detail["round"]
-        round_, after = self._federation.round, self._scores if at_once else self._scorer.now()
+        round_, after = self._federation.round, self._scores if at_once else self._scorer.of_any_model()
         row = {"request": request.id, "clients": request.clients, **request.detail, "after": after}
         self._run.record("forget", completed_round=round_, **row)
         kept = own(after, request.clients)

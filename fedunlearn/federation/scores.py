@@ -1,10 +1,12 @@
 """What the model gets right: on the retain clients' images, on those of forgotten clients, and on held-out images."""
 
 from collections.abc import Iterable
+from logging import getLogger
 from typing import Any
 
 import torch
 
+from fedunlearn.errors import DestroyedError
 from fedunlearn.federation import tasks
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.handle import Federation
@@ -12,6 +14,8 @@ from fedunlearn.federation.replies import MOST_LISTED, Results
 from fedunlearn.nn.evaluate import Counts, Predictions
 
 Scores = dict[str, Any]
+
+log = getLogger("fedunlearn")
 
 
 class Scorer:
@@ -25,12 +29,27 @@ class Scorer:
         self._federation, self._auditor = federation, auditor
 
     def now(self, forget: Iterable[int] = ()) -> Scores:
-        """Score the present model; `forget` are clients that are to be forgotten just now."""
+        """Score the present model; `forget` are clients that are to be forgotten just now.
+
+        Raises:
+            DestroyedError: most retain clients cannot evaluate it.
+        """
+        retain, predictions = self._retain(), self._federation.predictions()
+        return self.of(retain, predictions, forget)
+
+    def of_any_model(self) -> Scores:
+        """Score the present model, also one of which clients cannot say anything."""
+        try:
+            return self.now()
+        except DestroyedError as error:
+            log.warning("round %d: nobody can evaluate: %s", self._federation.round, error)
+            return self.of(Results(), self._federation.predictions())
+
+    def _retain(self) -> Results:
         federation = self._federation
-        retain = federation.nodes.query(
+        return federation.nodes.query(
             federation.grid, tasks.evaluate, federation.round, federation.retain, federation.state.params
         )
-        return self.of(retain, federation.predictions(), forget)
 
     def of(self, retain: Results, predictions: Predictions, forget: Iterable[int] = ()) -> Scores:
         """Give accuracies from what retain clients counted and from predictions on held-out images.

@@ -232,7 +232,11 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
     Raises:
         UserError: `readmit` does not name one of them, or nobody knows whom a damaged run has forgotten.
     """
-    banned, unknown = forgotten_in(state_home(config.home))
+    banned, unknown = forgotten_in(state_home(config.home), but=config.run)
+    if unknown and not config.is_for_good:
+        run, reason = min(unknown.items())
+        log.warning("whom run %s has forgotten is not known (%s)", run, reason)
+        unknown = {}
     found: dict[int, str] = {}
     for client in sorted(set(range(config.clients)) - set(never)):
         names = {data[str(client)], config.forget.keys.get(client, "")} & banned.keys()
@@ -264,12 +268,12 @@ class Banned(NamedTuple):
     unknown: dict[str, str]
 
 
-def forgotten_in(home: Path) -> Banned:
-    """Give whom the runs of a state folder have forgotten for good, as far as their files can be read."""
+def forgotten_in(home: Path, *, but: str = "") -> Banned:
+    """Give whom the runs of a state folder, but one, have forgotten for good, as far as their files can be read."""
     names: dict[str, str] = {}
     unknown: dict[str, str] = {}
     files = chain(*(runs_folder(home).glob(f"*/{file}") for file in ("run.json", "ledger.sqlite")))
-    for folder in sorted({file.parent for file in files}, key=created_of):
+    for folder in sorted({file.parent for file in files if file.parent.name != but}, key=created_of):
         try:
             names = _forgotten_by(folder) | names
         except EarlierVersionError as error:  # it forgot nobody for good
