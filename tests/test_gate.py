@@ -181,7 +181,7 @@ def test_a_model_that_is_not_finite_is_never_taken_whoever_asks_for_it(trained, 
 
 def test_a_person_can_take_the_model_all_the_same_and_the_receipt_says_who(trained, capsys):
     with pytest.raises(UserError, match="request r1 is QUARANTINED"):
-        trained(f"{ASKS} {DESTRUCTIVE['ssd']}")
+        trained(f"{ASKS} {DESTRUCTIVE['ascent']}")
     assert command("forget", "--accept", "r1", "--by", "Dr. Who", "--run", "test", "--engine", "local") == 0
     (request,) = trained.requests()
     assert request.state == State.COMPLETED
