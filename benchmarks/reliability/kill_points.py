@@ -44,7 +44,7 @@ STRATEGIES = {
     "ssd": "",
     "subset": "unlearn.rounds=1 unlearn.epochs=1",
     "relabel": "unlearn.rounds=1 unlearn.epochs=1",
-    "gradients": "unlearn.rounds=1 unlearn.epochs=1",
+    "gradients": "unlearn.steps=1",
     "ascent": "unlearn.epochs=1 unlearn.repair_rounds=1",
     "pga": "unlearn.epochs=1 unlearn.repair_rounds=1",
     "negate": "unlearn.repair_rounds=1",
