@@ -606,6 +606,7 @@ def test_a_damaged_run_that_has_forgotten_nobody_bans_nobody(federate):
     federate.shared("rounds=1", name="test")
     lost_about(federate.folder())
     federate("run=other rounds=1")
+    assert federate.run("other").ledger.current().finished
 
 
 def test_whose_key_asked_to_be_forgotten_is_known_by_the_key(federate):

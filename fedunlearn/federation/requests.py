@@ -9,7 +9,7 @@ from logging import getLogger
 from typing import Any
 
 from fedunlearn.config import Config
-from fedunlearn.errors import DestroyedError, NotNowError, UserError
+from fedunlearn.errors import DestroyedError, NotNowError, UserError, printable
 from fedunlearn.federation import server_state
 from fedunlearn.federation.gate import Gate
 from fedunlearn.federation.handle import Federation, ForgetSet
@@ -167,11 +167,11 @@ class Requests:
             federation.state = state
             return self._failed(request, str(error))
         except Exception as error:
-            if "how" not in request.detail:
+            if "how" not in request.detail or isinstance(error, OSError):  # a disk that fails is no strategy's fault
                 raise
             log.exception("── strategy=%s of request %s failed", config.strategy, request.id)
             federation.state = state
-            reason = f"strategy={config.strategy} failed with {type(error).__name__}: {error}"
+            reason = printable(f"strategy={config.strategy} failed with {type(error).__name__}: {error}")
             return self._not_taken(request, {"passed": False, "reason": reason})
         if verdict and not verdict["passed"] and "accepted_by" not in request.detail:
             federation.state = state
