@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
-from fedunlearn.schema import check_names, fields_of, in_one_line, is_mapping, name_of, validated
+from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, name_of, validated
 
 Passes = Literal["auto", "bf16", "fp32"]
 Precision = Literal["bf16", "fp32"]
@@ -228,8 +228,8 @@ class Config(Settings):
     )
     robust: Literal["none", "clip", "median", "trimmed_mean"] = Field(
         default="none",
-        description="how updates are averaged; all but none withstand a few dishonest clients, and take a message and "
-        "the memory of an update for every client",
+        description="how updates are averaged; all but none withstand a few dishonest clients, take a message and the "
+        "memory of an update for every client, and ask clients for their class counts",
     )
     round_band: float = Field(
         default=1.3,
@@ -336,7 +336,7 @@ def check(config: Config) -> Config:
         raise UserError("forget.schedule asks without a signature, and forget.signed=true wants one")
     for client, key in config.forget.keys.items():
         check_clients([client], config.clients)
-        if not re.fullmatch(r"[0-9a-f]{64}", key):
+        if not re.fullmatch(KEY_ID, key):
             raise UserError(
                 f"forget.keys: {key!r} of client {client} is no id of a key, as `fedunlearn keys id` prints it"
             )

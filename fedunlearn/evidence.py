@@ -10,6 +10,7 @@ import typer
 
 from fedunlearn.commands import Home, RunName, client_numbers, in_one_line, opened
 from fedunlearn.errors import UserError, printable
+from fedunlearn.schema import KEY_ID
 
 if TYPE_CHECKING:
     from fedunlearn.runs.run import Run
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 keys_cli = typer.Typer(help="Make keys, and sign receipts with them.", no_args_is_help=True)
 
-KeyFile = Annotated[Path, typer.Option("--key", help="A private key, as `keys new` writes it.")]
+KeyFile = Annotated[Path, typer.Option("--key", help="A private key, as `keys new` writes it, or a SuperNode's.")]
 
 
 @in_one_line
@@ -107,8 +108,10 @@ def signers(data: bytes) -> list[str]:
 
 def check_id(key: str) -> None:
     """Raise UserError where a text is no id of a key."""
-    if not re.fullmatch(r"[0-9a-f]{64}", key):
-        raise UserError(f"{key!r} is no id of a key: those 64 hexadecimal digits that `fedunlearn keys id` prints")
+    if not re.fullmatch(KEY_ID, key):
+        raise UserError(
+            f"{key!r} is no id of a key: those 64 or more hexadecimal digits that `fedunlearn keys id` prints"
+        )
 
 
 @keys_cli.command()

@@ -11,6 +11,9 @@ from pydantic.fields import FieldInfo
 
 from fedunlearn.errors import UserError
 
+KEY_ID = r"[0-9a-f]{64}|0[23]([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{132})"
+"""Public keys in hexadecimal digits: of Ed25519, or compressed points of P-256, P-384 and P-521."""
+
 S = TypeVar("S", bound=BaseModel)
 
 

@@ -232,7 +232,7 @@ def rewritten(data, key, change):
     texts = [(at, json.dumps(event, sort_keys=True)) for at, event in events]
     leaves, owner = [merkle.leaf(entry(*one)) for one in texts], keys.id_of(keys.load(key))
     head = Head(key=owner, size=len(leaves), root=merkle.root(leaves).hex())
-    signature = keys.load(key).sign(head.message).hex()
+    signature = keys.signature_of(keys.load(key), head.message)
     said |= told.model_dump() | {"head": head.model_copy(update={"signature": signature}).model_dump()}
     said["events"] = [
         {"number": n, "at": at, "text": text, "proof": [step.hex() for step in merkle.proof(leaves, n - 1)]}
@@ -396,7 +396,7 @@ def test_a_head_of_more_or_of_fewer_events_is_no_check_and_verify_says_so(run, f
 
     def kept(size, root):
         other = head.model_copy(update={"size": size, "root": root})
-        signature = private.sign(other.message).hex()
+        signature = keys.signature_of(private, other.message)
         file.write_text(other.model_copy(update={"signature": signature}).model_dump_json())
         return command("verify", str(first), "--log", str(file))
 

@@ -69,7 +69,7 @@ def test_of_two_updates_the_mean_is_the_usual_one(federate):
 
 
 def test_one_liar_of_four_turns_the_model_less(federate):
-    """The liar's updates are ten times as long, the other way round."""
+    """The liar's updates are ten times as long."""
 
     def distance(words, lies):
         grid = LocalGrid(4)
@@ -77,7 +77,7 @@ def test_one_liar_of_four_turns_the_model_less(federate):
         def deliver(message):
             reply, task = grid.call(message), messages.task_of(message)
             if lies and task.name == "train" and task.clients == [1]:
-                values = {n: -10 * v for n, v in messages.unpack(reply).items() if not n.endswith(messages.STATISTICS)}
+                values = {n: 10 * v for n, v in messages.unpack(reply).items() if not n.endswith(messages.STATISTICS)}
                 reply.content["arrays"] = messages.pack({**messages.unpack(reply), **values}, "fp32")
             return reply
 

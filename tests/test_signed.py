@@ -1,10 +1,14 @@
 """With `forget.signed` a request counts only if its client's key has signed it; all others change nothing."""
 
 import json
+import shutil
+import subprocess
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
 
 from command_line import command
 from fedunlearn.errors import UserError
@@ -14,6 +18,16 @@ from fedunlearn.runs.signed import SignedRequest, UnsignedError, check, read, si
 from local_grid import equal
 
 RUN, NOW = "ab" * 32, datetime.now(UTC)
+
+
+OPENSSH = serialization.PrivateFormat.OpenSSH
+PKCS8 = serialization.PrivateFormat.PKCS8
+
+
+def written(file, private, form=OPENSSH, password=None):
+    secret = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    file.write_bytes(private.private_bytes(serialization.Encoding.PEM, form, secret))
+    return file
 
 
 @pytest.fixture
@@ -83,7 +97,7 @@ def test_times_at_the_ends_of_the_calendar_are_times(key, zone):
     first, last = f"0001-01-01T00:00:00{zone}", f"9999-12-31T23:59:59{zone}"
     for issued_at, expires_at, reason in ((first, first, "has expired"), (last, last, "in the future")):
         other = replace(asked, issued_at=issued_at, expires_at=expires_at, signature="")
-        other = read(asdict(replace(other, signature=keys.load(key[1]).sign(other.message).hex())))
+        other = read(asdict(replace(other, signature=keys.signature_of(keys.load(key[1]), other.message))))
         with pytest.raises(UnsignedError, match=reason):
             checked(other, key)
 
@@ -192,3 +206,63 @@ def test_only_who_asked_takes_a_request_back(federate, key):
 def test_settings_that_do_not_go_together_are_named(federate, words):
     with pytest.raises(UserError, match=r"forget\.schedule|is no id|client 9 is not in"):
         federate(f"rounds=1 forget.signed=true {words}")
+
+
+@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()])
+@pytest.mark.parametrize("form", [OPENSSH, PKCS8])
+def test_the_key_of_a_supernode_signs_and_no_other_does(curve, form, tmp_path):
+    file = written(tmp_path / "supernode", ec.generate_private_key(curve), form)
+    other = written(tmp_path / "another", ec.generate_private_key(curve), form)
+    owner = keys.id_of(keys.load(file)), file
+    checked(sign([3], run=RUN, key=file), owner)
+    with pytest.raises(UnsignedError, match="not that of client 3"):
+        checked(sign([3], run=RUN, key=other), owner)
+    forged = replace(sign([3], run=RUN, key=other), key=owner[0])
+    with pytest.raises(UnsignedError, match="signature is not valid"):
+        checked(forged, owner)
+
+
+def test_a_key_made_by_ssh_keygen_signs(tmp_path):
+    if not shutil.which("ssh-keygen"):
+        pytest.skip("there is no ssh-keygen here")
+    about = ["-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", str(tmp_path / "client3")]
+    subprocess.run(["ssh-keygen", "-q", *about], check=True)
+    file = tmp_path / "client3"
+    checked(sign([3], run=RUN, key=file), (keys.id_of(keys.load(file)), file))
+
+
+@pytest.mark.parametrize(
+    ("private", "password", "reason"),
+    [
+        (lambda: rsa.generate_private_key(65537, 2048), None, "neither an Ed25519 key nor one of P-256"),
+        (lambda: ec.generate_private_key(ec.SECP256K1()), None, "neither an Ed25519 key nor one of P-256"),
+        (lambda: dsa.generate_private_key(1024), None, "neither an Ed25519 key nor one of P-256"),
+        (lambda: ec.generate_private_key(ec.SECP384R1()), b"secret", "has a password"),
+    ],
+)
+def test_other_keys_are_refused_with_the_reason(private, password, reason, tmp_path):
+    with pytest.raises(UserError, match=reason):
+        keys.load(written(tmp_path / "key", private(), PKCS8, password))
+
+
+def test_a_changed_signature_of_a_curve_is_not_valid(tmp_path):
+    private = ec.generate_private_key(ec.SECP384R1())
+    signature, owner = keys.signature_of(private, b"this"), keys.id_of(private)
+    assert keys.is_signed(signature, b"this", owner)
+    assert not keys.is_signed(signature, b"that", owner)
+    for place in range(len(signature)):
+        changed = f"{signature[:place]}{'0' if signature[place] != '0' else '1'}{signature[place + 1 :]}"
+        assert not keys.is_signed(changed, b"this", owner)
+
+
+def test_a_client_whose_key_is_its_supernodes_asks_and_countersigns(federate, tmp_path, capsys):
+    file = written(tmp_path / "client3", ec.generate_private_key(ec.SECP384R1()))
+    owner = keys.id_of(keys.load(file))
+    federate(f"rounds=1 forget.schedule={{}} forget.signed=true forget.keys={{3:{owner}}}")
+    assert command("forget", "--run", "test", "--client", "3", "--engine", "local", "--key", file) == 0
+    receipt = federate.folder() / "receipts" / "r1.json"
+    assert command("keys", "sign", receipt, "--key", file) == 0
+    (countersigned,) = receipt.parent.glob("r1.*.json")
+    capsys.readouterr()
+    assert command("verify", countersigned) == 0
+    assert f"a countersigner's key {owner}" in capsys.readouterr().out

@@ -61,7 +61,7 @@ def rewritten(place):
         text = event.replace("[2]", "[0]") if number > 1 else json.dumps(json.loads(event) | {"key": key})
         leaves.append(merkle.leaf(f"{at}\n{text}".encode()))
         head = Head(key=key, size=number, root=merkle.root(leaves).hex())
-        signed.append((number, at, text, private.sign(b"event of a " + head.message).hex()))
+        signed.append((number, at, text, keys.signature_of(private, b"event of a " + head.message)))
     with sqlite3.connect(place / "runs" / "one" / "ledger.sqlite") as db:
         db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", signed)
     db.close()
@@ -115,7 +115,7 @@ def head_of(size, *, is_signed):
         sql("DELETE FROM events WHERE number > 3")(place)
         key = new_key(folder=place / "others") if is_signed else ""
         message = f"fedunlearn ledger\n{key}\n{size}\n{merkle.root([]).hex()}\n".encode()
-        signature = keys.load(keys.file_of(place / "others", key)).sign(message).hex() if key else ""
+        signature = keys.signature_of(keys.load(keys.file_of(place / "others", key)), message) if key else ""
         said = {"key": key, "size": size, "root": merkle.root([]).hex(), "signature": signature}
         (place / "heads" / "one.json").write_text(json.dumps(said))
 

@@ -23,6 +23,7 @@ from fedunlearn.runs.run import Run
 RULES = ("none", "clip", "median", "trimmed_mean")
 LIES: dict[str, Callable[[Tensor], Tensor]] = {
     "honest": lambda value: value,
+    "silent": lambda value: value * torch.nan,
     "sign flipped": lambda value: -value,
     "x 10": lambda value: 10 * value,
     "x -3": lambda value: -3 * value,

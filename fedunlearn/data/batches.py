@@ -12,6 +12,8 @@ from fedunlearn.nn.model import Batch
 
 EVALUATION_BATCH = 500
 """Images at once on a GPU where nothing is learned from them."""
+FEWEST = 5
+"""Examples of a last batch of its own."""
 
 
 def batches(
@@ -28,14 +30,14 @@ def batches(
     """Give the examples at `indices` once, in batches.
 
     With a `generator` they are shuffled and augmented: a random crop after zero-padding, and a random horizontal flip.
-    The draws depend on nothing else. Without one they come in order, as they are. No batch has a single example, which
-    BatchNorm could not normalise, unless `indices` has.
+    The draws depend on nothing else. Without one they come in order, as they are. A last batch of fewer than five joins
+    the one before it (`cuts`).
 
     Args:
         data: images and labels.
         indices: into `data`, [N].
         client: id that all examples get.
-        batch_size: examples a batch; the last one may have fewer, or one more.
+        batch_size: examples a batch; the last one may have fewer, or up to four more.
         device: that the batches are on.
         generator: of shuffling and augmentation, or None.
         crop_padding: pixels a side.
@@ -86,7 +88,9 @@ def scale(images: Tensor) -> Tensor:
 
 
 def cuts(count: int, batch_size: int) -> list[int]:
-    """Choose where examples are cut into batches, so that no batch has a single one (unless there is only one).
+    """Choose where examples are cut into batches; a last batch of fewer than five joins the one before it.
+
+    BatchNorm cannot normalise a single example. Over two to four the variance may be almost nothing: gradients explode.
 
     Args:
         count: examples.
@@ -97,7 +101,9 @@ def cuts(count: int, batch_size: int) -> list[int]:
 
     Example:
         >>> cuts(10, 4), cuts(9, 4)
-        ([4, 8], [4])
+        ([4], [4])
+        >>> cuts(37, 16), cuts(36, 16)
+        ([16, 32], [16])
     """
     places = list(range(batch_size, count, batch_size))
-    return places[:-1] if places and count - places[-1] == 1 else places
+    return places[:-1] if places and count - places[-1] < min(FEWEST, batch_size) else places

@@ -13,10 +13,11 @@ from torch import Tensor
 from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_client_head
 from fedunlearn.config import Config
 from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
-from fedunlearn.federation import server_state, tasks
+from fedunlearn.federation import direction, round_gate, server_state, tasks
+from fedunlearn.federation.messages import STATISTICS
 from fedunlearn.federation.nodes import Nodes
-from fedunlearn.federation.replies import AstrayError, Results, add_cost, listed
-from fedunlearn.federation.round_gate import IMAGES, RoundGate
+from fedunlearn.federation.replies import AstrayError, RefusedError, Results, add_cost, listed
+from fedunlearn.federation.round_gate import RoundGate
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.tasks import ClientTask
@@ -79,6 +80,8 @@ class Federation:
         self._grid: Grid | None = None
         self._forget = ForgetSet(())
         self._class_counts: dict[int, Tensor] = {}
+        self._classes: dict[int, Tensor] = {}  # [K] images of each class, of clients whose updates are looked at alone
+        nodes.check_update = self._check_direction
         self._trained = ""  # who trained last, in words
 
     # Who takes part ----------------------------------------------------------------------------------------------
@@ -170,6 +173,8 @@ class Federation:
                 about["is_of_use"] = self.round_gate.is_of_use
             return self.nodes.query(self.grid, task, round_, asked, self.state.params, **about)
 
+        if self.nodes.is_robust(task):
+            self.know_classes(asked)
         try:
             server_state.check_finite(self.state)
             results = ask(on_reply)
@@ -197,6 +202,14 @@ class Federation:
         if unknown := [client for client in wanted if client not in self._class_counts]:
             self._class_counts |= self.run(tasks.class_counts, on=unknown).statistics
         return {client: self._class_counts[client] for client in wanted if client in self._class_counts}
+
+    def know_classes(self, clients: Iterable[int]) -> None:
+        """Ask clients that are about to train for their class counts, once, where `robust` looks at each update."""
+        if unknown := sorted(set(clients) - self._classes.keys() - set(self._forget)):
+            try:
+                self._classes |= self.run(tasks.class_counts, on=unknown).statistics
+            except NotNowError as error:
+                log.warning("round %d: %s", self.round, error)
 
     # Changing the state ------------------------------------------------------------------------------------------
 
@@ -318,7 +331,9 @@ class Federation:
         most = self.config.statistics_band
         if not most:
             return lambda one: None
-        images = (images for images, _, _ in self.server.sample(IMAGES, generator_of(self.config.seed, SERVER)))
+        images = (
+            images for images, _, _ in self.server.sample(round_gate.IMAGES, generator_of(self.config.seed, SERVER))
+        )
         expected = batch_norm.batch_statistics(self.model(), images, precision=self.config.train.precision)
 
         def refuse(one: Results) -> None:
@@ -363,9 +378,26 @@ class Federation:
 
     def _held_out_loss(self, update: Mapping[str, Tensor]) -> float:
         """Give the class cross-entropy on some held-out images that the model would have after an update."""
+        return self.server.loss(self._model_after(update), round_gate.IMAGES)
+
+    def _check_direction(self, one: Results) -> None:
+        """Refuse the update of one retain client that points the wrong way, or of whose classes nothing is known."""
+        (client,) = one.counts
+        if client in self._forget.clients:
+            return
+        if client not in self._classes:
+            raise RefusedError("it did not say how many images of each class it has (robust)")
+        update = one.mean()
+        opposite = {name: v if name.endswith(STATISTICS) else -v for name, v in update.items()}
+        losses, labels = self.server.losses(self._model_after(update), direction.IMAGES)
+        of_opposite, _ = self.server.losses(self._model_after(opposite), direction.IMAGES)
+        counts = self._classes[client].to(labels.device)
+        direction.check_direction((-losses).exp(), (-of_opposite).exp(), labels, counts)
+
+    def _model_after(self, update: Mapping[str, Tensor]) -> TwoHeadResNet18:
         after = server_state.apply_update(self.state, update)
         self.server.model.load_state_dict(after.params)
-        return self.server.loss(self.server.model, IMAGES)
+        return self.server.model
 
     def freeze(self, *, since: ServerState, fraction: float) -> None:
         """Freeze that fraction of the weights, those that changed most since an earlier state.
@@ -434,6 +466,7 @@ class Federation:
         try:
             yield
         finally:
+            self._classes = {client: counts for client, counts in self._classes.items() if client not in forget.clients}
             self._forget, self._class_counts = ForgetSet(()), {}
             self.config = self.nodes.config = usual
 

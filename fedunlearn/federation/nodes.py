@@ -55,6 +55,7 @@ class Nodes:
         examples: of each client.
         disputed: clients of which nodes say different numbers of examples.
         gpu: whether a node has one.
+        check_update: raises RefusedError for one client's update that is to be left out, where `robust` is on.
     """
 
     def __init__(self, config: Config, model: TwoHeadResNet18, *, pixels: int) -> None:
@@ -64,6 +65,7 @@ class Nodes:
         self.examples: dict[int, int] = {}
         self.disputed: list[int] = []
         self.gpu = False
+        self.check_update: Callable[[Results], None] = lambda one: None
 
     def identify(self, grid: Grid, known: Mapping[int, int], forgotten: Collection[int] = ()) -> None:
         """Learn which clients each node can answer for, and share them out, when all nodes are there.
@@ -148,7 +150,7 @@ class Nodes:
             one_client_each: give every client a message of its own.
         """
         wanted = set(clients)
-        one_client_each = one_client_each or self._is_robust(task)
+        one_client_each = one_client_each or self.is_robust(task)
         hosted = [(node, [c for c in self.clients_of[node] if c in wanted]) for node in self.nodes]
         groups = [pair for pair in hosted if pair[1]]
         if one_client_each:
@@ -197,11 +199,13 @@ class Nodes:
             try:
                 if reason:
                     raise AstrayError(reason)
+                if self.is_robust(task):
+                    self.check_update(one)
                 on_reply(one)
             except RefusedError as error:
                 refused.append((message, error))
                 continue
-            if self._is_robust(task):
+            if self.is_robust(task):
                 parts.append(one)
             results.include(one)
         check_model_is_of_use(refused, task, len(sent))
@@ -222,14 +226,14 @@ class Nodes:
             total.include(one)
         return total.mean()
 
+    def is_robust(self, task: ClientTask) -> bool:
+        """Whether a task's updates are averaged so that a few dishonest ones cannot turn the mean."""
+        return self.config.robust != "none" and task.kind == "train"
+
     def node_of(self, clients: Iterable[int]) -> int:
         """Give the position of the node that hosts clients."""
         hosted = [set(self.clients_of[node]) for node in self.nodes]
         return next(place for place, own in enumerate(hosted) if own >= set(clients))
-
-    def _is_robust(self, task: ClientTask) -> bool:
-        """Whether a task's updates are averaged so that a few dishonest ones cannot turn the mean."""
-        return self.config.robust != "none" and task.kind == "train"
 
     def _believed(
         self, task: ClientTask, sent: Sequence[Message], replies: Iterable[Message], refused: Refused

@@ -116,10 +116,13 @@ class Rounds(FlowerStrategy):
         self.requests.serve()
         self._round_clock = time.monotonic()
         round_ = self.federation.round + 1
+        clients = sample(self.federation.retain, self._config, round_)
+        if self.federation.nodes.is_robust(tasks.train):
+            self.federation.know_classes(clients)
         self._sent = self.federation.nodes.messages(
             tasks.train,
             round_,
-            sample(self.federation.retain, self._config, round_),
+            clients,
             self.federation.state.params,
             one_client_each=self._strategy.one_reply_each(round_),
         )

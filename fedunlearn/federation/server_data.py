@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from fedunlearn import build
@@ -47,20 +48,25 @@ class ServerData:
         everything = batches(data, np.arange(len(data.labels)), NOBODY, batch_size=size, device=self.device)
         return predict(model, everything, precision=train.precision)
 
-    def loss(self, model: TwoHeadResNet18, images: int) -> float:
-        """Give a model's mean class cross-entropy on so many held-out images, which are always the same.
+    def losses(self, model: TwoHeadResNet18, images: int) -> tuple[Tensor, Tensor]:
+        """Give a model's class cross-entropy on so many held-out images, and their labels, [n] each; always the same.
 
         BatchNorm has the statistics of these images, or the model's own where the run keeps averages of the clients'
-        running statistics. What is not finite is infinite. The model's running statistics are changed.
+        running statistics. The model's running statistics are changed.
         """
         model.train(self.config.batch_norm_fraction > 0)
-        losses = []
+        losses, classes = [], []
         with torch.no_grad(), autocast(self.device, self.config.train.precision):
             for pictures, labels, _ in self.sample(max(2, images), torch.Generator().manual_seed(self.config.seed)):
                 logits = at_least_fp32(model(pictures).class_logits)
                 losses.append(functional.cross_entropy(logits, labels, reduction="none"))
+                classes.append(labels)
         model.eval()
-        found = float(torch.cat(losses).mean())
+        return torch.cat(losses), torch.cat(classes)
+
+    def loss(self, model: TwoHeadResNet18, images: int) -> float:
+        """Give the mean of `losses`. What is not finite is infinite."""
+        found = float(self.losses(model, images)[0].mean())
         return found if math.isfinite(found) else math.inf
 
     def sample(self, count: int, generator: torch.Generator) -> Iterator[Batch]:

@@ -293,7 +293,7 @@ class EventLog(Generic[T]):
         self._key = key
 
     def _sign(self, message: bytes) -> str:
-        return keys.load(keys.file_of(self.keys, self._key)).sign(message).hex()
+        return keys.signature_of(keys.load(keys.file_of(self.keys, self._key)), message)
 
     def _keep_head(self) -> None:
         """Write the head outside of the database, signed: a transaction that is lost afterwards shows."""

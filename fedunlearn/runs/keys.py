@@ -1,7 +1,8 @@
-"""Ed25519 keys: of runs, which sign what happened, and of clients, which sign what they ask for.
+"""Keys: of runs, which sign what happened, and of clients, which sign what they ask for.
 
-A private key is a file `keys/<id>.pem` of a state folder. Its id is the public key in hexadecimal digits, so that
-whoever has the id can check a signature.
+Keys made here are Ed25519. A client may have an elliptic-curve key in their place, as SuperNodes authenticate with. Its
+id is the public key in hexadecimal digits (of a curve the compressed point), so that whoever has the id can check a
+signature. A run's private key is a file `keys/<id>.pem` of a state folder.
 """
 
 import os
@@ -9,14 +10,23 @@ import re
 from pathlib import Path
 from typing import TypeGuard
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedunlearn.errors import UserError
 from fedunlearn.runs.files import make_folder, sync
+from fedunlearn.schema import KEY_ID
 
-ID_BYTES = 32
+PrivateKey = Ed25519PrivateKey | ec.EllipticCurvePrivateKey
+SIGNATURE = r"([0-9a-f]{2}){8,160}"
+CURVES: dict[int, tuple[ec.EllipticCurve, hashes.HashAlgorithm]] = {
+    33: (ec.SECP256R1(), hashes.SHA256()),
+    49: (ec.SECP384R1(), hashes.SHA384()),
+    67: (ec.SECP521R1(), hashes.SHA512()),
+}
+"""By the bytes of an id, the curve of the key and the hash that is signed."""
 
 
 def new_key(file: Path | None = None, *, folder: Path | None = None) -> str:
@@ -49,39 +59,61 @@ def file_of(folder: Path, key_id: str) -> Path:
     return folder / f"{key_id}.pem"
 
 
-def load(file: Path) -> Ed25519PrivateKey:
-    """Read a private key.
+def load(file: Path) -> PrivateKey:
+    """Read a private key, in PEM or as OpenSSH writes it.
 
     Raises:
         UserError: there is none, or it is of another kind.
     """
     try:
-        key = serialization.load_pem_private_key(file.read_bytes(), password=None)
+        data = file.read_bytes()
+        is_openssh = b"BEGIN OPENSSH PRIVATE KEY" in data
+        read = serialization.load_ssh_private_key if is_openssh else serialization.load_pem_private_key
+        key = read(data, password=None)
     except OSError as error:
         raise UserError(f"the private key {file} cannot be read ({error.strerror}): put back a copy of it") from error
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
+        raise UserError(f"{file} has a password: `ssh-keygen -p -f COPY` takes it off a copy") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise UserError(f"{file} is no private key") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise UserError(f"{file} is not an Ed25519 key: `fedunlearn keys new` makes one")
-    return key
+    names = {curve.name for curve, _ in CURVES.values()}
+    if isinstance(key, Ed25519PrivateKey) or (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in names):
+        return key
+    raise UserError(f"{file} is neither an Ed25519 key nor one of P-256, P-384 or P-521: `fedunlearn keys new`")
 
 
-def id_of(key: Ed25519PrivateKey) -> str:
+def id_of(key: PrivateKey) -> str:
     """Give a key's id: its public key in hexadecimal digits."""
-    return key.public_key().public_bytes_raw().hex()
+    if isinstance(key, Ed25519PrivateKey):
+        return key.public_key().public_bytes_raw().hex()
+    point = serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint
+    return key.public_key().public_bytes(*point).hex()
 
 
 def is_id(found: object) -> TypeGuard[str]:
     """Say whether something is an id of a key."""
-    return isinstance(found, str) and bool(re.fullmatch(r"[0-9a-f]{64}", found))
+    return isinstance(found, str) and bool(re.fullmatch(KEY_ID, found))
+
+
+def signature_of(key: PrivateKey, message: bytes) -> str:
+    """Sign a message; gives the signature in hexadecimal digits (ECDSA's in DER)."""
+    if isinstance(key, Ed25519PrivateKey):
+        return key.sign(message).hex()
+    _, digest = CURVES[len(id_of(key)) // 2]
+    return key.sign(message, ec.ECDSA(digest)).hex()
 
 
 def is_signed(signature: object, message: bytes, key_id: object) -> bool:
     """Say whether a signature, in hexadecimal digits, is that key's under the message; what is none is not."""
-    if not isinstance(signature, str) or not re.fullmatch(r"[0-9a-f]{128}", signature) or not is_id(key_id):
+    if not isinstance(signature, str) or not re.fullmatch(SIGNATURE, signature) or not is_id(key_id):
         return False
+    public, signed = bytes.fromhex(key_id), bytes.fromhex(signature)
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key_id)).verify(bytes.fromhex(signature), message)
+        if len(public) in CURVES:
+            curve, digest = CURVES[len(public)]
+            ec.EllipticCurvePublicKey.from_encoded_point(curve, public).verify(signed, message, ec.ECDSA(digest))
+        else:
+            Ed25519PublicKey.from_public_bytes(public).verify(signed, message)
     except (InvalidSignature, ValueError):
         return False
     return True

@@ -15,7 +15,7 @@ from typing import Any
 
 import rfc8785
 from securesystemslib.dsse import Envelope
-from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore[reportPrivateImportUsage]
+from securesystemslib.signer import Signature  # pyright: ignore[reportPrivateImportUsage]
 
 from fedunlearn.config import Config
 from fedunlearn.runs import keys
@@ -128,8 +128,8 @@ def signed(statement: Statement, key: Path) -> bytes:
 def sign(envelope: Envelope, key: Path) -> Envelope:
     """Add a signature to an envelope; its `keyid` is the public key."""
     private = keys.load(key)
-    public = SSlibKey.from_crypto(private.public_key(), keyid=keys.id_of(private))
-    envelope.sign(CryptoSigner(private, public))
+    key_id = keys.id_of(private)
+    envelope.signatures[key_id] = Signature(key_id, keys.signature_of(private, envelope.pae()))
     return envelope
 
 

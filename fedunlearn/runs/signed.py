@@ -73,7 +73,7 @@ def sign(clients: Collection[int], *, run: str, key: Path, action: str = FORGET,
     private, now = keys.load(key), datetime.now(UTC)
     until, nonce, owner = now + timedelta(days=days), secrets.token_hex(16), keys.id_of(private)
     asked = SignedRequest(run, action, sorted(set(clients)), now.isoformat(), until.isoformat(), nonce, owner)
-    return replace(asked, signature=private.sign(asked.message).hex())
+    return replace(asked, signature=keys.signature_of(private, asked.message))
 
 
 def read(data: bytes | Mapping[str, Any]) -> SignedRequest:
