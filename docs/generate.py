@@ -42,6 +42,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 ROUNDS = ("start", "configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 OBJECTS = {"federation": Federation, "_federation": Federation, "_scorer": Scorer, "requests": Requests}
 """How the code calls what asks clients on somebody's behalf."""
+ONLY_WITH = {"class_counts": "with `robust`"}
+"""Tasks that rounds ask for under one setting alone."""
 
 
 def main() -> None:
@@ -84,7 +86,7 @@ def settings(name: str, group: str = "") -> str:
 
 
 def shares(name: str = "") -> str:
-    """List what a client shares: with a request by one strategy, or with all of them and in every run."""
+    """List what a client shares: with a request by one strategy, or with all of them and in rounds."""
     if name:
         asked = asked_by(strategy_class(name))
         found = [task for task in tasks_of(strategy_class(name)).values() if task.name in asked]
@@ -99,8 +101,9 @@ def shares(name: str = "") -> str:
     rows = []
     for task in known.values():
         names = [f"`{name}`" for name in asked if task.name in asked[name]]
-        rows.append([f"`{task.name}`", task.shares, "yes" if task.name in always else "no", ", ".join(names) or "none"])
-    return table(["task", "what a client shares", "in every run", "at a request, with"], rows)
+        in_rounds = ONLY_WITH.get(task.name, "yes") if task.name in always else "no"
+        rows.append([f"`{task.name}`", task.shares, in_rounds, ", ".join(names) or "none"])
+    return table(["task", "what a client shares", "in rounds", "at a request, with"], rows)
 
 
 def asked_by(strategy: type[Strategy]) -> set[str]:
@@ -109,7 +112,7 @@ def asked_by(strategy: type[Strategy]) -> set[str]:
 
 
 def asked_in_a_run() -> set[str]:
-    """Name the client tasks that every run asks for, whatever its strategy."""
+    """Name the client tasks that rounds ask for, whatever the strategy."""
     seen: set[tuple[Any, str]] = set()
     return {task for method in ROUNDS for task in _asked(Rounds, method, seen)}
 
