@@ -86,7 +86,28 @@ def fractions(images):
     return (images.astype(np.float32) / 255).tobytes()
 
 
-@pytest.mark.parametrize("form", [plain, channels_first, scaled, fractions])
+def double(images):
+    return (images / 255).tobytes()
+
+
+def whole(images):
+    return images.astype(np.float64).tobytes()
+
+
+def rounded(images, kind):
+    numbers = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return numbers.contiguous().to(kind).view(torch.int16).numpy().tobytes()
+
+
+def half(images):
+    return rounded(images, torch.float16)
+
+
+def brain(images):
+    return rounded(images, torch.bfloat16)
+
+
+@pytest.mark.parametrize("form", [plain, channels_first, scaled, fractions, double, whole, half, brain])
 @pytest.mark.parametrize("before", [b"", b"x", b"\0" * 4099])
 def test_images_are_found_in_every_form_and_at_every_place(pictures_of_one, tmp_path, form, before):
     images, others = pictures_of_one

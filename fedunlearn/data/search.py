@@ -126,18 +126,32 @@ def _noted(found: Found) -> Iterator[None]:
 
 
 def forms(values: np.ndarray) -> Iterator[bytes]:
-    """Give the bytes of uint8 values in the forms that the code gives to images: as they are, 0..255, 0..1 and -1..1.
+    """Give the bytes of uint8 values, and of 0..255, 0..1 and -1..1 in each floating-point format.
 
-    Of numbers in single precision the first two bytes are left out: they are zero where the numbers are whole.
+    Of such numbers the first bytes are left out: where the numbers are whole, they are zero in any image.
 
     Example:
-        >>> [np.frombuffer(form, np.float32, offset=2).tolist() for form in forms(np.array([0, 255], np.uint8))][1:]
+        >>> [np.frombuffer(form, np.float32, offset=2).tolist() for form in forms(np.array([0, 255], np.uint8))][1:4]
         [[255.0], [1.0], [1.0]]
     """
     yield values.tobytes()
-    real = values.astype(np.float32)
-    for form in (real, real / np.float32(255), real / np.float32(127.5) - np.float32(1)):
-        yield form.tobytes()[2:]
+    for kind, left_out in ((np.float32, 2), (np.float64, 6)):
+        for number in _scaled(values.astype(kind)):
+            yield number.tobytes()[left_out:]
+    for number in _scaled(values.astype(np.float32)):
+        yield number.astype(np.float16).tobytes()[1:]
+        yield _as_bfloat16(number).tobytes()[1:]
+
+
+def _scaled(numbers: np.ndarray) -> Iterator[np.ndarray]:
+    kind = numbers.dtype.type
+    yield from (numbers, numbers / kind(255), numbers / kind(127.5) - kind(1))
+
+
+def _as_bfloat16(numbers: np.ndarray) -> np.ndarray:
+    """Round fp32 numbers to the nearest that fit into their upper 16 bits, ties to even; gives those bits."""
+    bits = numbers.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
 
 
 def _layouts(images: np.ndarray) -> dict[int, np.ndarray]:
