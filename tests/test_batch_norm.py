@@ -69,7 +69,17 @@ def test_statistics_of_scaled_images_are_unlike_by_the_square_and_those_of_other
     one, other = (batch_norm.batch_statistics(layer, [1 + images(200, seed)]) for seed in (0, 1))
     assert batch_norm.unlikeness(one, one) == pytest.approx(1)
     assert batch_norm.unlikeness(other, one) < 1.2
-    assert batch_norm.unlikeness(scaled(one, by), one) == pytest.approx(max(by, 1 / by) ** 2)
+    assert batch_norm.unlikeness(scaled(one, by), one) == pytest.approx(max(by, 1 / by) ** 2, rel=0.05)
+
+
+@pytest.mark.parametrize("values", [2, 3, 5, 20])
+def test_few_values_are_not_unlike_by_chance(values):
+    layer = nn.Sequential(nn.BatchNorm2d(64))
+    random = torch.Generator().manual_seed(0)
+    expected = batch_norm.batch_statistics(layer, [1 + torch.randn(1000, 64, 1, 1, generator=random)])
+    for _ in range(200):
+        few = batch_norm.batch_statistics(layer, [1 + torch.randn(values, 64, 1, 1, generator=random)])
+        assert batch_norm.unlikeness(few, expected) < 3
 
 
 def test_shifted_images_are_unlike_by_standard_deviations_and_nothing_is_unlike_everything():

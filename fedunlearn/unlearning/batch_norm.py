@@ -79,13 +79,16 @@ def unlikeness(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> f
     deviations of the expected ones. The third is 1 / cos, of the angle between E'[x] and E[x] over all channels of the
     model, in the same standard deviations; infinite where they point away from each other.
 
+    A mean of few squares is off by chance. So the first is divided by exp(sqrt(2 / n)): of n squares of normal values
+    the logarithm of the mean has about the standard deviation sqrt(2 / n).
+
     Args:
         found: `{layer: [3, channels]}`, as `batch_statistics` gives them; E' is of these.
         expected: the same of other images; E is of these.
 
     Example:
         >>> expected = {"0": torch.tensor([[2.0], [2.0], [10.0]])}
-        >>> round(unlikeness({"0": torch.tensor([[4.0], [16.0], [80.0]])}, expected), 2)
+        >>> round(unlikeness({"0": torch.tensor([[2e6], [8e6], [4e7]])}, expected), 2)
         4.0
         >>> unlikeness({"0": torch.tensor([[2.0], [-2.0], [10.0]])}, expected)
         inf
@@ -103,7 +106,8 @@ def _standardised(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, floa
     """Give a layer's means and the expected ones, in expected standard deviations, and how unlike its squares are."""
     (_, mean, square), (_, usual_mean, usual_square) = (rows / rows[0] for rows in (found, expected))
     least = torch.finfo(torch.float32).tiny
-    ratio = (square.clamp(min=least) / usual_square.clamp(min=least)).log().abs().mean().exp()
+    by_chance = (2 / found[0]).sqrt().mean()
+    ratio = ((square.clamp(min=least) / usual_square.clamp(min=least)).log().abs().mean() - by_chance).exp()
     deviation = (usual_square - usual_mean.square()).clamp(min=least).sqrt()
     return mean / deviation, usual_mean / deviation, float(ratio)
 
