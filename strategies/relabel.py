@@ -30,6 +30,7 @@ from fedunlearn.unlearning.fisher import diagonal_fisher, with_drawn_labels
 from fedunlearn.unlearning.soft_labels import assign_soft_labels, augmented_views
 
 MOST_HALVINGS = 5  # of a learning rate at which relabelling diverges
+MEMORISED = 0.25  # of what held-out images get wrong: where more is right, further rounds would bring it back
 KNOWN = 0.95  # of the loss that the retrained model is estimated to have: with less, images are known better
 
 log = getLogger("fedunlearn")
@@ -44,12 +45,14 @@ class Goal:
         accuracy: of the retrained model on each forget client's images, estimated.
         known: the forget clients whose images the present model knows better than the retrained one would.
         total: the estimated accuracy on all forget clients' images together.
+        memorised: of the images that held-out ones of the same classes would get wrong, the fraction that is right.
     """
 
     estimate: Predictions
     accuracy: Mapping[int, float]
     known: list[int]
     total: float
+    memorised: float
 
 
 class GuidedSettings(CheckedSettings):
@@ -85,7 +88,11 @@ class GuidedSettings(CheckedSettings):
         default=0.005, ge=0, le=100, description="learning rate of the repair, or the schedule's if that is higher"
     )
     freeze_fraction: float = Field(
-        default=0.99, ge=0, le=1, description="of the weights, those that changed most, that hardly move from then on"
+        default=0.99,
+        ge=0,
+        le=1,
+        description="of the weights, those that changed most, that hardly move from then on; none where little was "
+        "memorised",
     )
 
 
@@ -123,21 +130,27 @@ class Guided(Strategy):
         return self.relabel_and_freeze(federation, goal, since=before)
 
     def relabel_and_freeze(self, federation: Federation, goal: Goal, *, since: ServerState) -> dict[str, Any]:
-        """Relabel what is known too well, and freeze what has changed since a state; returns as `forget` does."""
+        """Relabel what is known too well, and freeze what has changed since a state; returns as `forget` does.
+
+        Memorised images come back with the retain clients' next rounds, unless weights are frozen. What was not
+        memorised comes back only as the retrained model learns it too. Then freezing would keep the rest from learning.
+        """
         if goal.known:
             self.relabel_known(federation, goal)
         else:
             federation.recalibrate_client_head()
-        federation.freeze(since=since, fraction=self.settings.freeze_fraction)
-        return {"predicted": goal.total, "relabelled": goal.known}
+        fraction = self.settings.freeze_fraction if goal.memorised > MEMORISED else 0.0
+        log.info("── freezing %g of the weights: %.0f%% was memorised", fraction, 100 * max(0.0, goal.memorised))
+        federation.freeze(since=since, fraction=fraction)
+        return {"predicted": goal.total, "relabelled": goal.known, "frozen": fraction}
 
     def goal(self, federation: Federation, forget: ForgetSet) -> Goal:
         """Estimate what the retrained model says of the forget clients' images, and see which are known better.
 
         Others are left alone: relabelling would only show them to the model once more.
         """
-        estimate, found = federation.estimate_retrained(federation.predictions()), federation.evaluate(forget)
-        counts = federation.class_counts(forget)
+        predictions, found = federation.predictions(), federation.evaluate(forget)
+        estimate, counts = federation.estimate_retrained(predictions), federation.class_counts(forget)
         accuracy = {client: estimate.expected_accuracy(counts[client]) for client in forget}
         known = [
             client
@@ -146,7 +159,10 @@ class Guided(Strategy):
         ]
         for client in sorted({*forget} - {*known}):
             log.info("── client %d is not relabelled: its images are known no better than after retraining", client)
-        return Goal(estimate, accuracy, known, estimate.expected_accuracy(total_counts(counts.values())))
+        together = total_counts(counts.values())
+        right = sum(found.values(), Counts()).class_accuracy
+        memorised = memorised_fraction(right, predictions.expected_accuracy(together))
+        return Goal(estimate, accuracy, known, estimate.expected_accuracy(together), memorised)
 
     def relabel_known(self, federation: Federation, goal: Goal) -> None:
         """Relabel the images of `goal.known`, which are some client's at least."""
@@ -319,6 +335,20 @@ def soft_labels_of(
         views, client.labels, predictions, prediction_labels, correct_fraction, generator=generator
     )
     return soft_labels.to(client.device)
+
+
+def memorised_fraction(right: float, held_out: float) -> float:
+    """Give the memorisation gap as a fraction of the largest that there can be.
+
+    Args:
+        right: accuracy on images that were trained on, 0..1.
+        held_out: on held-out images of the same class counts.
+
+    Example:
+        >>> memorised_fraction(1.0, 0.5), memorised_fraction(0.75, 0.5)
+        (1.0, 0.5)
+    """
+    return (right - held_out) / (1 - held_out) if held_out < 1 else 0.0
 
 
 def is_known_better(found: Counts, predicted: float, predicted_loss: float) -> bool:

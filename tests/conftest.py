@@ -112,8 +112,9 @@ class Federate:
 
 @pytest.fixture
 def memorised(monkeypatch):
-    """After two rounds no client is memorised: relabelling would have nothing to do. Here it relabels."""
+    """After two rounds no client is memorised: relabelling would have nothing to do. Here it relabels and freezes."""
     monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: True)
+    monkeypatch.setattr("strategies.relabel.memorised_fraction", lambda *found: 1.0)
 
 
 @pytest.fixture

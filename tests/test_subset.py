@@ -46,7 +46,7 @@ def dampened_by_hand(pooled, epsilon, temperature=4.0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epsilon", [3e-7, 1e-6])
+@pytest.mark.parametrize("epsilon", [1e-6, 3e-6])
 def test_dampening_spends_the_budget_and_no_more(federate, monkeypatch, epsilon):
     monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: False)
     pooled = before(federate)

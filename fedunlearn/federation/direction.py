@@ -15,7 +15,7 @@ from fedunlearn.runs.uncertainty import Estimate
 
 IMAGES = 128  # of the server's, on which an update and its opposite are looked at
 MOST = 0.02  # by which the opposite may be better: updates that hardly change anything point anywhere
-MOST_ERRORS = 2.0  # standard errors by which it may be better
+MOST_ERRORS = 3.0  # standard errors by which it may be better
 
 
 def check_direction(probs: Tensor, of_opposite: Tensor, labels: Tensor, class_counts: Tensor) -> None:
