@@ -276,8 +276,8 @@ def test_a_client_that_is_known_no_better_than_held_out_images_is_not_relabelled
 
 @pytest.mark.parametrize(("memorised", "frozen"), [(-0.1, 0.0), (0.2, 0.0), (0.3, 0.5), (1.0, 0.5)])
 def test_weights_freeze_only_where_something_was_memorised(federate, monkeypatch, memorised, frozen):
+    monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: True)
     monkeypatch.setattr("strategies.relabel.memorised_fraction", lambda *found: memorised)
-    before(federate)
     _, detail = forgotten(federate, "relabel", "unlearn.rounds=1 unlearn.epochs=1 unlearn.freeze_fraction=0.5")
     masks = torch.cat([mask.flatten() for mask in federate.server_state("forgets").frozen.values()])
     assert detail["frozen"] == frozen
