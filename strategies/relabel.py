@@ -140,7 +140,7 @@ class Guided(Strategy):
         else:
             federation.recalibrate_client_head()
         fraction = self.settings.freeze_fraction if goal.memorised > MEMORISED else 0.0
-        log.info("── freezing %g of the weights: %.0f%% was memorised", fraction, 100 * max(0.0, goal.memorised))
+        log.info("── freezing %g of the weights: %s was memorised", fraction, "much" if fraction else "little")
         federation.freeze(since=since, fraction=fraction)
         return {"predicted": goal.total, "relabelled": goal.known, "frozen": fraction}
 
