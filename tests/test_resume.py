@@ -89,6 +89,7 @@ def whole(request, tmp_path_factory):
         patch.setenv("FEDUNLEARN_HOME", str(home))
         patch.setattr("fedunlearn.runs.report.embedded", lambda figure: "data:,")
         patch.setattr("strategies.relabel.is_known_better", lambda *found: True)
+        patch.setattr("strategies.relabel.memorised_fraction", lambda *found: 1.0)
         if request.param == "ssd":  # of the other one it would be the same
             for where, name, calls in (
                 (checkpoint, "save", (3, 4)),  # of the request, of the second round

@@ -198,7 +198,7 @@ def test_who_alone_cannot_use_a_model_gone_astray_is_not_blamed(federate, capsys
 
 def test_when_a_forget_client_leads_the_model_astray_nobody_who_repairs_is_named(federate, capsys, memorised):
     with pytest.raises(UserError, match="request r1 is QUARANTINED"):
-        requested(federate, "relabel", 3, larger(1e12, "bf16"), "strategy=relabel unlearn.guide_images=30")
+        requested(federate, "relabel", 3, larger(1e15, "bf16"), "strategy=relabel unlearn.guide_images=30")
     reason = federate.requests()[0].detail["reason"]
     assert reason.startswith("the model has gone astray: 3 of 3 nodes could not use it (repair: it sent")
     assert reason.endswith("clients 3 had answered to relabel before")
