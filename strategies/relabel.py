@@ -215,8 +215,9 @@ class Relabelling(Guided):
     fewer correct soft labels (`corrected`).
 
     D_f ends with the predictions that unseen data would get, no fewer right and no surer, while the loss on D_r stays
-    near zero. No gradient is left that would bring the old predictions back when training goes on. In the end the
-    weights that changed most are frozen (`Federation.freeze`): one bit a weight, and nothing else is kept.
+    near zero. No gradient is left that would bring the old predictions back when training goes on. In the end, where
+    images were memorised, the weights that changed most are frozen (`Federation.freeze`): one bit a weight, and nothing
+    else is kept.
     """
 
     label, colour, marker = "relabelling", "#468faf", "P"
