@@ -14,7 +14,7 @@ from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_clien
 from fedunlearn.config import Config
 from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
 from fedunlearn.federation import direction, round_gate, server_state, tasks
-from fedunlearn.federation.messages import STATISTICS
+from fedunlearn.federation.messages import STATISTICS, Tensors
 from fedunlearn.federation.nodes import Nodes
 from fedunlearn.federation.replies import AstrayError, RefusedError, Results, add_cost, listed
 from fedunlearn.federation.round_gate import RoundGate
@@ -83,6 +83,7 @@ class Federation:
         self._classes: dict[int, Tensor] = {}  # [K] images of each class, of clients whose updates are looked at alone
         nodes.check_update = self._check_direction
         self._trained = ""  # who trained last, in words
+        self._params_before: Tensors = {}  # of the model before the request that is being applied
 
     # Who takes part ----------------------------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class Federation:
         def ask(on_reply: Callable[[Results], None]) -> Results:
             about: dict[str, Any] = {"arguments": arguments, "one_client_each": one_client_each, "on_reply": on_reply}
             if self._forget:  # in a request the model in between may be of no use
-                about["is_of_use"] = self.round_gate.is_of_use
+                about["is_of_use"] = self._is_of_use
             return self.nodes.query(self.grid, task, round_, asked, self.state.params, **about)
 
         if self.nodes.is_robust(task):
@@ -394,6 +395,19 @@ class Federation:
         counts = self._classes[client].to(labels.device)
         direction.check_direction((-losses).exp(), (-of_opposite).exp(), labels, counts)
 
+    def _is_of_use(self) -> bool:
+        """Whether the model in between is about as good as before the request, and better than guessing.
+
+        Of a worse one nobody is blamed.
+        """
+        found = []
+        for params in (self._params_before, self.state.params):
+            self.server.model.load_state_dict(params)
+            losses, _ = self.server.losses(self.server.model, direction.IMAGES)
+            found.append(float((-losses).exp().mean()))
+        before, now = found
+        return self.round_gate.is_of_use() and now >= before - self.config.forget.budget
+
     def _model_after(self, update: Mapping[str, Tensor]) -> TwoHeadResNet18:
         after = server_state.apply_update(self.state, update)
         self.server.model.load_state_dict(after.params)
@@ -461,13 +475,13 @@ class Federation:
             config: settings that the request is applied with, here and on the clients; the run's by default.
         """
         usual = self.config
-        self._forget, self.costs, self._trained = forget, {}, ""
+        self._forget, self.costs, self._trained, self._params_before = forget, {}, "", self.state.params
         self.config = self.nodes.config = config or usual
         try:
             yield
         finally:
             self._classes = {client: counts for client, counts in self._classes.items() if client not in forget.clients}
-            self._forget, self._class_counts = ForgetSet(()), {}
+            self._forget, self._class_counts, self._params_before = ForgetSet(()), {}, {}
             self.config = self.nodes.config = usual
 
 
