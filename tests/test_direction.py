@@ -46,15 +46,28 @@ def test_what_other_classes_lose_does_not_matter():
         check_direction(worse, better, labels, counts)
 
 
-def test_what_may_be_chance_or_hardly_matters_is_let_through():
-    check_direction(
-        torch.tensor([1.0, 0.0, 0.1]), torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 0, 0]), torch.tensor([20])
+@pytest.mark.parametrize(
+    ("probs", "of_opposite"),
+    [
+        ([1.0, 0.0, 0.1], [0.0, 1.0, 1.0]),  # by chance
+        ([0.5] * 9, [0.51] * 9),  # hardly
+    ],
+)
+def test_what_may_be_chance_or_hardly_matters_is_let_through(probs, of_opposite):
+    about = (
+        torch.tensor(probs),
+        torch.tensor(of_opposite),
+        torch.zeros(len(probs), dtype=torch.long),
+        torch.tensor([20]),
     )
-    check_direction(torch.full((9,), 0.5), torch.full((9,), 0.51), torch.zeros(9, dtype=torch.long), torch.tensor([20]))
+    assert lost_by(*about).value > 0
+    check_direction(*about)
 
 
 def test_a_client_whose_classes_the_server_has_no_images_of_is_let_through():
-    check_direction(torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([0]), torch.tensor([0, 5]))
+    about = torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([0]), torch.tensor([0, 5])
+    assert math.isnan(lost_by(*about).value)
+    check_direction(*about)
 
 
 def named(capsys):

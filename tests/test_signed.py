@@ -228,7 +228,10 @@ def test_a_key_made_by_ssh_keygen_signs(tmp_path):
     about = ["-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", str(tmp_path / "client3")]
     subprocess.run(["ssh-keygen", "-q", *about], check=True)
     file = tmp_path / "client3"
-    checked(sign([3], run=RUN, key=file), (keys.id_of(keys.load(file)), file))
+    owner = keys.id_of(keys.load(file)), file
+    asked = sign([3], run=RUN, key=file)
+    assert keys.is_signed(asked.signature, asked.message, owner[0])
+    checked(asked, owner)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_clien
 from fedunlearn.config import Config
 from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
 from fedunlearn.federation import direction, round_gate, server_state, tasks
-from fedunlearn.federation.messages import STATISTICS, Tensors
+from fedunlearn.federation.messages import STATISTICS
 from fedunlearn.federation.nodes import Nodes
 from fedunlearn.federation.replies import AstrayError, RefusedError, Results, add_cost, listed
 from fedunlearn.federation.round_gate import RoundGate
@@ -83,7 +83,7 @@ class Federation:
         self._classes: dict[int, Tensor] = {}  # [K] images of each class, of clients whose updates are looked at alone
         nodes.check_update = self._check_direction
         self._trained = ""  # who trained last, in words
-        self._params_before: Tensors = {}  # of the model before the request that is being applied
+        self._state_before = state  # of the request that is being applied
 
     # Who takes part ----------------------------------------------------------------------------------------------
 
@@ -379,7 +379,8 @@ class Federation:
 
     def _held_out_loss(self, update: Mapping[str, Tensor]) -> float:
         """Give the class cross-entropy on some held-out images that the model would have after an update."""
-        return self.server.loss(self._model_after(update), round_gate.IMAGES)
+        self.server.model.load_state_dict(server_state.apply_update(self.state, update).params)
+        return self.server.loss(self.server.model, round_gate.IMAGES)
 
     def _check_direction(self, one: Results) -> None:
         """Refuse the update of one retain client that points the wrong way, or of whose classes nothing is known."""
@@ -390,28 +391,23 @@ class Federation:
             raise RefusedError("it did not say how many images of each class it has (robust)")
         update = one.mean()
         opposite = {name: v if name.endswith(STATISTICS) else -v for name, v in update.items()}
-        losses, labels = self.server.losses(self._model_after(update), direction.IMAGES)
-        of_opposite, _ = self.server.losses(self._model_after(opposite), direction.IMAGES)
-        counts = self._classes[client].to(labels.device)
-        direction.check_direction((-losses).exp(), (-of_opposite).exp(), labels, counts)
+        probs, labels = self._right_probs(server_state.apply_update(self.state, update))
+        of_opposite, _ = self._right_probs(server_state.apply_update(self.state, opposite))
+        direction.check_direction(probs, of_opposite, labels, self._classes[client].to(labels.device))
 
     def _is_of_use(self) -> bool:
         """Whether the model in between is about as good as before the request, and better than guessing.
 
         Of a worse one nobody is blamed.
         """
-        found = []
-        for params in (self._params_before, self.state.params):
-            self.server.model.load_state_dict(params)
-            losses, _ = self.server.losses(self.server.model, direction.IMAGES)
-            found.append(float((-losses).exp().mean()))
-        before, now = found
+        before, now = (float(self._right_probs(state)[0].mean()) for state in (self._state_before, self.state))
         return self.round_gate.is_of_use() and now >= before - self.config.forget.budget
 
-    def _model_after(self, update: Mapping[str, Tensor]) -> TwoHeadResNet18:
-        after = server_state.apply_update(self.state, update)
-        self.server.model.load_state_dict(after.params)
-        return self.server.model
+    def _right_probs(self, state: ServerState) -> tuple[Tensor, Tensor]:
+        """Give the probabilities of the right classes of some held-out images, and these classes."""
+        self.server.model.load_state_dict(state.params)
+        losses, labels = self.server.losses(self.server.model, direction.IMAGES)
+        return (-losses).exp(), labels
 
     def freeze(self, *, since: ServerState, fraction: float) -> None:
         """Freeze that fraction of the weights, those that changed most since an earlier state.
@@ -475,13 +471,13 @@ class Federation:
             config: settings that the request is applied with, here and on the clients; the run's by default.
         """
         usual = self.config
-        self._forget, self.costs, self._trained, self._params_before = forget, {}, "", self.state.params
+        self._forget, self.costs, self._trained, self._state_before = forget, {}, "", self.state
         self.config = self.nodes.config = config or usual
         try:
             yield
         finally:
             self._classes = {client: counts for client, counts in self._classes.items() if client not in forget.clients}
-            self._forget, self._class_counts, self._params_before = ForgetSet(()), {}, {}
+            self._forget, self._class_counts, self._state_before = ForgetSet(()), {}, self.state
             self.config = self.nodes.config = usual
 
 
