@@ -21,16 +21,18 @@ from typer.core import TyperCommand
 
 from fedunlearn import __version__
 from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
-from fedunlearn.commands import AsJson, Home, RunName, client_numbers, in_one_line, opened
-from fedunlearn.config import Config, check_clients, compose, state_home, writable_home
+from fedunlearn.commands import AsJson, Home, RunName, class_numbers, client_numbers, in_one_line, opened
+from fedunlearn.config import Config, compose, state_home, writable_home
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
 from fedunlearn.log import set_up
 from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, runs_folder
-from fedunlearn.runs.ledger import FAILED, Request
+from fedunlearn.runs.ledger import FAILED, TAKEN_UP, Request
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.run import last_round, open_ledger, read_about
+from fedunlearn.runs.signed import action_of
 from fedunlearn.schema import fields_of, is_mapping, name_of, range_of
 
 if TYPE_CHECKING:
@@ -156,6 +158,15 @@ def forget(
         typer.Argument(metavar="[SETTING=VALUE]...", help="Of this request: strategy=..., unlearn.NAME=..."),
     ] = None,
     client: Annotated[list[str] | None, typer.Option(help="A client to forget; several make one request.")] = None,
+    class_: Annotated[
+        list[str] | None, typer.Option("--class", help="Images of this class alone; of all clients without --client.")
+    ] = None,
+    patient: Annotated[
+        list[str] | None, typer.Option(help="Images of this patient alone; of all clients without --client.")
+    ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The images alone that this file names, one a line.")
+    ] = None,
     run: RunName = "",
     wait: Annotated[bool, typer.Option("--wait", help="Follow a live run's request to its end.")] = False,
     wait_limit: Annotated[float, typer.Option(min=0, help="Seconds that --wait lasts at most.")] = 86400,
@@ -183,14 +194,13 @@ def forget(
         if status:
             return show([found.ledger.request(status)], as_json)
         if cancel:
-            whose = found.ledger.request(cancel).clients
+            whose = found.ledger.request(cancel).owners
             asked = signed_request(found, whose, key, signed, action=f"cancel {cancel}")
             return show([found.cancel(cancel, signed=asked)], as_json)
-        clients = client_numbers(client or [])
-        if accept and (clients or words or dry_run or not by):
+        clients, selection = client_numbers(client or []), selected(found, class_ or [], patient or [], examples)
+        if accept and (clients or selection or words or dry_run or not by):
             raise UserError("--accept ID goes with --by NAME, and with neither --client nor --dry-run nor settings")
-        if not accept:
-            check_clients(clients, found.config.clients)
+        meant = [] if accept else found.meant(clients, selection)
         from fedunlearn.apps import asking
         from fedunlearn.apps.simulate import Resources
 
@@ -200,20 +210,47 @@ def forget(
         if accept:
             with still_filed():
                 return show([asking.accept(found, accept, by, resources, **following)], as_json)
-        earlier, how = found.ledger.covering(clients), settings_of_request(found, words or [])
-        found.ledger.check_how(clients, how)
+        earlier, how = found.ledger.covering(meant, selection), settings_of_request(found, words or [])
+        found.ledger.check_how(meant, how, selection)
         if not earlier:
-            log.info(asking.announcement(found, clients, how))
+            log.info(asking.announcement(found, meant, how, selection))
             if not found.is_live():
                 asking.check_servable(found)
-        asked = signed_request(found, clients, key, signed, action="forget")
+        asked = signed_request(found, meant, key, signed, action=action_of(selection))
         if dry_run:
-            found.would_take(asked, clients)
+            found.would_take(asked, meant, action=action_of(selection))
             log.info("run %s: nothing is filed (--dry-run)", found.name)
             return show(earlier, as_json) if earlier else 0
-        about: dict[str, Any] = {"by": by, "right": right, "signed": asked, "how": how}
+        about: dict[str, Any] = {"by": by, "right": right, "signed": asked, "how": how, "selection": selection}
         with still_filed():
             return show(asking.ask(found, clients, resources, wait=wait, **about, **following), as_json)
+
+
+def selected(found: "Run", classes: list[str], patients: list[str], examples: Path | None) -> Selection | None:
+    """Read which images a request is about; None for all of the clients.
+
+    Raises:
+        UserError: there is no such class, or the file names no image.
+    """
+    if not (classes or patients or examples):
+        return None
+    names = read_names(examples) if examples else []
+    return Selection.by(class_numbers(classes, found.class_names()), patients, names)
+
+
+def read_names(file: Path) -> list[str]:
+    """Read the names of images, one a line; empty lines do not count.
+
+    Raises:
+        UserError: there are none, or the file cannot be read.
+    """
+    try:
+        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--examples {file} cannot be read ({error})") from error
+    if not names:
+        raise UserError(f"--examples {file} names no image")
+    return names
 
 
 def settings_of_request(found: "Run", words: list[str]) -> dict[str, Any]:
@@ -327,7 +364,7 @@ def report(
     with opened(run, home) as found:
         config = found.config.model_copy(update={"home": home})
         auditor = Auditor(config)
-        kind, counts = strategy_class(config.strategy), auditor.class_counts()
+        kind, counts = strategy_class(config.strategy), auditor.class_counts(parts=found.ledger.parts(TAKEN_UP))
         words: dict[str, Any] = {"label": kind.label, "own_settings": kind.Settings}
         with opened(retrained, home) if retrained else nullcontext() as other:
             path = page.write(found, counts, auditor.class_names, **words, retrained=other)

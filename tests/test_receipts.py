@@ -495,7 +495,8 @@ def test_verify_of_a_run_names_what_was_changed(run, first, capsys):
     first.rmdir()
     first.write_bytes(original)
     (checkpoint,) = (run.folder / "checkpoints").iterdir()
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-1] + b"\0")
+    data = checkpoint.read_bytes()
+    checkpoint.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert command("verify", "--run", "one") == 1
     assert checkpoint.name in capsys.readouterr().out
 

@@ -85,6 +85,9 @@ def full_state():
         "pruned": torch.tensor([False, True, False]),
         "client_head.out.weight": torch.ones(3, 2),
         "client_head.out.bias": torch.ones(3),
+        "pruned_classes": torch.tensor([True, False]),
+        "class_head.out.weight": torch.ones(2, 2),
+        "class_head.out.bias": torch.ones(2),
     }
     state = ServerState(3, params, {"w": torch.ones(2)}, {"w": torch.tensor([True, False])})
     return server_state.remember(state, torch.full((4, 2), 0.5))
@@ -103,18 +106,22 @@ def test_a_checkpoint_says_everything():
 
 def test_after_a_request_neurons_are_pruned_and_only_what_is_frozen_is_kept_beside():
     state = full_state()
-    after = server_state.after_request(state, [2])
+    after = server_state.after_request(state, [2], [1])
     assert after.params["pruned"].tolist() == [False, True, True]
     assert after.params["client_head.out.bias"].tolist() == [1, 1, 0]
+    assert after.params["pruned_classes"].tolist() == [True, True]
+    assert after.params["class_head.out.bias"].tolist() == [1, 0]
     assert (after.momentum, after.predictions) == ({}, {})
     assert equal(after.frozen, state.frozen)
 
 
 def test_beginning_anew_keeps_nothing_but_who_was_pruned():
-    initial = full_state().params | {"w": torch.zeros(2), "pruned": torch.tensor([False] * 3)}
+    unmarked = {"pruned": torch.tensor([False] * 3), "pruned_classes": torch.tensor([False] * 2)}
+    initial = full_state().params | {"w": torch.zeros(2)} | unmarked
     after = server_state.begin_anew(full_state(), initial, [2])
     assert after.params["w"].tolist() == [0, 0]
     assert after.params["pruned"].tolist() == [False, True, True]
+    assert after.params["pruned_classes"].tolist() == [True, False]
     assert (after.round, after.momentum, after.frozen, after.predictions) == (3, {}, {}, {})
     after.params["w"] += 1
     assert initial["w"].tolist() == [0, 0]

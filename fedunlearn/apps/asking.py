@@ -7,6 +7,7 @@ from typing import Any
 
 from fedunlearn.apps.signals import stopped_by_signals
 from fedunlearn.apps.simulate import Resources, simulate
+from fedunlearn.data.selection import Selection
 from fedunlearn.runs.door import CLOSING_SECONDS, RequestHandle
 from fedunlearn.runs.home import check_data, tidy
 from fedunlearn.runs.ledger import Request
@@ -19,14 +20,22 @@ log = getLogger("fedunlearn")
 # what applies a request imports torch when it is called: who only files one must not wait for it
 
 
-def announcement(found: Run, clients: list[int], how: Mapping[str, Any]) -> str:
-    """Say which run is about to be asked to forget whom; `how` has settings that are others than the run's."""
+def announcement(found: Run, clients: list[int], how: Mapping[str, Any], selection: Selection | None = None) -> str:
+    """Say which run is about to be asked to forget whom.
+
+    Args:
+        found: the run.
+        clients: whose images are meant.
+        how: settings that are others than the run's.
+        selection: which of the images; all by default.
+    """
     images = images_of(found)
     who = [f"client {c} ({images[c]} images)" if c in images else f"client {c}" for c in clients]
     state, config = "live" if found.is_live() else "idle", found.config.model_copy(update=how)
+    what = f"{selection.in_words(found.class_names())} of " if selection else ""
     return (
         f"run {found.name} ({config.data.name}, strategy={config.strategy}, {state}, after round "
-        f"{last_round(found.folder)} of {config.rounds}) is to forget {', '.join(who)}"
+        f"{last_round(found.folder)} of {config.rounds}) is to forget {what}{', '.join(who)}"
     )
 
 
@@ -69,6 +78,7 @@ def ask(
     right: str = "",
     signed: SignedRequest | None = None,
     how: Mapping[str, Any] | None = None,
+    selection: Selection | None = None,
 ) -> list[Request]:
     """File a request, and see to it that somebody applies it.
 
@@ -78,6 +88,7 @@ def ask(
         right: by what right.
         signed: what the clients' key has signed.
         how: settings that are others for this request.
+        selection: which of the clients' images are meant; all by default.
 
     Returns:
         The new request and earlier ones that cover some of the clients, as they stand then.
@@ -85,7 +96,7 @@ def ask(
     Raises:
         TimeoutError: the run has not applied the request, or does not let go; it stays filed.
     """
-    handle = found.request(clients, by=by, right=right, signed=signed, how=how)
+    handle = found.request(clients, by=by, right=right, signed=signed, how=how, selection=selection)
     with stopped_by_signals(filed):
         see_to(found, handle, resources, wait=wait, limit=limit, verbose=verbose)
     return handle.requests()

@@ -20,7 +20,7 @@ from fedunlearn.federation.strategy import check_writable, completed, strategy_c
 from fedunlearn.log import set_up
 from fedunlearn.runs import purge, report
 from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
-from fedunlearn.runs.ledger import Request
+from fedunlearn.runs.ledger import TAKEN_UP, Request
 from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run, open_ledger
 from fedunlearn.runs.statement import finite
@@ -95,7 +95,8 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
     """Train `rounds` rounds, serve all requests, write the report; gives the requests that failed."""
     Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
     conclude(run)
-    kind, counts = strategy_class(run.config.strategy), None if auditor is None else auditor.class_counts()
+    kind = strategy_class(run.config.strategy)
+    counts = None if auditor is None else auditor.class_counts(parts=run.ledger.parts(TAKEN_UP))
     page = report.write(run, counts, _class_names(auditor), label=kind.label, own_settings=kind.Settings)
     log.info(report.summary(run, counts))
     log.info("report: %s", page)

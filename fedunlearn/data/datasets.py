@@ -109,6 +109,22 @@ class Dataset:
         with _undamaged(file):
             return json.loads(file.read_text()) if file.exists() else []
 
+    def names_of(self, chosen: np.ndarray) -> list[str]:
+        """Name training images: by their files within the source; without files by their numbers.
+
+        Args:
+            chosen: their indices.
+        """
+        files = self.files
+        if not files:
+            return [str(number) for number in chosen]
+        source = Path(self._meta["source"])
+        return [Path(files[number]).relative_to(source).as_posix() for number in chosen]
+
+    def patients_of(self, chosen: np.ndarray) -> list[str] | None:
+        """Say whose training images are, where the data set knows it."""
+        return None
+
     def dealt(self, deal: str) -> list[np.ndarray] | None:
         """Give each client's indices as they were before images were taken out, less those; None for an unknown deal.
 

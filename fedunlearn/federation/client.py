@@ -12,6 +12,7 @@ from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.data.datasets import Split
+from fedunlearn.data.selection import Part, Selection
 from fedunlearn.federation.messages import Tensors, floating
 from fedunlearn.nn.client_head import embedding_statistics
 from fedunlearn.nn.evaluate import Counts, Predictions, evaluate, predict
@@ -20,6 +21,8 @@ from fedunlearn.nn.precision import autocast
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.nn.schedule import loss_weights
 from fedunlearn.nn.sgd import LocalSGD
+
+NO_PARTS: Mapping[int, Part] = {}
 
 
 class ClientRuntime:
@@ -41,9 +44,34 @@ class ClientRuntime:
         """Whether the images are still those of the decoded copy, of which some may have been taken out."""
         return build.open_dataset(self.config).fingerprint == self.dataset.fingerprint
 
-    def client(self, number: int, round_: int, broadcast: Tensors | None = None) -> "Client":
-        """Give the client of that number, in a round, which was sent the tensors `broadcast` of a model."""
-        return Client(self, number, round_, broadcast or {})
+    def client(
+        self, number: int, round_: int, broadcast: Tensors | None = None, *, parts: Mapping[int, Part] = NO_PARTS
+    ) -> "Client":
+        """Give a client, in a round.
+
+        Args:
+            number: of the client, or of a part of one.
+            round_: that its random draws depend on.
+            broadcast: tensors of a model that it was sent.
+            parts: by number, what was asked to be forgotten of clients: a client has what is left, a part its images.
+        """
+        return Client(self, number, round_, broadcast or {}, parts)
+
+    def indices(self, number: int, parts: Mapping[int, Part]) -> np.ndarray:
+        """Give the indices into the training images of a client, without its parts, or of one of them."""
+        part = parts.get(number)
+        owner = part.client if part else number
+        own, others = self.slices[owner], [p for p in parts.values() if p.client == owner]
+        kept = self._selected(owner, part.selection) if part else np.ones(len(own), bool)
+        for other in others:
+            if not part or other.number < number:
+                kept &= ~self._selected(owner, other.selection)
+        return own[kept]
+
+    def _selected(self, client: int, selection: Selection) -> np.ndarray:
+        """Say which of a client's images are selected, bool [N]."""
+        own, dataset = self.slices[client], self.dataset
+        return selection.of(dataset.train.labels[own], dataset.patients_of(own), dataset.names_of(own))
 
     @cached_property
     def sgd(self) -> LocalSGD:
@@ -65,15 +93,18 @@ class Client:
     """One client, in one round, on the machine where its images are.
 
     Attributes:
-        id: the client's number, 0..C-1.
+        id: the client's number, 0..C-1, or that of a part of a client.
         round: that its random draws depend on.
         config: settings of the run.
         device: where the model is.
     """
 
-    def __init__(self, runtime: ClientRuntime, number: int, round_: int, broadcast: Tensors) -> None:
-        self._runtime, self._broadcast = runtime, broadcast
+    def __init__(
+        self, runtime: ClientRuntime, number: int, round_: int, broadcast: Tensors, parts: Mapping[int, Part]
+    ) -> None:
+        self._runtime, self._broadcast, self._parts = runtime, broadcast, parts
         self.id, self.round = number, round_
+        self._owner = parts[number].client if number in parts else number
         self.config, self.device = runtime.config, runtime.device
 
     @property
@@ -95,6 +126,11 @@ class Client:
     def class_counts(self) -> Tensor:
         """How many images of each class it has, int64 [K]."""
         return torch.bincount(self.labels, minlength=len(self._runtime.dataset.class_names))
+
+    def selected_counts(self, selection: Selection) -> Tensor:
+        """Count its images of each class that are selected, int64 [K]."""
+        part = Part(max([self.id, *self._parts]) + 1, self._owner, selection)
+        return self._runtime.client(part.number, self.round, parts={**self._parts, part.number: part}).class_counts
 
     @property
     def precision(self) -> str:
@@ -128,7 +164,7 @@ class Client:
         return batches(
             self._runtime.dataset.train,
             self._own if indices is None else indices,
-            self.id,
+            self._owner,
             batch_size=batch_size or train.batch_size,
             device=self.device,
             generator=generator,
@@ -157,7 +193,7 @@ class Client:
         places = Split(self.images, np.arange(self.examples))
         train = self.config.train
         shuffled = batches(
-            places, places.labels, self.id, batch_size=train.batch_size, device=self.device, generator=generator
+            places, places.labels, self._owner, batch_size=train.batch_size, device=self.device, generator=generator
         )
         return ((images, place) for images, place, _ in shuffled)
 
@@ -189,7 +225,7 @@ class Client:
         """Give the model's predictions on versions of its images, uint8 [N, H, W, channels]."""
         data = Split(images, self.labels.numpy())
         everything = batches(
-            data, np.arange(len(images)), self.id, batch_size=self.evaluation_batch, device=self.device
+            data, np.arange(len(images)), self._owner, batch_size=self.evaluation_batch, device=self.device
         )
         return predict(model, everything, precision=self.precision)
 
@@ -217,9 +253,9 @@ class Client:
         """Give how the model differs from the broadcast one: theta_c - theta, everything that is floating-point."""
         return {name: value - self._broadcast[name] for name, value in floating(model.state_dict()).items()}
 
-    @property
+    @cached_property
     def _own(self) -> np.ndarray:
-        return self._runtime.slices[self.id]
+        return self._runtime.indices(self.id, self._parts)
 
     @property
     def evaluation_batch(self) -> int:

@@ -20,7 +20,7 @@ Accuracies = Mapping[str, Counted]
 
 
 class Gate:
-    """Compares the model before a request with the one after it.
+    """Compares the model before a request with the one after it, of classes that leave whole on no held-out image.
 
     Args:
         federation: before the request; the gate remembers its model.
@@ -36,11 +36,12 @@ class Gate:
     def __init__(self, federation: Federation, forget: ForgetSet, scores: Scores, committed: Predictions) -> None:
         self._federation, self._forget = federation, forget
         self._params = federation.state.params
-        self._predictions = max(committed, federation.predictions(), key=lambda found: found.total.class_accuracy)
-        self._before, self._scores = self._figures(scores, self._predictions), scores
+        found = max(committed, federation.predictions(), key=lambda found: found.total.class_accuracy)
+        self._before, self._scores = self._figures(scores, found), scores
         self._budget = federation.config.forget.budget
+        self._predictions = found.without(forget.classes)
         self._most_loss = federation.round_gate.most_loss(self._predictions.total.mean_loss)
-        self._retrained = federation.estimate_retrained(self._predictions).total.class_accuracy
+        self._retrained = federation.estimate_retrained(found).without(forget.classes).total.class_accuracy
 
     def verdict(self, scores: Scores) -> dict[str, Any]:
         """Say whether the present model, of these scores, may replace the one before, with the figures.
@@ -53,6 +54,7 @@ class Gate:
             raise NotNowError("not the same retain clients replied before and after")
         predictions = self._federation.predictions()
         after = self._figures(scores, predictions)
+        predictions = predictions.without(self._forget.classes)
         old, new = without_extremes(self._scores["retain_clients"], scores["retain_clients"])
         before = replace(self._before, retain=total(old) or self._before.retain)
         after = replace(after, retain=total(new) or after.retain)
@@ -86,7 +88,8 @@ class Gate:
         own = fraction(found.class_accuracy, found.examples)
         others = held_out(predictions.expected_accuracy(counts), predictions.total.examples, counts.numpy())
         retain = fraction(scores["retain"]["class"], scores["retain"]["examples"])
-        test = fraction(predictions.total.class_accuracy, predictions.total.examples)
+        kept = predictions.without(forget.classes).total
+        test = fraction(kept.class_accuracy, kept.examples)
         return Figures(retain, test, own - others)
 
 

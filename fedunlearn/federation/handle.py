@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from logging import getLogger
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_client_head
 from fedunlearn.config import Config
+from fedunlearn.data.selection import Part
 from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
 from fedunlearn.federation import direction, round_gate, server_state, tasks
 from fedunlearn.federation.messages import STATISTICS
@@ -37,15 +39,17 @@ log = getLogger("fedunlearn")
 
 @dataclass(frozen=True)
 class ForgetSet:
-    """Whose images are forgotten: whole clients.
+    """Whose images are forgotten: those of whole clients, or of parts of clients, which have numbers of their own.
 
     Attributes:
         clients: in ascending order.
         request: the id of the request.
+        classes: of which nobody has an image left.
     """
 
     clients: tuple[int, ...]
     request: str = ""
+    classes: frozenset[int] = frozenset()
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.clients)
@@ -99,18 +103,26 @@ class Federation:
 
     @property
     def retain(self) -> list[int]:
-        """The retain clients: those that can be trained and have no request that was taken up."""
-        return sorted(self.trainable - set(self._ledger.clients_in(TAKEN_UP)))
+        """The retain clients: those that can be trained and have no request that was taken up.
+
+        Where a part of a client's images is to be forgotten, the client comes back as soon as it has said how many.
+        """
+        parts = self._ledger.parts(TAKEN_UP)
+        unknown = {part.client for number, part in parts.items() if number not in self.nodes.parts}
+        return sorted(self.trainable - set(self._ledger.clients_in(TAKEN_UP)) - unknown)
 
     @property
     def trainable(self) -> set[int]:
         """The clients with the two examples that BatchNorm needs, whoever has been forgotten."""
-        return {client for client, examples in self.nodes.examples.items() if examples >= 2}
+        return {c for c, examples in self.nodes.examples.items() if examples >= 2 and c not in self.nodes.parts}
 
     @property
     def never_trained(self) -> set[int]:
-        """The clients without the two examples that BatchNorm needs; not those of a node that does not work."""
-        return self.nodes.examples.keys() - self.trainable
+        """The clients without the two examples that BatchNorm needs; not those of a node that does not work.
+
+        Parts of clients were trained on with all that the client had, even if it is one image.
+        """
+        return {c for c, examples in self.nodes.examples.items() if examples < (1 if c in self.nodes.parts else 2)}
 
     @property
     def forgotten(self) -> list[int]:
@@ -120,6 +132,35 @@ class Federation:
     def examples(self, clients: Iterable[int]) -> int:
         """Count the examples of clients."""
         return sum(self.nodes.examples[client] for client in clients)
+
+    def count(self, parts: Iterable[Part]) -> dict[int, int]:
+        """Ask clients how many images parts of them would have, by the parts' numbers.
+
+        Raises:
+            NotNowError: one does not reply.
+        """
+        found = {}
+        for selection, same in groupby(parts, lambda part: part.selection):
+            numbers = {part.client: part.number for part in same}
+            replies = self.run(tasks.selected_counts, on=numbers, selection=selection.content()).statistics
+            if missing := sorted(numbers.keys() - replies.keys()):
+                raise NotNowError(f"client {missing[0]} did not say which of its images are meant")
+            found |= {numbers[client]: int(counts.sum()) for client, counts in replies.items()}
+        return found
+
+    def split(self) -> None:
+        """Take everything out of the clients' images that requests were taken up about, into parts of their own."""
+        examples = self._ledger.examples()
+        for number, part in sorted(self._ledger.parts(TAKEN_UP).items()):
+            if number in examples and number not in self.nodes.parts:
+                self.nodes.split(part, examples[number])
+                self._classes.pop(part.client, None)
+        self.server.leave_out(self._ledger.classes_left())
+
+    def emptied(self, clients: Iterable[int]) -> list[int]:
+        """Give the clients of which nothing is left beside these parts of them."""
+        owners = {self.nodes.parts[c].client for c in clients if c in self.nodes.parts}
+        return sorted(owner for owner in owners if not self.nodes.examples[owner])
 
     # Asking clients ----------------------------------------------------------------------------------------------
 
@@ -431,7 +472,8 @@ class Federation:
         """Go back to the run's initial weights, with nothing kept beside them."""
         model = self.model()
         model.load_state_dict(self.server.new_model().state_dict())
-        self.state = server_state.begin_anew(self.state, model.state_dict(), self._forget)
+        clients = [client for client in self._forget if client not in self.nodes.parts]
+        self.state = server_state.begin_anew(self.state, model.state_dict(), clients)
 
     # What can be known without the client --------------------------------------------------------------------------
 
@@ -446,7 +488,8 @@ class Federation:
             predictions: of the present model.
         """
         retain = self.retain
-        trained_on = sorted(self.trainable - set(self._ledger.clients_in(FORGOTTEN)))
+        parts = self.nodes.parts.keys() - self.never_trained
+        trained_on = sorted((self.trainable | parts) - set(self._ledger.clients_in(FORGOTTEN)))
         counts = self.class_counts(trained_on)
         before = total_counts(counts[client] for client in trained_on if client in counts)
         after = total_counts(counts[client] for client in retain if client in counts)
@@ -473,12 +516,14 @@ class Federation:
         usual = self.config
         self._forget, self.costs, self._trained, self._state_before = forget, {}, "", self.state
         self.config = self.nodes.config = config or usual
+        self.server.leaving = forget.classes
         try:
             yield
         finally:
             self._classes = {client: counts for client, counts in self._classes.items() if client not in forget.clients}
             self._forget, self._class_counts, self._state_before = ForgetSet(()), {}, self.state
             self.config = self.nodes.config = usual
+            self.server.leaving = frozenset()
 
 
 def total_counts(counts: Iterable[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedunlearn.data.selection import Part
 from fedunlearn.nn.evaluate import Counts
 
 Tensors = dict[str, Tensor]
@@ -24,6 +25,7 @@ class Task:
         round: that random draws depend on.
         clients: for whom.
         arguments: further arguments of the client task, as JSON; tensors travel beside it.
+        parts: of the clients' images that were asked to be forgotten, by number, as JSON (`data.selection.Part`).
     """
 
     config: str
@@ -31,6 +33,7 @@ class Task:
     round: int
     clients: list[int]
     arguments: str = "{}"
+    parts: str = "{}"
 
 
 def pack(tensors: Mapping[str, Tensor], dtype: str) -> ArrayRecord:
@@ -68,6 +71,11 @@ def request(task: Task, records: Mapping[str, ArrayRecord]) -> RecordDict:
 def task_of(message: Message) -> Task:
     """Read the task of a message from the server."""
     return Task(**cast(dict[str, Any], dict(message.content.config_records["task"])))
+
+
+def parts_of(task: Task) -> dict[int, Part]:
+    """Read the parts of clients that a task names, by number."""
+    return {int(number): Part.read(int(number), about) for number, about in json.loads(task.parts).items()}
 
 
 STATISTICS = ("running_mean", "running_var")

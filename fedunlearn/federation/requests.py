@@ -2,23 +2,25 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from inspect import signature
 from logging import getLogger
 from typing import Any
 
 from fedunlearn.config import Config
+from fedunlearn.data.selection import Part
 from fedunlearn.errors import DestroyedError, NotNowError, UserError, printable
 from fedunlearn.federation import server_state
 from fedunlearn.federation.gate import Gate
 from fedunlearn.federation.handle import Federation, ForgetSet
+from fedunlearn.federation.replies import listed
 from fedunlearn.federation.scores import Scorer, Scores
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.runs.formats import forgotten
 from fedunlearn.runs.ledger import OPEN, RECEIPT, Ledger, Request, State
 from fedunlearn.runs.run import Run
-from fedunlearn.runs.signed import UnsignedError, check, read
+from fedunlearn.runs.signed import UnsignedError, action_of, check, read
 from fedunlearn.runs.verdicts import named
 
 PARAMETERS = {*signature(Run.commit).parameters, *signature(Ledger.commit).parameters}
@@ -94,18 +96,42 @@ class Requests:
                 self._complete(request)
 
     def _accept(self, request: Request) -> Request:
-        federation = self._federation
-        if federation.never_trained.issuperset(request.clients):
-            client = request.clients[0]
-            reason = f"client {client} has {federation.examples([client])} examples and was never trained on"
-        elif not set(federation.retain) - set(request.clients):
-            reason = "no client would be left"
-        elif unsuitable := self._unsigned(request) or self._impossible(request):
-            reason = unsuitable
-        else:
+        if not (reason := self._unsuitable(request)):
             return self._ledger.advance(request, State.COLLECTING)
+        return self._refused(request, reason)
+
+    def _refused(self, request: Request, reason: str) -> Request:
         log.warning("── request %s is refused: %s", request.id, reason)
         return self._ledger.advance(request, State.REFUSED, reason=reason)
+
+    def _unsuitable(self, request: Request) -> str:
+        """Say why a request cannot be taken up; nothing where it can."""
+        federation = self._federation
+        if federation.never_trained.issuperset(request.clients) and not request.parts:
+            client = request.clients[0]
+            return f"client {client} has {federation.examples([client])} examples and was never trained on"
+        if not set(federation.retain) - set(request.clients):
+            return "no client would be left"
+        return self._unsigned(request) or self._impossible(request)
+
+    def _take_apart(self, request: Request) -> str:
+        """Learn how many images the parts have that a request is about; says why that cannot be, if so.
+
+        Raises:
+            NotNowError: a client does not reply.
+        """
+        federation, parts = self._federation, request.parts
+        found = federation.count(parts.values())
+        if reason := unsuitable_parts(parts, found):
+            return reason
+        left = {client: federation.nodes.examples[client] for client in federation.trainable}
+        for number, part in parts.items():
+            left[part.client] = left.get(part.client, 0) - found[number]
+        if max(left.values()) < 2:
+            return "no client would be left"
+        self._ledger.keep_examples(found)
+        federation.split()
+        return ""
 
     def _unsigned(self, request: Request) -> str:
         """Say why a request does not have the signature that the run asks for; nothing where it has."""
@@ -119,8 +145,9 @@ class Requests:
         try:
             asked = read(signed) if signed else None
             # of the clients some may be covered by an earlier request
-            clients = asked.clients if asked and set(request.clients) <= set(asked.clients) else request.clients
-            check(asked, clients, run=self._ledger.key, owners=owners, at=at, used=earlier)
+            clients = asked.clients if asked and set(request.owners) <= set(asked.clients) else request.owners
+            action = action_of(request.selection)
+            check(asked, clients, run=self._ledger.key, owners=owners, at=at, used=earlier, action=action)
         except UnsignedError as error:
             return str(error)
         return ""
@@ -144,7 +171,13 @@ class Requests:
         scores comes from the weights. Of clients that were never trained on there is nothing to forget.
         """
         federation = self._federation
-        forget = ForgetSet(tuple(sorted(set(request.clients) - federation.never_trained)), request.id)
+        try:
+            if not request.parts.keys() <= federation.nodes.parts.keys() and (reason := self._take_apart(request)):
+                return self._refused(request, reason)
+        except NotNowError as error:
+            return self._failed(request, str(error))
+        clients = tuple(sorted(set(request.clients) - federation.never_trained))
+        forget = ForgetSet(clients, request.id, frozenset(request.classes))
         state, config = federation.state, self._config_of(request)
         stored_bytes = state.stored_bytes + self._strategy.stored_bytes(self._run)
         try:
@@ -189,6 +222,7 @@ class Requests:
         tensors = federation.state.tensors()
         applied = self._run.commit(tensors, federation.round, request, **receipt, **result)
         assert applied is not None
+        federation.split()
         for one in {self._strategy, strategy}:
             one.after_request(self._run)
         self._scores = after
@@ -200,9 +234,12 @@ class Requests:
         result = strategy.forget(federation, forget) if federation.round else {}
         check_result(strategy, result)
         federation.recalibrate_batch_norm()
-        if self._run.config.model.client_head:
-            log.info("── pruning the output of %s", named(request.clients))
-        federation.state = server_state.after_request(federation.state, request.clients)
+        gone = [c for c in request.clients if c not in request.parts] + federation.emptied(request.clients)
+        if self._run.config.model.client_head and gone:
+            log.info("── pruning the output of %s", named(gone))
+        if request.classes:
+            log.info("── pruning the output of class %s", listed(sorted(request.classes)))
+        federation.state = server_state.after_request(federation.state, gone, request.classes)
         return result
 
     def _failed(self, request: Request, reason: str) -> Request:
@@ -249,6 +286,21 @@ def check_result(strategy: Strategy, result: Any) -> None:
         json.dumps(result)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}.forget returned what a receipt cannot hold: {error}") from None
+
+
+def unsuitable_parts(parts: Mapping[int, Part], examples: Mapping[int, int]) -> str:
+    """Say why parts of clients cannot be forgotten; nothing where they can.
+
+    Args:
+        parts: by number, all of one selection.
+        examples: that each has.
+    """
+    selection, total = next(iter(parts.values())).selection, sum(examples.values())
+    if not total:
+        return f"no client that was asked has an image of {selection.in_words()} that is not forgotten"
+    if total < len(selection.examples):
+        return f"of the {len(selection.examples)} named images {len(selection.examples) - total} were not found"
+    return ""
 
 
 def own(scores: Scores, clients: Iterable[int]) -> Scores:

@@ -99,6 +99,7 @@ class Rounds(FlowerStrategy):
         nodes, ledger = self.federation.nodes, self._run.ledger
         nodes.identify(grid, ledger.examples(), ledger.clients_in(FORGOTTEN))
         ledger.keep_examples({c: n for c, n in nodes.examples.items() if c not in nodes.disputed})
+        self.federation.split()
         self._announce()
         if self.federation.round == 0 and self._run.ledger.current() is None:
             self._commit()
@@ -220,7 +221,7 @@ class Rounds(FlowerStrategy):
         if torch.cuda.is_available() and not nodes.gpu:
             share = '--gpus 0.1, of flwr run --federation-config "client-resources-num-gpus=0.1"'
             log.info("clients run on CPUs; GPU fractions: %s", share)
-        for client in sorted(nodes.examples.keys() - self.federation.trainable):
+        for client in sorted(nodes.examples.keys() - nodes.parts.keys() - self.federation.trainable):
             log.info("client %d has %d examples: it takes no part", client, nodes.examples[client])
 
 

@@ -1,10 +1,11 @@
 """What the model gets right: on the retain clients' images, on those of forgotten clients, and on held-out images."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from logging import getLogger
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedunlearn.errors import DestroyedError
 from fedunlearn.federation import tasks
@@ -60,7 +61,8 @@ class Scorer:
         """
         each = retain.counts if len(retain.counts) <= MOST_LISTED else {}
         known = sorted({*forget, *self._federation.forgotten})
-        forgotten = [client for client in known if self._auditor and self._auditor.has_images(client)]
+        parts = self._federation.nodes.parts
+        forgotten = [client for client in known if self._auditor and self._auditor.has_images(client, parts)]
         return {
             "retain_clients": {str(client): accuracies(counts) for client, counts in each.items()},
             "forgotten": {str(client): self._forgotten(client, predictions) for client in forgotten},
@@ -70,9 +72,18 @@ class Scorer:
 
     def _forgotten(self, client: int, predictions: Predictions) -> dict[str, float]:
         assert self._auditor is not None
-        (counts,) = torch.from_numpy(self._auditor.class_counts([client]))
-        found = self._auditor.evaluate(self._federation.state.params, client)
-        return accuracies(found) | {"held_out": predictions.expected_accuracy(counts)}
+        federation = self._federation
+        (counts,) = torch.from_numpy(self._auditor.class_counts([client], federation.nodes.parts))
+        found = self._auditor.evaluate(federation.state.params, client, federation.nodes.parts)
+        return accuracies(found) | {"held_out": expected_accuracy(predictions, counts, federation.server.left)}
+
+
+def expected_accuracy(predictions: Predictions, class_counts: Tensor, left: Collection[int]) -> float:
+    """Give the accuracy to expect of held-out images of these class counts; of classes that left nothing is right."""
+    there = class_counts.clone()
+    there[sorted(left)] = 0
+    fraction = float(there.sum() / class_counts.sum())
+    return fraction * predictions.expected_accuracy(there) if fraction else 0.0
 
 
 def accuracies(counts: Counts) -> dict[str, float]:

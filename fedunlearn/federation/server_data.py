@@ -1,7 +1,7 @@
 """What the server has: held-out images that are no client's, class names, and a model to work with."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional
 from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
+from fedunlearn.data.datasets import Split
 from fedunlearn.nn.evaluate import Predictions, predict
 from fedunlearn.nn.model import Batch, TwoHeadResNet18
 from fedunlearn.nn.precision import at_least_fp32, autocast
@@ -26,6 +27,8 @@ class ServerData:
         model: the one that tensors of a state are loaded into.
         class_names: K names.
         pixels: of an image.
+        leaving: classes that a request takes along: `losses` does without them already.
+        left: classes of which nobody has an image any more; nor are there held-out images of them here.
     """
 
     def __init__(self, config: Config) -> None:
@@ -34,12 +37,19 @@ class ServerData:
         dataset = build.open_dataset(config)
         self._held_out, self._make = dataset.test, lambda *place: build.model_of(config, dataset, *place)
         self.class_names = dataset.class_names
+        self.leaving: frozenset[int] = frozenset()
+        self.left: frozenset[int] = frozenset()
         self.pixels = int(np.prod(dataset.test.images.shape[1:3]))
         self.model = build.on_device(self.new_model(), self.device)
 
     def new_model(self, *place: int) -> TwoHeadResNet18:
         """Make the run's untrained model, or at another `place` of random draws another one."""
         return self._make(*place)
+
+    def leave_out(self, classes: Collection[int]) -> None:
+        """Do without the held-out images of classes from now on."""
+        self.left = self.left.union(classes)
+        self._held_out = without_classes(self._held_out, classes)
 
     def predict(self, model: TwoHeadResNet18) -> Predictions:
         """Give the model's predictions on the held-out images."""
@@ -57,7 +67,10 @@ class ServerData:
         model.train(self.config.batch_norm_fraction > 0)
         losses, classes = [], []
         with torch.no_grad(), autocast(self.device, self.config.train.precision):
-            for pictures, labels, _ in self.sample(max(2, images), torch.Generator().manual_seed(self.config.seed)):
+            generator = torch.Generator().manual_seed(self.config.seed)
+            for pictures, labels, _ in self._sample(
+                without_classes(self._held_out, self.leaving), max(2, images), generator
+            ):
                 logits = at_least_fp32(model(pictures).class_logits)
                 losses.append(functional.cross_entropy(logits, labels, reduction="none"))
                 classes.append(labels)
@@ -71,6 +84,16 @@ class ServerData:
 
     def sample(self, count: int, generator: torch.Generator) -> Iterator[Batch]:
         """Give so many held-out images at random, or all where there are fewer, in batches on the server's device."""
-        data = self._held_out
+        return self._sample(self._held_out, count, generator)
+
+    def _sample(self, data: Split, count: int, generator: torch.Generator) -> Iterator[Batch]:
         chosen = torch.randperm(len(data.labels), generator=generator)[:count].numpy()
         return batches(data, chosen, NOBODY, batch_size=self.config.train.batch_size, device=self.device)
+
+
+def without_classes(data: Split, classes: Collection[int]) -> Split:
+    """Give the images that are of none of some classes."""
+    if not classes:
+        return data
+    kept = ~np.isin(data.labels, list(classes))
+    return Split(data.images[kept], data.labels[kept])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedunlearn.errors import DestroyedError
 from fedunlearn.federation.messages import Tensors
-from fedunlearn.unlearning.pruning import pruned
+from fedunlearn.unlearning.pruning import PRUNED, PRUNED_CLASSES, pruned, pruned_classes
 
 BESIDE = {"momentum": "momentum.", "frozen": "frozen.", "predictions": "predictions."}
 """Fields beside the model, and how their names begin in a checkpoint."""
@@ -124,19 +124,20 @@ def remember(state: ServerState, class_probs: Tensor) -> ServerState:
     return replace(state, predictions=state.predictions | {str(state.round): class_probs.half()})
 
 
-def after_request(state: ServerState, clients: Iterable[int]) -> ServerState:
-    """Prune the neurons of forgotten clients, and keep nothing of the rounds before but what is frozen.
+def after_request(state: ServerState, clients: Iterable[int], classes: Iterable[int] = ()) -> ServerState:
+    """Prune the neurons of forgotten clients and classes, and keep nothing of the rounds before but what is frozen.
 
     Momentum is a sum of past updates, theirs too, and models that knew them made the predictions.
     """
-    return replace(state, params=pruned(state.params, clients), momentum={}, predictions={})
+    params = pruned_classes(pruned(state.params, clients), classes)
+    return replace(state, params=params, momentum={}, predictions={})
 
 
 def begin_anew(state: ServerState, initial: Mapping[str, Tensor], clients: Iterable[int]) -> ServerState:
     """Go back to initial weights with nothing beside them, and prune whoever was forgotten or is now."""
-    gone = state.params["pruned"].nonzero()[:, 0].tolist()
+    gone, classes = (state.params[mark].nonzero()[:, 0].tolist() for mark in (PRUNED, PRUNED_CLASSES))
     params = {name: value.clone() for name, value in initial.items()}
-    return ServerState(state.round, pruned(params, [*gone, *clients]))
+    return ServerState(state.round, pruned_classes(pruned(params, [*gone, *clients]), classes))
 
 
 def _moved(theta: Tensor, by: Tensor) -> Tensor:

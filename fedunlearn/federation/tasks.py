@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.data.selection import Selection
 from fedunlearn.federation.client import Client
 from fedunlearn.federation.messages import Tensors, floating
 from fedunlearn.nn.evaluate import Counts
@@ -176,6 +177,13 @@ def of_these_images(sent: Sent) -> None:
             raise ValueError(f"it sent class counts of client {client} that do not add up to its examples")
 
 
+def of_some_images(sent: Sent) -> None:
+    """Refuse class counts of more images than the client has."""
+    for client, counts in sent.statistics.items():
+        if bool((counts < 0).any()) or int(counts.sum()) > sent.examples[client]:
+            raise ValueError(f"it sent counts of more images than client {client} has")
+
+
 def embeddings_of_images(sent: Sent) -> None:
     """Refuse counts, sums and sums of squares that embeddings of the client's images cannot have."""
     for client, rows in sent.statistics.items():
@@ -246,6 +254,12 @@ def class_counts(client: Client, model: TwoHeadResNet18, settings: Any) -> Tenso
     return client.class_counts
 
 
+@client_task(sends_apart=one_row_a_class, needs_model=False, check=of_some_images, compared=False)
+def selected_counts(client: Client, model: TwoHeadResNet18, settings: Any, *, selection: dict[str, Any]) -> Tensor:
+    """How many images of each class it has that a request names."""
+    return client.selected_counts(Selection.read(selection))
+
+
 @client_task(sends_apart=embedding_rows, check=embeddings_of_images)
 def embedding_statistics(client: Client, model: TwoHeadResNet18, settings: Any) -> Tensor:
     """Statistics of its embeddings: count, mean and variance for each class."""
@@ -260,7 +274,8 @@ def batch_norm_statistics(client: Client, model: TwoHeadResNet18, settings: Any,
 
 
 BUILT_IN: dict[str, ClientTask] = {
-    task.name: task for task in (train, evaluate, class_counts, embedding_statistics, batch_norm_statistics)
+    task.name: task
+    for task in (train, evaluate, class_counts, selected_counts, embedding_statistics, batch_norm_statistics)
 }
 
 

@@ -1,6 +1,6 @@
 """Count what a model gets right, and collect its predictions."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -160,6 +160,13 @@ class Predictions(NamedTuple):
         seen = torch.bincount(self.class_labels, minlength=len(class_counts))
         of_class = torch.bincount(self.class_labels, values, minlength=len(class_counts)) / seen
         return float((class_counts * of_class.nan_to_num(nan=float(values.mean()))).sum() / class_counts.sum())
+
+    def without(self, classes: Collection[int]) -> "Predictions":
+        """Give the predictions on examples that are of none of some classes."""
+        if not classes:
+            return self
+        kept = ~torch.isin(self.class_labels, torch.tensor(sorted(classes)))
+        return Predictions(*(None if value is None else value[kept] for value in self))  # type: ignore[arg-type]
 
     def features(self) -> Tensor:
         """Concatenate class and client probabilities, for `audit.membership_inference.logistic_mia`.

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 HEAD_SIZES = ("large", "medium", "small")
 NORMS = ("batch", "group")
+NEVER = -1e4
+"""The logit of a pruned class: its probability is 0, and 0 times its logarithm too."""
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -50,6 +52,7 @@ class TwoHeadResNet18(nn.Module):
 
     Attributes:
         pruned: bool [C], the clients whose logits are minus infinity (`unlearning.pruning`).
+        pruned_classes: bool [K], the classes whose logits are `NEVER`.
 
     Raises:
         ValueError: an unknown head size or norm.
@@ -61,6 +64,7 @@ class TwoHeadResNet18(nn.Module):
     """
 
     pruned: Tensor
+    pruned_classes: Tensor
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class TwoHeadResNet18(nn.Module):
         self.class_head = Head(size, num_classes)
         self.client_head = Head(size, num_clients) if num_clients else None
         self.register_buffer("pruned", torch.zeros(num_clients, dtype=torch.bool))
+        self.register_buffer("pruned_classes", torch.zeros(num_classes, dtype=torch.bool))
 
     def forward(self, images: Tensor) -> Outputs:
         """Compute class logits, client logits and the embedding of images [N, channels, H, W]."""
@@ -94,7 +99,7 @@ class TwoHeadResNet18(nn.Module):
         client_logits = None
         if self.client_head is not None:
             client_logits = self.client_head(z).masked_fill(self.pruned, -torch.inf)
-        return Outputs(self.class_head(z), client_logits, z)
+        return Outputs(self.class_head(z).masked_fill(self.pruned_classes, NEVER), client_logits, z)
 
 
 class Head(nn.Sequential):

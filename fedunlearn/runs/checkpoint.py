@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
@@ -12,6 +13,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.runs.files import write_atomically
 
 HINT = "restore the file, or start a new run"
+LATER = {"pruned_classes"}  # marks that checkpoints of earlier versions lack: nothing is marked there
 
 
 def save(path: Path, state: dict[str, Tensor], about: dict[str, str] | None = None) -> str:
@@ -68,6 +70,7 @@ def load(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     also = [name for name in state if (name not in expected if beside is None else name.startswith(beside))]
     rest = {name: state.pop(name) for name in also}
+    state |= {name: torch.zeros_like(model.state_dict()[name]) for name in expected.keys() & LATER - state.keys()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -12,6 +12,7 @@ from typing import Any
 
 from dateutil.relativedelta import relativedelta
 
+from fedunlearn.data.selection import Part, Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs.events import EventLog, now
 from fedunlearn.schema import check_text
@@ -37,22 +38,47 @@ TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State
 RECEIPT = {
     "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts",
     "before", "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs", "deleted", "due_at",
-    "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger", "not_before", "purged", "readmitted",
-    "reason", "receipt", "request", "right", "round", "seconds", "signed", "state", "stored_bytes", "strategy",
-    "turned_away", "unwitnessed",
+    "everybody", "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger", "not_before", "parts",
+    "purged", "readmitted", "reason", "receipt", "request", "right", "round", "seconds", "signed", "state",
+    "stored_bytes", "strategy", "turned_away", "unwitnessed",
 }  # fmt: skip  # what a receipt, its row of metrics, or another event of the ledger says by itself
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One forget request; `detail` is its receipt as far as it is known."""
+    """One forget request; `detail` is its receipt as far as it is known.
+
+    Where not all of a client's images are meant, `clients` has the number of that part of them (`data.selection.Part`).
+    """
 
     id: str
     clients: list[int]
     state: State
     received_at: str
     detail: dict[str, Any]
+
+    @property
+    def parts(self) -> dict[int, Part]:
+        """Give the parts of clients that are meant, by number."""
+        return {int(number): Part.read(int(number), about) for number, about in self.detail.get("parts", {}).items()}
+
+    @property
+    def owners(self) -> list[int]:
+        """Give the clients whose images are meant, all of them or some."""
+        parts = self.parts
+        return sorted(parts[number].client if number in parts else number for number in self.clients)
+
+    @property
+    def selection(self) -> Selection | None:
+        """Give which of the clients' images are meant; None for all."""
+        return next((part.selection for part in self.parts.values()), None)
+
+    @property
+    def classes(self) -> set[int]:
+        """Give the classes that leave whole: all images that anybody has of them are meant."""
+        selection = self.selection if self.detail.get("everybody") else None
+        return set(selection.classes) if selection and selection.is_of_classes else set()
 
 
 @dataclass(frozen=True)
@@ -141,6 +167,9 @@ class Ledger(EventLog[Standing]):
         right: str = "",
         signed: Mapping[str, Any] | None = None,
         how: Mapping[str, Any] | None = None,
+        selection: Selection | None = None,
+        everybody: bool = False,
+        first_part: int = 0,
     ) -> list[Request]:
         """Ask for `clients` to be forgotten together, after round `not_before` at the earliest.
 
@@ -150,6 +179,9 @@ class Ledger(EventLog[Standing]):
             right: by what right.
             signed: what the clients' key has signed.
             how: settings of the run that are others for this request: `strategy` and `unlearn`.
+            selection: which of the clients' images are meant; all by default.
+            everybody: whether `clients` are all that there are.
+            first_part: the number of clients that the run has: parts of clients are numbered from there on.
 
         Raises:
             UserError: what was signed was filed before, `how` comes too late for an earlier request, or `by` or
@@ -161,8 +193,8 @@ class Ledger(EventLog[Standing]):
         check_text(right)
         with self.transaction():
             self._check_unused(signed)
-            wanted = sorted(set(clients))
-            self.check_how(wanted, how)
+            self.check_how(clients, how, selection)
+            wanted, parts = self._numbered(clients, selection, first_part)
             earlier = self._touching(wanted)
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
             if not rest:
@@ -174,22 +206,66 @@ class Ledger(EventLog[Standing]):
             about = {"not_before": not_before, "due_at": due(at, months), "asked_by": by, "right": right}
             about |= {"signed": dict(signed)} if signed else {}
             about |= {"how": dict(how)} if how else {}
+            about |= {"parts": {str(c): parts[c].content() for c in rest}} if parts else {}
+            about |= {"everybody": True} if everybody else {}
             self.record(at, request=f"r{number}", state=State.RECEIVED, clients=rest, **about)
             return [*earlier, self.request(f"r{number}")]
+
+    def _numbered(
+        self, clients: Iterable[int], selection: Selection | None, first: int = 0
+    ) -> tuple[list[int], dict[int, Part]]:
+        """Number what is selected of clients; gives all numbers, and the parts that are new.
+
+        A client that has asked to leave whole has its own number, and the same part again that of the earlier one.
+
+        Args:
+            clients: their numbers.
+            selection: which of their images are meant; all by default, under the client's number.
+            first: number of a first part.
+        """
+        owners = sorted(set(clients))
+        if not selection:
+            return owners, {}
+        not_void = [state for state in State if state not in VOID]
+        known = {(part.client, part.selection): part.number for part in self.parts(not_void).values()}
+        number, wanted, new = first + len(self.parts()), [], {}
+        for owner in owners:
+            earlier = owner if self._touching([owner]) else known.get((owner, selection))
+            if earlier is None:
+                new[number] = Part(number, owner, selection)
+            wanted.append(number if earlier is None else earlier)
+            number += earlier is None
+        return wanted, new
+
+    def parts(self, states: Iterable[State] = tuple(State)) -> dict[int, Part]:
+        """Give the parts of clients that requests in some states are about, by number."""
+        wanted = set(states)
+        return {n: part for request in self.requests() if request.state in wanted for n, part in request.parts.items()}
+
+    def classes_left(self) -> set[int]:
+        """Give the classes that have left whole."""
+        return {k for request in self.requests() if request.state in FORGOTTEN for k in request.classes}
 
     def requests(self) -> list[Request]:
         """All requests, in order of arrival."""
         return list(self.found().requests.values())
 
-    def covering(self, clients: Iterable[int]) -> list[Request]:
-        """Give the earlier requests, if any, that cover all of the clients together; void ones do not."""
-        wanted = set(clients)
+    def covering(self, clients: Iterable[int], selection: Selection | None = None) -> list[Request]:
+        """Give the earlier requests, if any, that cover all of the clients together; void ones do not.
+
+        Args:
+            clients: their numbers.
+            selection: which of their images are meant; all by default.
+        """
+        wanted = set(self._numbered(clients, selection)[0])
         found = self._touching(wanted)
         return found if wanted <= {client for request in found for client in request.clients} else []
 
-    def check_how(self, clients: Iterable[int], how: Mapping[str, Any] | None) -> None:
+    def check_how(
+        self, clients: Iterable[int], how: Mapping[str, Any] | None, selection: Selection | None = None
+    ) -> None:
         """Raise UserError where settings come too late for an earlier request of one of the clients."""
-        if how and (earlier := self._touching(clients)):
+        if how and (earlier := self._touching(self._numbered(clients, selection)[0])):
             raise UserError(f"request {earlier[0].id} is {earlier[0].state}: its settings stay as they are")
 
     def overdue(self) -> list[Request]:

@@ -4,8 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo
 
-from fedunlearn.config import Config
-
 ROUND, FORGET, PURGE = KINDS = ("round", "forget", "purge")  # others are somebody's own
 
 
@@ -104,17 +102,17 @@ class Purge(Part):
 ROW = TypeAdapter(Round | Forget | Purge)
 
 
-def check(row: Any, config: Config, *, classes: int | None) -> None:
+def check(row: Any, clients: int, *, classes: int | None) -> None:
     """Raise ValueError where something is no row; in rounds that were evaluated, scores are there.
 
     Args:
         row: as it was read.
-        config: of the run.
+        clients: of the run, with the parts of clients that requests are about.
         classes: of the run's images; None in a study, whose own rows are of any form.
     """
     if not isinstance(row, dict) or type(row["round"]) is not int:
         raise ValueError("a row has a round")
-    context = {"clients": config.clients, "classes": classes}
+    context = {"clients": clients, "classes": classes}
     if row["kind"] in KINDS:
         ROW.validate_python(row, context=context)
     elif classes is None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from logging import getLogger
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedunlearn.config import Config, check_clients, stored
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.events import TamperedError
 from fedunlearn.runs.files import named_in_errors, sync
-from fedunlearn.runs.ledger import Ledger, Request
+from fedunlearn.runs.ledger import TAKEN_UP, Ledger, Request
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.rows import check as check_row
-from fedunlearn.runs.signed import CANCEL, FORGET, SignedRequest, UnsignedError, check
+from fedunlearn.runs.signed import CANCEL, FORGET, SignedRequest, UnsignedError, action_of, check
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,23 +86,25 @@ class Run:
 
     def request(
         self,
-        clients: Iterable[int],
+        clients: Collection[int],
         *,
         by: str = "",
         right: str = "",
         signed: SignedRequest | None = None,
         how: Mapping[str, Any] | None = None,
+        selection: Selection | None = None,
     ) -> RequestHandle:
-        """Ask for clients to be forgotten, together.
+        """Ask for clients to be forgotten, or for some of their images, together.
 
         A live run takes the request at its next round boundary. Otherwise nobody does, until somebody serves the run.
 
         Args:
-            clients: their numbers.
+            clients: their numbers; none, with a selection, for all clients that have such images.
             by: who asks; the receipt says it.
             right: by what right.
             signed: what the clients' key has signed.
             how: settings that are others for this request, as `fedunlearn.federation.strategy.chosen` gives them.
+            selection: which of the clients' images are meant; all by default.
 
         Returns:
             A handle on the new request and on earlier ones that cover some of the clients.
@@ -110,9 +113,8 @@ class Run:
             UserError: a client is not in 0..C-1, the run has no sound checkpoint to forget from, or the request needs a
                 signature that it does not have; this is written down.
         """
-        wanted = sorted(set(clients))
-        check_clients(wanted, self.config.clients)
-        self.check_signed(signed, wanted)
+        wanted = self.meant(clients, selection)
+        self.check_signed(signed, wanted, action=action_of(selection))
         live, current = self.is_live(), self.ledger.current()
         if not live:
             self.check_checkpoint()
@@ -124,8 +126,30 @@ class Run:
             right=right,
             signed=asdict(signed) if signed else None,
             how=how,
+            selection=selection,
+            everybody=not clients,
+            first_part=self.config.clients,
         )
         return RequestHandle(self.folder, self.ledger, tuple(request.id for request in requests))
+
+    def meant(self, clients: Collection[int], selection: Selection | None = None) -> list[int]:
+        """Give the clients whose images a request is about.
+
+        Args:
+            clients: their numbers; none, with a selection, for all that did not leave.
+            selection: which of their images are meant.
+
+        Raises:
+            UserError: there is no such client, class, or none that is left.
+        """
+        everybody = set(range(self.config.clients)) - set(self.ledger.clients_in(TAKEN_UP))
+        wanted = sorted(set(clients) or (everybody if selection else set()))
+        check_clients(wanted, self.config.clients)
+        names = self.class_names() if selection and selection.classes else []
+        for class_ in selection.classes if selection else ():
+            if class_ >= len(names):
+                raise UserError(f"class {class_} is not in 0..{len(names) - 1}")
+        return wanted
 
     def cancel(self, request_id: str, *, signed: SignedRequest | None = None) -> Request:
         """Take a request back that was not taken up yet.
@@ -134,7 +158,7 @@ class Run:
             UserError: it was, there is none, or that needs a signature; this is written down.
         """
         request = self.ledger.request(request_id)
-        self.check_signed(signed, request.clients, action=f"{CANCEL} {request_id}")
+        self.check_signed(signed, request.owners, action=f"{CANCEL} {request_id}")
         cancelled = self.ledger.cancel(request_id, signed=asdict(signed) if signed else None)
         self.write_receipts()
         return cancelled
@@ -284,11 +308,12 @@ class Run:
         path = self.folder / "metrics.jsonl"
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         classes = len(self.class_names()) if (self.folder / "run.json").exists() else None
+        clients = self.config.clients + len(self.ledger.parts())
         damaged = 0
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
-                check_row(row, self.config, classes=classes)
+                check_row(row, clients, classes=classes)
                 rows[row["kind"], row["round"], row.get("request")] = row
             except (ValueError, TypeError, KeyError, RecursionError):
                 damaged += 1

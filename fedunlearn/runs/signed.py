@@ -14,6 +14,7 @@ from typing import Any
 
 import rfc8785
 
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs import keys
 
@@ -31,7 +32,8 @@ class SignedRequest:
 
     Attributes:
         run: id of the run's key.
-        action: `forget`, or `cancel` and the id of a request.
+        action: `forget`, with what is selected of the clients' images (`action_of`); or `cancel` and the id of a
+            request.
         clients: whom it is about.
         issued_at: when it was signed.
         expires_at: until when it can be filed.
@@ -53,6 +55,19 @@ class SignedRequest:
     def message(self) -> bytes:
         """What is signed."""
         return rfc8785.dumps({name: value for name, value in asdict(self).items() if name != "signature"})
+
+
+def action_of(selection: Selection | None = None) -> str:
+    """Say what is asked for, in the one way in which it is signed.
+
+    Args:
+        selection: which of the clients' images are to be forgotten; all by default.
+
+    Example:
+        >>> action_of(), action_of(Selection((5,)))
+        ('forget', 'forget {"classes":[5]}')
+    """
+    return f"{FORGET} {rfc8785.dumps(selection.content()).decode()}" if selection else FORGET
 
 
 def sign(clients: Collection[int], *, run: str, key: Path, action: str = FORGET, days: float = DAYS) -> SignedRequest:

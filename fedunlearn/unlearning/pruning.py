@@ -8,9 +8,9 @@ from torch import Tensor
 from fedunlearn.nn.model import TwoHeadResNet18
 
 PRUNED, WEIGHT, BIAS = "pruned", "client_head.out.weight", "client_head.out.bias"
+PRUNED_CLASSES, CLASS_WEIGHT, CLASS_BIAS = "pruned_classes", "class_head.out.weight", "class_head.out.bias"
 
 
-@torch.no_grad()
 def pruned(params: Mapping[str, Tensor], clients: Iterable[int]) -> dict[str, Tensor]:
     """Switch off clients' outputs of the client head in a state (paper, Algorithm 1, line 5).
 
@@ -34,18 +34,39 @@ def pruned(params: Mapping[str, Tensor], clients: Iterable[int]) -> dict[str, Te
         >>> pruned(state, [1])[BIAS]
         tensor([1., 0.])
     """
-    if WEIGHT not in params:
-        return dict(params)
-    chosen = torch.zeros_like(params[PRUNED])
-    for client in clients:
-        if not 0 <= client < len(chosen):
-            raise ValueError(f"client {client} is not in 0..{len(chosen) - 1}")
-        chosen[client] = True
+    return _pruned(params, clients, "client", PRUNED, WEIGHT, BIAS) if WEIGHT in params else dict(params)
+
+
+def pruned_classes(params: Mapping[str, Tensor], classes: Iterable[int]) -> dict[str, Tensor]:
+    """Switch off outputs of the class head, of classes that nobody has an image of any more; as `pruned` does.
+
+    Args:
+        params: a state of a two-head model.
+        classes: their numbers, 0..K-1.
+
+    Returns:
+        A new dict; the argument is unchanged.
+
+    Raises:
+        ValueError: a class is out of range.
+    """
+    return _pruned(params, classes, "class", PRUNED_CLASSES, CLASS_WEIGHT, CLASS_BIAS)
+
+
+@torch.no_grad()
+def _pruned(
+    params: Mapping[str, Tensor], outputs: Iterable[int], kind: str, mark: str, weight: str, bias: str
+) -> dict[str, Tensor]:
+    chosen = torch.zeros_like(params[mark])
+    for output in outputs:
+        if not 0 <= output < len(chosen):
+            raise ValueError(f"{kind} {output} is not in 0..{len(chosen) - 1}")
+        chosen[output] = True
     return {
         **params,
-        PRUNED: params[PRUNED] | chosen,
-        WEIGHT: params[WEIGHT].masked_fill(chosen[:, None], 0),
-        BIAS: params[BIAS].masked_fill(chosen, 0),
+        mark: params[mark] | chosen,
+        weight: params[weight].masked_fill(chosen[:, None], 0),
+        bias: params[bias].masked_fill(chosen, 0),
     }
 
 

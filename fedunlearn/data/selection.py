@@ -1,0 +1,137 @@
+"""Select some of a client's images: by class, by patient, one by one."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Say which images are meant: those that fit in each respect that is named.
+
+    Attributes:
+        classes: numbers of classes, in ascending order; empty for any.
+        patients: as the data set names them; empty for any.
+        examples: names of images, as the data set names them; empty for any.
+
+    Example:
+        >>> Selection((5,)).of(np.array([5, 0, 5]), ["p1", "p1", "p2"], ["a", "b", "c"])
+        array([ True, False,  True])
+        >>> Selection((5,), ("p2",)).of(np.array([5, 0, 5]), ["p1", "p1", "p2"], ["a", "b", "c"])
+        array([False, False,  True])
+    """
+
+    classes: tuple[int, ...] = ()
+    patients: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+
+    @classmethod
+    def by(
+        cls, classes: Collection[int] = (), patients: Collection[str] = (), examples: Collection[str] = ()
+    ) -> "Selection":
+        """Make a selection of names in any order, each as often as it is there."""
+        return cls(tuple(sorted(set(classes))), tuple(sorted(set(patients))), tuple(sorted(set(examples))))
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "Selection":
+        """Read what `content` gave.
+
+        Raises:
+            TypeError, ValueError: it is no selection.
+        """
+        classes = tuple(content.get("classes", ()))
+        if not all(type(number) is int and number >= 0 for number in classes):
+            raise ValueError(f"{list(classes)} are no numbers of classes")
+        names = tuple(tuple(content.get(kind, ())) for kind in ("patients", "examples"))
+        if not all(isinstance(name, str) for each in names for name in each):
+            raise ValueError("patients and images have names that are text")
+        return cls(classes, *names)
+
+    def content(self) -> dict[str, Any]:
+        """Give what is named, for JSON; what is not named is not there."""
+        return {name: list(values) for name, values in asdict(self).items() if values}
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether classes alone are named."""
+        return bool(self.classes) and not self.patients and not self.examples
+
+    def __bool__(self) -> bool:
+        return bool(self.classes or self.patients or self.examples)
+
+    def of(self, labels: np.ndarray, patients: Sequence[str] | None, examples: Sequence[str]) -> np.ndarray:
+        """Say which of N images are meant.
+
+        Args:
+            labels: their classes, [N].
+            patients: whose they are, N names; None where nobody knows.
+            examples: their names, N.
+
+        Returns:
+            bool [N].
+        """
+        meant = np.ones(len(labels), bool)
+        if self.classes:
+            meant &= np.isin(labels, self.classes)
+        if self.patients:
+            meant &= _among(patients, self.patients) if patients is not None else False
+        if self.examples:
+            meant &= _among(examples, self.examples)
+        return meant
+
+    def in_words(self, class_names: Sequence[str] = ()) -> str:
+        """Say what is meant, as `class 5 (frog)`.
+
+        Args:
+            class_names: of the data set, where they are known.
+        """
+        classes = [
+            f"{k} ({class_names[k]})" if k < len(class_names) and class_names[k] != str(k) else str(k)
+            for k in self.classes
+        ]
+        said = [_listed("class", "classes", classes), _listed("patient", "patients", self.patients)]
+        if self.examples:
+            said.append(f"{len(self.examples)} named image{'s' if len(self.examples) > 1 else ''}")
+        return ", ".join(filter(None, said))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a client that are to be forgotten while the rest of them stay.
+
+    A part is a client to every strategy: it has a number of its own, from the number of clients on. Images that parts
+    of lower numbers have of the same client are not among its own.
+
+    Attributes:
+        number: of the part.
+        client: whose images they are.
+        selection: which of them.
+    """
+
+    number: int
+    client: int
+    selection: Selection
+
+    @classmethod
+    def read(cls, number: int, content: Mapping[str, Any]) -> "Part":
+        """Read what `content` gave.
+
+        Raises:
+            TypeError, ValueError, KeyError: it is no part.
+        """
+        return cls(number, int(content["client"]), Selection.read(content))
+
+    def content(self) -> dict[str, Any]:
+        """Give all but the number, for JSON."""
+        return {"client": self.client, **self.selection.content()}
+
+
+def _among(names: Sequence[str], wanted: Collection[str]) -> np.ndarray:
+    known = frozenset(wanted)
+    return np.fromiter((name in known for name in names), bool, len(names))
+
+
+def _listed(one: str, several: str, names: Sequence[str]) -> str:
+    return f"{one if len(names) == 1 else several} {', '.join(names)}" if names else ""

@@ -1,0 +1,152 @@
+"""Requests about some of a client's images: a class, a patient, single images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fedunlearn.data.selection import Part, Selection
+from fedunlearn.errors import UserError
+from fedunlearn.federation.auditor import Auditor
+from fedunlearn.federation.client import ClientRuntime
+from fedunlearn.runs.ledger import Ledger, State
+from local_grid import equal
+from naive import SETTINGS
+
+LABELS = np.array([5, 0, 5, 1])
+PATIENTS = ["p1", "p1", "p2", "p2"]
+NAMES = ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (Selection.by(classes=[5]), [1, 0, 1, 0]),
+        (Selection.by(classes=[0, 5]), [1, 1, 1, 0]),
+        (Selection.by(patients=["p2"]), [0, 0, 1, 1]),
+        (Selection.by(classes=[5], patients=["p2"]), [0, 0, 1, 0]),
+        (Selection.by(examples=["d", "a", "z"]), [1, 0, 0, 1]),
+        (Selection(), [1, 1, 1, 1]),
+    ],
+)
+def test_a_selection_means_what_fits_in_every_respect(selection, expected):
+    assert selection.of(LABELS, PATIENTS, NAMES).tolist() == [bool(one) for one in expected]
+    assert Selection.read(json.loads(json.dumps(selection.content()))) == selection
+
+
+def test_without_patients_nobody_is_meant():
+    assert not Selection.by(patients=["p1"]).of(LABELS, None, NAMES).any()
+
+
+def test_a_client_and_its_parts_share_its_images_out(federate, home):
+    federate("rounds=1")
+    runtime = ClientRuntime(federate.run().config)
+    parts = {4: Part(4, 1, Selection.by(classes=[3])), 5: Part(5, 1, Selection.by(classes=[3, 4]))}
+    rest, first, second = (runtime.indices(number, parts) for number in (1, 4, 5))
+    labels = runtime.dataset.train.labels
+    assert [set(labels[own]) for own in (first, second)] == [{3}, {4}]  # 3 is the first one's already
+    assert not set(labels[rest]) & {3, 4}
+    assert sorted([*rest, *first, *second]) == sorted(runtime.slices[1])
+    assert np.array_equal(runtime.indices(0, parts), runtime.slices[0])
+
+
+def counts_of(federate, name="test"):
+    run = federate.run(name)
+    return Auditor(run.config).class_counts(parts=run.ledger.parts())
+
+
+def ask(federate, clients, selection, name="test"):
+    run = federate.run(name)
+    run.request(clients, selection=selection)
+    run.ledger.close()
+
+
+@pytest.mark.parametrize("strategy", ["leave", "subset", "ssd", "retrain", "negate", "ascent", "gradients", "pga"])
+def test_a_class_of_a_client_is_forgotten_by_every_strategy(federate, memorised, strategy):
+    federate.shared("rounds=2", name="before")
+    part = int(counts_of(federate, "before")[1].argmax())
+    federate(f"fork=before strategy={strategy} rounds=2")
+    ask(federate, [1], Selection.by(classes=[part]))
+    federate(f"strategy={strategy} rounds=3")
+    (request,) = federate.requests()
+    counts = counts_of(federate)
+    assert (request.state, request.clients, request.owners) == (State.COMPLETED, [4], [1])
+    assert request.detail["before"]["forgotten"]["4"]["examples"] == counts[4].sum() > 0
+    assert counts[1][part] == 0
+    assert not federate.state()["pruned"].any()
+    rows = [row["examples"] for row in federate.run().metrics() if row["kind"] == "round"]
+    assert rows[-2:] == [120, 120 - counts[4].sum()]
+
+
+def test_retraining_without_a_part_is_the_run_in_which_it_never_was(federate):
+    federate(f"{SETTINGS} strategy=retrain")
+    selection = Selection.by(classes=[int(counts_of(federate)[1].argmax())])
+    ask(federate, [1], selection)
+    federate(f"{SETTINGS} strategy=retrain")
+    ledger = Ledger(federate.folder("never") / "ledger.sqlite")
+    ledger.file([1], selection=selection, first_part=4)
+    ledger.close()
+    federate(f"{SETTINGS} strategy=leave run=never")
+    assert equal(federate.state(), federate.state("never"))
+
+
+def test_a_class_of_everybody_takes_its_output_and_its_held_out_images_along(federate, memorised):
+    federate("rounds=2 strategy=subset")
+    ask(federate, [], Selection.by(classes=[7]))
+    federate("rounds=3 strategy=subset")
+    (request,) = federate.requests()
+    run, counts = federate.run(), counts_of(federate)
+    assert (request.state, request.owners) == (State.COMPLETED, [0, 1, 2, 3])
+    assert counts[:4, 7].sum() == 0
+    assert counts[4:, 7].sum() == counts[4:].sum() == 12
+    assert federate.state()["pruned_classes"].tolist() == [k == 7 for k in range(10)]
+    assert [row["test"]["examples"] for row in run.metrics() if row["kind"] == "round"] == [40, 40, 36]
+    assert 7 not in run.model()(torch.randn(50, 1, 8, 8)).class_logits.argmax(1)
+    forgotten = request.detail["after"]["forgotten"].values()
+    assert {score["class"] for score in forgotten} == {score["held_out"] for score in forgotten} == {0}
+
+
+def test_one_image_is_forgotten_and_then_the_whole_client(federate, memorised):
+    federate("rounds=1 strategy=subset")
+    one = ClientRuntime(federate.run().config).slices[2][0]
+    ask(federate, [], Selection.by(examples=[str(one)]))
+    federate("rounds=2 strategy=subset")
+    ask(federate, [2], None)
+    federate("rounds=3 strategy=subset")
+    first, second = federate.requests()
+    assert first.state == second.state == State.COMPLETED
+    assert first.detail["before"]["forgotten"]["6"]["examples"] == 1
+    assert second.detail["before"]["forgotten"]["2"]["examples"] == counts_of(federate)[2].sum()
+    assert federate.state()["pruned"].tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("clients", "selection", "reason"),
+    [
+        ([], Selection.by(patients=["p9"]), "no client that was asked has an image of patient p9"),
+        ([], Selection.by(examples=["1", "5000"]), "of the 2 named images 1 were not found"),
+        ([], Selection.by(classes=range(10)), "no client would be left"),
+    ],
+)
+def test_what_is_not_there_is_refused_and_changes_nothing(federate, clients, selection, reason):
+    federate("rounds=1 strategy=leave")
+    before = federate.state()
+    ask(federate, clients, selection)
+    with pytest.raises(UserError, match="REFUSED"):
+        federate("rounds=1 strategy=leave")
+    (request,) = federate.requests()
+    assert request.state == State.REFUSED
+    assert reason in request.detail["reason"]
+    assert all(torch.equal(value, before[name]) for name, value in federate.state().items())
+
+
+def test_the_same_part_again_is_the_same_request(federate):
+    federate("rounds=1 strategy=leave")
+    run = federate.run()
+    (first,), (again,) = (run.request([1], selection=Selection.by(classes=[k])).requests() for k in (3, 3))
+    (other,) = run.request([1], selection=Selection.by(classes=[4])).requests()
+    assert first.id == again.id != other.id
+    (whole,) = run.request([1]).requests()
+    (covered,) = run.request([1], selection=Selection.by(classes=[5])).requests()
+    assert covered.id == whole.id != other.id
