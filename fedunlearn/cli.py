@@ -364,7 +364,7 @@ def report(
     with opened(run, home) as found:
         config = found.config.model_copy(update={"home": home})
         auditor = Auditor(config)
-        kind, counts = strategy_class(config.strategy), auditor.class_counts(parts=found.ledger.parts(TAKEN_UP))
+        kind, counts = strategy_class(config.strategy), auditor.class_counts(portions=found.ledger.portions(TAKEN_UP))
         words: dict[str, Any] = {"label": kind.label, "own_settings": kind.Settings}
         with opened(retrained, home) if retrained else nullcontext() as other:
             path = page.write(found, counts, auditor.class_names, **words, retrained=other)

@@ -63,7 +63,7 @@ def run_task(message: Message, context: Context) -> Message:
     task = tasks_of(type(strategy))[asked.name]
     torch.set_num_threads(runtime.config.train.threads)
     broadcast = {name: value.to(runtime.device) for name, value in messages.unpack(message).items()}
-    arguments, parts = messages.arguments_of(message), messages.parts_of(asked)
+    arguments, portions = messages.arguments_of(message), messages.portions_of(asked)
     sums: Tensors = {}
     counts: dict[int, Counts] = {}
     statistics: Tensors = {}
@@ -71,7 +71,7 @@ def run_task(message: Message, context: Context) -> Message:
     for number in asked.clients:
         if broadcast:
             runtime.model.load_state_dict(broadcast)
-        client = runtime.client(number, asked.round, broadcast, parts=parts)
+        client = runtime.client(number, asked.round, broadcast, portions=portions)
         update = task(client, runtime.model, strategy.settings, **arguments)
         messages.add_to(sums, update.tensors, update.weight)
         weight += update.weight

@@ -96,7 +96,7 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
     Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
     conclude(run)
     kind = strategy_class(run.config.strategy)
-    counts = None if auditor is None else auditor.class_counts(parts=run.ledger.parts(TAKEN_UP))
+    counts = None if auditor is None else auditor.class_counts(portions=run.ledger.portions(TAKEN_UP))
     page = report.write(run, counts, _class_names(auditor), label=kind.label, own_settings=kind.Settings)
     log.info(report.summary(run, counts))
     log.info("report: %s", page)

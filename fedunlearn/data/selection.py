@@ -98,14 +98,14 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     """Some images of a client that are to be forgotten while the rest of them stay.
 
-    A part is a client to every strategy: it has a number of its own, from the number of clients on. Images that parts
-    of lower numbers have of the same client are not among its own.
+    A portion is a client to every strategy: it has a number of its own, from the number of clients on. Images that
+    portions of lower numbers have of the same client are not among its own.
 
     Attributes:
-        number: of the part.
+        number: of the portion.
         client: whose images they are.
         selection: which of them.
     """
@@ -115,11 +115,11 @@ class Part:
     selection: Selection
 
     @classmethod
-    def read(cls, number: int, content: Mapping[str, Any]) -> "Part":
+    def read(cls, number: int, content: Mapping[str, Any]) -> "Portion":
         """Read what `content` gave.
 
         Raises:
-            TypeError, ValueError, KeyError: it is no part.
+            TypeError, ValueError, KeyError: it is no portion.
         """
         return cls(number, int(content["client"]), Selection.read(content))
 

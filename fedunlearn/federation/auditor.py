@@ -6,8 +6,8 @@ import numpy as np
 
 from fedunlearn.build import Images, fingerprints_of
 from fedunlearn.config import Config
-from fedunlearn.data.selection import Part
-from fedunlearn.federation.client import NO_PARTS, ClientRuntime
+from fedunlearn.data.selection import Portion
+from fedunlearn.federation.client import NO_PORTIONS, ClientRuntime
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.nn.evaluate import Counts
 
@@ -29,22 +29,24 @@ class Auditor:
         """Compute the SHA-256 of every client's images, and of the held-out ones."""
         return fingerprints_of(self._runtime.dataset, self._runtime.slices)
 
-    def has_images(self, client: int, parts: Mapping[int, Part] = NO_PARTS) -> bool:
+    def has_images(self, client: int, portions: Mapping[int, Portion] = NO_PORTIONS) -> bool:
         """Whether the client's images are there: those of a forgotten one may be gone."""
-        return len(self._runtime.indices(client, parts)) > 0
+        return len(self._runtime.indices(client, portions)) > 0
 
-    def evaluate(self, params: Tensors, client: int, parts: Mapping[int, Part] = NO_PARTS) -> Counts:
-        """Count what a model gets right on the images of a client, or of a part of one."""
+    def evaluate(self, params: Tensors, client: int, portions: Mapping[int, Portion] = NO_PORTIONS) -> Counts:
+        """Count what a model gets right on the images of a client, or of a portion of one."""
         model = self._runtime.model
         model.load_state_dict(params)
-        return self._runtime.client(client, 0, parts=parts).evaluate(model)
+        return self._runtime.client(client, 0, portions=portions).evaluate(model)
 
-    def class_counts(self, clients: Sequence[int] | None = None, parts: Mapping[int, Part] = NO_PARTS) -> np.ndarray:
+    def class_counts(
+        self, clients: Sequence[int] | None = None, portions: Mapping[int, Portion] = NO_PORTIONS
+    ) -> np.ndarray:
         """Count the images of each class that clients have, [C, K].
 
         Args:
-            clients: and parts of clients; by default all clients, without their parts, and then all parts.
-            parts: of clients, by number, from C on.
+            clients: and portions of clients; by default all clients, without their portions, and then all portions.
+            portions: of clients, by number, from C on.
         """
-        wanted = [*range(len(self._runtime.slices)), *sorted(parts)] if clients is None else clients
-        return np.stack([self._runtime.client(client, 0, parts=parts).class_counts.numpy() for client in wanted])
+        wanted = [*range(len(self._runtime.slices)), *sorted(portions)] if clients is None else clients
+        return np.stack([self._runtime.client(client, 0, portions=portions).class_counts.numpy() for client in wanted])

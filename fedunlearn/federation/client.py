@@ -12,7 +12,7 @@ from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.data.datasets import Split
-from fedunlearn.data.selection import Part, Selection
+from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.federation.messages import Tensors, floating
 from fedunlearn.nn.client_head import embedding_statistics
 from fedunlearn.nn.evaluate import Counts, Predictions, evaluate, predict
@@ -22,7 +22,7 @@ from fedunlearn.nn.rng import generator_of
 from fedunlearn.nn.schedule import loss_weights
 from fedunlearn.nn.sgd import LocalSGD
 
-NO_PARTS: Mapping[int, Part] = {}
+NO_PORTIONS: Mapping[int, Portion] = {}
 
 
 class ClientRuntime:
@@ -45,26 +45,31 @@ class ClientRuntime:
         return build.open_dataset(self.config).fingerprint == self.dataset.fingerprint
 
     def client(
-        self, number: int, round_: int, broadcast: Tensors | None = None, *, parts: Mapping[int, Part] = NO_PARTS
+        self,
+        number: int,
+        round_: int,
+        broadcast: Tensors | None = None,
+        *,
+        portions: Mapping[int, Portion] = NO_PORTIONS,
     ) -> "Client":
         """Give a client, in a round.
 
         Args:
-            number: of the client, or of a part of one.
+            number: of the client, or of a portion of one.
             round_: that its random draws depend on.
             broadcast: tensors of a model that it was sent.
-            parts: by number, what was asked to be forgotten of clients: a client has what is left, a part its images.
+            portions: by number, what was asked to be forgotten of clients; a client has what is left.
         """
-        return Client(self, number, round_, broadcast or {}, parts)
+        return Client(self, number, round_, broadcast or {}, portions)
 
-    def indices(self, number: int, parts: Mapping[int, Part]) -> np.ndarray:
-        """Give the indices into the training images of a client, without its parts, or of one of them."""
-        part = parts.get(number)
-        owner = part.client if part else number
-        own, others = self.slices[owner], [p for p in parts.values() if p.client == owner]
-        kept = self._selected(owner, part.selection) if part else np.ones(len(own), bool)
+    def indices(self, number: int, portions: Mapping[int, Portion]) -> np.ndarray:
+        """Give the indices into the training images of a client, without its portions, or of one of them."""
+        portion = portions.get(number)
+        owner = portion.client if portion else number
+        own, others = self.slices[owner], [p for p in portions.values() if p.client == owner]
+        kept = self._selected(owner, portion.selection) if portion else np.ones(len(own), bool)
         for other in others:
-            if not part or other.number < number:
+            if not portion or other.number < number:
                 kept &= ~self._selected(owner, other.selection)
         return own[kept]
 
@@ -93,18 +98,18 @@ class Client:
     """One client, in one round, on the machine where its images are.
 
     Attributes:
-        id: the client's number, 0..C-1, or that of a part of a client.
+        id: the client's number, 0..C-1, or that of a portion of a client.
         round: that its random draws depend on.
         config: settings of the run.
         device: where the model is.
     """
 
     def __init__(
-        self, runtime: ClientRuntime, number: int, round_: int, broadcast: Tensors, parts: Mapping[int, Part]
+        self, runtime: ClientRuntime, number: int, round_: int, broadcast: Tensors, portions: Mapping[int, Portion]
     ) -> None:
-        self._runtime, self._broadcast, self._parts = runtime, broadcast, parts
+        self._runtime, self._broadcast, self._portions = runtime, broadcast, portions
         self.id, self.round = number, round_
-        self._owner = parts[number].client if number in parts else number
+        self._owner = portions[number].client if number in portions else number
         self.config, self.device = runtime.config, runtime.device
 
     @property
@@ -129,8 +134,10 @@ class Client:
 
     def selected_counts(self, selection: Selection) -> Tensor:
         """Count its images of each class that are selected, int64 [K]."""
-        part = Part(max([self.id, *self._parts]) + 1, self._owner, selection)
-        return self._runtime.client(part.number, self.round, parts={**self._parts, part.number: part}).class_counts
+        portion = Portion(max([self.id, *self._portions]) + 1, self._owner, selection)
+        return self._runtime.client(
+            portion.number, self.round, portions={**self._portions, portion.number: portion}
+        ).class_counts
 
     @property
     def precision(self) -> str:
@@ -255,7 +262,7 @@ class Client:
 
     @cached_property
     def _own(self) -> np.ndarray:
-        return self._runtime.indices(self.id, self._parts)
+        return self._runtime.indices(self.id, self._portions)
 
     @property
     def evaluation_batch(self) -> int:

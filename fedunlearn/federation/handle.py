@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_client_head
 from fedunlearn.config import Config
-from fedunlearn.data.selection import Part
+from fedunlearn.data.selection import Portion
 from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
 from fedunlearn.federation import direction, round_gate, server_state, tasks
 from fedunlearn.federation.messages import STATISTICS
@@ -39,7 +39,7 @@ log = getLogger("fedunlearn")
 
 @dataclass(frozen=True)
 class ForgetSet:
-    """Whose images are forgotten: those of whole clients, or of parts of clients, which have numbers of their own.
+    """Whose images are forgotten: those of whole clients, or of portions of clients, which have numbers of their own.
 
     Attributes:
         clients: in ascending order.
@@ -105,24 +105,24 @@ class Federation:
     def retain(self) -> list[int]:
         """The retain clients: those that can be trained and have no request that was taken up.
 
-        Where a part of a client's images is to be forgotten, the client comes back as soon as it has said how many.
+        Where a portion of a client's images is to be forgotten, the client comes back as soon as it has said how many.
         """
-        parts = self._ledger.parts(TAKEN_UP)
-        unknown = {part.client for number, part in parts.items() if number not in self.nodes.parts}
+        portions = self._ledger.portions(TAKEN_UP)
+        unknown = {portion.client for number, portion in portions.items() if number not in self.nodes.portions}
         return sorted(self.trainable - set(self._ledger.clients_in(TAKEN_UP)) - unknown)
 
     @property
     def trainable(self) -> set[int]:
         """The clients with the two examples that BatchNorm needs, whoever has been forgotten."""
-        return {c for c, examples in self.nodes.examples.items() if examples >= 2 and c not in self.nodes.parts}
+        return {c for c, examples in self.nodes.examples.items() if examples >= 2 and c not in self.nodes.portions}
 
     @property
     def never_trained(self) -> set[int]:
         """The clients without the two examples that BatchNorm needs; not those of a node that does not work.
 
-        Parts of clients were trained on with all that the client had, even if it is one image.
+        Portions of clients were trained on with all that the client had, even if it is one image.
         """
-        return {c for c, examples in self.nodes.examples.items() if examples < (1 if c in self.nodes.parts else 2)}
+        return {c for c, examples in self.nodes.examples.items() if examples < (1 if c in self.nodes.portions else 2)}
 
     @property
     def forgotten(self) -> list[int]:
@@ -133,15 +133,15 @@ class Federation:
         """Count the examples of clients."""
         return sum(self.nodes.examples[client] for client in clients)
 
-    def count(self, parts: Iterable[Part]) -> dict[int, int]:
-        """Ask clients how many images parts of them would have, by the parts' numbers.
+    def count(self, portions: Iterable[Portion]) -> dict[int, int]:
+        """Ask clients how many images portions of them would have, by the portions' numbers.
 
         Raises:
             NotNowError: one does not reply.
         """
         found = {}
-        for selection, same in groupby(parts, lambda part: part.selection):
-            numbers = {part.client: part.number for part in same}
+        for selection, same in groupby(portions, lambda portion: portion.selection):
+            numbers = {portion.client: portion.number for portion in same}
             replies = self.run(tasks.selected_counts, on=numbers, selection=selection.content()).statistics
             if missing := sorted(numbers.keys() - replies.keys()):
                 raise NotNowError(f"client {missing[0]} did not say which of its images are meant")
@@ -149,17 +149,17 @@ class Federation:
         return found
 
     def split(self) -> None:
-        """Take everything out of the clients' images that requests were taken up about, into parts of their own."""
+        """Take everything out of the clients' images that requests were taken up about, into portions of their own."""
         examples = self._ledger.examples()
-        for number, part in sorted(self._ledger.parts(TAKEN_UP).items()):
-            if number in examples and number not in self.nodes.parts:
-                self.nodes.split(part, examples[number])
-                self._classes.pop(part.client, None)
+        for number, portion in sorted(self._ledger.portions(TAKEN_UP).items()):
+            if number in examples and number not in self.nodes.portions:
+                self.nodes.split(portion, examples[number])
+                self._classes.pop(portion.client, None)
         self.server.leave_out(self._ledger.classes_left())
 
     def emptied(self, clients: Iterable[int]) -> list[int]:
-        """Give the clients of which nothing is left beside these parts of them."""
-        owners = {self.nodes.parts[c].client for c in clients if c in self.nodes.parts}
+        """Give the clients of which nothing is left beside these portions of them."""
+        owners = {self.nodes.portions[c].client for c in clients if c in self.nodes.portions}
         return sorted(owner for owner in owners if not self.nodes.examples[owner])
 
     # Asking clients ----------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ class Federation:
         """Go back to the run's initial weights, with nothing kept beside them."""
         model = self.model()
         model.load_state_dict(self.server.new_model().state_dict())
-        clients = [client for client in self._forget if client not in self.nodes.parts]
+        clients = [client for client in self._forget if client not in self.nodes.portions]
         self.state = server_state.begin_anew(self.state, model.state_dict(), clients)
 
     # What can be known without the client --------------------------------------------------------------------------
@@ -488,8 +488,8 @@ class Federation:
             predictions: of the present model.
         """
         retain = self.retain
-        parts = self.nodes.parts.keys() - self.never_trained
-        trained_on = sorted((self.trainable | parts) - set(self._ledger.clients_in(FORGOTTEN)))
+        portions = self.nodes.portions.keys() - self.never_trained
+        trained_on = sorted((self.trainable | portions) - set(self._ledger.clients_in(FORGOTTEN)))
         counts = self.class_counts(trained_on)
         before = total_counts(counts[client] for client in trained_on if client in counts)
         after = total_counts(counts[client] for client in retain if client in counts)

@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedunlearn.data.selection import Part
+from fedunlearn.data.selection import Portion
 from fedunlearn.nn.evaluate import Counts
 
 Tensors = dict[str, Tensor]
@@ -25,7 +25,7 @@ class Task:
         round: that random draws depend on.
         clients: for whom.
         arguments: further arguments of the client task, as JSON; tensors travel beside it.
-        parts: of the clients' images that were asked to be forgotten, by number, as JSON (`data.selection.Part`).
+        portions: of the clients' images that were asked to be forgotten, by number, as JSON (`data.selection.Portion`).
     """
 
     config: str
@@ -33,7 +33,7 @@ class Task:
     round: int
     clients: list[int]
     arguments: str = "{}"
-    parts: str = "{}"
+    portions: str = "{}"
 
 
 def pack(tensors: Mapping[str, Tensor], dtype: str) -> ArrayRecord:
@@ -73,9 +73,9 @@ def task_of(message: Message) -> Task:
     return Task(**cast(dict[str, Any], dict(message.content.config_records["task"])))
 
 
-def parts_of(task: Task) -> dict[int, Part]:
-    """Read the parts of clients that a task names, by number."""
-    return {int(number): Part.read(int(number), about) for number, about in json.loads(task.parts).items()}
+def portions_of(task: Task) -> dict[int, Portion]:
+    """Read the portions of clients that a task names, by number."""
+    return {int(number): Portion.read(int(number), about) for number, about in json.loads(task.portions).items()}
 
 
 STATISTICS = ("running_mean", "running_var")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedunlearn.config import Config, Forget, to_json
 from fedunlearn.data.partition import hosted
-from fedunlearn.data.selection import Part
+from fedunlearn.data.selection import Portion
 from fedunlearn.errors import DestroyedError, UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation import robust as averaging
@@ -54,8 +54,8 @@ class Nodes:
         config: settings that travel with the messages.
         nodes: Flower's node ids, by position in the federation.
         clients_of: by Flower's node id, its clients in order.
-        examples: of each client, and of each part of one that was asked to be forgotten.
-        parts: of clients, by number.
+        examples: of each client, and of each portion of one that was asked to be forgotten.
+        portions: of clients, by number.
         disputed: clients of which nodes say different numbers of examples.
         gpu: whether a node has one.
         check_update: raises RefusedError for one client's update that is to be left out, where `robust` is on.
@@ -66,7 +66,7 @@ class Nodes:
         self.nodes: list[int] = []
         self.clients_of: dict[int, list[int]] = {}
         self.examples: dict[int, int] = {}
-        self.parts: dict[int, Part] = {}
+        self.portions: dict[int, Portion] = {}
         self.disputed: list[int] = []
         self.gpu = False
         self.check_update: Callable[[Results], None] = lambda one: None
@@ -107,25 +107,27 @@ class Nodes:
                 "nodes contradict each other about clients %s: who hosts one is believed", listed(self.disputed)
             )
 
-    def split(self, part: Part, examples: int) -> None:
-        """Address a part of a client's images by its own number from now on, and the client for what is left.
+    def split(self, portion: Portion, examples: int) -> None:
+        """Address a portion of a client's images by its own number from now on, and the client for what is left.
 
         Args:
-            part: of a client; where nobody hosts that, nothing happens.
-            examples: that the part has.
+            portion: of a client; where nobody hosts that, nothing happens.
+            examples: that the portion has.
         """
-        if part.number in self.parts or part.client not in self.examples:
+        if portion.number in self.portions or portion.client not in self.examples:
             return
-        self.parts[part.number], self.examples[part.number] = part, examples
-        self.examples[part.client] -= examples
+        self.portions[portion.number], self.examples[portion.number] = portion, examples
+        self.examples[portion.client] -= examples
         for own in self.clients_of.values():
-            if part.client in own:
-                own.append(part.number)
+            if portion.client in own:
+                own.append(portion.number)
 
-    def _parts_of(self, clients: Collection[int]) -> str:
-        """Say as JSON which parts of the clients, or of the clients that they are parts of, there are."""
-        owners = {self.parts[c].client if c in self.parts else c for c in clients}
-        return json.dumps({number: part.content() for number, part in self.parts.items() if part.client in owners})
+    def _portions_of(self, clients: Collection[int]) -> str:
+        """Say as JSON which portions of the clients, or of the clients that they are portions of, there are."""
+        owners = {self.portions[c].client if c in self.portions else c for c in clients}
+        return json.dumps(
+            {number: portion.content() for number, portion in self.portions.items() if portion.client in owners}
+        )
 
     def _introduced(self, grid: Grid) -> dict[int, Introduction]:
         """Give what every node says of itself, by Flower's id, when there are as many as most of them speak of."""
@@ -186,7 +188,7 @@ class Nodes:
         return [
             Message(
                 messages.request(
-                    Task(for_clients(self.config), task.name, round_, own, text, self._parts_of(own)), records
+                    Task(for_clients(self.config), task.name, round_, own, text, self._portions_of(own)), records
                 ),
                 node,
                 task.kind,

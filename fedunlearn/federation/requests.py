@@ -9,7 +9,7 @@ from logging import getLogger
 from typing import Any
 
 from fedunlearn.config import Config
-from fedunlearn.data.selection import Part
+from fedunlearn.data.selection import Portion
 from fedunlearn.errors import DestroyedError, NotNowError, UserError, printable
 from fedunlearn.federation import server_state
 from fedunlearn.federation.gate import Gate
@@ -107,7 +107,7 @@ class Requests:
     def _unsuitable(self, request: Request) -> str:
         """Say why a request cannot be taken up; nothing where it can."""
         federation = self._federation
-        if federation.never_trained.issuperset(request.clients) and not request.parts:
+        if federation.never_trained.issuperset(request.clients) and not request.portions:
             client = request.clients[0]
             return f"client {client} has {federation.examples([client])} examples and was never trained on"
         if not set(federation.retain) - set(request.clients):
@@ -115,18 +115,18 @@ class Requests:
         return self._unsigned(request) or self._impossible(request)
 
     def _take_apart(self, request: Request) -> str:
-        """Learn how many images the parts have that a request is about; says why that cannot be, if so.
+        """Learn how many images the portions have that a request is about; says why that cannot be, if so.
 
         Raises:
             NotNowError: a client does not reply.
         """
-        federation, parts = self._federation, request.parts
-        found = federation.count(parts.values())
-        if reason := unsuitable_parts(parts, found):
+        federation, portions = self._federation, request.portions
+        found = federation.count(portions.values())
+        if reason := unsuitable_portions(portions, found):
             return reason
         left = {client: federation.nodes.examples[client] for client in federation.trainable}
-        for number, part in parts.items():
-            left[part.client] = left.get(part.client, 0) - found[number]
+        for number, portion in portions.items():
+            left[portion.client] = left.get(portion.client, 0) - found[number]
         if max(left.values()) < 2:
             return "no client would be left"
         self._ledger.keep_examples(found)
@@ -172,7 +172,9 @@ class Requests:
         """
         federation = self._federation
         try:
-            if not request.parts.keys() <= federation.nodes.parts.keys() and (reason := self._take_apart(request)):
+            if not request.portions.keys() <= federation.nodes.portions.keys() and (
+                reason := self._take_apart(request)
+            ):
                 return self._refused(request, reason)
         except NotNowError as error:
             return self._failed(request, str(error))
@@ -234,7 +236,7 @@ class Requests:
         result = strategy.forget(federation, forget) if federation.round else {}
         check_result(strategy, result)
         federation.recalibrate_batch_norm()
-        gone = [c for c in request.clients if c not in request.parts] + federation.emptied(request.clients)
+        gone = [c for c in request.clients if c not in request.portions] + federation.emptied(request.clients)
         if self._run.config.model.client_head and gone:
             log.info("── pruning the output of %s", named(gone))
         if request.classes:
@@ -288,14 +290,14 @@ def check_result(strategy: Strategy, result: Any) -> None:
         raise UserError(f"{name}.forget returned what a receipt cannot hold: {error}") from None
 
 
-def unsuitable_parts(parts: Mapping[int, Part], examples: Mapping[int, int]) -> str:
-    """Say why parts of clients cannot be forgotten; nothing where they can.
+def unsuitable_portions(portions: Mapping[int, Portion], examples: Mapping[int, int]) -> str:
+    """Say why portions of clients cannot be forgotten; nothing where they can.
 
     Args:
-        parts: by number, all of one selection.
+        portions: by number, all of one selection.
         examples: that each has.
     """
-    selection, total = next(iter(parts.values())).selection, sum(examples.values())
+    selection, total = next(iter(portions.values())).selection, sum(examples.values())
     if not total:
         return f"no client that was asked has an image of {selection.in_words()} that is not forgotten"
     if total < len(selection.examples):

@@ -221,7 +221,7 @@ class Rounds(FlowerStrategy):
         if torch.cuda.is_available() and not nodes.gpu:
             share = '--gpus 0.1, of flwr run --federation-config "client-resources-num-gpus=0.1"'
             log.info("clients run on CPUs; GPU fractions: %s", share)
-        for client in sorted(nodes.examples.keys() - nodes.parts.keys() - self.federation.trainable):
+        for client in sorted(nodes.examples.keys() - nodes.portions.keys() - self.federation.trainable):
             log.info("client %d has %d examples: it takes no part", client, nodes.examples[client])
 
 

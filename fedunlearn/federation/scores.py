@@ -61,8 +61,8 @@ class Scorer:
         """
         each = retain.counts if len(retain.counts) <= MOST_LISTED else {}
         known = sorted({*forget, *self._federation.forgotten})
-        parts = self._federation.nodes.parts
-        forgotten = [client for client in known if self._auditor and self._auditor.has_images(client, parts)]
+        portions = self._federation.nodes.portions
+        forgotten = [client for client in known if self._auditor and self._auditor.has_images(client, portions)]
         return {
             "retain_clients": {str(client): accuracies(counts) for client, counts in each.items()},
             "forgotten": {str(client): self._forgotten(client, predictions) for client in forgotten},
@@ -73,8 +73,8 @@ class Scorer:
     def _forgotten(self, client: int, predictions: Predictions) -> dict[str, float]:
         assert self._auditor is not None
         federation = self._federation
-        (counts,) = torch.from_numpy(self._auditor.class_counts([client], federation.nodes.parts))
-        found = self._auditor.evaluate(federation.state.params, client, federation.nodes.parts)
+        (counts,) = torch.from_numpy(self._auditor.class_counts([client], federation.nodes.portions))
+        found = self._auditor.evaluate(federation.state.params, client, federation.nodes.portions)
         return accuracies(found) | {"held_out": expected_accuracy(predictions, counts, federation.server.left)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dateutil.relativedelta import relativedelta
 
-from fedunlearn.data.selection import Part, Selection
+from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs.events import EventLog, now
 from fedunlearn.schema import check_text
@@ -38,7 +38,7 @@ TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State
 RECEIPT = {
     "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts",
     "before", "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs", "deleted", "due_at",
-    "everybody", "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger", "not_before", "parts",
+    "everybody", "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger", "not_before", "portions",
     "purged", "readmitted", "reason", "receipt", "request", "right", "round", "seconds", "signed", "state",
     "stored_bytes", "strategy", "turned_away", "unwitnessed",
 }  # fmt: skip  # what a receipt, its row of metrics, or another event of the ledger says by itself
@@ -49,7 +49,7 @@ FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 class Request:
     """One forget request; `detail` is its receipt as far as it is known.
 
-    Where not all of a client's images are meant, `clients` has the number of that part of them (`data.selection.Part`).
+    Where not all of a client's images are meant, `clients` has the number of that portion (`data.selection.Portion`).
     """
 
     id: str
@@ -59,20 +59,22 @@ class Request:
     detail: dict[str, Any]
 
     @property
-    def parts(self) -> dict[int, Part]:
-        """Give the parts of clients that are meant, by number."""
-        return {int(number): Part.read(int(number), about) for number, about in self.detail.get("parts", {}).items()}
+    def portions(self) -> dict[int, Portion]:
+        """Give the portions of clients that are meant, by number."""
+        return {
+            int(number): Portion.read(int(number), about) for number, about in self.detail.get("portions", {}).items()
+        }
 
     @property
     def owners(self) -> list[int]:
         """Give the clients whose images are meant, all of them or some."""
-        parts = self.parts
-        return sorted(parts[number].client if number in parts else number for number in self.clients)
+        portions = self.portions
+        return sorted(portions[number].client if number in portions else number for number in self.clients)
 
     @property
     def selection(self) -> Selection | None:
         """Give which of the clients' images are meant; None for all."""
-        return next((part.selection for part in self.parts.values()), None)
+        return next((portion.selection for portion in self.portions.values()), None)
 
     @property
     def classes(self) -> set[int]:
@@ -169,7 +171,7 @@ class Ledger(EventLog[Standing]):
         how: Mapping[str, Any] | None = None,
         selection: Selection | None = None,
         everybody: bool = False,
-        first_part: int = 0,
+        first_portion: int = 0,
     ) -> list[Request]:
         """Ask for `clients` to be forgotten together, after round `not_before` at the earliest.
 
@@ -181,7 +183,7 @@ class Ledger(EventLog[Standing]):
             how: settings of the run that are others for this request: `strategy` and `unlearn`.
             selection: which of the clients' images are meant; all by default.
             everybody: whether `clients` are all that there are.
-            first_part: the number of clients that the run has: parts of clients are numbered from there on.
+            first_portion: the number of clients that the run has: portions of clients are numbered from there on.
 
         Raises:
             UserError: what was signed was filed before, `how` comes too late for an earlier request, or `by` or
@@ -194,7 +196,7 @@ class Ledger(EventLog[Standing]):
         with self.transaction():
             self._check_unused(signed)
             self.check_how(clients, how, selection)
-            wanted, parts = self._numbered(clients, selection, first_part)
+            wanted, portions = self._numbered(clients, selection, first_portion)
             earlier = self._touching(wanted)
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
             if not rest:
@@ -206,41 +208,46 @@ class Ledger(EventLog[Standing]):
             about = {"not_before": not_before, "due_at": due(at, months), "asked_by": by, "right": right}
             about |= {"signed": dict(signed)} if signed else {}
             about |= {"how": dict(how)} if how else {}
-            about |= {"parts": {str(c): parts[c].content() for c in rest}} if parts else {}
+            about |= {"portions": {str(c): portions[c].content() for c in rest}} if portions else {}
             about |= {"everybody": True} if everybody else {}
             self.record(at, request=f"r{number}", state=State.RECEIVED, clients=rest, **about)
             return [*earlier, self.request(f"r{number}")]
 
     def _numbered(
         self, clients: Iterable[int], selection: Selection | None, first: int = 0
-    ) -> tuple[list[int], dict[int, Part]]:
-        """Number what is selected of clients; gives all numbers, and the parts that are new.
+    ) -> tuple[list[int], dict[int, Portion]]:
+        """Number what is selected of clients; gives all numbers, and the portions that are new.
 
-        A client that has asked to leave whole has its own number, and the same part again that of the earlier one.
+        A client that has asked to leave whole has its own number, and the same portion again that of the earlier one.
 
         Args:
             clients: their numbers.
             selection: which of their images are meant; all by default, under the client's number.
-            first: number of a first part.
+            first: number of a first portion.
         """
         owners = sorted(set(clients))
         if not selection:
             return owners, {}
         not_void = [state for state in State if state not in VOID]
-        known = {(part.client, part.selection): part.number for part in self.parts(not_void).values()}
-        number, wanted, new = first + len(self.parts()), [], {}
+        known = {(portion.client, portion.selection): portion.number for portion in self.portions(not_void).values()}
+        number, wanted, new = first + len(self.portions()), [], {}
         for owner in owners:
             earlier = owner if self._touching([owner]) else known.get((owner, selection))
             if earlier is None:
-                new[number] = Part(number, owner, selection)
+                new[number] = Portion(number, owner, selection)
             wanted.append(number if earlier is None else earlier)
             number += earlier is None
         return wanted, new
 
-    def parts(self, states: Iterable[State] = tuple(State)) -> dict[int, Part]:
-        """Give the parts of clients that requests in some states are about, by number."""
+    def portions(self, states: Iterable[State] = tuple(State)) -> dict[int, Portion]:
+        """Give the portions of clients that requests in some states are about, by number."""
         wanted = set(states)
-        return {n: part for request in self.requests() if request.state in wanted for n, part in request.parts.items()}
+        return {
+            n: portion
+            for request in self.requests()
+            if request.state in wanted
+            for n, portion in request.portions.items()
+        }
 
     def classes_left(self) -> set[int]:
         """Give the classes that have left whole."""

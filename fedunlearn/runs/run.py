@@ -128,7 +128,7 @@ class Run:
             how=how,
             selection=selection,
             everybody=not clients,
-            first_part=self.config.clients,
+            first_portion=self.config.clients,
         )
         return RequestHandle(self.folder, self.ledger, tuple(request.id for request in requests))
 
@@ -308,7 +308,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         classes = len(self.class_names()) if (self.folder / "run.json").exists() else None
-        clients = self.config.clients + len(self.ledger.parts())
+        clients = self.config.clients + len(self.ledger.portions())
         damaged = 0
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedunlearn.data.selection import Part, Selection
+from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.client import ClientRuntime
@@ -39,21 +39,21 @@ def test_without_patients_nobody_is_meant():
     assert not Selection.by(patients=["p1"]).of(LABELS, None, NAMES).any()
 
 
-def test_a_client_and_its_parts_share_its_images_out(federate, home):
+def test_a_client_and_its_portions_share_its_images_out(federate, home):
     federate("rounds=1")
     runtime = ClientRuntime(federate.run().config)
-    parts = {4: Part(4, 1, Selection.by(classes=[3])), 5: Part(5, 1, Selection.by(classes=[3, 4]))}
-    rest, first, second = (runtime.indices(number, parts) for number in (1, 4, 5))
+    portions = {4: Portion(4, 1, Selection.by(classes=[3])), 5: Portion(5, 1, Selection.by(classes=[3, 4]))}
+    rest, first, second = (runtime.indices(number, portions) for number in (1, 4, 5))
     labels = runtime.dataset.train.labels
     assert [set(labels[own]) for own in (first, second)] == [{3}, {4}]  # 3 is the first one's already
     assert not set(labels[rest]) & {3, 4}
     assert sorted([*rest, *first, *second]) == sorted(runtime.slices[1])
-    assert np.array_equal(runtime.indices(0, parts), runtime.slices[0])
+    assert np.array_equal(runtime.indices(0, portions), runtime.slices[0])
 
 
 def counts_of(federate, name="test"):
     run = federate.run(name)
-    return Auditor(run.config).class_counts(parts=run.ledger.parts())
+    return Auditor(run.config).class_counts(portions=run.ledger.portions())
 
 
 def ask(federate, clients, selection, name="test"):
@@ -65,27 +65,27 @@ def ask(federate, clients, selection, name="test"):
 @pytest.mark.parametrize("strategy", ["leave", "subset", "ssd", "retrain", "negate", "ascent", "gradients", "pga"])
 def test_a_class_of_a_client_is_forgotten_by_every_strategy(federate, memorised, strategy):
     federate.shared("rounds=2", name="before")
-    part = int(counts_of(federate, "before")[1].argmax())
+    portion = int(counts_of(federate, "before")[1].argmax())
     federate(f"fork=before strategy={strategy} rounds=2")
-    ask(federate, [1], Selection.by(classes=[part]))
+    ask(federate, [1], Selection.by(classes=[portion]))
     federate(f"strategy={strategy} rounds=3")
     (request,) = federate.requests()
     counts = counts_of(federate)
     assert (request.state, request.clients, request.owners) == (State.COMPLETED, [4], [1])
     assert request.detail["before"]["forgotten"]["4"]["examples"] == counts[4].sum() > 0
-    assert counts[1][part] == 0
+    assert counts[1][portion] == 0
     assert not federate.state()["pruned"].any()
     rows = [row["examples"] for row in federate.run().metrics() if row["kind"] == "round"]
     assert rows[-2:] == [120, 120 - counts[4].sum()]
 
 
-def test_retraining_without_a_part_is_the_run_in_which_it_never_was(federate):
+def test_retraining_without_a_portion_is_the_run_in_which_it_never_was(federate):
     federate(f"{SETTINGS} strategy=retrain")
     selection = Selection.by(classes=[int(counts_of(federate)[1].argmax())])
     ask(federate, [1], selection)
     federate(f"{SETTINGS} strategy=retrain")
     ledger = Ledger(federate.folder("never") / "ledger.sqlite")
-    ledger.file([1], selection=selection, first_part=4)
+    ledger.file([1], selection=selection, first_portion=4)
     ledger.close()
     federate(f"{SETTINGS} strategy=leave run=never")
     assert equal(federate.state(), federate.state("never"))
@@ -141,7 +141,7 @@ def test_what_is_not_there_is_refused_and_changes_nothing(federate, clients, sel
     assert all(torch.equal(value, before[name]) for name, value in federate.state().items())
 
 
-def test_the_same_part_again_is_the_same_request(federate):
+def test_the_same_portion_again_is_the_same_request(federate):
     federate("rounds=1 strategy=leave")
     run = federate.run()
     (first,), (again,) = (run.request([1], selection=Selection.by(classes=[k])).requests() for k in (3, 3))
