@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedunlearn.config import Config, state_home
 from fedunlearn.data import datasets, partition
+from fedunlearn.data.store import Dataset, Split, fingerprint
 from fedunlearn.errors import UserError
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import TwoHeadResNet18
@@ -40,7 +41,7 @@ class Images(NamedTuple):
         return self.shape[2]
 
 
-def open_dataset(config: Config) -> datasets.Dataset:
+def open_dataset(config: Config) -> Dataset:
     """Open the images of a run, downloading and decoding them on first use."""
     return datasets.load(config.data.name, **_place_of(config))
 
@@ -68,7 +69,7 @@ def decode_for_readmitted(config: Config) -> None:
     store = source_of(config).store
     if not config.readmit or not store.is_dir():
         return
-    dataset = datasets.Dataset(store.resolve())
+    dataset = Dataset(store.resolve())
     slices = slices_of(config, dataset) if dataset.removed else []
     if gone := [client for client in config.readmit if slices and not len(slices[client])]:
         if store.is_symlink():
@@ -77,7 +78,7 @@ def decode_for_readmitted(config: Config) -> None:
         shutil.rmtree(store)
 
 
-def slices_of(config: Config, dataset: datasets.Dataset) -> list[np.ndarray]:
+def slices_of(config: Config, dataset: Dataset) -> list[np.ndarray]:
     """Give every client's indices into the training images: as they were dealt out before some were taken out."""
     kept = dataset.dealt(deal_of(config))
     return dealt(config, np.asarray(dataset.train.labels)) if kept is None else kept
@@ -97,21 +98,21 @@ def deal_of(config: Config) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fingerprints_of(dataset: datasets.Dataset, slices: Sequence[np.ndarray]) -> dict[str, str]:
+def fingerprints_of(dataset: Dataset, slices: Sequence[np.ndarray]) -> dict[str, str]:
     """Compute the SHA-256 of what each client has, by its number as text, and of the images that are held out.
 
     That of a client without images is empty.
     """
     own = {str(client): fingerprint_of(dataset.train, owned) for client, owned in enumerate(slices)}
-    return own | {"held-out": datasets.fingerprint(dataset.test)}
+    return own | {"held-out": fingerprint(dataset.test)}
 
 
-def fingerprint_of(train: datasets.Split, owned: np.ndarray) -> str:
+def fingerprint_of(train: Split, owned: np.ndarray) -> str:
     """Compute the SHA-256 of a client's images and labels; nothing where it has none."""
-    return datasets.fingerprint(datasets.Split(train.images[owned], train.labels[owned])) if len(owned) else ""
+    return fingerprint(Split(train.images[owned], train.labels[owned])) if len(owned) else ""
 
 
-def model_of(config: Config, dataset: datasets.Dataset | Images, *place: int) -> TwoHeadResNet18:
+def model_of(config: Config, dataset: Dataset | Images, *place: int) -> TwoHeadResNet18:
     """Make a new model, its weights drawn with the run's seed (and with `place`, for another one than the run's)."""
     model = config.model
     with torch.random.fork_rng(devices=[]):

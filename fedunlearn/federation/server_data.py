@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
-from fedunlearn.data.datasets import Split
+from fedunlearn.data.store import Split
 from fedunlearn.nn.evaluate import Predictions, predict
 from fedunlearn.nn.model import Batch, TwoHeadResNet18
 from fedunlearn.nn.precision import at_least_fp32, autocast

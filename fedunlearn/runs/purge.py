@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedunlearn.build import deal_of, slices_of, source_of
-from fedunlearn.data.datasets import REMOVED_FILES, Dataset, about
+from fedunlearn.data.store import REMOVED_FILES, Dataset, about
 from fedunlearn.errors import UserError
 from fedunlearn.runs import checkpoint, scan
 from fedunlearn.runs.files import write_atomically

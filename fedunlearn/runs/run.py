@@ -231,7 +231,7 @@ class Run:
         import torch
 
         from fedunlearn.data.batches import batches
-        from fedunlearn.data.datasets import Split
+        from fedunlearn.data.store import Split
         from fedunlearn.nn.evaluate import predict
 
         expected = self.images().shape

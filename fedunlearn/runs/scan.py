@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedunlearn.build import dealt, fingerprint_of, slices_of, source_of
-from fedunlearn.data.datasets import Dataset, Split
 from fedunlearn.data.search import Found, Wanted
+from fedunlearn.data.store import Dataset, Split
 from fedunlearn.errors import UserError
 from fedunlearn.runs.run import Run
 
