@@ -56,8 +56,10 @@ def source_of(config: Config) -> datasets.Source:
 
 
 def _place_of(config: Config) -> dict[str, Any]:
-    about = config.data.model_dump(include={"root", "limit", "test_limit", "image_size"})
-    return {"cache": state_home(config.home) / "data", **about}
+    data = config.data
+    about = data.model_dump(include={"root", "limit", "test_limit", "image_size"})
+    choices = datasets.Choices(data.fit, data.exif, tuple(data.window), data.skip_bad)  # type: ignore[arg-type]
+    return {"cache": state_home(config.home) / "data", "choices": choices, **about}
 
 
 def decode_for_readmitted(config: Config) -> None:

@@ -20,6 +20,8 @@ from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_ma
 Passes = Literal["auto", "bf16", "fp32"]
 Precision = Literal["bf16", "fp32"]
 Scale = Literal["auto", "full", "laptop"]
+OWN_DATA = ("folder", "medmnist", "npz")
+"""Data sets that are not public, or made of what is not."""
 RUN_NAME = r"\w[\w.-]*"
 
 
@@ -39,12 +41,13 @@ class Settings(BaseModel):
 class Data(Settings):
     """Which images."""
 
-    name: Literal["digits", "cifar10", "cifar100", "folder", "random"] = Field(
+    name: Literal["digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz"] = Field(
         default="digits",
         description="data set; random: ten noisy patterns, to measure speed where no images are at hand",
     )
     root: str = Field(
-        default="", description="for folder: absolute path of an ImageFolder tree, or of an archive of one"
+        default="",
+        description="absolute path of images of your own: a folder or an archive of one for folder, else a file",
     )
     limit: int = Field(
         default=0, ge=0, le=10**9, description="training images to keep, the first of each class; 0 keeps all"
@@ -54,6 +57,17 @@ class Data(Settings):
     mirror: bool = Field(
         default=True, description="whether an image that is mirrored is still one of its class (digits: no)"
     )
+    fit: Literal["stretch", "crop", "pad"] = Field(
+        default="stretch",
+        description="how image files become squares: stretched, the middle of the longer side, or with black borders",
+    )
+    exif: bool = Field(default=False, description="whether image files are turned as their EXIF data say")
+    window: list[float] = Field(
+        default=[],
+        description="[low,high]: values that become black and white in images of more than 8 bits; empty takes the "
+        "range of the file's type, of DICOM its own window",
+    )
+    skip_bad: bool = Field(default=False, description="whether to go on without files and rows that cannot be read")
 
 
 class Partition(Settings):
@@ -158,7 +172,7 @@ class Forget(Settings):
     purge: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="whether forgotten clients' images and files are removed when the run ends, and no new run trains "
-        "them; auto does that with images of your own (data.name=folder)",
+        "them; auto does that with images of your own (data.root)",
     )
     purge_metrics: bool = Field(
         default=False, description="whether their accuracies by round and class counts are removed then too"
@@ -267,7 +281,7 @@ class Config(Settings):
     @property
     def is_for_good(self) -> bool:
         """Whether what is left of forgotten clients is removed, and no new run of the state folder trains them."""
-        return self.forget.purge == "always" or (self.forget.purge == "auto" and self.data.name == "folder")
+        return self.forget.purge == "always" or (self.forget.purge == "auto" and self.data.name in OWN_DATA)
 
 
 def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
@@ -332,6 +346,8 @@ def check(config: Config) -> Config:
         check_clients(clients, config.clients)
     if config.readmit:
         check_clients(config.readmit, config.clients)
+    if (window := config.data.window) and not (len(window) == 2 and window[0] < window[1]):
+        raise UserError(f"data.window={window} is not [low,high], with a low value below the high one")
     if config.forget.schedule and config.forget.signed:
         raise UserError("forget.schedule asks without a signature, and forget.signed=true wants one")
     for client, key in config.forget.keys.items():

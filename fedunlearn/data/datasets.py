@@ -8,13 +8,45 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedunlearn.data.archives import entered, extract
+from fedunlearn.data.formats import decode_medmnist, decode_npz
+from fedunlearn.data.images import Fit, ImageReader, Reading
+from fedunlearn.data.scaling import Window
 from fedunlearn.data.store import Dataset, Decoded, Split, digest_of, folder_key, listing_of, new_folder, write
 from fedunlearn.errors import UserError
 
-NAMES = ("digits", "cifar10", "cifar100", "folder", "random")
+NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz")
 """The data sets that `load` knows."""
 
 log = logging.getLogger("fedunlearn")
+
+
+class Choices(NamedTuple):
+    """How images of one's own are read; each is part of the name of the decoded copy, where it is not the default.
+
+    Attributes:
+        fit, exif, window: as in `images.Reading`.
+        skip_bad: whether to go on without what cannot be read.
+        label, client: names of columns or features; empty finds them.
+        columns: of a table, those to learn from; none takes all.
+    """
+
+    fit: Fit = "stretch"
+    exif: bool = False
+    window: Window = ()
+    skip_bad: bool = False
+    label: str = ""
+    client: str = ""
+    columns: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> list[tuple[str, Any]]:
+        """List the choices that are not the defaults."""
+        return [(name, value) for name, value in self._asdict().items() if value != self._field_defaults[name]]
+
+    def reading(self, size: int) -> Reading:
+        """Say how image files are read, to `size` pixels a side."""
+        return Reading(size, self.fit, self.exif, self.window)
 
 
 class Source(NamedTuple):
@@ -37,6 +69,7 @@ def load(
     limit: int = 0,
     test_limit: int = 0,
     image_size: int = 32,
+    choices: Choices = Choices(),  # noqa: B008
 ) -> Dataset:
     """Open a data set, downloading and decoding it into `cache` on first use.
 
@@ -51,6 +84,7 @@ def load(
             subfolders `train/` and `test/` these are the splits; otherwise every sixth image of a class is for testing.
         limit, test_limit: keep that many images, the first of each class in equal numbers; 0 keeps all.
         image_size: for `folder` and `random`: pixels a side.
+        choices: for images of one's own.
 
     Raises:
         UserError: nothing usable is there: missing, empty, corrupt, one class, or no network and no cache.
@@ -61,7 +95,7 @@ def load(
         ...     np.bincount(load("digits", cache=Path(cache), limit=50).train.labels)
         array([5, 5, 5, 5, 5, 5, 5, 5, 5, 5])
     """
-    options: dict[str, Any] = {"limit": limit, "test_limit": test_limit, "image_size": image_size}
+    options: dict[str, Any] = {"limit": limit, "test_limit": test_limit, "image_size": image_size, "choices": choices}
     store, decode = source_of(name, cache=cache, root=root, **options)
     if not store.is_dir():
         write(store, decode())
@@ -71,13 +105,26 @@ def load(
     return dataset
 
 
-def source_of(name: str, *, cache: Path, root: str, limit: int, test_limit: int, image_size: int) -> Source:
+def source_of(
+    name: str,
+    *,
+    cache: Path,
+    root: str,
+    limit: int,
+    test_limit: int,
+    image_size: int,
+    choices: Choices = Choices(),  # noqa: B008
+) -> Source:
     """Find the source of a data set; the arguments and errors are those of `load`."""
+    decode: Callable[[], Decoded]
     if name == "folder":
         source = _unpacked(_existing(root), cache)
-        key = folder_key(source, image_size, listing_of(source))
-        decode: Callable[[], Decoded]
-        decode = partial(_decode_folder, source, image_size, limit, test_limit)
+        key = folder_key(source, image_size, [*listing_of(source), *choices.key])
+        decode = partial(_decode_folder, source, image_size, limit, test_limit, choices)
+    elif name in FORMATS:
+        source = _existing(root)
+        key = folder_key(source, image_size, [*listing_of(source), *choices.key])
+        decode = partial(FORMATS[name], source, choices)
     elif name == "random":
         key, decode = str(image_size), partial(_decode_random, image_size, limit or 10_000, test_limit or 1_000)
     elif name == "digits":
@@ -88,7 +135,12 @@ def source_of(name: str, *, cache: Path, root: str, limit: int, test_limit: int,
 
     def limited() -> Decoded:
         found = decode()
-        return found._replace(train=first_per_class(found.train, limit), test=first_per_class(found.test, test_limit))
+        train = first_per_class(Split(np.arange(len(found.train.labels)), found.train.labels), limit)
+        return found._replace(
+            train=Split(found.train.images[train.images] if limit else found.train.images, train.labels),
+            test=first_per_class(found.test, test_limit),
+            clients=[found.clients[place] for place in train.images] if found.clients else [],
+        )
 
     return Source(store, limited)
 
@@ -160,7 +212,7 @@ def _decode_cifar(name: str, cache: Path) -> Decoded:
     return Decoded(own, held_out, list(train.classes))
 
 
-def _decode_folder(source: Path, size: int, limit: int, test_limit: int) -> Decoded:
+def _decode_folder(source: Path, size: int, limit: int, test_limit: int, choices: Choices) -> Decoded:
     from torchvision.datasets import ImageFolder
 
     try:
@@ -185,24 +237,19 @@ def _decode_folder(source: Path, size: int, limit: int, test_limit: int) -> Deco
             f"data.root={source} has no images for testing: give train/ and test/, or six of a class and more"
         )
     log.info("decoding %s (once)", source)
-    (train_images, files), (test_images, _) = (_read_images(samples, most, size) for samples, most in parts)
+    total = sum(min(most, len(samples)) if most else len(samples) for samples, most in parts)
+    reader = ImageReader(choices.reading(size), total=total)
+    (train_images, files), (test_images, _) = (_read_images(samples, most, reader) for samples, most in parts)
+    reader.conclude(skip_bad=choices.skip_bad)
     return Decoded(train_images, test_images, train.classes, {"source": str(source), "image_size": size}, files)
 
 
-def _read_images(samples: list[tuple[str, int]], limit: int, size: int) -> tuple[Split, list[str]]:
-    """The images, and the files that they are from."""
-    from PIL import Image
-
+def _read_images(samples: list[tuple[str, int]], limit: int, reader: ImageReader) -> tuple[Split, list[str]]:
+    """The images that can be read, and the files that they are from."""
     labels = np.array([label for _, label in samples])
     positions = first_per_class(Split(np.arange(len(labels)), labels), limit).images
-    images = np.empty((len(positions), size, size, 3), np.uint8)
-    for image, position in zip(images, positions, strict=True):
-        path = samples[position][0]
-        try:
-            with Image.open(path) as opened:
-                image[:] = np.asarray(opened.convert("RGB").resize((size, size)))
-        except OSError as error:
-            raise UserError(f"{path} is not a readable image ({error})") from error
+    images, is_good = reader.read([samples[position][0] for position in positions])
+    positions = positions[is_good]
     return Split(images, labels[positions]), [samples[position][0] for position in positions]
 
 
@@ -225,8 +272,6 @@ def _existing(root: str) -> Path:
 
 def _unpacked(path: Path, cache: Path) -> Path:
     """Give the folder itself, or the folder that an archive is unpacked to, once."""
-    from torchvision.datasets.utils import extract_archive
-
     if path.is_dir():
         return path
     stat = path.stat()
@@ -234,8 +279,12 @@ def _unpacked(path: Path, cache: Path) -> Path:
     if not target.is_dir():
         log.info("unpacking %s (once)", path)
         with new_folder(target) as folder:
-            try:
-                extract_archive(str(path), str(folder))
-            except Exception as error:  # each archive format has errors of its own
-                raise UserError(f"data.root={path} is no folder and no readable archive ({error})") from error
-    return target
+            extract(path, folder)
+    return entered(target)
+
+
+FORMATS: dict[str, Callable[[Path, Choices], Decoded]] = {
+    "medmnist": lambda file, choices: decode_medmnist(file),
+    "npz": lambda file, choices: decode_npz(file, choices.window),
+}
+"""How data sets of one file are read."""

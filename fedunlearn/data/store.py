@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedunlearn.data.images import find_images
 from fedunlearn.errors import UserError
 
 REMOVED_FILES = "files-to-delete.txt"
@@ -235,6 +236,7 @@ class Decoded(NamedTuple):
         class_names: K names.
         about: what the store writes down of the source, if that is a folder.
         files: that the training images were read from, if that is known.
+        clients: the name of each training image's client, if the data set says so.
     """
 
     train: Split
@@ -242,6 +244,7 @@ class Decoded(NamedTuple):
     class_names: list[str]
     about: dict[str, Any] = {}  # noqa: RUF012
     files: list[str] = []  # noqa: RUF012
+    clients: list[str] = []  # noqa: RUF012
 
 
 def write(store: Path, decoded: Decoded) -> None:
@@ -296,12 +299,11 @@ def folder_key(source: Path, image_size: int, listing: Iterable[tuple]) -> str:
 
 
 def listing_of(source: Path) -> Iterator[tuple]:
-    """List the path, size and time of every file of a folder."""
-    for folder, subfolders, files in os.walk(source):
-        subfolders.sort()
-        for file in sorted(files):
-            stat = os.stat(os.path.join(folder, file))
-            yield os.path.join(folder, file), stat.st_size, stat.st_mtime_ns
+    """List the path, size and time of every image below a folder, or those of a file."""
+    files = [source / file for file in find_images(source).files] if source.is_dir() else [source]
+    for file in files:
+        stat = file.stat()
+        yield str(file), stat.st_size, stat.st_mtime_ns
 
 
 def digest_of(parts: list) -> str:
