@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +63,8 @@ class Dataset:
     Attributes:
         store: the same.
         class_names: K names.
-        fingerprint: SHA-256 of all images and labels.
+        source: the folder that images were read from, where that is one.
+        clients: names of the images' owners by number, where the images have owners; else a partition deals them out.
         removed: how many training images of forgotten clients were taken out (`without`).
 
     Example:
@@ -80,7 +81,22 @@ class Dataset:
         self.removed: int = self._meta.get("removed", 0)
         self._train: str = self._meta.get("train", "train")
         self.class_names: list[str] = self._meta["class_names"]
-        self.fingerprint: str = self._meta["fingerprint"]
+        self.source = Path(self._meta.get("source", store))
+        self.clients: list[str] = []
+
+    @classmethod
+    def in_memory(cls, decoded: "Decoded") -> "Dataset":
+        """Give what was decoded and is not written."""
+        found = cls.__new__(cls)
+        found.source, found.clients, found.removed = Path(decoded.about.get("source", "/")), [], 0
+        found.class_names = decoded.class_names
+        found.__dict__ |= {"train": decoded.train, "test": decoded.test, "files": decoded.files}
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all images and labels."""
+        return self._meta["fingerprint"]
 
     @cached_property
     def train(self) -> Split:
@@ -99,10 +115,15 @@ class Dataset:
         return self._meta["channels"] if "channels" in self._meta else self.test.images.shape[-1]
 
     @property
+    def patients(self) -> list[str] | None:
+        """Name the patient of every training image ("" where one is not known); None where none is."""
+        return None
+
+    @cached_property
     def files(self) -> list[str]:
         """Name the files that the training images were read from, in their order; none where they are not known."""
         file = self.store / f"{self._train}_files.json"
-        with _undamaged(file):
+        with undamaged(file):
             return json.loads(file.read_text()) if file.exists() else []
 
     def names_of(self, chosen: np.ndarray) -> list[str]:
@@ -130,8 +151,21 @@ class Dataset:
         file = self.store / f"{self._train}_{deal}.npz"
         if not file.exists():
             return None
-        with _undamaged(file), np.load(file) as kept:
+        with undamaged(file), np.load(file) as kept:
             return np.split(kept["indices"], kept["cuts"])
+
+    def belongings(self, clients: Collection[int], slices: Sequence[np.ndarray]) -> "Belongings":
+        """Give all images of clients, and beside them everybody else's.
+
+        Args:
+            clients: by number.
+            slices: each client's indices into the training images.
+        """
+        places, is_other = np.concatenate([slices[c] for c in clients]), np.ones(len(self.train.labels), bool)
+        is_other[places] = False
+        others = np.concatenate([self.train.images[is_other], self.test.images])
+        own = Split(self.train.images[places], self.train.labels[places])
+        return Belongings(own, others, [self.source / self.files[place] for place in places] if self.files else [])
 
     def without(self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]]) -> None:
         """Write the training images anew without some, and delete the files that have them.
@@ -192,8 +226,21 @@ class Dataset:
         return Split(images, labels)
 
     def _array(self, name: str) -> np.ndarray:
-        with _undamaged(self.store / name):
-            return np.load(self.store / name, mmap_mode="r")
+        return mapped(self.store / name)
+
+
+class Belongings(NamedTuple):
+    """Some clients' images, and whatever else there is to tell them from.
+
+    Attributes:
+        own: their images and labels.
+        others: everybody else's images, uint8 [N, H, W, channels].
+        files: that theirs were read from, if that is known.
+    """
+
+    own: Split
+    others: np.ndarray
+    files: list[Path]
 
 
 def about(store: Path) -> dict[str, Any]:
@@ -204,7 +251,7 @@ def about(store: Path) -> dict[str, Any]:
     """
     file = store / "meta.json"
     kinds = {"class_names": list, "fingerprint": str, "source": str, "train": str, "removed": int, "channels": int}
-    with _undamaged(file):
+    with undamaged(file):
         found = json.loads(file.read_text())
         if not isinstance(found, dict):
             raise ValueError("it has no settings by name")
@@ -214,8 +261,18 @@ def about(store: Path) -> dict[str, Any]:
         return found
 
 
+def mapped(file: Path) -> np.ndarray:
+    """Memory-map an array.
+
+    Raises:
+        UserError: its file is missing or damaged.
+    """
+    with undamaged(file):
+        return np.load(file, mmap_mode="r")
+
+
 @contextmanager
-def _undamaged(file: Path) -> Iterator[None]:
+def undamaged(file: Path) -> Iterator[None]:
     """Turn what is wrong with a file of a decoded copy into a UserError."""
     try:
         yield
