@@ -58,7 +58,8 @@ def source_of(config: Config) -> datasets.Source:
 def _place_of(config: Config) -> dict[str, Any]:
     data = config.data
     about = data.model_dump(include={"root", "limit", "test_limit", "image_size"})
-    choices = datasets.Choices(data.fit, data.exif, tuple(data.window), data.skip_bad)  # type: ignore[arg-type]
+    about_files = data.model_dump(include={"fit", "exif", "skip_bad", "label", "client"})
+    choices = datasets.Choices(window=tuple(data.window), columns=tuple(data.columns), **about_files)  # type: ignore[arg-type]
     return {"cache": state_home(config.home) / "data", "choices": choices, **about}
 
 

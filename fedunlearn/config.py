@@ -20,7 +20,7 @@ from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_ma
 Passes = Literal["auto", "bf16", "fp32"]
 Precision = Literal["bf16", "fp32"]
 Scale = Literal["auto", "full", "laptop"]
-OWN_DATA = ("folder", "medmnist", "npz")
+OWN_DATA = ("folder", "medmnist", "npz", "hf", "table")
 """Data sets that are not public, or made of what is not."""
 RUN_NAME = r"\w[\w.-]*"
 
@@ -41,9 +41,10 @@ class Settings(BaseModel):
 class Data(Settings):
     """Which images."""
 
-    name: Literal["digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz"] = Field(
+    name: Literal["digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz", "hf", "table"] = Field(
         default="digits",
-        description="data set; random: ten noisy patterns, to measure speed where no images are at hand",
+        description="data set; folder, medmnist, npz, hf, table: of your own (data.root); random: ten noisy patterns, "
+        "to measure speed where no images are at hand",
     )
     root: str = Field(
         default="",
@@ -53,7 +54,7 @@ class Data(Settings):
         default=0, ge=0, le=10**9, description="training images to keep, the first of each class; 0 keeps all"
     )
     test_limit: int = Field(default=0, ge=0, le=10**9, description="test images to keep; 0 keeps all")
-    image_size: int = Field(default=32, ge=8, le=1024, description="for folder and random: pixels a side")
+    image_size: int = Field(default=32, ge=8, le=1024, description="for folder, hf and random: pixels a side")
     mirror: bool = Field(
         default=True, description="whether an image that is mirrored is still one of its class (digits: no)"
     )
@@ -68,6 +69,9 @@ class Data(Settings):
         "range of the file's type, of DICOM its own window",
     )
     skip_bad: bool = Field(default=False, description="whether to go on without files and rows that cannot be read")
+    label: str = Field(default="", description="for hf and table: the column of the class")
+    client: str = Field(default="", description="for hf and table: the column of the client, if there is one")
+    columns: list[str] = Field(default=[], description="for table: the columns to learn from; empty takes all others")
 
 
 class Partition(Settings):

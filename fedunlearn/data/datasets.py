@@ -10,13 +10,28 @@ import numpy as np
 
 from fedunlearn.data.archives import entered, extract
 from fedunlearn.data.formats import decode_medmnist, decode_npz
+from fedunlearn.data.hub import decode_hub
 from fedunlearn.data.images import Fit, ImageReader, Reading
 from fedunlearn.data.scaling import Window
-from fedunlearn.data.store import Dataset, Decoded, Split, digest_of, folder_key, listing_of, new_folder, write
+from fedunlearn.data.store import (
+    Dataset,
+    Decoded,
+    Split,
+    digest_of,
+    first_per_class,
+    folder_key,
+    listing_of,
+    new_folder,
+    write,
+)
+from fedunlearn.data.tables import decode_table
 from fedunlearn.errors import UserError
 
-NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz")
+NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz", "hf", "table")
 """The data sets that `load` knows."""
+
+OF_FILES = ("medmnist", "npz", "hf", "table")
+"""Those whose `root` is a file, or a folder of such."""
 
 log = logging.getLogger("fedunlearn")
 
@@ -121,10 +136,10 @@ def source_of(
         source = _unpacked(_existing(root), cache)
         key = folder_key(source, image_size, [*listing_of(source), *choices.key])
         decode = partial(_decode_folder, source, image_size, limit, test_limit, choices)
-    elif name in FORMATS:
+    elif name in OF_FILES:
         source = _existing(root)
-        key = folder_key(source, image_size, [*listing_of(source), *choices.key])
-        decode = partial(FORMATS[name], source, choices)
+        key = folder_key(source, image_size, [*listing_of(source, all_files=True), *choices.key])
+        decode = partial(_decode_file, name, source, choices, image_size, limit, test_limit)
     elif name == "random":
         key, decode = str(image_size), partial(_decode_random, image_size, limit or 10_000, test_limit or 1_000)
     elif name == "digits":
@@ -143,32 +158,6 @@ def source_of(
         )
 
     return Source(store, limited)
-
-
-def first_per_class(split: Split, limit: int) -> Split:
-    """Keep the first `limit // K` examples of each of the K classes, in data-set order; all of them for 0.
-
-    Args:
-        split: to keep examples of.
-        limit: how many, at most.
-
-    Raises:
-        UserError: a limit of less than one example a class.
-
-    Example:
-        >>> first_per_class(Split(np.arange(6), np.array([0, 1, 0, 1, 0, 1])), 4).images
-        array([0, 1, 2, 3])
-    """
-    if not limit:
-        return split
-    classes = np.unique(split.labels)
-    per_class = limit // len(classes)
-    if per_class < 1:
-        raise UserError(
-            f"data.limit or data.test_limit: {limit} is less than one image for each of {len(classes)} classes"
-        )
-    keep = np.sort(np.concatenate([np.flatnonzero(split.labels == k)[:per_class] for k in classes]))
-    return Split(split.images[keep], split.labels[keep])
 
 
 def _decode_digits() -> Decoded:
@@ -283,8 +272,12 @@ def _unpacked(path: Path, cache: Path) -> Path:
     return entered(target)
 
 
-FORMATS: dict[str, Callable[[Path, Choices], Decoded]] = {
-    "medmnist": lambda file, choices: decode_medmnist(file),
-    "npz": lambda file, choices: decode_npz(file, choices.window),
-}
-"""How data sets of one file are read."""
+def _decode_file(name: str, source: Path, choices: Choices, size: int, limit: int, test_limit: int) -> Decoded:
+    if name == "medmnist":
+        return decode_medmnist(source)
+    if name == "npz":
+        return decode_npz(source, choices.window)
+    columns = {"label": choices.label, "client": choices.client, "skip_bad": choices.skip_bad}
+    if name == "table":
+        return decode_table(source, columns=choices.columns, **columns)
+    return decode_hub(source, choices.reading(size), limit=limit, test_limit=test_limit, **columns)

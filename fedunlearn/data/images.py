@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from unicodedata import normalize
@@ -128,6 +130,22 @@ def class_name(folder: str) -> str:
     return normalize("NFC", folder.encode("utf-8", "backslashreplace").decode())
 
 
+class Content(NamedTuple):
+    """An image file that lies within another file.
+
+    Attributes:
+        name: that messages call it by.
+        data: its bytes.
+    """
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        """Give its name."""
+        return self.name
+
+
 class Reading(NamedTuple):
     """How files become images: every choice here makes another decoded copy.
 
@@ -199,8 +217,11 @@ class ImageReader:
         self._outside: list[tuple[float, float]] = []
         self._highest: dict[float, float] = {}
 
-    def read(self, paths: Sequence[Path | str]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, paths: Sequence[Path | str | Content]) -> tuple[np.ndarray, np.ndarray]:
         """Read files one after another, and remember those that cannot be read.
+
+        Args:
+            paths: of files, or what lies within one.
 
         Returns:
             Images uint8 [n, size, size, 3] of the n files that can be read, and which those are, bool [len(paths)].
@@ -212,7 +233,7 @@ class ImageReader:
         images = np.empty((len(paths), size, size, 3), np.uint8)
         for place, path in enumerate(paths):
             try:
-                images[place], seen = _read(Path(path), self.reading)
+                images[place], seen = _read(path if isinstance(path, Content) else Path(path), self.reading)
                 self._note(seen)
             except UnreadableError as error:
                 is_good[place], self.bad[str(path)] = False, str(error)
@@ -300,14 +321,14 @@ class _Seen(NamedTuple):
     highest: float = 0
 
 
-def _read(path: Path, how: Reading) -> tuple[np.ndarray, _Seen]:
+def _read(file: Path | Content, how: Reading) -> tuple[np.ndarray, _Seen]:
     from PIL import Image
 
-    with _named(path):
-        if is_dicom(path):
-            image = Image.fromarray(read_dicom(path, how.window))
+    with _named(file):
+        if isinstance(file, Path) and is_dicom(file):
+            image = Image.fromarray(read_dicom(file, how.window))
             return _fitted(image.convert("RGB"), how), _Seen(image.size, False)
-        with Image.open(path) as opened:
+        with Image.open(file if isinstance(file, Path) else BytesIO(file.data)) as opened:
             return _of_pillow(opened, how)
 
 
@@ -360,13 +381,13 @@ def _fitted(image: "Image.Image", how: Reading) -> np.ndarray:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _named(path: Path | Content) -> Iterator[None]:
     """Turn what decoders raise over a file into an UnreadableError."""
     try:
         yield
     except (UserError, UnreadableError, MemoryError):
         raise
     except OSError as error:
-        raise UnreadableError(error.strerror or str(error).replace(repr(str(path)), "").strip()) from error
+        raise UnreadableError(error.strerror or re.sub(r" ('.*'|<.*>)$", "", str(error))) from error
     except Exception as error:  # each decoder has errors of its own
         raise UnreadableError(str(error) or type(error).__name__) from error

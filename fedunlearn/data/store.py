@@ -27,7 +27,7 @@ class Split(NamedTuple):
     """Pair images with their labels.
 
     Attributes:
-        images: uint8 [N, H, W, channels].
+        images: uint8 [N, H, W, channels], or rows of a table, fp32 [N, 1, 1, features].
         labels: int64 [N].
     """
 
@@ -42,11 +42,16 @@ def fingerprint(split: Split) -> str:
         >>> fingerprint(Split(np.zeros((1, 2, 2, 1), np.uint8), np.array([3])))[:8]
         'b8ab49cd'
     """
-    images, labels = np.ascontiguousarray(split.images, np.uint8), np.ascontiguousarray(split.labels, np.int64)
+    images, labels = stored(split.images), np.ascontiguousarray(split.labels, np.int64)
     digest = hashlib.sha256(repr(images.shape).encode())
     digest.update(images.data)
     digest.update(labels.data)
     return digest.hexdigest()
+
+
+def stored(images: np.ndarray) -> np.ndarray:
+    """Give images in the type that they are stored in: fp32 for numbers of a table, else uint8."""
+    return np.ascontiguousarray(images, np.float32 if images.dtype == np.float32 else np.uint8)
 
 
 class Dataset:
@@ -304,6 +309,32 @@ class Decoded(NamedTuple):
     clients: list[str] = []  # noqa: RUF012
 
 
+def first_per_class(split: Split, limit: int) -> Split:
+    """Keep the first `limit // K` examples of each of the K classes, in data-set order; all of them for 0.
+
+    Args:
+        split: to keep examples of.
+        limit: how many, at most.
+
+    Raises:
+        UserError: a limit of less than one example a class.
+
+    Example:
+        >>> first_per_class(Split(np.arange(6), np.array([0, 1, 0, 1, 0, 1])), 4).images
+        array([0, 1, 2, 3])
+    """
+    if not limit:
+        return split
+    classes = np.unique(split.labels)
+    per_class = limit // len(classes)
+    if per_class < 1:
+        raise UserError(
+            f"data.limit or data.test_limit: {limit} is less than one image for each of {len(classes)} classes"
+        )
+    keep = np.sort(np.concatenate([np.flatnonzero(split.labels == k)[:per_class] for k in classes]))
+    return Split(split.images[keep], split.labels[keep])
+
+
 def write(store: Path, decoded: Decoded) -> None:
     """Write a decoded copy, in one step.
 
@@ -324,9 +355,9 @@ def write(store: Path, decoded: Decoded) -> None:
 
 def _arrays(train: Split, test: Split) -> dict[str, np.ndarray]:
     return {
-        f"{split}_{part}": np.ascontiguousarray(array, dtype)
+        f"{split}_{part}": array
         for split, data in (("train", train), ("test", test))
-        for part, array, dtype in (("images", data.images, np.uint8), ("labels", data.labels, np.int64))
+        for part, array in (("images", stored(data.images)), ("labels", np.ascontiguousarray(data.labels, np.int64)))
     }
 
 
@@ -355,9 +386,14 @@ def folder_key(source: Path, image_size: int, listing: Iterable[tuple]) -> str:
     return digest_of([str(source), image_size, *listing])[:16]
 
 
-def listing_of(source: Path) -> Iterator[tuple]:
-    """List the path, size and time of every image below a folder, or those of a file."""
-    files = [source / file for file in find_images(source).files] if source.is_dir() else [source]
+def listing_of(source: Path, *, all_files: bool = False) -> Iterator[tuple]:
+    """List the path, size and time of a file, or of every image, or every file, below a folder."""
+    if not source.is_dir():
+        files = [source]
+    elif all_files:
+        files = sorted(file for file in source.rglob("*") if file.is_file())
+    else:
+        files = [source / file for file in find_images(source).files]
     for file in files:
         stat = file.stat()
         yield str(file), stat.st_size, stat.st_mtime_ns

@@ -214,7 +214,8 @@ class Run:
         """Predict the classes of images with the current model.
 
         Args:
-            images: uint8 [N, H, W, channels], of the size that the run was trained on.
+            images: uint8 [N, H, W, channels], of the size that the run was trained on; of a table, fp32 rows
+                [N, 1, 1, features].
 
         Returns:
             Class probabilities, [N, K].
@@ -234,10 +235,10 @@ class Run:
         from fedunlearn.data.store import Split
         from fedunlearn.nn.evaluate import predict
 
-        expected = self.images().shape
-        if images.dtype != np.uint8 or list(images.shape[1:]) != list(expected):
-            shape = ", ".join(map(str, expected))
-            raise UserError(f"images are {images.dtype} {list(images.shape)}: run {self.name} takes uint8 [N, {shape}]")
+        expected, dtype = self.images().shape, "float32" if self.config.data.name == "table" else "uint8"
+        if images.dtype != dtype or list(images.shape[1:]) != list(expected):
+            takes = f"{dtype} [N, {', '.join(map(str, expected))}]"
+            raise UserError(f"images are {images.dtype} {list(images.shape)}: run {self.name} takes {takes}")
         data = Split(images, np.zeros(len(images), np.int64))
         places, device = np.arange(len(images)), torch.device("cpu")
         everything = batches(data, places, -1, batch_size=self.config.train.batch_size, device=device)
