@@ -134,8 +134,9 @@ def run(
     resources = Resources(engine, min(nodes, config.clients), cpus, gpus, workers)
     resources.check()
     from fedunlearn.apps.server_app import asked_for, prepared, train
+    from fedunlearn.build import open_dataset
 
-    prepared(config, asked_for(words or [], config))
+    open_dataset(prepared(config, asked_for(words or [], config)))  # what cannot be read is said before Ray starts
     log.info("run %s: starting %s", config.run, "Flower and Ray" if engine == "ray" else "in this process")
     folder = runs_folder(state_home(config.home)) / config.run
     named = [word for word in words or [] if name_of(word) != "run"]
