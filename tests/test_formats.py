@@ -369,7 +369,7 @@ def test_the_network_for_tables_learns_what_columns_of_other_sizes_say():
     rows = torch.randn(256, 3, 1, 1) * torch.tensor([1e4, 1.0, 1e-3]).reshape(3, 1, 1)
     labels = ((rows[:, 0] / 1e4 + rows[:, 2] / 1e-3) > 0).long().flatten()
     network = torch.nn.Sequential(mlp(3, width=16), torch.nn.Linear(16, 2))
-    for _ in range(60):
+    for _ in range(150):
         loss = torch.nn.functional.cross_entropy(network(rows), labels)
         weights = list(network.parameters())
         with torch.no_grad():
