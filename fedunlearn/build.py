@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedunlearn.config import Config, state_home
+from fedunlearn.config import Config, place_of
 from fedunlearn.data import datasets, partition
+from fedunlearn.data.owned import OwnedDataset, OwnedSource
 from fedunlearn.data.store import Dataset, Split, fingerprint
 from fedunlearn.errors import UserError
 from fedunlearn.nn.losses import multi_task_loss
@@ -46,7 +47,7 @@ def open_dataset(config: Config) -> Dataset:
     return datasets.load(config.data.name, **_place_of(config))
 
 
-def source_of(config: Config) -> datasets.Source:
+def source_of(config: Config) -> datasets.Source | OwnedSource:
     """Say where the images of a run come from, and where their decoded copy is.
 
     Raises:
@@ -56,11 +57,7 @@ def source_of(config: Config) -> datasets.Source:
 
 
 def _place_of(config: Config) -> dict[str, Any]:
-    data = config.data
-    about = data.model_dump(include={"root", "limit", "test_limit", "image_size"})
-    about_files = data.model_dump(include={"fit", "exif", "skip_bad", "label", "client"})
-    choices = datasets.Choices(window=tuple(data.window), columns=tuple(data.columns), **about_files)  # type: ignore[arg-type]
-    return {"cache": state_home(config.home) / "data", "choices": choices, **about}
+    return place_of(config.data, config.partition, config.home)
 
 
 def decode_for_readmitted(config: Config) -> None:
@@ -69,22 +66,36 @@ def decode_for_readmitted(config: Config) -> None:
     Raises:
         UserError: its source is gone too.
     """
-    store = source_of(config).store
-    if not config.readmit or not store.is_dir():
+    source = source_of(config)
+    if not config.readmit or not source.store.is_dir():
         return
-    dataset = Dataset(store.resolve())
+    if isinstance(source, OwnedSource):
+        source.take_back(source.clients[client] for client in config.readmit)
+        return
+    dataset = source.opened()
     slices = slices_of(config, dataset) if dataset.removed else []
     if gone := [client for client in config.readmit if slices and not len(slices[client])]:
-        if store.is_symlink():
+        if source.store.is_symlink():
             raise UserError(f"readmit={gone}: the files with the images of client {gone[0]} were deleted")
-        log.info("%s is decoded anew: it has all clients' images again", store)
-        shutil.rmtree(store)
+        log.info("%s is decoded anew: it has all clients' images again", source.store)
+        shutil.rmtree(source.store)
 
 
 def slices_of(config: Config, dataset: Dataset) -> list[np.ndarray]:
-    """Give every client's indices into the training images: as they were dealt out before some were taken out."""
+    """Give every client's indices into the training images: as they were dealt out before some were taken out.
+
+    Raises:
+        UserError: the images have other clients than the run.
+    """
     kept = dataset.dealt(deal_of(config))
-    return dealt(config, np.asarray(dataset.train.labels)) if kept is None else kept
+    if kept is None and config.partition.kind == "column":
+        owners = np.array(dataset.owners)
+        kept = [np.flatnonzero(owners == name) for name in config.partition.names or dataset.clients]
+    if kept is None:
+        kept = dealt(config, np.asarray(dataset.train.labels))
+    if len(kept) != config.clients:
+        raise UserError(f"clients={config.clients}: the images have {len(kept)} owners")
+    return kept
 
 
 def dealt(config: Config, labels: np.ndarray) -> list[np.ndarray]:
@@ -97,7 +108,9 @@ def dealt(config: Config, labels: np.ndarray) -> list[np.ndarray]:
 
 def deal_of(config: Config) -> str:
     """Name how a run deals its images out: the same for runs that do it in the same way."""
-    about = {"clients": config.clients, **config.partition.model_dump()}
+    split = config.partition
+    fields = None if split.has_owners else {"kind", "dirichlet_alpha", "seed"}  # those that there were in 0.1.0
+    about = {"clients": config.clients, **split.model_dump(include=fields)}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -106,12 +119,17 @@ def fingerprints_of(dataset: Dataset, slices: Sequence[np.ndarray]) -> dict[str,
 
     That of a client without images is empty.
     """
-    own = {str(client): fingerprint_of(dataset.train, owned) for client, owned in enumerate(slices)}
+    if isinstance(dataset, OwnedDataset):
+        return dataset.fingerprints()
+    own = {str(client): fingerprint_of(dataset, slices, client) for client in range(len(slices))}
     return own | {"held-out": fingerprint(dataset.test)}
 
 
-def fingerprint_of(train: Split, owned: np.ndarray) -> str:
+def fingerprint_of(dataset: Dataset, slices: Sequence[np.ndarray], client: int) -> str:
     """Compute the SHA-256 of a client's images and labels; nothing where it has none."""
+    if isinstance(dataset, OwnedDataset):
+        return dataset.parts[client].fingerprint()
+    owned, train = slices[client], dataset.train
     return fingerprint(Split(train.images[owned], train.labels[owned])) if len(owned) else ""
 
 

@@ -15,13 +15,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
-from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, name_of, validated
+from fedunlearn.owners import named_settings, settled
+from fedunlearn.schema import KEY_ID, check_names, in_one_line, is_mapping, name_of, validated
+from fedunlearn.words import for_hydra, split_words, texts_of, with_scale
 
 Passes = Literal["auto", "bf16", "fp32"]
 Precision = Literal["bf16", "fp32"]
 Scale = Literal["auto", "full", "laptop"]
 OWN_DATA = ("folder", "medmnist", "npz", "hf", "table")
 """Data sets that are not public, or made of what is not."""
+OWNED = ("folders", "file", "column")
+"""Partitions in which the images' owners are known."""
 RUN_NAME = r"\w[\w.-]*"
 
 
@@ -77,13 +81,28 @@ class Data(Settings):
 class Partition(Settings):
     """Who owns which image."""
 
-    kind: Literal["dirichlet", "iid", "class"] = Field(
-        default="dirichlet", description="dirichlet a class, iid, or one class a client"
+    kind: Literal["dirichlet", "iid", "class", "folders", "file", "column"] = Field(
+        default="dirichlet",
+        description="dirichlet a class, iid, or one class a client; or whoever owns them: folders (root/client/class/"
+        "image), file (partition.file), column (what an .npz or a table calls clients)",
+    )
+    file: str = Field(
+        default="",
+        description="CSV table of path, client, and perhaps class, split, patient; a path is relative to data.root",
+    )
+    names: list[str] = Field(
+        default=[],
+        description="of the owners that take part, by number; empty takes all, and a run keeps them",
     )
     dirichlet_alpha: float = Field(
         default=0.6, ge=1e-6, le=1e6, description="concentration of the Dirichlet split; lower is less even"
     )
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="of the split")
+
+    @property
+    def has_owners(self) -> bool:
+        """Whether images have owners with names, and are not dealt out."""
+        return self.kind in OWNED
 
 
 class Model(Settings):
@@ -314,26 +333,42 @@ def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
     words = split_words(words) if isinstance(words, str) else list(words)
     check_names(words, Config)
     ConfigStore.instance().store(name="schema", node=Config().model_dump())
-    words = _resolve_scale(words, folder)
-    typed = _typed(words)
-    words = [_for_hydra(word) for word in words if name_of(word) not in typed]
+    words = with_scale(words, folder)
+    typed: dict[str, Any] = {**texts_of(words, Config), **named_settings(words)}
+    asked = {name_of(word) for word in words}
+    words = [for_hydra(word, Config) for word in words if name_of(word) not in typed]
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             values: Any = OmegaConf.to_container(hydra_compose("config", words), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{' '.join(words)}: {reason} (`fedunlearn config` lists all settings)") from None
-    for name, text in typed.items():
+    for name, value in typed.items():
         group, _, leaf = name.rpartition(".")
         target = values[group] if group else values
         if isinstance(target, dict):  # else `data=3` was typed too, which is refused below
-            target[leaf] = text
+            target[leaf] = value
+    settled(values, asked, state_home(values["home"]) / "runs", _clients_of)
     return check(validated(Config, values))
 
 
-def split_words(text: str) -> list[str]:
-    """`"a=1 b={6: [3]} c=x"` -> `["a=1", "b={6: [3]}", "c=x"]`: words begin where `name=` does."""
-    return [word for word in re.split(r"\s+(?=[~+]*[\w./@]+=)", text.strip()) if word]
+def _clients_of(values: Mapping[str, Any]) -> list[str]:
+    """The names of the owners of the images that settings are about."""
+    from fedunlearn.data.datasets import clients_of
+
+    data, split = validated(Data, values["data"], prefix="data."), validated(Partition, values["partition"])
+    return clients_of(data.name, **place_of(data, split, values["home"]))
+
+
+def place_of(data: Data, split: Partition, home: str) -> dict[str, Any]:
+    """Say where images are and how they are read, as `data.datasets.load` takes it."""
+    from fedunlearn.data.datasets import Choices, Owners
+
+    about = data.model_dump(include={"root", "limit", "test_limit", "image_size"})
+    about_files = data.model_dump(include={"fit", "exif", "skip_bad", "label", "client"})
+    choices: Any = Choices(window=tuple(data.window), columns=tuple(data.columns), **about_files)  # type: ignore[arg-type]
+    owners = Owners(split.kind, split.file, tuple(split.names))
+    return {"cache": state_home(home) / "data", "choices": choices, "owners": owners, **about}
 
 
 def check(config: Config) -> Config:
@@ -443,41 +478,3 @@ def writable_home(home: str = "") -> Path:
     if reason:
         raise UserError(f"state folder {folder} cannot be used ({reason}): FEDUNLEARN_HOME or home=... names another")
     return folder
-
-
-def _typed(words: list[str]) -> dict[str, str]:
-    """The settings that are text, as they were typed: Hydra would read 1.10 as a number, and ${x} as something else."""
-    texts = {name for name, declared in fields_of(Config) if declared.annotation is str}
-    pairs = [word.partition("=")[::2] for word in words]
-    return {name: _unquoted(value) for name, value in pairs if name in texts}
-
-
-def _unquoted(text: str) -> str:
-    """The text without the quotes around it, if there are any: a shell has left those to Flower's run config."""
-    quoted = re.fullmatch(r"(['\"])(.*)\1", text, re.DOTALL)
-    return quoted[2] if quoted else text
-
-
-def _for_hydra(word: str) -> str:
-    """A word as Hydra reads it, with `++` before keys that no default has; pydantic knows better which there may be."""
-    name, _, value = word.partition("=")
-    mappings = tuple(known for known, declared in fields_of(Config) if is_mapping(declared))
-    free = name.startswith(mappings) or (value.startswith("{") and name.isidentifier())
-    return f"{'++' if free else ''}{word}"
-
-
-def _resolve_scale(words: list[str], folder: Path) -> list[str]:
-    """Replace scale=auto, also where it is only implied, by laptop or full."""
-    rest = [word for word in words if not word.startswith("scale=")]
-    named = [word.removeprefix("scale=") for word in words if word not in rest]
-    scale = named[-1] if named else "auto"
-    options = Scale.__args__  # type: ignore[attr-defined]
-    if scale not in options:
-        raise UserError(f"scale={scale} is not one of {', '.join(options)}")
-    if not (folder / "scale").is_dir():
-        return rest
-    if scale == "auto":
-        import torch
-
-        scale = "full" if torch.cuda.is_available() else "laptop"
-    return [f"scale={scale}", *rest]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedunlearn import config
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import completed, settings_for, strategy_class, strategy_names, strategy_of
+from fedunlearn.schema import fields_of
 
 REPOSITORY = Path(__file__).parent.parent
 APPS = sorted((REPOSITORY / "simulations").glob("*/conf"))
@@ -155,7 +156,7 @@ def test_the_papers_values_are_the_defaults():
 
 
 def test_every_setting_of_a_run_and_of_every_strategy_says_what_it_is():
-    silent = [f"{of} {n}" for of, schema in SCHEMAS.items() for n, f in config.fields_of(schema) if not f.description]
+    silent = [f"{of} {n}" for of, schema in SCHEMAS.items() for n, f in fields_of(schema) if not f.description]
     assert not silent
 
 

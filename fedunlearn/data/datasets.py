@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedunlearn.data.archives import entered, extract
+from fedunlearn.data.folders import KINDS, check_classes, owned
 from fedunlearn.data.formats import decode_medmnist, decode_npz
 from fedunlearn.data.hub import decode_hub
 from fedunlearn.data.images import Fit, ImageReader, Reading
+from fedunlearn.data.owned import OwnedSource
 from fedunlearn.data.scaling import Window
 from fedunlearn.data.store import (
     Dataset,
@@ -64,6 +66,20 @@ class Choices(NamedTuple):
         return Reading(size, self.fit, self.exif, self.window)
 
 
+class Owners(NamedTuple):
+    """Who owns which image.
+
+    Attributes:
+        kind: of the partition; `folders.KINDS` have a part of the decoded copy for each client.
+        file: a table of paths and clients, for kind `file`.
+        names: of the clients that take part, by number; none takes all, in the order of their names.
+    """
+
+    kind: str = ""
+    file: str = ""
+    names: tuple[str, ...] = ()
+
+
 class Source(NamedTuple):
     """Where the images of a data set come from.
 
@@ -75,6 +91,20 @@ class Source(NamedTuple):
     store: Path
     decode: Callable[[], Decoded]
 
+    def open(self) -> Dataset:
+        """Open the decoded copy, which is made where it is missing."""
+        if not self.store.is_dir():
+            write(self.store, self.decode())
+        return self.opened()
+
+    def opened(self) -> Dataset:
+        """Open the decoded copy as it is."""
+        return Dataset(self.store.resolve())
+
+    def in_memory(self) -> Dataset:
+        """Decode everything anew, and write nothing."""
+        return Dataset.in_memory(self.decode())
+
 
 def load(
     name: str,
@@ -85,6 +115,7 @@ def load(
     test_limit: int = 0,
     image_size: int = 32,
     choices: Choices = Choices(),  # noqa: B008
+    owners: Owners = Owners(),  # noqa: B008
 ) -> Dataset:
     """Open a data set, downloading and decoding it into `cache` on first use.
 
@@ -100,6 +131,7 @@ def load(
         limit, test_limit: keep that many images, the first of each class in equal numbers; 0 keeps all.
         image_size: for `folder` and `random`: pixels a side.
         choices: for images of one's own.
+        owners: who owns which image, where somebody says that.
 
     Raises:
         UserError: nothing usable is there: missing, empty, corrupt, one class, or no network and no cache.
@@ -111,12 +143,10 @@ def load(
         array([5, 5, 5, 5, 5, 5, 5, 5, 5, 5])
     """
     options: dict[str, Any] = {"limit": limit, "test_limit": test_limit, "image_size": image_size, "choices": choices}
-    store, decode = source_of(name, cache=cache, root=root, **options)
-    if not store.is_dir():
-        write(store, decode())
-    dataset = Dataset(store.resolve())
+    source = source_of(name, cache=cache, root=root, owners=owners, **options)
+    dataset = source.open()
     if dataset.removed:
-        log.warning("%s is without %d images of forgotten clients (docs: what stays)", store, dataset.removed)
+        log.warning("%s is without %d images of forgotten clients (docs: what stays)", source.store, dataset.removed)
     return dataset
 
 
@@ -129,9 +159,18 @@ def source_of(
     test_limit: int,
     image_size: int,
     choices: Choices = Choices(),  # noqa: B008
-) -> Source:
+    owners: Owners = Owners(),  # noqa: B008
+) -> Source | OwnedSource:
     """Find the source of a data set; the arguments and errors are those of `load`."""
     decode: Callable[[], Decoded]
+    if owners.kind in KINDS:
+        if name != "folder":
+            raise UserError(f"partition.kind={owners.kind} is for image files: data.name=folder, not {name}")
+        source, options = _unpacked(_existing(root), cache), [image_size, limit, test_limit, *choices.key]
+        found = owned(source, owners.kind, owners.file)
+        store = cache / f"owners-{digest_of([str(source), owners.kind, owners.file, *options])[:16]}"
+        names, reading = list(owners.names or found.images), choices.reading(image_size)
+        return OwnedSource(store, found, names, reading, limit, test_limit, choices.skip_bad)
     if name == "folder":
         source = _unpacked(_existing(root), cache)
         key = folder_key(source, image_size, [*listing_of(source), *choices.key])
@@ -158,6 +197,22 @@ def source_of(
         )
 
     return Source(store, limited)
+
+
+def clients_of(name: str, *, owners: Owners, **options: Any) -> list[str]:
+    """Name all owners of the images of a data set, in the order of their names; the arguments are those of `load`.
+
+    Raises:
+        UserError: the data set does not say whose its images are.
+    """
+    everybody = owners._replace(names=())
+    if owners.kind in KINDS:
+        source = source_of(name, owners=everybody, **options)
+        assert isinstance(source, OwnedSource)
+        return list(source.clients)
+    if clients := load(name, owners=everybody, **options).clients:
+        return clients
+    raise UserError(f"partition.kind={owners.kind}: data.name={name} does not say whose its images are")
 
 
 def _decode_digits() -> Decoded:
@@ -204,6 +259,8 @@ def _decode_cifar(name: str, cache: Path) -> Decoded:
 def _decode_folder(source: Path, size: int, limit: int, test_limit: int, choices: Choices) -> Decoded:
     from torchvision.datasets import ImageFolder
 
+    for folder in (source / "train", source / "test") if (source / "train").is_dir() else (source,):
+        check_classes(folder)
     try:
         if (source / "train").is_dir():
             train, test = ImageFolder(source / "train"), ImageFolder(source / "test")

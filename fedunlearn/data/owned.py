@@ -163,7 +163,7 @@ class OwnedDataset(Dataset):
         size: pixels a side.
 
     Attributes:
-        clients: names, by number.
+        parts: by the client's number; the last one is nobody's.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class OwnedDataset(Dataset):
         removed: Mapping[str, Mapping[str, Any]],
         size: int,
     ) -> None:
-        self.store, self.source, self.clients = store, source, list(parts)
+        self.store, self.source, self._clients = store, source, list(parts)
         self.parts, self._size = [*parts.values(), common], size
         here = [about for client, about in removed.items() if client in parts]
         self.removed = sum(about["train"] for about in here)
@@ -183,6 +183,11 @@ class OwnedDataset(Dataset):
         self.class_names = sorted({name for names in named for name in names})
         if len(self.class_names) < 2:
             raise UserError(f"data.root={source} has {len(self.class_names)} class of images: at least 2 are needed")
+
+    @property
+    def clients(self) -> list[str]:
+        """Name the clients by their numbers."""
+        return self._clients
 
     @property
     def fingerprint(self) -> str:
@@ -204,7 +209,7 @@ class OwnedDataset(Dataset):
         """Count the channels of an image: 3."""
         return 3
 
-    @property
+    @cached_property
     def files(self) -> list[str]:
         """Name the files that the training images were read from, in their order."""
         return [file for part in self.parts for file in part.files("train")]
@@ -339,7 +344,7 @@ class OwnedSource:
         earlier_files = listed.read_text().splitlines() if listed.exists() else []
         left = [file for file in dict.fromkeys([*earlier_files, *files]) if Path(file).exists()]
         listed.write_text("".join(f"{file}\n" for file in left))
-        self.delete_all_but(self.keys(), of=set(counts))
+        self.delete_all_but(self.part_names(), of=set(counts))
         return counts
 
     def take_back(self, names: Iterable[str]) -> None:
@@ -375,7 +380,7 @@ class OwnedSource:
                 deleted.append(file.parent.name)
         return deleted
 
-    def keys(self) -> set[str]:
+    def part_names(self) -> set[str]:
         """Name the folders of the parts that this run's images are in."""
         return {self.folder(name, images).name for name, images in self._wanted().items()}
 

@@ -69,7 +69,6 @@ class Dataset:
         store: the same.
         class_names: K names.
         source: the folder that images were read from, where that is one.
-        clients: names of the images' owners by number, where the images have owners; else a partition deals them out.
         removed: how many training images of forgotten clients were taken out (`without`).
 
     Example:
@@ -87,15 +86,16 @@ class Dataset:
         self._train: str = self._meta.get("train", "train")
         self.class_names: list[str] = self._meta["class_names"]
         self.source = Path(self._meta.get("source", store))
-        self.clients: list[str] = []
 
     @classmethod
     def in_memory(cls, decoded: "Decoded") -> "Dataset":
         """Give what was decoded and is not written."""
         found = cls.__new__(cls)
-        found.source, found.clients, found.removed = Path(decoded.about.get("source", "/")), [], 0
+        found.store, found._train = Path(os.devnull), ""  # where nothing lies
+        found.source, found.removed = Path(decoded.about.get("source", "/")), 0
         found.class_names = decoded.class_names
-        found.__dict__ |= {"train": decoded.train, "test": decoded.test, "files": decoded.files}
+        found.__dict__ |= {"train": decoded.train, "test": decoded.test}
+        found.__dict__ |= {"files": decoded.files, "owners": decoded.clients}
         return found
 
     @property
@@ -131,6 +131,18 @@ class Dataset:
         with undamaged(file):
             return json.loads(file.read_text()) if file.exists() else []
 
+    @cached_property
+    def owners(self) -> list[str]:
+        """Name the client of each training image; none where the data set does not say whose they are."""
+        file = self.store / f"{self._train}_clients.json"
+        with undamaged(file):
+            return json.loads(file.read_text()) if file.exists() else []
+
+    @property
+    def clients(self) -> list[str]:
+        """Name the owners of images by their numbers; none where a partition deals the images out."""
+        return sorted(set(self.owners))
+
     def names_of(self, chosen: np.ndarray) -> list[str]:
         """Name training images: by their files within the source; without files by their numbers.
 
@@ -140,12 +152,12 @@ class Dataset:
         files = self.files
         if not files:
             return [str(number) for number in chosen]
-        source = Path(self._meta["source"])
-        return [Path(files[number]).relative_to(source).as_posix() for number in chosen]
+        return [(self.source / files[number]).relative_to(self.source).as_posix() for number in chosen]
 
     def patients_of(self, chosen: np.ndarray) -> list[str] | None:
         """Say whose training images are, where the data set knows it."""
-        return None
+        patients = self.patients
+        return None if patients is None else [patients[number] for number in chosen]
 
     def dealt(self, deal: str) -> list[np.ndarray] | None:
         """Give each client's indices as they were before images were taken out, less those; None for an unknown deal.
@@ -194,6 +206,9 @@ class Dataset:
             left = [place[owned[kept[owned]]] for owned in slices]
             cuts = np.cumsum([len(owned) for owned in left])[:-1]
             np.savez(self.store / f"{name}_{deal}.npz", indices=np.concatenate(left), cuts=cuts)
+        if self.owners:
+            left = [owner for owner, is_kept in zip(self.owners, kept, strict=True) if is_kept]
+            (self.store / f"{name}_clients.json").write_text(json.dumps(left))
         if files := self.files:
             (self.store / f"{name}_files.json").write_text(
                 json.dumps([f for f, k in zip(files, kept, strict=True) if k])
@@ -349,6 +364,8 @@ def write(store: Path, decoded: Decoded) -> None:
             np.save(folder / f"{name}.npy", array)
         if decoded.files:
             (folder / "train_files.json").write_text(json.dumps(decoded.files))
+        if decoded.clients:
+            (folder / "train_clients.json").write_text(json.dumps(decoded.clients))
         meta = {"class_names": decoded.class_names, "channels": decoded.test.images.shape[-1], **decoded.about}
         (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": _fingerprint(arrays)}))
 
