@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from fedunlearn.errors import UserError
 from fedunlearn.owners import named_settings, settled
 from fedunlearn.schema import KEY_ID, check_names, in_one_line, is_mapping, name_of, validated
-from fedunlearn.words import for_hydra, split_words, texts_of, with_scale
+from fedunlearn.words import for_hydra, put, split_words, texts_of, with_scale
 
 Passes = Literal["auto", "bf16", "fp32"]
 Precision = Literal["bf16", "fp32"]
@@ -343,11 +343,7 @@ def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{' '.join(words)}: {reason} (`fedunlearn config` lists all settings)") from None
-    for name, value in typed.items():
-        group, _, leaf = name.rpartition(".")
-        target = values[group] if group else values
-        if isinstance(target, dict):  # else `data=3` was typed too, which is refused below
-            target[leaf] = value
+    put(values, typed)
     settled(values, asked, state_home(values["home"]) / "runs", _clients_of)
     return check(validated(Config, values))
 

@@ -10,7 +10,7 @@ from fedunlearn.errors import UserError, printable
 from fedunlearn.naming import name_of, number_of
 from fedunlearn.schema import check_text
 from fedunlearn.schema import name_of as setting_of
-from fedunlearn.words import unquoted
+from fedunlearn.words import read_texts, unquoted
 
 NAMING = ("forget.schedule", "forget.keys", "readmit", "partition.names")
 """Settings in which clients may be named."""
@@ -26,23 +26,8 @@ def named_settings(words: Iterable[str]) -> dict[str, Any]:
         >>> named_settings(["forget.schedule={6:[3, 1.10]}", "readmit=['a, b']", "rounds=3"])
         {'forget.schedule': {'6': ['3', '1.10']}, 'readmit': ['a, b']}
     """
-    found = {}
-    for word in words:
-        value = unquoted(word.partition("=")[2])
-        if (name := setting_of(word)) in NAMING:
-            try:
-                found[name] = json.loads(_SCALAR.sub(_as_json, value))
-            except ValueError:
-                raise UserError(f"{word} cannot be read: a bracket or a quote is missing, or a comma") from None
-    return found
-
-
-_SCALAR = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|([^\s\[\]{},:'"](?:[^\[\]{},:'"]*[^\s\[\]{},:'"])?)""")
-"""A text in quotes, or one without any that ends before a bracket, comma, colon or quote."""
-
-
-def _as_json(scalar: re.Match[str]) -> str:
-    return json.dumps(scalar[2] or re.sub(r"\\(['\"\\])", r"\1", scalar[1][1:-1]))
+    pairs = ((setting_of(word), unquoted(word.partition("=")[2])) for word in words)
+    return {name: read_texts(name, value) for name, value in pairs if name in NAMING}
 
 
 def settled(
