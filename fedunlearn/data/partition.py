@@ -79,14 +79,15 @@ def dirichlet_partition(
 
 
 def _proportions(legacy: np.random.RandomState, num_clients: int, dirichlet_alpha: float) -> np.ndarray:
-    """Draw from a symmetric Dirichlet distribution, or from its limit where all of its gamma draws underflow.
+    """Draw from a symmetric Dirichlet distribution, or from its limit where floating point has no more to say.
 
-    As the concentration goes to 0, all goes to one client, and each is as likely as another.
+    As the concentration goes to 0, all goes to one client, and each is as likely as another. A client that has all but
+    a billionth has all: else rounding down would leave an image of the class to another client.
     """
     drawn = legacy.dirichlet(np.full(num_clients, dirichlet_alpha))
-    if np.isfinite(drawn).all():
-        return drawn
-    return np.eye(num_clients)[legacy.randint(num_clients)]
+    if not np.isfinite(drawn).all():
+        return np.eye(num_clients)[legacy.randint(num_clients)]
+    return np.eye(num_clients)[drawn.argmax()] if drawn.max() > 1 - 1e-9 else drawn
 
 
 def iid_partition(labels: np.ndarray, num_clients: int, *, seed: int = 42) -> list[np.ndarray]:
