@@ -259,7 +259,8 @@ def _decode_cifar(name: str, cache: Path) -> Decoded:
 def _decode_folder(source: Path, size: int, limit: int, test_limit: int, choices: Choices) -> Decoded:
     from torchvision.datasets import ImageFolder
 
-    for folder in (source / "train", source / "test") if (source / "train").is_dir() else (source,):
+    splits = source / "train", source / "test"
+    for folder in splits if all(split.is_dir() for split in splits) else (source,):
         check_classes(folder)
     try:
         if (source / "train").is_dir():

@@ -159,14 +159,16 @@ def named_like_splits(folder: Path, forms: str) -> None:
 
 def only_folders(folder: Path) -> bool:
     """Say whether there are folders in a folder, and no files."""
-    entries = (e for e in os.scandir(folder) if not e.name.startswith(".") and e.name not in OF_SYSTEMS)
-    first = next(entries, None)
-    return first is not None and first.is_dir() and all(entry.is_dir() for entry in entries)
+    with os.scandir(folder) as entries:
+        visible = (e for e in entries if not e.name.startswith(".") and e.name not in OF_SYSTEMS)
+        first = next(visible, None)
+        return first is not None and first.is_dir() and all(entry.is_dir() for entry in visible)
 
 
 def _subfolders(folder: Path) -> list[str]:
-    entries = os.scandir(folder)
-    return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name not in OF_SYSTEMS)
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return sorted(name for name in names if name not in OF_SYSTEMS)
 
 
 def _held_out(images: Sequence[Listed]) -> list[Listed]:

@@ -42,6 +42,11 @@ class ServerData:
         self.pixels = int(np.prod(dataset.test.images.shape[1:3]))
         self.model = build.on_device(self.new_model(), self.device)
 
+    @property
+    def examples(self) -> int:
+        """Count the held-out images."""
+        return len(self._held_out.labels)
+
     def new_model(self, *place: int) -> TwoHeadResNet18:
         """Make the run's untrained model, or at another `place` of random draws another one."""
         return self._make(*place)

@@ -136,7 +136,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         )
     for path, found in left:
         what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
-        is_own_copy = path.parent.resolve() == _store_of(run)
+        is_own_copy = _store_of(run) in path.resolve().parents
         reason = f"needed by {', '.join(needed_by)}" if needed_by and is_own_copy and not found.unread else ""
         kept.append({"what": what, "why": reason or scan.why_left(path, found, home)})
     if not look_for:
