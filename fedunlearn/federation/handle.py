@@ -1,6 +1,6 @@
 """The federation as a strategy sees it: clients to ask, a state to change, and the server's own data."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -225,7 +225,7 @@ class Federation:
             raise DestroyedError(f"{error}{self._trained}") from error
         missing = [client for client in asked if client in self._forget.clients and client not in results.counts]
         if missing:
-            raise NotNowError(f"{named(missing[:1], self.config.partition.names)} did not reply to {task.name}")
+            raise NotNowError(f"{self.named(missing[:1])} did not reply to {task.name}")
         if not results.counts:
             raise NotNowError(f"no retain client replied to {task.name}")
         add_cost(self.costs, task.name, results.cost)
@@ -468,6 +468,10 @@ class Federation:
         """
         first, now, last = (learning_rate_of(self.config, r) for r in (1, round_, self.config.rounds))
         return ((now - last) / (first - last)) ** 2 if first > last else 0.0
+
+    def named(self, clients: Sequence[int]) -> str:
+        """Name clients in a sentence, as `client hospital_b`."""
+        return named(clients, self.config.partition.names)
 
     def begin_anew(self) -> None:
         """Go back to the run's initial weights, with nothing kept beside them."""

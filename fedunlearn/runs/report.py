@@ -63,7 +63,7 @@ def summary(run: Run, class_counts: np.ndarray | None = None) -> str:
     for column in columns:
         words = column in columns[:2]
         table.add_column(column, justify="left" if words else "right", no_wrap=not words)
-    for when, who, client, scores, test in score_rows(run):
+    for when, who, scores, test, client in score_rows(run):
         own, gap = str(fraction(scores["class"], scores["examples"])), _gap(client, scores, test, class_counts)
         table.add_row(escape(when), escape(who), str(scores["examples"]), own, gap, _id(who, scores))
     text = io.StringIO()
@@ -264,8 +264,8 @@ def readable(at: str) -> str:
     return datetime.fromisoformat(at).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def score_rows(run: Run) -> list[tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
-    """Give (when, who, a client's number as text, scores, scores on test images) of before and after every request, and of the last evaluation."""
+def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any], dict[str, Any], str]]:
+    """Give (when, who, scores, scores on test images, a client's number) of every request and the last evaluation."""
     points, evaluated = [], None
     for row in run.metrics():
         if row["kind"] == "forget":
@@ -279,8 +279,8 @@ def score_rows(run: Run) -> list[tuple[str, str, str, dict[str, Any], dict[str, 
     rows = []
     for when, scores in points:
         test = scores["test"]
-        rows += [(when, run.named([int(c)]), c, s, test) for c, s in scores["forgotten"].items()]
-        rows += [(when, "retain clients", "", scores["retain"], test), (when, "test", "", test, test)]
+        rows += [(when, run.named([int(client)]), s, test, client) for client, s in scores["forgotten"].items()]
+        rows += [(when, "retain clients", scores["retain"], test, ""), (when, "test", test, test, "")]
     return rows
 
 
