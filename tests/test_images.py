@@ -380,3 +380,65 @@ def test_without_pydicom_the_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
     with pytest.raises(UserError, match=r"pip install 'fedunlearn\[dicom\]'"):
         read_image(path, 4)
+
+
+# folders of classes ------------------------------------------------------------------------------------------------
+
+
+def classes_of(root, *names, per_class=6):
+    for name in names:
+        for i in range(per_class):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            saved(root / name, f"{i}.png", COLOURED)
+    return root
+
+
+def load(root, tmp_path, **options):
+    return datasets.load("folder", root=str(root), cache=tmp_path / "cache", image_size=8, **options)
+
+
+@pytest.mark.parametrize(
+    ("splits", "left_out"),
+    [
+        (("Train", "Test"), None),
+        (("training", "testing"), None),
+        (("train", "val"), None),
+        (("train", "test", "val"), "val"),
+        (("around/train", "around/test"), None),
+    ],
+)
+def test_splits_are_found_whatever_they_are_called(tmp_path, caplog, splits, left_out):
+    caplog.set_level(logging.INFO, logger="fedunlearn")
+    root = tmp_path / "root"
+    for place, split in enumerate(splits):
+        classes_of(root, f"{split}/a", f"{split}/b", per_class=2 + place)
+    data = load(root, tmp_path)
+    assert (data.class_names, len(data.train.labels), len(data.test.labels)) == (["a", "b"], 4, 6)
+    said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert said == ([f"left out of {root}: {left_out}"] if left_out else [])
+
+
+def test_what_is_beside_classes_is_passed_over_and_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="fedunlearn")
+    root = classes_of(tmp_path / "root", "a", "b", "__MACOSX/a", ".ipynb_checkpoints")
+    (root / "a" / "notes.txt").write_text("x")
+    assert load(root, tmp_path).class_names == ["a", "b"]
+    assert f"passed over in {root}: 1 .txt, 1 __MACOSX, 1 hidden" in caplog.text
+
+
+def test_an_empty_class_and_another_class_in_the_test_split_are_named(tmp_path):
+    root = classes_of(tmp_path / "root", "a", "b")
+    (root / "apple").mkdir()
+    with pytest.raises(UserError, match=r"no folder of one subfolder of images a class \(no image in apple\)"):
+        load(root, tmp_path)
+    other = classes_of(tmp_path / "other", "train/a", "train/b", "test/a", "test/c")
+    with pytest.raises(UserError, match="train and test have different classes: b"):
+        load(other, tmp_path)
+
+
+def test_class_names_of_any_kind_survive_the_store(tmp_path):
+    names = sorted(["$\\frac$", "a=b, c", "line\nbreak", "猫<b>&\"'", " blank"])
+    root = classes_of(tmp_path / "my data, x=1", *names)
+    data = load(root, tmp_path)
+    assert data.class_names == names
+    assert np.bincount(data.train.labels).tolist() == [5] * 5

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedunlearn.data.archives import entered, extract
-from fedunlearn.data.folders import KINDS, check_classes, owned
+from fedunlearn.data.class_folders import labelled
+from fedunlearn.data.folders import KINDS, owned
 from fedunlearn.data.formats import decode_medmnist, decode_npz
 from fedunlearn.data.hub import decode_hub
 from fedunlearn.data.images import Fit, ImageReader, Reading
@@ -126,7 +127,7 @@ def load(
             (ten noisy patterns, 10,000 images for training and 1,000 for testing if no limit says otherwise: for
             measuring speed where no images are at hand).
         cache: where downloads and decoded arrays are kept.
-        root: for `folder`: a tree that `torchvision.datasets.ImageFolder` reads, or an archive of one. With
+        root: for `folder`: a folder of one subfolder of images a class, or an archive of one. With
             subfolders `train/` and `test/` these are the splits; otherwise every sixth image of a class is for testing.
         limit, test_limit: keep that many images, the first of each class in equal numbers; 0 keeps all.
         image_size: for `folder` and `random`: pixels a side.
@@ -172,7 +173,7 @@ def source_of(
         names, reading = list(owners.names or found.images), choices.reading(image_size)
         return OwnedSource(store, found, names, reading, limit, test_limit, choices.skip_bad)
     if name == "folder":
-        source = _unpacked(_existing(root), cache)
+        source = entered(_unpacked(_existing(root), cache))
         key = folder_key(source, image_size, [*listing_of(source), *choices.key])
         decode = partial(_decode_folder, source, image_size, limit, test_limit, choices)
     elif name in OF_FILES:
@@ -257,28 +258,8 @@ def _decode_cifar(name: str, cache: Path) -> Decoded:
 
 
 def _decode_folder(source: Path, size: int, limit: int, test_limit: int, choices: Choices) -> Decoded:
-    from torchvision.datasets import ImageFolder
-
-    splits = source / "train", source / "test"
-    for folder in splits if all(split.is_dir() for split in splits) else (source,):
-        check_classes(folder)
-    try:
-        if (source / "train").is_dir():
-            train, test = ImageFolder(source / "train"), ImageFolder(source / "test")
-            parts = [(train.samples, limit), (test.samples, test_limit)]
-            if train.classes != test.classes:
-                raise UserError(f"{source}/train and {source}/test have different classes")
-        else:
-            train = ImageFolder(source)
-            is_test = _every_sixth([label for _, label in train.samples])
-            parts = [
-                ([sample for sample, for_test in zip(train.samples, is_test, strict=True) if for_test == wanted], most)
-                for wanted, most in ((False, limit), (True, test_limit))
-            ]
-    except FileNotFoundError as error:
-        raise UserError(f"data.root={source} is no folder of one subfolder of images a class ({error})") from error
-    if len(train.classes) < 2:
-        raise UserError(f"data.root={source} has one class ({train.classes[0]}): at least 2 are needed")
+    found = labelled(source)
+    parts = [(found.train, limit), (found.test, test_limit)]
     if not all(samples for samples, _ in parts):
         raise UserError(
             f"data.root={source} has no images for testing: give train/ and test/, or six of a class and more"
@@ -288,7 +269,7 @@ def _decode_folder(source: Path, size: int, limit: int, test_limit: int, choices
     reader = ImageReader(choices.reading(size), total=total)
     (train_images, files), (test_images, _) = (_read_images(samples, most, reader) for samples, most in parts)
     reader.conclude(skip_bad=choices.skip_bad)
-    return Decoded(train_images, test_images, train.classes, {"source": str(source), "image_size": size}, files)
+    return Decoded(train_images, test_images, found.classes, {"source": str(source), "image_size": size}, files)
 
 
 def _read_images(samples: list[tuple[str, int]], limit: int, reader: ImageReader) -> tuple[Split, list[str]]:
@@ -298,14 +279,6 @@ def _read_images(samples: list[tuple[str, int]], limit: int, reader: ImageReader
     images, is_good = reader.read([samples[position][0] for position in positions])
     positions = positions[is_good]
     return Split(images, labels[positions]), [samples[position][0] for position in positions]
-
-
-def _every_sixth(class_of: list[int]) -> np.ndarray:
-    labels = np.array(class_of)
-    is_test = np.zeros(len(labels), bool)
-    for k in np.unique(labels):
-        is_test[np.flatnonzero(labels == k)[5::6]] = True
-    return is_test
 
 
 def _existing(root: str) -> Path:

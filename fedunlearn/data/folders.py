@@ -90,7 +90,7 @@ def of_folders(root: Path) -> Owned:
     is_split = (root / "train").is_dir()
     base = root / "train" if is_split else root
     _check_form(root, base)
-    clients: dict[str, list[Listed]] = {class_name(name): [] for name in _subfolders(base)}
+    clients: dict[str, list[Listed]] = {class_name(name): [] for name in subfolders(base)}
     by_class: dict[tuple[str, str], list[Listed]] = defaultdict(list)
     common: list[Listed] = []
     for file in found.files:
@@ -117,17 +117,17 @@ def of_folders(root: Path) -> Owned:
 
 def _check_form(root: Path, base: Path) -> None:
     """Raise UserError where folders are named like splits, or a class folder holds only folders."""
-    if base != root and (others := sorted(set(_subfolders(root)) - {"train", "test"})):
+    if base != root and (others := sorted(set(subfolders(root)) - {"train", "test"})):
         raise UserError(
             f"{_shown(root)} has {_listed(others)} beside train/ and test/: move it away, or into one of them"
         )
     named_like_splits(base, "root/client/class/image, or root/train/client/class/image and root/test/class/image")
-    for client in _subfolders(base):
+    for client in subfolders(base):
         named_like_splits(
             base / client,
             "root/train/client/class/image and root/test/client/class/image, or partition.file=clients.csv",
         )
-        for name in _subfolders(base / client):
+        for name in subfolders(base / client):
             if only_folders(base / client / name):
                 raise UserError(
                     f"{_shown(base / client / name)} is the folder of a class and holds only folders: "
@@ -139,7 +139,7 @@ def _check_form(root: Path, base: Path) -> None:
 def check_classes(root: Path) -> None:
     """Raise UserError where the class folders of a tree without owners are clients or splits."""
     named_like_splits(root, "train/ and test/")
-    for name in _subfolders(root):
+    for name in subfolders(root):
         if only_folders(root / name):
             raise UserError(
                 f"{_shown(root / name)} is the folder of a class and holds only folders: are these the classes of a "
@@ -149,7 +149,7 @@ def check_classes(root: Path) -> None:
 
 def named_like_splits(folder: Path, forms: str) -> None:
     """Raise UserError where two subfolders or more are named like splits; `forms` says how they may be named."""
-    names = _subfolders(folder)
+    names = subfolders(folder)
     if len(alike := [name for name in names if name.casefold() in SPLITS]) > 1:
         raise UserError(
             f"{_shown(folder)} has {_listed(alike)}, which are no classes and no clients: {forms} is read. Is there a "
@@ -165,7 +165,8 @@ def only_folders(folder: Path) -> bool:
         return first is not None and first.is_dir() and all(entry.is_dir() for entry in visible)
 
 
-def _subfolders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
+    """Name the folders in a folder, but for hidden ones and those of operating systems."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     return sorted(name for name in names if name not in OF_SYSTEMS)

@@ -262,11 +262,11 @@ def _delete_stale(home: Path) -> list[str]:
             is_archive_needed = True
             continue
         source = Path(meta.get("source", home)).resolve()
-        is_unpacked = source.parent == data
+        is_unpacked = data in source.parents
         is_there = source.exists()  # else its run may come back
         is_used = store.resolve() in stores or meta["fingerprint"] in studied
         if is_used or not is_there or (is_unpacked and is_archive_needed):
-            sources.add(source)
+            sources |= {source, *source.parents}
         else:
             shutil.rmtree(store)
             deleted.append(store.name)
