@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import tarfile
@@ -11,6 +12,7 @@ from fedunlearn.data import datasets
 from fedunlearn.data.archives import entered, extract
 from fedunlearn.data.images import ImageReader, Reading, class_name, find_images, read_image, say_passed_over
 from fedunlearn.data.scaling import OutOfRangeError, UnreadableError, scaled
+from fedunlearn.data.store import add_to_list
 from fedunlearn.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -199,7 +201,8 @@ def test_dark_16_bit_images_are_pointed_out(tmp_path, caplog):
 @pytest.mark.parametrize("choice", [{"fit": "pad"}, {"exif": True}, {"window": (0.0, 4095.0)}, {"skip_bad": True}])
 def test_another_choice_makes_another_copy_and_the_defaults_none(choice):
     assert datasets.Choices().key == []
-    assert datasets.Choices(**choice).key == list(choice.items())
+    ((name, value),) = choice.items()
+    assert datasets.Choices(**choice).key == [f"{name}={value!r}"]
 
 
 # finding -----------------------------------------------------------------------------------------------------------
@@ -442,3 +445,20 @@ def test_class_names_of_any_kind_survive_the_store(tmp_path):
     data = load(root, tmp_path)
     assert data.class_names == names
     assert np.bincount(data.train.labels).tolist() == [5] * 5
+
+
+def test_files_of_any_name_are_listed_for_removal_until_they_are_gone(tmp_path):
+    names = ["a.png", "line\nbreak.png", os.fsdecode(b"caf\xe9.png"), "猫.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    paths = [str(tmp_path / name) for name in names]
+    listed = tmp_path / "list.txt"
+    add_to_list(listed, paths[:2])
+    add_to_list(listed, [*paths[1:], "/no/such"])
+    assert listed.read_text() == "".join(
+        f"{path if path in (paths[0], paths[3]) else json.dumps(path)}\n" for path in paths
+    )
+    for path in paths[1:]:
+        os.unlink(path)
+    add_to_list(listed, [])
+    assert listed.read_text() == f"{paths[0]}\n"

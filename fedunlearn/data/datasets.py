@@ -58,9 +58,10 @@ class Choices(NamedTuple):
     columns: tuple[str, ...] = ()
 
     @property
-    def key(self) -> list[tuple[str, Any]]:
+    def key(self) -> list[str]:
         """List the choices that are not the defaults."""
-        return [(name, value) for name, value in self._asdict().items() if value != self._field_defaults[name]]
+        chosen = self._asdict().items()
+        return [f"{name}={value!r}" for name, value in chosen if value != self._field_defaults[name]]
 
     def reading(self, size: int) -> Reading:
         """Say how image files are read, to `size` pixels a side."""
@@ -258,6 +259,7 @@ def _decode_cifar(name: str, cache: Path) -> Decoded:
 
 
 def _decode_folder(source: Path, size: int, limit: int, test_limit: int, choices: Choices) -> Decoded:
+    about = {"source": str(source), "image_size": size, "choices": choices.key}
     found = labelled(source)
     parts = [(found.train, limit), (found.test, test_limit)]
     if not all(samples for samples, _ in parts):
@@ -269,7 +271,7 @@ def _decode_folder(source: Path, size: int, limit: int, test_limit: int, choices
     reader = ImageReader(choices.reading(size), total=total)
     (train_images, files), (test_images, _) = (_read_images(samples, most, reader) for samples, most in parts)
     reader.conclude(skip_bad=choices.skip_bad)
-    return Decoded(train_images, test_images, found.classes, {"source": str(source), "image_size": size}, files)
+    return Decoded(train_images, test_images, found.classes, about, files)
 
 
 def _read_images(samples: list[tuple[str, int]], limit: int, reader: ImageReader) -> tuple[Split, list[str]]:

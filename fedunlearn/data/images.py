@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from unicodedata import normalize
 
 import numpy as np
@@ -160,12 +160,6 @@ class Reading(NamedTuple):
     fit: Fit = "stretch"
     exif: bool = False
     window: Window = ()
-
-    @property
-    def key(self) -> list[tuple[str, Any]]:
-        """List the choices beside the size that are not the defaults: the name of a decoded copy depends on them."""
-        chosen = self._replace(size=Reading().size)._asdict().items()
-        return [(name, value) for name, value in chosen if value != self._field_defaults[name]]
 
 
 def read_image(

@@ -22,6 +22,7 @@ from fedunlearn.data.store import (
     Belongings,
     Dataset,
     Split,
+    add_to_list,
     digest_of,
     fingerprint,
     mapped,
@@ -340,10 +341,7 @@ class OwnedSource:
             removed[name] = {"train": part.count("train") or earlier["train"], "classes": classes}
             files += [str(self.root / image.file) for image in images]
         _write_json(self.store / REMOVED, removed)
-        listed = self.store / REMOVED_FILES
-        earlier_files = listed.read_text().splitlines() if listed.exists() else []
-        left = [file for file in dict.fromkeys([*earlier_files, *files]) if Path(file).exists()]
-        listed.write_text("".join(f"{file}\n" for file in left))
+        add_to_list(self.store / REMOVED_FILES, files)
         self.delete_all_but(self.part_names(), of=set(counts))
         return counts
 

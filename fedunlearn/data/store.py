@@ -226,14 +226,12 @@ class Dataset:
     def _expect_removal(self, files: set[str]) -> None:
         """List files of the source that are not needed any more; once they are deleted, these images are used still."""
         source, (kind, _, *rest) = Path(self._meta["source"]), self.store.name.split("-")
-        listed = self.store / REMOVED_FILES
-        earlier = listed.read_text().splitlines() if listed.exists() else []
-        left = [file for file in [*earlier, *sorted(files)] if Path(file).exists()]
-        listed.write_text("".join(f"{file}\n" for file in left))
+        add_to_list(self.store / REMOVED_FILES, sorted(files))
         listing = list(listing_of(source)) if source.is_dir() else []
 
         def store(rows: list[tuple]) -> Path:
-            return self.store.with_name("-".join([kind, folder_key(source, self._meta["image_size"], rows), *rest]))
+            key = folder_key(source, self._meta["image_size"], [*rows, *self._meta.get("choices", [])])
+            return self.store.with_name("-".join([kind, key, *rest]))
 
         alias = store([row for row in listing if row[0] not in files])
         if store(listing).resolve() == self.store.resolve() and not alias.exists():
@@ -261,6 +259,15 @@ class Belongings(NamedTuple):
     own: Split
     others: np.ndarray
     files: list[Path]
+
+
+def add_to_list(listed: Path, files: Iterable[str]) -> None:
+    """Add files to a list of files, one a line, and drop those that are gone; odd names are there in JSON's quotes."""
+    lines = os.fsdecode(listed.read_bytes()).split("\n") if listed.exists() else []
+    earlier = [json.loads(line) if line.startswith('"') else line for line in lines if line]
+    left = [file for file in dict.fromkeys([*earlier, *files]) if os.path.lexists(file)]
+    text = "".join(f"{file if file.isprintable() else json.dumps(file)}\n" for file in left)
+    listed.write_bytes(os.fsencode(text))
 
 
 def about(store: Path) -> dict[str, Any]:
