@@ -70,29 +70,39 @@ def find_images(root: Path) -> Found:
         (['a.JPG', 'b.png'], {'hidden': 1, '.txt': 1})
     """
     passed_over: Counter[str] = Counter()
-    files = list(_walk(root, Path(), (), passed_over))
+    files = [Path(path).relative_to(root) for path in image_paths(root, passed_over)]
     return Found(files, passed_over)
 
 
-def _walk(root: Path, below: Path, within: tuple[tuple[int, int], ...], passed_over: Counter[str]) -> Iterator[Path]:
-    """Give the images of the folder `root / below`; `within` identifies the folders that it is in."""
+def image_paths(root: Path, passed_over: Counter[str] | None = None) -> Iterator[str]:
+    """Give the paths of all image files below a folder, as `find_images` does, but in less time.
+
+    Args:
+        root: the folder, which the paths begin with.
+        passed_over: counts, by kind, what is passed over.
+    """
+    return _walk(str(root), (), Counter() if passed_over is None else passed_over)
+
+
+def _walk(folder: str, within: tuple[tuple[int, int], ...], passed_over: Counter[str]) -> Iterator[str]:
+    """Give the images below a folder; `within` identifies the folders that it is in."""
     try:
-        entries = sorted(os.scandir(root / below), key=lambda entry: entry.name)
-        stat = os.stat(root / below)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        stat = os.stat(folder)
     except OSError as error:
-        raise UserError(f"{printable(str(root / below))} cannot be opened ({error.strerror})") from error
+        raise UserError(f"{printable(folder)} cannot be opened ({error.strerror})") from error
     within = (*within, (stat.st_dev, stat.st_ino))
     folders = []
     for entry in entries:
         kind = _kind(entry, within)
         if kind == "folder":
-            folders.append(entry.name)
+            folders.append(entry.path)
         elif kind == "image":
-            yield below / entry.name
+            yield entry.path
         else:
             passed_over[kind] += 1
-    for name in folders:
-        yield from _walk(root, below / name, within, passed_over)
+    for path in folders:
+        yield from _walk(path, within, passed_over)
 
 
 def _kind(entry: os.DirEntry, within: Sequence[tuple[int, int]]) -> str:
@@ -106,7 +116,7 @@ def _kind(entry: os.DirEntry, within: Sequence[tuple[int, int]]) -> str:
             stat = entry.stat()
             return "loop of links" if (stat.st_dev, stat.st_ino) in within else "folder"
         if entry.is_file():
-            ending = Path(entry.name).suffix.lower()
+            ending = os.path.splitext(entry.name)[1].lower()
             return "image" if ending in ENDINGS or is_dicom(Path(entry)) else ending or "no ending"
     except OSError:  # a link of links that never ends
         return "dangling link"

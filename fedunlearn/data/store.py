@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedunlearn.data.images import find_images
+from fedunlearn.data.images import image_paths
 from fedunlearn.errors import UserError
 
 REMOVED_FILES = "files-to-delete.txt"
@@ -413,14 +413,14 @@ def folder_key(source: Path, image_size: int, listing: Iterable[tuple]) -> str:
 def listing_of(source: Path, *, all_files: bool = False) -> Iterator[tuple]:
     """List the path, size and time of a file, or of every image, or every file, below a folder."""
     if not source.is_dir():
-        files = [source]
+        files: Iterable[str] = [str(source)]
     elif all_files:
-        files = sorted(file for file in source.rglob("*") if file.is_file())
+        files = sorted(str(file) for file in source.rglob("*") if file.is_file())
     else:
-        files = [source / file for file in find_images(source).files]
+        files = image_paths(source)
     for file in files:
-        stat = file.stat()
-        yield str(file), stat.st_size, stat.st_mtime_ns
+        stat = os.stat(file)
+        yield file, stat.st_size, stat.st_mtime_ns
 
 
 def digest_of(parts: list) -> str:
