@@ -109,8 +109,7 @@ def dealt(config: Config, labels: np.ndarray) -> list[np.ndarray]:
 def deal_of(config: Config) -> str:
     """Name how a run deals its images out: the same for runs that do it in the same way."""
     split = config.partition
-    fields = None if split.has_owners else {"kind", "dirichlet_alpha", "seed"}  # those that there were in 0.1.0
-    about = {"clients": config.clients, **split.model_dump(include=fields)}
+    about = {"clients": config.clients, **split.model_dump()}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_serializer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -55,7 +55,11 @@ class Data(Settings):
         description="absolute path of images of your own: a folder or an archive of one for folder, else a file",
     )
     limit: int = Field(
-        default=0, ge=0, le=10**9, description="training images to keep, the first of each class; 0 keeps all"
+        default=0,
+        ge=0,
+        le=10**9,
+        description="training images to keep, the first of each class (and of each client, where folders or a file say "
+        "whose they are); 0 keeps all",
     )
     test_limit: int = Field(default=0, ge=0, le=10**9, description="test images to keep; 0 keeps all")
     image_size: int = Field(default=32, ge=8, le=1024, description="for folder, hf and random: pixels a side")
@@ -98,6 +102,11 @@ class Partition(Settings):
         default=0.6, ge=1e-6, le=1e6, description="concentration of the Dirichlet split; lower is less even"
     )
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="of the split")
+
+    @model_serializer(mode="wrap")
+    def _without_empty_names(self, write: Any) -> dict[str, Any]:
+        """Write what earlier versions knew, where nobody owns an image: what depends on settings stays as it was."""
+        return {name: value for name, value in write(self).items() if value or name not in ("file", "names")}
 
     @property
     def has_owners(self) -> bool:
@@ -179,7 +188,8 @@ class Forget(Settings):
 
     schedule: dict[int, list[int]] = Field(
         default_factory=dict,
-        description="round -> clients forgotten after it, as {6:[3]}; those of round 0 never take part",
+        description="round -> clients forgotten after it, as {6:[3]} or {6:[hospital_b]}; those of round 0 never take "
+        "part",
     )
     attempts: int = Field(default=3, ge=1, le=100, description="times a request is tried before it is set aside")
     gate: bool = Field(
@@ -204,7 +214,7 @@ class Forget(Settings):
         default=False, description="whether only a request counts that its clients' key has signed (forget.keys)"
     )
     keys: dict[int, str] = Field(
-        default_factory=dict, description="client -> id of its key, as `fedunlearn keys new` prints it"
+        default_factory=dict, description="client, by number or name -> id of its key, as `fedunlearn keys new` says"
     )
     due_months: int = Field(
         default=1, ge=0, le=120, description="months in which a request has to be applied (GDPR, Art. 12(3))"
@@ -289,7 +299,8 @@ class Config(Settings):
     )
     readmit: list[int] = Field(
         default=[],
-        description="clients that train in a new run though another run of the state folder forgot them for good",
+        description="clients, by number or name, that train in a new run though another run of the state folder forgot "
+        "them for good",
     )
     data: Data = Data()
     partition: Partition = Partition()

@@ -207,12 +207,12 @@ def clients_of(name: str, *, owners: Owners, **options: Any) -> list[str]:
     Raises:
         UserError: the data set does not say whose its images are.
     """
-    everybody = owners._replace(names=())
+    of_all = owners._replace(names=())
     if owners.kind in KINDS:
-        source = source_of(name, owners=everybody, **options)
+        source = source_of(name, owners=of_all, **options)
         assert isinstance(source, OwnedSource)
         return list(source.clients)
-    if clients := load(name, owners=everybody, **options).clients:
+    if clients := load(name, owners=of_all, **options).clients:
         return clients
     raise UserError(f"partition.kind={owners.kind}: data.name={name} does not say whose its images are")
 

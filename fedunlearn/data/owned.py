@@ -237,7 +237,7 @@ class OwnedDataset(Dataset):
         return self.slices
 
     def belongings(self, clients: Collection[int], slices: Sequence[np.ndarray]) -> Belongings:
-        """Give all images of clients, held-out ones too, and beside them everybody else's."""
+        """Give all images of clients, held-out ones too, and beside them all others."""
 
         def images_of(is_wanted: bool) -> np.ndarray:
             chosen = [part for c, part in enumerate(self.parts) if (c in clients) == is_wanted]

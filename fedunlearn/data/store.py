@@ -172,7 +172,7 @@ class Dataset:
             return np.split(kept["indices"], kept["cuts"])
 
     def belongings(self, clients: Collection[int], slices: Sequence[np.ndarray]) -> "Belongings":
-        """Give all images of clients, and beside them everybody else's.
+        """Give all images of clients, and beside them all others.
 
         Args:
             clients: by number.
@@ -252,7 +252,7 @@ class Belongings(NamedTuple):
 
     Attributes:
         own: their images and labels.
-        others: everybody else's images, uint8 [N, H, W, channels].
+        others: all other images, uint8 [N, H, W, channels].
         files: that theirs were read from, if that is known.
     """
 

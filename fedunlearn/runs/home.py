@@ -152,7 +152,8 @@ def tidy(run: Run) -> None:
 def check_data(run: Run, data: Mapping[str, str]) -> None:
     """Raise UserError where the images of clients that still take part are others than a run was trained on."""
     if others := changed(run, data):
-        raise UserError(f"run {run.name} was trained on other data ({others})")
+        hint = "put the files back as they were, or take another run name"
+        raise UserError(f"run {run.name} was trained on other data ({others}): {hint}")
 
 
 def _check_classes(run: Run, images: "Images") -> None:

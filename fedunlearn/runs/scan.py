@@ -23,7 +23,7 @@ class Owned(NamedTuple):
     """Some clients' images, and what there is to tell them from.
 
     Attributes:
-        images: theirs and everybody else's.
+        images: theirs and all others.
         class_counts: of each of the clients' training images, [K], by its number as text.
     """
 
