@@ -4,6 +4,7 @@ Nothing here imports torch, so that a command that only reads a run answers at o
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -392,7 +393,7 @@ def check(config: Config) -> Config:
         check_clients(clients, config.clients)
     if config.readmit:
         check_clients(config.readmit, config.clients)
-    if (window := config.data.window) and not (len(window) == 2 and window[0] < window[1]):
+    if (window := config.data.window) and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
         raise UserError(f"data.window={window} is not [low,high], with a low value below the high one")
     if config.forget.schedule and config.forget.signed:
         raise UserError("forget.schedule asks without a signature, and forget.signed=true wants one")

@@ -102,7 +102,7 @@ def has_text(declared: FieldInfo) -> bool:
     return is_text(declared.annotation)
 
 
-def put(values: MutableMapping[str, Any], settings: Mapping[str, Any]) -> None:
+def put(values: MutableMapping[Any, Any], settings: Mapping[str, Any]) -> None:
     """Put settings by their dotted names into nested mappings; what is no mapping is left for others to refuse."""
     for name, value in settings.items():
         *groups, leaf = name.split(".")

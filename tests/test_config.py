@@ -140,6 +140,7 @@ def test_keys_that_look_like_numbers_stay_text():
         ("data.columns=a", "data.columns=a"),
         ("data.window=[3]", r"data.window=\[3.0\] is not \[low,high\]"),
         ("data.window=[3,3]", "with a low value below the high one"),
+        ("data.window=[0,inf]", "with a low value below the high one"),
     ],
 )
 def test_lists_that_are_none_are_named(word, message):

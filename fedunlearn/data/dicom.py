@@ -48,7 +48,7 @@ def read_dicom(path: Path, window: Window = ()) -> np.ndarray:
     """
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut
+        from pydicom.pixels.processing import apply_modality_lut
     except ImportError as error:
         raise UserError(
             f"{printable(str(path))} is DICOM, which the package pydicom reads: pip install 'fedunlearn[dicom]'"
@@ -64,7 +64,7 @@ def read_dicom(path: Path, window: Window = ()) -> np.ndarray:
 
 
 def _coloured(image: Any) -> np.ndarray:
-    from pydicom.pixels import apply_color_lut
+    from pydicom.pixels.processing import apply_color_lut
 
     # pydicom gives YBR as RGB
     is_palette = image.PhotometricInterpretation == "PALETTE COLOR"

@@ -24,8 +24,6 @@ SPLITS = {
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 LABELS = ("label", "labels", "class", "target")
-ROWS = 256
-"""Of a parquet file that are read at once."""
 
 log = logging.getLogger("fedunlearn")
 
@@ -126,7 +124,7 @@ def split_of(name: str) -> str:
 
 def _of_tables(files: list[Path], root: Path, label: str, client: str) -> Part:
     """Give the images and labels of parquet files or Arrow files."""
-    tables = [_table(file) for file in files]
+    tables = [arrow_table(file) for file in files]
     features = _features(tables[0])
     label = label or _label_column(files[0], tables[0].column_names, features)
     image = _image_column(files[0], tables[0], features)
@@ -156,15 +154,20 @@ def _content(cell: Any, name: str, root: Path) -> Any:
     return Content(f"{name} ({path})" if path else name, data or b"")
 
 
-def _table(file: Path) -> Any:
+def arrow_table(file: Path) -> Any:
+    """Read a parquet file, or one of Arrow's.
+
+    Raises:
+        UserError: it is damaged, or pyarrow is not installed.
+    """
     try:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{file.name} is read by the package pyarrow: pip install 'fedunlearn[hf]'") from error
     try:
-        if file.suffix == ".parquet":
-            return pyarrow.parquet.read_table(file, partitioning=None)
+        if file.suffix != ".arrow":
+            return pyarrow.parquet.ParquetFile(file).read()
         with pyarrow.OSFile(str(file)) as opened:
             return pyarrow.ipc.open_stream(opened).read_all()
     except (OSError, pyarrow.ArrowException) as error:

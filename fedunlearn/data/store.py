@@ -405,7 +405,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def folder_key(source: Path, image_size: int, listing: Iterable[tuple]) -> str:
+def folder_key(source: Path, image_size: int, listing: Iterable[tuple | str]) -> str:
     """Name the decoded copy of a folder's files."""
     return digest_of([str(source), image_size, *listing])[:16]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedunlearn.data.formats import about_of, classes, split_off
+from fedunlearn.data.hub import arrow_table
 from fedunlearn.data.store import Decoded, Split
 from fedunlearn.errors import UserError, printable
 
@@ -18,6 +19,9 @@ MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
 """What stands for no value, in small letters."""
 MOST_WORDS = 100
 """Different texts that a column of categories may have."""
+
+LARGEST = float(np.finfo(np.float32).max)
+"""That fp32 holds."""
 
 log = logging.getLogger("fedunlearn")
 Columns = dict[str, list[str]]
@@ -107,15 +111,7 @@ def _comma_separated(file: Path) -> Columns:
 
 
 def _parquet(file: Path) -> Columns:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{file.name} is read by the package pyarrow: pip install 'fedunlearn[hf]'") from error
-    try:
-        table = pyarrow.parquet.read_table(file, partitioning=None)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{printable(str(file))} cannot be read ({printable(str(error))})") from error
+    table = arrow_table(file)
     columns = zip(table.column_names, table.columns, strict=True)
     return {name: ["" if value is None else _text(value) for value in column.to_pylist()] for name, column in columns}
 
@@ -174,7 +170,7 @@ def _is_number(text: str) -> bool:
         (True, False, False)
     """
     try:
-        return "_" not in text and math.isfinite(float(text)) and abs(float(text)) <= np.finfo(np.float32).max
+        return "_" not in text and math.isfinite(float(text)) and abs(float(text)) <= LARGEST
     except ValueError:
         return False
 
