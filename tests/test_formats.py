@@ -13,7 +13,7 @@ from fedunlearn.data.batches import batches, scale
 from fedunlearn.data.datasets import Choices
 from fedunlearn.data.hub import split_of
 from fedunlearn.data.search import Wanted
-from fedunlearn.data.store import Split
+from fedunlearn.data.store import Dataset, Split
 from fedunlearn.errors import UserError
 from fedunlearn.nn.augment import augmented, draws
 from fedunlearn.nn.mlp import mlp
@@ -384,3 +384,22 @@ def test_uint8_batches_are_as_they_were():
     own = images(4, 6, 6, 3)
     (batch, _, _) = next(batches(Split(own, np.arange(4)), np.arange(4), 0, batch_size=4, device=torch.device("cpu")))
     assert torch.equal(batch, torch.from_numpy(own).permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+
+# in a federation ---------------------------------------------------------------------------------------------------
+
+
+def test_a_client_of_a_table_is_forgotten_with_its_rows(federate, tmp_path):
+    sites = ["A", "b, c", "1.10", "true"]
+    rows = [f"{i % 7},{i % 5},{sites[i % 4]},{'yes' if i % 7 > 3 else 'no'}" for i in range(160)]
+    file = table_file(tmp_path, "\n".join(["age,dose,site,ill", *(row.replace("b, c", '"b, c"') for row in rows)]))
+    words = f"data.name=table data.root={file} data.label=ill data.client=site partition.kind=column data.limit=0"
+    federate(f"{words} data.test_limit=0 strategy=leave rounds=1 forget.schedule={{1:[1.10]}}")
+    (request,) = federate.requests()
+    assert request.state == "COMPLETED"
+    (store,) = (federate.home / "data").glob("table-*")
+    left = Dataset(store).train.images[:, 0, 0]
+    whole = decoded("table", file, tmp_path, Choices(label="ill", client="site"))
+    own = np.array(whole.clients) == "1.10"
+    assert own.sum() > 30
+    assert (left == whole.train.images[~own][:, 0, 0]).all()

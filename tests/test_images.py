@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from command_line import command
 from fedunlearn.data import datasets
 from fedunlearn.data.archives import entered, extract
 from fedunlearn.data.images import ImageReader, Reading, class_name, find_images, read_image, say_passed_over
@@ -203,6 +204,18 @@ def test_another_choice_makes_another_copy_and_the_defaults_none(choice):
     assert datasets.Choices().key == []
     ((name, value),) = choice.items()
     assert datasets.Choices(**choice).key == [f"{name}={value!r}"]
+
+
+def test_unreadable_images_end_a_run_before_anything_starts(home, tmp_path, monkeypatch, capsys):
+    root = classes_of(tmp_path / "root", "a", "b")
+    for name in ("a/0.png", "b/3.png"):
+        (root / name).write_bytes(b"no image")
+    monkeypatch.setattr("fedunlearn.apps.simulate._start_ray", lambda *about, **more: pytest.fail("Ray starts"))
+    assert command("run", "digits", "data.name=folder", f"data.root={root}") == 2
+    told = capsys.readouterr().err
+    assert "2 of 12 files are not readable images:" in told
+    assert all(f"{root / name}: cannot identify image file" in told for name in ("a/0.png", "b/3.png"))
+    assert not (home / "runs").exists()
 
 
 # finding -----------------------------------------------------------------------------------------------------------
