@@ -108,8 +108,7 @@ def dealt(config: Config, labels: np.ndarray) -> list[np.ndarray]:
 
 def deal_of(config: Config) -> str:
     """Name how a run deals its images out: the same for runs that do it in the same way."""
-    split = config.partition
-    about = {"clients": config.clients, **split.model_dump()}
+    about = {"clients": config.clients, **config.partition.model_dump()}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 

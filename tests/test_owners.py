@@ -142,7 +142,7 @@ def test_a_test_folder_that_is_no_client_is_named(tmp_path):
         opened(tree)
 
 
-@pytest.mark.parametrize("names", [HOSPITALS, ("train", "valid"), ("Training", "Test")])
+@pytest.mark.parametrize("names", [HOSPITALS, ("valid", "Testing")])
 def test_without_owners_folders_of_folders_and_splits_are_no_classes(tmp_path, names):
     tree = hospitals(tmp_path / "tree", clients=names, each=1)
     with pytest.raises(UserError, match=r"partition\.kind=folders"):
@@ -381,6 +381,26 @@ def test_owners_of_a_column_have_names_too(home, digits, tmp_path):
     np.savez(file, images=images, labels=np.arange(24) % 2)
     with pytest.raises(UserError, match=r"data\.name=npz does not say whose its images are"):
         compose(digits, f"data.name=npz data.root={file} partition.kind=column")
+
+
+def test_owners_of_a_column_stay_with_their_images_when_others_are_taken_out(home, digits, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (36, 8, 8), np.uint8)
+    file = tmp_path / "images.npz"
+    np.savez(file, images=images, labels=np.arange(36) // 3 % 2, clients=np.tile(["x", "y", "z"], 12))
+    config = compose(digits, f"data.name=npz data.root={file} partition.kind=column")
+    before = build.open_dataset(config)
+    slices = build.slices_of(config, before)
+    own, gone = before.train.images[slices[2]], np.isin(np.arange(len(before.train.labels)), slices[0])
+    before.without(gone, {})
+    after = build.open_dataset(config)
+    assert [len(owned) for owned in build.slices_of(config, after)] == [0, len(slices[1]), len(slices[2])]
+    assert (after.train.images[build.slices_of(config, after)[2]] == own).all()
+
+
+def test_without_owners_settings_are_written_as_they_were(home, digits):
+    config = compose(digits, "clients=4")
+    assert config.partition.model_dump() == {"kind": "dirichlet", "dirichlet_alpha": 0.6, "seed": 42}
+    assert build.deal_of(config) == "b0f7752db622f977"
 
 
 def test_owners_of_folders_need_folders(home, digits):
