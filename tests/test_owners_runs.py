@@ -7,6 +7,7 @@ import pytest
 
 from command_line import command
 from fedunlearn.build import open_dataset
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs import scan
 from fedunlearn.runs.receipts import FOLDER, write
@@ -158,6 +159,22 @@ def test_a_purged_client_and_its_held_out_images_leave_a_run_that_goes_on(federa
     hosted("forget.gate=true", rounds=3)
     assert [request.state for request in federate.requests()] == ["COMPLETED", "COMPLETED"]
     assert federate.requests()[1].detail["after"]["test"]["examples"] == 6
+
+
+def test_a_patient_and_single_files_of_a_client_are_forgotten(federate, tree):
+    places = [(c, k, i) for c in ("b", "3", "amt <1>", "c, d") for k in ("no", "yes") for i in range(6)]
+    lines = [f'"{c}/{k}/{i}.png","{c}",p{i // 2}' for c, k, i in places]
+    (tree / "clients.csv").write_text("\n".join(["path,client,patient", *lines]))
+    about = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 {QUICK}"
+    about += " partition.file=clients.csv forget.purge=never rounds=1"
+    federate(about, nodes=1)
+    federate.run().request(["b"], selection=Selection.by(patients=["p1"]))
+    federate.run().request(["c, d"], selection=Selection.by(examples=["c, d/no/0.png"]))
+    federate(about, nodes=1)
+    requests = federate.requests()
+    assert [(request.owners, request.state) for request in requests] == [([2], "COMPLETED"), ([3], "COMPLETED")]
+    assert [sum(r.detail["after"]["forgotten"][str(c)]["examples"] for c in r.clients) for r in requests] == [4, 1]
+    assert receipt(federate).names == {"2": "b"}
 
 
 def test_receipts_of_runs_without_names_are_read_as_they_were(federate):

@@ -324,7 +324,7 @@ def _forgotten_by(folder: Path) -> dict[str, str]:
         for request in reversed(requests)
         if request.id in purged or is_for_good
         for client in request.clients
-        for name in known[client]
+        for name in known.get(client, ())  # who is asked for a portion trains on
         if name
     }
 
