@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
-from fedunlearn.config import split_words
 from fedunlearn.runs.home import runs_folder
 from fedunlearn.runs.run import Run
+from fedunlearn.words import split_words
 
 SETTINGS = ("", "message_dtype=bf16", "unlearn.precision=bf16", "unlearn.retain_fraction=0.2")
 MEASURES = {

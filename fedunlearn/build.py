@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedunlearn.config import Config, state_home
+from fedunlearn.config import Config, place_of
 from fedunlearn.data import datasets, partition
+from fedunlearn.data.owned import OwnedDataset, OwnedSource
+from fedunlearn.data.store import Dataset, Split, fingerprint
 from fedunlearn.errors import UserError
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import TwoHeadResNet18
@@ -40,12 +42,12 @@ class Images(NamedTuple):
         return self.shape[2]
 
 
-def open_dataset(config: Config) -> datasets.Dataset:
+def open_dataset(config: Config) -> Dataset:
     """Open the images of a run, downloading and decoding them on first use."""
     return datasets.load(config.data.name, **_place_of(config))
 
 
-def source_of(config: Config) -> datasets.Source:
+def source_of(config: Config) -> datasets.Source | OwnedSource:
     """Say where the images of a run come from, and where their decoded copy is.
 
     Raises:
@@ -55,8 +57,7 @@ def source_of(config: Config) -> datasets.Source:
 
 
 def _place_of(config: Config) -> dict[str, Any]:
-    about = config.data.model_dump(include={"root", "limit", "test_limit", "image_size"})
-    return {"cache": state_home(config.home) / "data", **about}
+    return place_of(config.data, config.partition, config.home)
 
 
 def decode_for_readmitted(config: Config) -> None:
@@ -65,22 +66,36 @@ def decode_for_readmitted(config: Config) -> None:
     Raises:
         UserError: its source is gone too.
     """
-    store = source_of(config).store
-    if not config.readmit or not store.is_dir():
+    source = source_of(config)
+    if not config.readmit or not source.store.is_dir():
         return
-    dataset = datasets.Dataset(store.resolve())
+    if isinstance(source, OwnedSource):
+        source.take_back(source.clients[client] for client in config.readmit)
+        return
+    dataset = source.opened()
     slices = slices_of(config, dataset) if dataset.removed else []
     if gone := [client for client in config.readmit if slices and not len(slices[client])]:
-        if store.is_symlink():
+        if source.store.is_symlink():
             raise UserError(f"readmit={gone}: the files with the images of client {gone[0]} were deleted")
-        log.info("%s is decoded anew: it has all clients' images again", store)
-        shutil.rmtree(store)
+        log.info("%s is decoded anew: it has all clients' images again", source.store)
+        shutil.rmtree(source.store)
 
 
-def slices_of(config: Config, dataset: datasets.Dataset) -> list[np.ndarray]:
-    """Give every client's indices into the training images: as they were dealt out before some were taken out."""
+def slices_of(config: Config, dataset: Dataset) -> list[np.ndarray]:
+    """Give every client's indices into the training images: as they were dealt out before some were taken out.
+
+    Raises:
+        UserError: the images have other clients than the run.
+    """
     kept = dataset.dealt(deal_of(config))
-    return dealt(config, np.asarray(dataset.train.labels)) if kept is None else kept
+    if kept is None and config.partition.kind == "column":
+        owners = np.array(dataset.owners)
+        kept = [np.flatnonzero(owners == name) for name in config.partition.names or dataset.clients]
+    if kept is None:
+        kept = dealt(config, np.asarray(dataset.train.labels))
+    if len(kept) != config.clients:
+        raise UserError(f"clients={config.clients}: the images have {len(kept)} owners")
+    return kept
 
 
 def dealt(config: Config, labels: np.ndarray) -> list[np.ndarray]:
@@ -97,21 +112,26 @@ def deal_of(config: Config) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fingerprints_of(dataset: datasets.Dataset, slices: Sequence[np.ndarray]) -> dict[str, str]:
+def fingerprints_of(dataset: Dataset, slices: Sequence[np.ndarray]) -> dict[str, str]:
     """Compute the SHA-256 of what each client has, by its number as text, and of the images that are held out.
 
     That of a client without images is empty.
     """
-    own = {str(client): fingerprint_of(dataset.train, owned) for client, owned in enumerate(slices)}
-    return own | {"held-out": datasets.fingerprint(dataset.test)}
+    if isinstance(dataset, OwnedDataset):
+        return dataset.fingerprints()
+    own = {str(client): fingerprint_of(dataset, slices, client) for client in range(len(slices))}
+    return own | {"held-out": fingerprint(dataset.test)}
 
 
-def fingerprint_of(train: datasets.Split, owned: np.ndarray) -> str:
+def fingerprint_of(dataset: Dataset, slices: Sequence[np.ndarray], client: int) -> str:
     """Compute the SHA-256 of a client's images and labels; nothing where it has none."""
-    return datasets.fingerprint(datasets.Split(train.images[owned], train.labels[owned])) if len(owned) else ""
+    if isinstance(dataset, OwnedDataset):
+        return dataset.parts[client].fingerprint()
+    owned, train = slices[client], dataset.train
+    return fingerprint(Split(train.images[owned], train.labels[owned])) if len(owned) else ""
 
 
-def model_of(config: Config, dataset: datasets.Dataset | Images, *place: int) -> TwoHeadResNet18:
+def model_of(config: Config, dataset: Dataset | Images, *place: int) -> TwoHeadResNet18:
     """Make a new model, its weights drawn with the run's seed (and with `place`, for another one than the run's)."""
     model = config.model
     with torch.random.fork_rng(devices=[]):

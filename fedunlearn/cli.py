@@ -21,19 +21,21 @@ from typer.core import TyperCommand
 
 from fedunlearn import __version__
 from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
-from fedunlearn.commands import AsJson, Home, RunName, class_numbers, client_numbers, in_one_line, opened
+from fedunlearn.commands import AsJson, Home, RunName, class_numbers, in_one_line, opened
 from fedunlearn.config import Config, compose, state_home, writable_home
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
 from fedunlearn.log import set_up
+from fedunlearn.naming import name_of
 from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, runs_folder
 from fedunlearn.runs.ledger import FAILED, TAKEN_UP, Request
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.run import last_round, open_ledger, read_about
 from fedunlearn.runs.signed import action_of
-from fedunlearn.schema import fields_of, is_mapping, name_of, range_of
+from fedunlearn.schema import fields_of, is_mapping, range_of
+from fedunlearn.schema import name_of as setting_of
 
 if TYPE_CHECKING:
     from fedunlearn.runs.run import Run
@@ -134,11 +136,12 @@ def run(
     resources = Resources(engine, min(nodes, config.clients), cpus, gpus, workers)
     resources.check()
     from fedunlearn.apps.server_app import asked_for, prepared, train
+    from fedunlearn.build import open_dataset
 
-    prepared(config, asked_for(words or [], config))
+    open_dataset(prepared(config, asked_for(words or [], config)))  # what cannot be read is said before Ray starts
     log.info("run %s: starting %s", config.run, "Flower and Ray" if engine == "ray" else "in this process")
     folder = runs_folder(state_home(config.home)) / config.run
-    named = [word for word in words or [] if name_of(word) != "run"]
+    named = [word for word in words or [] if setting_of(word) != "run"]
     command = shlex.join(["fedunlearn", "run", app, *named, f"run={config.run}"])
     simulate(
         lambda grid: train(grid, config, words or []),
@@ -157,7 +160,9 @@ def forget(
         list[str] | None,
         typer.Argument(metavar="[SETTING=VALUE]...", help="Of this request: strategy=..., unlearn.NAME=..."),
     ] = None,
-    client: Annotated[list[str] | None, typer.Option(help="A client to forget; several make one request.")] = None,
+    client: Annotated[
+        list[str] | None, typer.Option(help="A client to forget, by name or number; several make one request.")
+    ] = None,
     class_: Annotated[
         list[str] | None, typer.Option("--class", help="Images of this class alone; of all clients without --client.")
     ] = None,
@@ -190,15 +195,15 @@ def forget(
     set_up(verbose=verbose)
     with opened(run, home) as found:
         if list_:
-            return show(found.ledger.requests(), as_json)
+            return show(found, found.ledger.requests(), as_json)
         if status:
-            return show([found.ledger.request(status)], as_json)
+            return show(found, [found.ledger.request(status)], as_json)
         if cancel:
             whose = found.ledger.request(cancel).owners
             asked = signed_request(found, whose, key, signed, action=f"cancel {cancel}")
-            return show([found.cancel(cancel, signed=asked)], as_json)
-        clients, selection = client_numbers(client or []), selected(found, class_ or [], patient or [], examples)
-        if accept and (clients or selection or words or dry_run or not by):
+            return show(found, [found.cancel(cancel, signed=asked)], as_json)
+        clients, selection = found.numbers_of(client or []), selected(found, class_ or [], patient or [], examples)
+        if accept and (client or selection or words or dry_run or not by):
             raise UserError("--accept ID goes with --by NAME, and with neither --client nor --dry-run nor settings")
         meant = [] if accept else found.meant(clients, selection)
         from fedunlearn.apps import asking
@@ -209,7 +214,7 @@ def forget(
         following: dict[str, Any] = {"limit": wait_limit, "verbose": verbose}
         if accept:
             with still_filed():
-                return show([asking.accept(found, accept, by, resources, **following)], as_json)
+                return show(found, [asking.accept(found, accept, by, resources, **following)], as_json)
         earlier, how = found.ledger.covering(meant, selection), settings_of_request(found, words or [])
         found.ledger.check_how(meant, how, selection)
         if not earlier:
@@ -220,10 +225,11 @@ def forget(
         if dry_run:
             found.would_take(asked, meant, action=action_of(selection))
             log.info("run %s: nothing is filed (--dry-run)", found.name)
-            return show(earlier, as_json) if earlier else 0
+            return show(found, earlier, as_json) if earlier else 0
         about: dict[str, Any] = {"by": by, "right": right, "signed": asked, "how": how, "selection": selection}
         with still_filed():
-            return show(asking.ask(found, clients, resources, wait=wait, **about, **following), as_json)
+            asked_for = asking.ask(found, clients, resources, wait=wait, **about, **following)
+            return show(found, asked_for, as_json)
 
 
 def selected(found: "Run", classes: list[str], patients: list[str], examples: Path | None) -> Selection | None:
@@ -340,9 +346,9 @@ def requests(
     with opened(run, home) as found:
         if overdue:
             late = found.ledger.overdue()
-            show(late, as_json, none="no request is overdue")
+            show(found, late, as_json, none="no request is overdue")
             return int(bool(late))
-        show([found.ledger.request(request_id)] if request_id else found.ledger.requests(), as_json)
+        show(found, [found.ledger.request(request_id)] if request_id else found.ledger.requests(), as_json)
     return 0
 
 
@@ -470,17 +476,18 @@ def default_of(declared: Any) -> str:
     return "{}" if is_mapping(declared) else json.dumps(declared.default)
 
 
-def show(requests: list[Request], as_json: bool, *, none: str = "no requests") -> int:
+def show(run: "Run", requests: list[Request], as_json: bool, *, none: str = "no requests") -> int:
     """Print requests; gives 1 if one of them failed."""
     from fedunlearn.runs.formats import receipt
 
     if as_json:
-        print(json.dumps([asdict(request) for request in requests], indent=2))
+        print(json.dumps([asdict(r) | {"names": run.client_names(r.owners)} for r in requests], indent=2))
     elif not requests:
         print(none)
     for request in [] if as_json else requests:
-        clients = ", ".join(map(str, request.clients))
-        print(f"{request.id}  {request.state:<11}  clients {clients}  {receipt(request.detail)}".rstrip())
+        clients = ", ".join(name_of(client, run.config.partition.names) for client in request.clients)
+        said = receipt(request.detail, run.config.partition.names)
+        print(f"{request.id}  {request.state:<11}  clients {clients}  {said}".rstrip())
     return int(any(request.state in FAILED for request in requests))
 
 

@@ -1,7 +1,6 @@
 """What all commands have in common: options, errors in one line, an open run."""
 
 import errno
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,12 +90,3 @@ def _class_number(text: str, names: Sequence[str]) -> int:
     nearest = get_close_matches(text, names, 1)
     hint = f": did you mean {nearest[0]}?" if nearest else f" or a number in 0..{len(names) - 1}"
     raise UserError(f"class {printable(text[:40])} is not one of {', '.join(names[:20])}{hint}")
-
-
-def client_numbers(texts: list[str]) -> list[int]:
-    """Read the clients that were typed, as `3`, or as `3,5`."""
-    words = [word for text in texts for word in (text.split(",") if text else [text])]
-    for word in words:
-        if not re.fullmatch(r"\s*-?\d{1,9}\s*", word):
-            raise UserError(f"client {word[:20]!r} is not a whole number of at most 9 digits")
-    return [int(word) for word in words]

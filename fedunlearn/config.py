@@ -4,22 +4,29 @@ Nothing here imports torch, so that a command that only reads a run answers at o
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_serializer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
-from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, name_of, validated
+from fedunlearn.owners import named_settings, settled
+from fedunlearn.schema import KEY_ID, check_names, in_one_line, is_mapping, name_of, validated
+from fedunlearn.words import for_hydra, put, split_words, texts_of, with_scale
 
 Passes = Literal["auto", "bf16", "fp32"]
 Precision = Literal["bf16", "fp32"]
 Scale = Literal["auto", "full", "laptop"]
+OWN_DATA = ("folder", "medmnist", "npz", "hf", "table")
+"""Data sets that are not public, or made of what is not."""
+OWNED = ("folders", "file", "column")
+"""Partitions in which the images' owners are known."""
 RUN_NAME = r"\w[\w.-]*"
 
 
@@ -39,33 +46,73 @@ class Settings(BaseModel):
 class Data(Settings):
     """Which images."""
 
-    name: Literal["digits", "cifar10", "cifar100", "folder", "random"] = Field(
+    name: Literal["digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz", "hf", "table"] = Field(
         default="digits",
-        description="data set; random: ten noisy patterns, to measure speed where no images are at hand",
+        description="data set; folder, medmnist, npz, hf, table: of your own (data.root); random: ten noisy patterns, "
+        "to measure speed where no images are at hand",
     )
     root: str = Field(
-        default="", description="for folder: absolute path of an ImageFolder tree, or of an archive of one"
+        default="",
+        description="absolute path of images of your own: a folder or an archive of one for folder, else a file",
     )
     limit: int = Field(
-        default=0, ge=0, le=10**9, description="training images to keep, the first of each class; 0 keeps all"
+        default=0,
+        ge=0,
+        le=10**9,
+        description="training images to keep, the first of each class (and of each client, where folders or a file say "
+        "whose they are); 0 keeps all",
     )
     test_limit: int = Field(default=0, ge=0, le=10**9, description="test images to keep; 0 keeps all")
-    image_size: int = Field(default=32, ge=8, le=1024, description="for folder and random: pixels a side")
+    image_size: int = Field(default=32, ge=8, le=1024, description="for folder, hf and random: pixels a side")
     mirror: bool = Field(
         default=True, description="whether an image that is mirrored is still one of its class (digits: no)"
     )
+    fit: Literal["stretch", "crop", "pad"] = Field(
+        default="stretch",
+        description="how image files become squares: stretched, the middle of the longer side, or with black borders",
+    )
+    exif: bool = Field(default=False, description="whether image files are turned as their EXIF data say")
+    window: list[float] = Field(
+        default=[],
+        description="[low,high]: values that become black and white in images of more than 8 bits; empty takes the "
+        "range of the file's type, of DICOM its own window",
+    )
+    skip_bad: bool = Field(default=False, description="whether to go on without files and rows that cannot be read")
+    label: str = Field(default="", description="for hf and table: the column of the class")
+    client: str = Field(default="", description="for hf and table: the column of the client, if there is one")
+    columns: list[str] = Field(default=[], description="for table: the columns to learn from; empty takes all others")
 
 
 class Partition(Settings):
     """Who owns which image."""
 
-    kind: Literal["dirichlet", "iid", "class"] = Field(
-        default="dirichlet", description="dirichlet a class, iid, or one class a client"
+    kind: Literal["dirichlet", "iid", "class", "folders", "file", "column"] = Field(
+        default="dirichlet",
+        description="dirichlet a class, iid, or one class a client; or whoever owns them: folders (root/client/class/"
+        "image), file (partition.file), column (what an .npz or a table calls clients)",
+    )
+    file: str = Field(
+        default="",
+        description="CSV table of path, client, and perhaps class, split, patient; a path is relative to data.root",
+    )
+    names: list[str] = Field(
+        default=[],
+        description="of the owners that take part, by number; empty takes all, and a run keeps them",
     )
     dirichlet_alpha: float = Field(
         default=0.6, ge=1e-6, le=1e6, description="concentration of the Dirichlet split; lower is less even"
     )
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="of the split")
+
+    @model_serializer(mode="wrap")
+    def _without_empty_names(self, write: Any) -> dict[str, Any]:
+        """Write what earlier versions knew, where nobody owns an image: what depends on settings stays as it was."""
+        return {name: value for name, value in write(self).items() if value or name not in ("file", "names")}
+
+    @property
+    def has_owners(self) -> bool:
+        """Whether images have owners with names, and are not dealt out."""
+        return self.kind in OWNED
 
 
 class Model(Settings):
@@ -142,7 +189,8 @@ class Forget(Settings):
 
     schedule: dict[int, list[int]] = Field(
         default_factory=dict,
-        description="round -> clients forgotten after it, as {6:[3]}; those of round 0 never take part",
+        description="round -> clients forgotten after it, as {6:[3]} or {6:[hospital_b]}; those of round 0 never take "
+        "part",
     )
     attempts: int = Field(default=3, ge=1, le=100, description="times a request is tried before it is set aside")
     gate: bool = Field(
@@ -158,7 +206,7 @@ class Forget(Settings):
     purge: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="whether forgotten clients' images and files are removed when the run ends, and no new run trains "
-        "them; auto does that with images of your own (data.name=folder)",
+        "them; auto does that with images of your own (data.root)",
     )
     purge_metrics: bool = Field(
         default=False, description="whether their accuracies by round and class counts are removed then too"
@@ -167,7 +215,7 @@ class Forget(Settings):
         default=False, description="whether only a request counts that its clients' key has signed (forget.keys)"
     )
     keys: dict[int, str] = Field(
-        default_factory=dict, description="client -> id of its key, as `fedunlearn keys new` prints it"
+        default_factory=dict, description="client, by number or name -> id of its key, as `fedunlearn keys new` says"
     )
     due_months: int = Field(
         default=1, ge=0, le=120, description="months in which a request has to be applied (GDPR, Art. 12(3))"
@@ -252,7 +300,8 @@ class Config(Settings):
     )
     readmit: list[int] = Field(
         default=[],
-        description="clients that train in a new run though another run of the state folder forgot them for good",
+        description="clients, by number or name, that train in a new run though another run of the state folder forgot "
+        "them for good",
     )
     data: Data = Data()
     partition: Partition = Partition()
@@ -267,7 +316,7 @@ class Config(Settings):
     @property
     def is_for_good(self) -> bool:
         """Whether what is left of forgotten clients is removed, and no new run of the state folder trains them."""
-        return self.forget.purge == "always" or (self.forget.purge == "auto" and self.data.name == "folder")
+        return self.forget.purge == "always" or (self.forget.purge == "auto" and self.data.name in OWN_DATA)
 
 
 def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
@@ -296,26 +345,38 @@ def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
     words = split_words(words) if isinstance(words, str) else list(words)
     check_names(words, Config)
     ConfigStore.instance().store(name="schema", node=Config().model_dump())
-    words = _resolve_scale(words, folder)
-    typed = _typed(words)
-    words = [_for_hydra(word) for word in words if name_of(word) not in typed]
+    words = with_scale(words, folder)
+    typed: dict[str, Any] = {**texts_of(words, Config), **named_settings(words)}
+    asked = {name_of(word) for word in words}
+    words = [for_hydra(word, Config) for word in words if name_of(word) not in typed]
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             values: Any = OmegaConf.to_container(hydra_compose("config", words), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{' '.join(words)}: {reason} (`fedunlearn config` lists all settings)") from None
-    for name, text in typed.items():
-        group, _, leaf = name.rpartition(".")
-        target = values[group] if group else values
-        if isinstance(target, dict):  # else `data=3` was typed too, which is refused below
-            target[leaf] = text
+    put(values, typed)
+    settled(values, asked, state_home(values["home"]) / "runs", _clients_of)
     return check(validated(Config, values))
 
 
-def split_words(text: str) -> list[str]:
-    """`"a=1 b={6: [3]} c=x"` -> `["a=1", "b={6: [3]}", "c=x"]`: words begin where `name=` does."""
-    return [word for word in re.split(r"\s+(?=[~+]*[\w./@]+=)", text.strip()) if word]
+def _clients_of(values: Mapping[str, Any]) -> list[str]:
+    """The names of the owners of the images that settings are about."""
+    from fedunlearn.data.datasets import clients_of
+
+    data, split = validated(Data, values["data"], prefix="data."), validated(Partition, values["partition"])
+    return clients_of(data.name, **place_of(data, split, values["home"]))
+
+
+def place_of(data: Data, split: Partition, home: str) -> dict[str, Any]:
+    """Say where images are and how they are read, as `data.datasets.load` takes it."""
+    from fedunlearn.data.datasets import Choices, Owners
+
+    about = data.model_dump(include={"root", "limit", "test_limit", "image_size"})
+    about_files = data.model_dump(include={"fit", "exif", "skip_bad", "label", "client"})
+    choices: Any = Choices(window=tuple(data.window), columns=tuple(data.columns), **about_files)  # type: ignore[arg-type]
+    owners = Owners(split.kind, split.file, tuple(split.names))
+    return {"cache": state_home(home) / "data", "choices": choices, "owners": owners, **about}
 
 
 def check(config: Config) -> Config:
@@ -332,6 +393,8 @@ def check(config: Config) -> Config:
         check_clients(clients, config.clients)
     if config.readmit:
         check_clients(config.readmit, config.clients)
+    if (window := config.data.window) and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
+        raise UserError(f"data.window={window} is not [low,high], with a low value below the high one")
     if config.forget.schedule and config.forget.signed:
         raise UserError("forget.schedule asks without a signature, and forget.signed=true wants one")
     for client, key in config.forget.keys.items():
@@ -423,41 +486,3 @@ def writable_home(home: str = "") -> Path:
     if reason:
         raise UserError(f"state folder {folder} cannot be used ({reason}): FEDUNLEARN_HOME or home=... names another")
     return folder
-
-
-def _typed(words: list[str]) -> dict[str, str]:
-    """The settings that are text, as they were typed: Hydra would read 1.10 as a number, and ${x} as something else."""
-    texts = {name for name, declared in fields_of(Config) if declared.annotation is str}
-    pairs = [word.partition("=")[::2] for word in words]
-    return {name: _unquoted(value) for name, value in pairs if name in texts}
-
-
-def _unquoted(text: str) -> str:
-    """The text without the quotes around it, if there are any: a shell has left those to Flower's run config."""
-    quoted = re.fullmatch(r"(['\"])(.*)\1", text, re.DOTALL)
-    return quoted[2] if quoted else text
-
-
-def _for_hydra(word: str) -> str:
-    """A word as Hydra reads it, with `++` before keys that no default has; pydantic knows better which there may be."""
-    name, _, value = word.partition("=")
-    mappings = tuple(known for known, declared in fields_of(Config) if is_mapping(declared))
-    free = name.startswith(mappings) or (value.startswith("{") and name.isidentifier())
-    return f"{'++' if free else ''}{word}"
-
-
-def _resolve_scale(words: list[str], folder: Path) -> list[str]:
-    """Replace scale=auto, also where it is only implied, by laptop or full."""
-    rest = [word for word in words if not word.startswith("scale=")]
-    named = [word.removeprefix("scale=") for word in words if word not in rest]
-    scale = named[-1] if named else "auto"
-    options = Scale.__args__  # type: ignore[attr-defined]
-    if scale not in options:
-        raise UserError(f"scale={scale} is not one of {', '.join(options)}")
-    if not (folder / "scale").is_dir():
-        return rest
-    if scale == "auto":
-        import torch
-
-        scale = "full" if torch.cuda.is_available() else "laptop"
-    return [f"scale={scale}", *rest]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedunlearn.commands import Home, RunName, client_numbers, in_one_line, opened
+from fedunlearn.commands import Home, RunName, in_one_line, opened
 from fedunlearn.errors import UserError, printable
+from fedunlearn.naming import numbers_of
 from fedunlearn.schema import KEY_ID
 
 if TYPE_CHECKING:
@@ -78,9 +79,8 @@ def verify_run(found: "Run", wrong: list[str]) -> int:
 
 def in_words(said: "Receipt", title: str) -> Iterator[str]:
     """Say what a receipt says."""
-    clients = f"client{'s' if len(said.clients) > 1 else ''} {', '.join(map(str, said.clients))}"
     late = ", LATE" if said.is_late else ""
-    yield f"{title}: request {said.request} of run {said.run}, {clients}: {said.state}{late}"
+    yield f"{title}: request {said.request} of run {said.run}, {said.who}: {said.state}{late}"
     yield f"received {said.received_at[:19]}, due {said.due_at[:19]}, ended {said.ended_at[:19]} (UTC)"
     if said.reason:
         yield f"reason: {said.reason}"
@@ -88,9 +88,9 @@ def in_words(said: "Receipt", title: str) -> Iterator[str]:
         yield f"forgotten by strategy {said.strategy}, applied {(said.applied_at or '')[:19]}"
     for one in said.figures:
         before, after = number(one.before, one.before_error), number(one.after, one.after_error)
-        yield f"class accuracy, {one.of}: {before} -> {after} (measured by {one.measured_by})"
+        yield f"class accuracy, {said.shown(one.of)}: {before} -> {after} (measured by {one.measured_by})"
     if said.later:
-        later = ", ".join(f"{of} {value:.3f}" for of, value in said.later.figures.items())
+        later = ", ".join(f"{said.shown(of)} {value:.3f}" for of, value in said.later.figures.items())
         yield f"class accuracy after round {said.later.round}: {later}"
 
 
@@ -138,7 +138,9 @@ def id_(file: Annotated[Path, typer.Argument(help="A private key.")]) -> int:
 @in_one_line
 def ask(
     file: Annotated[Path, typer.Argument(help="Where the signed request is written.")],
-    client: Annotated[list[str], typer.Option(help="Whom it is about, as 3 or 3,5; may be given several times.")],
+    client: Annotated[
+        list[str], typer.Option(help="Whom it is about, by number, as 3 or 3,5; may be given several times.")
+    ],
     key: KeyFile,
     run_key: Annotated[str, typer.Option(help="Id of the run's key, as `fedunlearn verify` prints it.")],
     action: Annotated[str, typer.Option(help="forget, or 'cancel r1'.")] = "forget",
@@ -152,7 +154,7 @@ def ask(
     check_id(run_key)
     if not re.fullmatch(r"forget|cancel r\d+", action):
         raise UserError(f"--action {action!r} is neither forget nor 'cancel r1'")
-    asked = signed.sign(client_numbers(client), run=run_key, key=key, action=action, days=days)
+    asked = signed.sign(numbers_of(client), run=run_key, key=key, action=action, days=days)
     file.write_text(json.dumps(asdict(asked), indent=2))
     print(f"{file} can be filed until {asked.expires_at}")
     return 0

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fedunlearn.commands import AsJson, Home, RunName, client_numbers, in_one_line, opened
+from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened
 from fedunlearn.config import check_clients
 from fedunlearn.log import set_up
 
-Clients = Annotated[list[str] | None, typer.Option("--client", help="A client; several as 3,5.")]
+Clients = Annotated[list[str] | None, typer.Option("--client", help="A client by name or number; several as 3,5.")]
 
 
 @in_one_line
@@ -26,7 +26,7 @@ def purge(
     from fedunlearn.runs.lock import lock
 
     with opened(run, home) as found:
-        clients = client_numbers(client or [])
+        clients = found.numbers_of(client or [])
         check_clients(clients, found.config.clients)
         with lock(found.folder):
             for request in purging.check_purgeable(found, clients):
@@ -58,18 +58,18 @@ def scan(
 
     with opened(run, home) as found:
         places = [*scanning.default_places(found.home), *scanning.existing(also or [])]
-        clients = client_numbers(client or [])
+        clients = found.numbers_of(client or [])
         check_clients(clients, found.config.clients)
         owned = scanning.owned_by(found, clients)
         look_for = scanning.wanted(owned)
         rows = [row_of(path, one, found.home) for path, one in scanning.scan(look_for, places)]
-        searched = len(scanning.files_below(places))
+        searched, whom = len(scanning.files_below(places)), found.named(clients)
     if as_json:
         print(json.dumps({"found": rows, "files": searched, "not_told_apart": look_for.unknown}, indent=2))
     else:
         for row in rows:
             print(f"{row['file']}: {row['what']} ({row['way_out']})")
-        of = f"{len(owned.places)} images of client {', '.join(map(str, clients))}"
+        of = f"{len(owned.images.own.labels)} images of {whom}"
         have = sum(row["has_some"] for row in rows)
         print(f"{have or 'no'} files of {searched} have any of the {of}")
         if unread := sum(bool(row["unread"]) for row in rows):

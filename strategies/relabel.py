@@ -158,7 +158,8 @@ class Guided(Strategy):
             if is_known_better(found[client], accuracy[client], estimate.expected_loss(counts[client]))
         ]
         for client in sorted({*forget} - {*known}):
-            log.info("── client %d is not relabelled: its images are known no better than after retraining", client)
+            who = federation.named([client])
+            log.info("── %s is not relabelled: its images are known no better than after retraining", who)
         together = total_counts(counts.values())
         right = sum(found.values(), Counts()).class_accuracy
         memorised = memorised_fraction(right, predictions.expected_accuracy(together))

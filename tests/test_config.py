@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from fedunlearn import config
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import completed, settings_for, strategy_class, strategy_names, strategy_of
+from fedunlearn.schema import fields_of
+from fedunlearn.study.pooled.settings import load
 
 REPOSITORY = Path(__file__).parent.parent
 APPS = sorted((REPOSITORY / "simulations").glob("*/conf"))
@@ -110,6 +112,52 @@ def test_a_name_that_looks_like_a_number_stays_text():
     assert (composed.data.root, composed.home) == ("/x y/z", "/é=1")
 
 
+LOOK_LIKE_SOMETHING_ELSE = ["1.10", "1e3", "1_000", "695e0514", "true", "null", "007", "0x1f", "猫 $x$", "a=b", "${x}"]
+
+
+@pytest.mark.parametrize("read", [lambda words: config.compose(DIGITS, words), lambda words: load(words)])
+def test_text_in_lists_stays_as_it_is_typed_in_runs_and_in_studies(read):
+    texts = [form for text in LOOK_LIKE_SOMETHING_ELSE for form in (text, f"'{text}'", f'"{text}, b"')]
+    found = read([f"data.columns=[{', '.join(texts)}]", "data.label=1.10"])
+    assert found.data.columns == [form for text in LOOK_LIKE_SOMETHING_ELSE for form in (text, text, f"{text}, b")]
+    assert found.data.label == "1.10"
+
+
+def test_keys_that_look_like_numbers_stay_text():
+    key = "695e0514" * 8
+    words = [f"forget.keys={{3: {key}, 0: '{key}'}}", f"forget.keys.1={key}"]
+    assert config.compose(DIGITS, words).forget.keys == {3: key, 0: key, 1: key}
+    assert config.compose(DIGITS, " ".join(words)).forget.keys == {3: key, 0: key, 1: key}
+    assert config.compose(DIGITS, [f"forget={{keys: {{3: {key}}}, budget: 0.5}}"]).forget.keys == {3: key}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.columns=[a", "data.columns=.a cannot be read"),
+        ("data.columns=['a'b]", None),
+        ("data.columns=[a] b", "cannot be read: a bracket"),
+        ("data.columns=a", "data.columns=a"),
+        ("data.window=[3]", r"data.window=\[3.0\] is not \[low,high\]"),
+        ("data.window=[3,3]", "with a low value below the high one"),
+        ("data.window=[0,inf]", "with a low value below the high one"),
+    ],
+)
+def test_lists_that_are_none_are_named(word, message):
+    if message is None:
+        assert config.compose(DIGITS, [word]).data.columns == ["'a'b"]
+        return
+    with pytest.raises(UserError, match=message):
+        config.compose(DIGITS, [word])
+
+
+@pytest.mark.parametrize("quote", "'\"")
+def test_a_quoted_text_may_have_what_looks_like_a_setting(quote):
+    words = f"rounds=3 data.root={quote}/my data x=1/b{quote} run=a"
+    found = config.compose(DIGITS, words)
+    assert (found.rounds, found.data.root, found.run) == (3, "/my data x=1/b", "a")
+
+
 def test_groups_may_be_given_as_mappings():
     words = ["train={lr: 0.5, epochs: 3}", "unlearn={alpha: 3}", "forget={schedule: {3: [1]}}", "data={limit: 9}"]
     composed = config.compose(DIGITS, [*words, "train.epochs=4"])
@@ -155,7 +203,7 @@ def test_the_papers_values_are_the_defaults():
 
 
 def test_every_setting_of_a_run_and_of_every_strategy_says_what_it_is():
-    silent = [f"{of} {n}" for of, schema in SCHEMAS.items() for n, f in config.fields_of(schema) if not f.description]
+    silent = [f"{of} {n}" for of, schema in SCHEMAS.items() for n, f in fields_of(schema) if not f.description]
     assert not silent
 
 
@@ -218,7 +266,7 @@ def test_json_gives_the_same_settings_back(made):
 
 
 NAMES = st.sampled_from(["rounds", "data.root", "unlearn.alpha", "++unlearn.alpha", "forget.schedule", "a@b/c"])
-VALUES = st.text(string.ascii_letters + string.digits + "/.:,{}[]'é ", max_size=12).map(str.strip)
+VALUES = st.text(string.ascii_letters + string.digits + "/.:,é ", max_size=12).map(str.strip)
 
 
 @quick

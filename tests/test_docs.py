@@ -17,10 +17,10 @@ import fedunlearn
 from docs import generate
 from fedunlearn.apps.simulate import app_folder
 from fedunlearn.cli import SCHEMAS, cli
-from fedunlearn.config import split_words
 from fedunlearn.federation.strategy import strategy_class, strategy_names
 from fedunlearn.schema import check_names, fields_of, name_of
 from fedunlearn.study.dag.settings import StudySettings
+from fedunlearn.words import split_words
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Flower's options are of an earlier typer

@@ -86,3 +86,19 @@ def test_every_client_has_one_node_and_no_node_much_more_than_the_mean(examples,
     assert sorted(client for group in groups for client in group) == list(range(len(examples)))
     loads = [sum(max(1, examples[client]) for client in group) for group in groups]
     assert max(loads) <= sum(loads) / nodes + max(1, *examples)
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 1e-5, 1e-6, 1e-300])
+def test_a_concentration_too_small_for_floating_point_gives_each_class_to_one_random_client(alpha):
+    labels = np.repeat(np.arange(1000), 3)
+    owned = dirichlet_partition(labels, 10, dirichlet_alpha=alpha)
+    owner = np.empty(len(labels), int)
+    for client, indices in enumerate(owned):
+        owner[indices] = client
+    assert (np.sort(np.concatenate(owned)) == np.arange(len(labels))).all()
+    split = (owner.reshape(1000, 3) != owner.reshape(1000, 3)[:, :1]).any(1)
+    assert split.mean() < 0.03  # a second client has more than a billionth now and then
+    classes = np.bincount(owner, minlength=10) / 3
+    assert 50 < classes.min() <= classes.max() < 150  # of 1,000, six standard deviations around 100
+    again = dirichlet_partition(labels, 10, dirichlet_alpha=alpha)
+    assert all((a == b).all() for a, b in zip(owned, again, strict=True))

@@ -19,6 +19,7 @@ from command_line import command
 from fedunlearn.build import open_dataset, slices_of
 from fedunlearn.data import datasets
 from fedunlearn.data.search import Found, Wanted
+from fedunlearn.data.store import REMOVED_FILES
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.runs import keys, scan
@@ -520,7 +521,7 @@ def tree(tmp_path):
 def test_a_run_goes_on_when_the_files_of_whom_it_forgot_are_deleted(federate, tree, capsys):
     words = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 {FORGOTTEN}"
     federate(words)
-    (listed,) = {file.resolve() for file in (federate.home / "data").glob(f"*/{datasets.REMOVED_FILES}")}
+    (listed,) = {file.resolve() for file in (federate.home / "data").glob(f"*/{REMOVED_FILES}")}
     files = listed.read_text().splitlines()
     assert len(files) == federate.run().ledger.examples()[3]
     status, found = found_by_scan(capsys, "--also", str(tree))

@@ -12,12 +12,13 @@ from fedunlearn.apps.scale import figure as scaling_figure
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.strategy import strategy_class
+from fedunlearn.naming import named
 from fedunlearn.runs import page as pages
 from fedunlearn.runs import report
 from fedunlearn.runs.figures import Mark, shortened
 from fedunlearn.runs.ledger import Request, State
 from fedunlearn.runs.uncertainty import Estimate, fraction, held_out, memorisation_gap
-from fedunlearn.runs.verdicts import Level, beside_retrained, named, verdicts
+from fedunlearn.runs.verdicts import Level, beside_retrained, verdicts
 
 NASTY = [r"$\frac$", "$x_1$", "caf\udce9", "a\x01b\nc", "<b>&amp;</b>", "犬", "100 %", "{}", "\\", "a name " * 20]
 

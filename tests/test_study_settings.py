@@ -76,7 +76,7 @@ def test_auto_is_laptop_without_a_gpu(monkeypatch):
         ("table=3", "table is no setting"),
         ("search.trials=0", r"search.trials=0 is not in 1\.\."),
         ("search.trials=many", "search.trials=many is not a whole number in 1"),
-        ("study.only=*/seed0", r"study.only=\*/seed0: a value cannot be read"),
+        ("search.trials=*/seed0", r"search.trials=\*/seed0: a value cannot be read"),
         ("search.reading=power", "search.reading=power is not one of threshold, exponent"),
         ("study.order=[10]", r"client 10 is not in 0\.\.9"),
         ("study.order=[1,1]", "names a client twice"),
@@ -119,7 +119,8 @@ def test_every_setting_has_a_description():
 
 
 def test_text_is_taken_as_it_was_typed():
-    assert load(["study.name=2024"]).study.name == "2024"
+    for text in ("2024", "1.10", "695e0514", "true", "/a # b", "*/seed0", "a: b"):
+        assert load([f"study.name={text}"]).study.name == text
 
 
 def test_a_setting_that_is_misspelt_is_named_with_the_nearest():

@@ -30,7 +30,7 @@ def announcement(found: Run, clients: list[int], how: Mapping[str, Any], selecti
         selection: which of the images; all by default.
     """
     images = images_of(found)
-    who = [f"client {c} ({images[c]} images)" if c in images else f"client {c}" for c in clients]
+    who = [found.named([c]) + (f" ({images[c]} images)" if c in images else "") for c in clients]
     state, config = "live" if found.is_live() else "idle", found.config.model_copy(update=how)
     what = f"{selection.in_words(found.class_names())} of " if selection else ""
     return (

@@ -22,11 +22,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedunlearn.config import Settings, compose, split_words, to_json
+from fedunlearn.config import Settings, compose, to_json
 from fedunlearn.errors import UserError
 from fedunlearn.runs.home import runs_folder
 from fedunlearn.runs.run import Run
 from fedunlearn.schema import check_names, validated
+from fedunlearn.words import split_words
 
 log = getLogger("fedunlearn")
 

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedunlearn.apps.signals import ends_with_superlink
 from fedunlearn.build import decode_for_readmitted, loss_of
-from fedunlearn.config import Config, compose, split_words, state_home, values_of, writable_home
+from fedunlearn.config import Config, compose, state_home, values_of, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.rounds import Rounds
@@ -25,6 +25,7 @@ from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run, open_ledger
 from fedunlearn.runs.statement import finite
 from fedunlearn.schema import name_of
+from fedunlearn.words import split_words
 
 log = getLogger("fedunlearn")
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedunlearn.data.datasets import Split
+from fedunlearn.data.store import Split
 from fedunlearn.nn.augment import augmented, draws
 from fedunlearn.nn.model import Batch
 
@@ -80,11 +80,14 @@ def evaluation_batch(batch_size: int, device: torch.device) -> int:
 def scale(images: Tensor) -> Tensor:
     """Scale uint8 [N, H, W, channels] to fp32 [N, channels, H, W] in -1..1, by no statistic of any client's data.
 
+    Rows of a table, fp32 [N, 1, 1, features], keep their values.
+
     Example:
         >>> scale(torch.tensor([[[[0]], [[255]]]], dtype=torch.uint8)).flatten()
         tensor([-1.,  1.])
     """
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    moved = images.permute(0, 3, 1, 2)
+    return moved.float() / 127.5 - 1 if images.dtype == torch.uint8 else moved
 
 
 def cuts(count: int, batch_size: int) -> list[int]:

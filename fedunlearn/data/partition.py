@@ -51,7 +51,8 @@ def dirichlet_partition(
     Args:
         labels: class of every example, [N].
         num_clients: C.
-        dirichlet_alpha: concentration, above 0; lower is less even.
+        dirichlet_alpha: concentration, above 0; lower is less even. One too small for floating point gives each class
+            to one random client.
         seed: of the draws.
 
     Returns:
@@ -70,11 +71,23 @@ def dirichlet_partition(
     slices: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for k in np.unique(labels):
         of_class = np.flatnonzero(labels == k)
-        proportions = legacy.dirichlet(np.full(num_clients, dirichlet_alpha))
+        proportions = _proportions(legacy, num_clients, dirichlet_alpha)
         cuts = (np.cumsum(proportions)[:-1] * len(of_class)).astype(int)
         for owned, part in zip(slices, np.split(of_class, cuts), strict=True):
             owned.append(part)
     return [np.concatenate(owned) for owned in slices]
+
+
+def _proportions(legacy: np.random.RandomState, num_clients: int, dirichlet_alpha: float) -> np.ndarray:
+    """Draw from a symmetric Dirichlet distribution, or from its limit where floating point has no more to say.
+
+    As the concentration goes to 0, all goes to one client, and each is as likely as another. A client that has all but
+    a billionth has all: else rounding down would leave an image of the class to another client.
+    """
+    drawn = legacy.dirichlet(np.full(num_clients, dirichlet_alpha))
+    if not np.isfinite(drawn).all():
+        return np.eye(num_clients)[legacy.randint(num_clients)]
+    return np.eye(num_clients)[drawn.argmax()] if drawn.max() > 1 - 1e-9 else drawn
 
 
 def iid_partition(labels: np.ndarray, num_clients: int, *, seed: int = 42) -> list[np.ndarray]:

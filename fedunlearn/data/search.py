@@ -56,7 +56,7 @@ class Wanted:
     """Looks for some images, their labels, and the files that they were read from.
 
     Args:
-        images: uint8 [N, H, W, channels].
+        images: uint8 [N, H, W, channels], or fp32, which are looked for as the bytes that they are.
         labels: of them, [N].
         others: images that are not looked for, [M, H, W, channels]: what these have too tells nobody apart.
         files: contents of the files that the images were read from.
@@ -68,6 +68,7 @@ class Wanted:
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, *, others: np.ndarray, files: Iterable[bytes] = ()
     ) -> None:
+        images, others = (np.ascontiguousarray(rows).view(np.uint8) for rows in (images, others))
         own = [
             (n, window)
             for apart, rows in _layouts(images).items()

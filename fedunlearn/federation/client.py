@@ -11,8 +11,8 @@ from torch import Tensor
 from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
-from fedunlearn.data.datasets import Split
 from fedunlearn.data.selection import Portion, Selection
+from fedunlearn.data.store import Split
 from fedunlearn.federation.messages import Tensors, floating
 from fedunlearn.nn.client_head import embedding_statistics
 from fedunlearn.nn.evaluate import Counts, Predictions, evaluate, predict

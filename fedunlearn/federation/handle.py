@@ -1,6 +1,6 @@
 """The federation as a strategy sees it: clients to ask, a state to change, and the server's own data."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -18,11 +18,12 @@ from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
 from fedunlearn.federation import direction, round_gate, server_state, tasks
 from fedunlearn.federation.messages import STATISTICS
 from fedunlearn.federation.nodes import Nodes
-from fedunlearn.federation.replies import AstrayError, RefusedError, Results, add_cost, listed
+from fedunlearn.federation.replies import AstrayError, RefusedError, Results, add_cost
 from fedunlearn.federation.round_gate import RoundGate
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.tasks import ClientTask
+from fedunlearn.naming import named
 from fedunlearn.nn.client_head import train_client_head
 from fedunlearn.nn.evaluate import Counts, Predictions
 from fedunlearn.nn.model import TwoHeadResNet18
@@ -224,12 +225,12 @@ class Federation:
             raise DestroyedError(f"{error}{self._trained}") from error
         missing = [client for client in asked if client in self._forget.clients and client not in results.counts]
         if missing:
-            raise NotNowError(f"client {missing[0]} did not reply to {task.name}")
+            raise NotNowError(f"{self.named(missing[:1])} did not reply to {task.name}")
         if not results.counts:
             raise NotNowError(f"no retain client replied to {task.name}")
         add_cost(self.costs, task.name, results.cost)
         if task.kind == "train":
-            self._trained = f"; clients {listed(asked)} had answered to {task.name} before"
+            self._trained = f"; clients {self.nodes.listed(asked)} had answered to {task.name} before"
             if not set(asked) & set(self._forget):
                 results, _ = self.round_gate.passed(results, round_, ask)
         return results
@@ -467,6 +468,10 @@ class Federation:
         """
         first, now, last = (learning_rate_of(self.config, r) for r in (1, round_, self.config.rounds))
         return ((now - last) / (first - last)) ** 2 if first > last else 0.0
+
+    def named(self, clients: Sequence[int]) -> str:
+        """Name clients in a sentence, as `client hospital_b`."""
+        return named(clients, self.config.partition.names)
 
     def begin_anew(self) -> None:
         """Go back to the run's initial weights, with nothing kept beside them."""

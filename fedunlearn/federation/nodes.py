@@ -31,6 +31,7 @@ from fedunlearn.federation.replies import (
 )
 from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.log import waiting
+from fedunlearn.naming import name_of
 from fedunlearn.nn.model import TwoHeadResNet18
 
 WAIT_SECONDS = 600
@@ -104,7 +105,7 @@ class Nodes:
         self.disputed = sorted(disputed(claims) - known.keys())
         if self.disputed:
             log.warning(
-                "nodes contradict each other about clients %s: who hosts one is believed", listed(self.disputed)
+                "nodes contradict each other about clients %s: who hosts one is believed", self.listed(self.disputed)
             )
 
     def split(self, portion: Portion, examples: int) -> None:
@@ -278,7 +279,12 @@ class Nodes:
     def _refuse(self, message: Message, reason: str, is_blamed: bool) -> None:
         asked, node = messages.task_of(message), self.nodes.index(message.metadata.dst_node_id)
         fate = "is left out" if is_blamed else "could not take part"
-        log.warning("round %d: node %d (clients %s) %s: %s", asked.round, node, listed(asked.clients), fate, reason)
+        who = self.listed(asked.clients)
+        log.warning("round %d: node %d (clients %s) %s: %s", asked.round, node, who, fate, reason)
+
+    def listed(self, clients: Iterable[int]) -> str:
+        """Give the names of clients, or their numbers, not more than can be read."""
+        return listed(name_of(client, self.config.partition.names) for client in clients)
 
     def query(
         self,

@@ -21,7 +21,6 @@ from fedunlearn.runs.formats import forgotten
 from fedunlearn.runs.ledger import OPEN, RECEIPT, Ledger, Request, State
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.signed import UnsignedError, action_of, check, read
-from fedunlearn.runs.verdicts import named
 
 PARAMETERS = {*signature(Run.commit).parameters, *signature(Ledger.commit).parameters}
 
@@ -108,8 +107,8 @@ class Requests:
         """Say why a request cannot be taken up; nothing where it can."""
         federation = self._federation
         if federation.never_trained.issuperset(request.clients) and not request.portions:
-            client = request.clients[0]
-            return f"client {client} has {federation.examples([client])} examples and was never trained on"
+            first = request.clients[:1]
+            return f"{self._run.named(first)} has {federation.examples(first)} examples and was never trained on"
         if not set(federation.retain) - set(request.clients):
             return "no client would be left"
         return self._unsigned(request) or self._impossible(request)
@@ -238,7 +237,7 @@ class Requests:
         federation.recalibrate_batch_norm()
         gone = [c for c in request.clients if c not in request.portions] + federation.emptied(request.clients)
         if self._run.config.model.client_head and gone:
-            log.info("── pruning the output of %s", named(gone))
+            log.info("── pruning the output of %s", self._run.named(gone))
         if request.classes:
             log.info("── pruning the output of class %s", listed(sorted(request.classes)))
         federation.state = server_state.after_request(federation.state, gone, request.classes)
@@ -268,7 +267,7 @@ class Requests:
         self._run.record("forget", completed_round=round_, **row)
         kept = own(after, request.clients)
         request = self._ledger.advance(request, State.COMPLETED, completed_round=round_, after=kept)
-        log.info(forgotten(request))
+        log.info(forgotten(request, self._run.config.partition.names))
         self._on_commit(self._federation.round)
 
     def _completes_at(self) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fedunlearn.errors import DestroyedError
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.nodes import Nodes
-from fedunlearn.federation.replies import MOST, Results, listed
+from fedunlearn.federation.replies import MOST, Results
 
 IMAGES = 64  # of the server's, on which a round's update is looked at
 DIVERGED = 5  # times the limit: with such a loss training does not go on, whoever is to blame
@@ -81,7 +81,7 @@ class RoundGate:
                 return results, []
             raise DestroyedError(f"the held-out loss would be more than {DIVERGED * most:.3g}, whoever is left out")
         for one in found.dropped:
-            node, clients = self._nodes.node_of(one.counts), listed(one.counts)
+            node, clients = self._nodes.node_of(one.counts), self._nodes.listed(one.counts)
             reason = "with its update the held-out loss is above the limit, without it below (round_band)"
             log.warning("round %d: node %d (clients %s) is left out: %s", round_, node, clients, reason)
         kept = Results(seconds=results.seconds)

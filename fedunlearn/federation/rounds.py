@@ -83,6 +83,7 @@ class Rounds(FlowerStrategy):
         state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(server_state.BESIDE.values())))
         nodes = Nodes(run.config, server.model, pixels=server.pixels)
         federation = Federation(run, server, nodes, state)
+        federation.state = server_state.of_held_out(state, server.examples)
         scorer = Scorer(federation, auditor)
         requests = Requests(run, federation, strategy, scorer, on_commit=on_commit)
         return cls(run, federation, requests, strategy, scorer, on_commit=on_commit)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
-from fedunlearn.data.datasets import Split
+from fedunlearn.data.store import Split
 from fedunlearn.nn.evaluate import Predictions, predict
 from fedunlearn.nn.model import Batch, TwoHeadResNet18
 from fedunlearn.nn.precision import at_least_fp32, autocast
@@ -41,6 +41,11 @@ class ServerData:
         self.left: frozenset[int] = frozenset()
         self.pixels = int(np.prod(dataset.test.images.shape[1:3]))
         self.model = build.on_device(self.new_model(), self.device)
+
+    @property
+    def examples(self) -> int:
+        """Count the held-out images."""
+        return len(self._held_out.labels)
 
     def new_model(self, *place: int) -> TwoHeadResNet18:
         """Make the run's untrained model, or at another `place` of random draws another one."""

@@ -124,6 +124,12 @@ def remember(state: ServerState, class_probs: Tensor) -> ServerState:
     return replace(state, predictions=state.predictions | {str(state.round): class_probs.half()})
 
 
+def of_held_out(state: ServerState, examples: int) -> ServerState:
+    """Keep predictions on as many held-out images as there are: of those before, some have left with their client."""
+    kept = {round_: probs for round_, probs in state.predictions.items() if len(probs) == examples}
+    return replace(state, predictions=kept)
+
+
 def after_request(state: ServerState, clients: Iterable[int], classes: Iterable[int] = ()) -> ServerState:
     """Prune the neurons of forgotten clients and classes, and keep nothing of the rounds before but what is frozen.
 

@@ -30,7 +30,7 @@ def augmented(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
     """Pad images with zeros, crop each to its old size, and mirror it as drawn.
 
     Args:
-        images: uint8 [N, H, W, channels].
+        images: uint8 [N, H, W, channels]. Rows of a table, fp32, stay as they are.
         drawn: top, left and mirrored of every image, [3, N], as `draws` gives them, on the images' device.
         padding: pixels a side.
 
@@ -43,6 +43,8 @@ def augmented(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
         tensor([[2, 1],
                 [4, 3]], dtype=torch.uint8)
     """
+    if images.dtype != torch.uint8:
+        return images
     count, height, width, _ = images.shape
     top, left, mirrored = drawn[:, :, None]
     across = torch.arange(width, device=images.device)

@@ -1,7 +1,9 @@
 """Log lines and numbers for people: one line a round, one a request."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from fedunlearn.naming import named
 from fedunlearn.runs.ledger import Request
 
 
@@ -32,11 +34,11 @@ def progress(row: dict[str, Any], *, rounds: int, seconds_left: float) -> str:
     return f"round {row['round']:>3}/{rounds}  {trained}{tested}  {times}"
 
 
-def forgotten(request: Request) -> str:
+def forgotten(request: Request, names: Sequence[str] = ()) -> str:
     """Say who was forgotten by a completed request, and all accuracies before and after."""
     before, after = request.detail["before"], request.detail["after"]
     clients = [
-        f"client {c}: class {old['class']:.3f} → {new['class']:.3f} "
+        f"{named([int(c)], names)}: class {old['class']:.3f} → {new['class']:.3f} "
         f"(memorisation gap {memorisation_gap(old)} → {memorisation_gap(new)}), "
         f"client-ID {old['client_id']:.3f} → {new['client_id']:.3f}"
         for c, old, new in ((c, old, after["forgotten"][c]) for c, old in before["forgotten"].items())
@@ -52,12 +54,12 @@ def forgotten(request: Request) -> str:
     return f"── request {request.id}, {where}  │  " + "  │  ".join([*clients, *rest])
 
 
-def receipt(detail: dict[str, Any]) -> str:
+def receipt(detail: dict[str, Any], names: Sequence[str] = ()) -> str:
     """Say in one line what is known of a request."""
     if "after" not in detail:
         return detail.get("reason", "")
     before, after = detail["before"], detail["after"]
-    groups = [(f"client {c}", before["forgotten"][c], after["forgotten"][c]) for c in before["forgotten"]]
+    groups = [(named([int(c)], names), before["forgotten"][c], after["forgotten"][c]) for c in before["forgotten"]]
     groups += [(who, before[key], after[key]) for who, key in (("retain clients", "retain"), ("test", "test"))]
     return f"after round {detail['round']}; class accuracy " + ", ".join(
         f"{who} {old['class']:.3f} → {new['class']:.3f}{_gaps(old, new)}" for who, old, new in groups

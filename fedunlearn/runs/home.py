@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedunlearn.config import Config, check, state_home, stored, values_of
 from fedunlearn.errors import UserError
+from fedunlearn.naming import name_of
 from fedunlearn.runs.events import EarlierVersionError
 from fedunlearn.runs.files import delete_unfinished, write_atomically
 from fedunlearn.runs.ledger import FORGOTTEN, Ledger
@@ -130,6 +131,7 @@ def locked_run(config: Config, *, data: Mapping[str, str], images: "Images", ask
             operational = {setting: value for setting, value in asked.items() if setting in OPERATIONAL}
             run = Run(folder, kept.model_copy(update={"home": config.home, "run": name, **operational}), ledger)
             check_data(run, data)
+            _check_classes(run, images)
             if kept != stored:
                 write_about(folder, ledger, about | {"config": kept.model_dump()})
             tidy(run)
@@ -150,14 +152,23 @@ def tidy(run: Run) -> None:
 def check_data(run: Run, data: Mapping[str, str]) -> None:
     """Raise UserError where the images of clients that still take part are others than a run was trained on."""
     if others := changed(run, data):
-        raise UserError(f"run {run.name} was trained on other data ({others})")
+        hint = "put the files back as they were, or take another run name"
+        raise UserError(f"run {run.name} was trained on other data ({others}): {hint}")
+
+
+def _check_classes(run: Run, images: "Images") -> None:
+    known = run.class_names()
+    if known != images.class_names:
+        raise UserError(
+            f"run {run.name} knows the classes {', '.join(known)}, and the images have {', '.join(images.class_names)}"
+        )
 
 
 def changed(run: Run, data: Mapping[str, str]) -> str:
     """Say whose images are others than those of a run; of forgotten clients it no longer matters."""
     forgotten = {str(client) for client in run.ledger.clients_in(FORGOTTEN)}
     others = [name for name, sha256 in run.about()["data"].items() if data.get(name) != sha256]
-    others = [f"client {name}" if name.isdecimal() else name for name in others if name not in forgotten]
+    others = [run.named([int(name)]) if name.isdecimal() else name for name in others if name not in forgotten]
     more = f" and of {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
     return f"other images of {', '.join(others[:MOST_NAMED])}{more}" if others else ""
 
@@ -238,17 +249,20 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
         log.warning("whom run %s has forgotten is not known (%s)", run, reason)
         unknown = {}
     found: dict[int, str] = {}
+    values = config.model_dump(include={"data", "partition"})
     for client in sorted(set(range(config.clients)) - set(never)):
-        names = {data[str(client)], config.forget.keys.get(client, "")} & banned.keys()
+        who = name_of(client, config.partition.names)
+        known = (data[str(client)], config.forget.keys.get(client, ""), owner(values, client))
+        names = {*known} & banned.keys()
         if names and client not in config.readmit:
             raise UserError(
-                f"client {client} was forgotten by {banned[min(names)]}: leave it out with "
-                f"forget.schedule={{0:[{client}]}}, or take it back with readmit=[{client}]"
+                f"client {who} was forgotten by {banned[min(names)]}: leave it out with "
+                f"forget.schedule={{0:[{who}]}}, or take it back with readmit=[{who}]"
             )
         if unknown and client not in config.readmit:
             run, reason = min(unknown.items())
             raise UserError(
-                f"whom run {run} has forgotten is not known, perhaps client {client} ({reason}): repair or remove that "
+                f"whom run {run} has forgotten is not known, perhaps client {who} ({reason}): repair or remove that "
                 "run, or take every client back by naming all of them in readmit"
             )
         if names or unknown:
@@ -304,19 +318,25 @@ def _forgotten_by(folder: Path) -> dict[str, str]:
             log.warning("run %s keeps its ban as far as it can be read: %s", folder.name, error)
     finally:
         ledger.close()
-    data, keys, is_for_good = _who_is_who(folder)
+    known, is_for_good = _who_is_who(folder)
     return {
         name: f"run {folder.name} (request {request.id})"
         for request in reversed(requests)
         if request.id in purged or is_for_good
         for client in request.clients
-        for name in (data[str(client)], keys.get(str(client), ""))
+        for name in known.get(client, ())  # who is asked for a portion trains on
         if name
     }
 
 
-def _who_is_who(folder: Path) -> tuple[dict[str, str], dict[str, str], bool]:
-    """What `run.json` says of clients: fingerprints and keys by number, and whether they are forgotten for good.
+def owner(config: Mapping[str, Any], client: int) -> str:
+    """Name a client and the folder of its images, where clients have names: the same owner in any run."""
+    names = config.get("partition", {}).get("names") or []
+    return f"{config['data']['root']}: {names[client]}" if names else ""
+
+
+def _who_is_who(folder: Path) -> tuple[dict[int, tuple[str, str, str]], bool]:
+    """What `run.json` says of clients: fingerprint, key and owner of each, and whether they are forgotten for good.
 
     Where the settings are not of this version, they are.
     """
@@ -326,10 +346,14 @@ def _who_is_who(folder: Path) -> tuple[dict[str, str], dict[str, str], bool]:
     except UserError:
         is_for_good = True
     try:
-        keys = about["config"].get("forget", {}).get("keys", {})
-        data = {str(client): str(about["data"][str(client)]) for client in range(about["config"]["clients"])}
-        return data, {str(client): str(key) for client, key in keys.items()}, is_for_good
-    except (AttributeError, KeyError, TypeError) as error:
+        config, data = about["config"], about["data"]
+        keys = config.get("forget", {}).get("keys", {})
+        known = {
+            client: (str(data[str(client)]), str(keys.get(str(client), "")), owner(config, client))
+            for client in range(config["clients"])
+        }
+        return known, is_for_good
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'run.json'} is damaged: it does not say who the clients are") from error
 
 

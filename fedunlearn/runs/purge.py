@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedunlearn.build import deal_of, slices_of, source_of
-from fedunlearn.data.datasets import REMOVED_FILES, Dataset, about
+from fedunlearn.data.folders import KINDS
+from fedunlearn.data.owned import OwnedSource
+from fedunlearn.data.store import Dataset, about
 from fedunlearn.errors import UserError
-from fedunlearn.runs import checkpoint, scan
+from fedunlearn.runs import checkpoint, parts, scan
 from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.home import all_runs
 from fedunlearn.runs.ledger import FORGOTTEN, Request, State
 from fedunlearn.runs.lock import lock
+from fedunlearn.runs.parts import say_left_files
 from fedunlearn.runs.run import Run
 
 LOCK_SECONDS = 600
@@ -72,6 +75,9 @@ def _has_images(run: Run, clients: Collection[int]) -> bool:
     if store is None:
         return False
     try:
+        if isinstance(source := source_of(run.config_here()), OwnedSource):
+            mine = [client for client in clients if parts.has_part(source, client)]
+            return bool(parts.unneeded(run, mine, _sharing(store, run)))
         unneeded = _unneeded(Dataset(store), _users(store, run, clients))
         return bool(unneeded[_own(store, run, clients)].any())
     except UserError as error:
@@ -91,7 +97,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         What is gone, and what is left, each with `what` and `why`.
     """
     clients, home = request.clients, run.home
-    who = f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}"
+    who = run.named(clients, most=len(clients))
     with lock(home / "data", patience=LOCK_SECONDS):
         try:
             owned = scan.owned_by(run, clients)
@@ -130,7 +136,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         )
     for path, found in left:
         what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
-        is_own_copy = path.parent.resolve() == _store_of(run)
+        is_own_copy = _store_of(run) in path.resolve().parents
         reason = f"needed by {', '.join(needed_by)}" if needed_by and is_own_copy and not found.unread else ""
         kept.append({"what": what, "why": reason or scan.why_left(path, found, home)})
     if not look_for:
@@ -163,14 +169,17 @@ def _own(store: Path, run: Run, clients: Collection[int]) -> np.ndarray:
 def _users(store: Path, run: Run, clients: Collection[int]) -> list[User]:
     """The runs that use a copy; `run` does without `clients` from now on."""
     users = []
-    for other in _opened_runs(run.home):
-        if _store_of(other) != store:
-            continue
+    for other in _sharing(store, run):
         without = {client for request in other.ledger.purged() for client in request.clients}
         without |= set(clients) if other.folder == run.folder else set()
         config = other.config_here()
         users.append(User(other.name, deal_of(config), slices_of(config, Dataset(store)), without))
     return users
+
+
+def _sharing(store: Path, run: Run) -> Iterator[Run]:
+    """The runs that use a copy."""
+    return (other for other in _opened_runs(run.home) if _store_of(other) == store)
 
 
 def _opened_runs(home: Path) -> Iterator[Run]:
@@ -202,15 +211,18 @@ def _take_out(run: Run, clients: Collection[int]) -> tuple[int, list[str]]:
     store = _store_of(run)
     if store is None:
         return 0, []
-    dataset, users, own = Dataset(store), _users(store, run, clients), _own(store, run, clients)
+    source = source_of(run.config_here())
+    dataset = source.opened()
     if studies := [f"study {name}" for name, data in _studies(run.home) if data == dataset.fingerprint]:
         return 0, studies
+    if isinstance(source, OwnedSource):
+        return parts.take_out(source, run, clients, _sharing(store, run))
+    users, own = _users(store, run, clients), _own(store, run, clients)
     unneeded = _unneeded(dataset, users)
     needed_by = [f"run {user.name}" for user in users if len(np.intersect1d(user.needed, own))]
     if unneeded.any():
         dataset.without(unneeded, {user.deal: user.slices for user in users})
-        if (listed := store / REMOVED_FILES).exists() and listed.stat().st_size:
-            log.warning("the source still has files of these clients: delete those that %s names", listed)
+        say_left_files(store)
     return int(unneeded[own].sum()), needed_by
 
 
@@ -250,14 +262,16 @@ def _delete_stale(home: Path) -> list[str]:
             is_archive_needed = True
             continue
         source = Path(meta.get("source", home)).resolve()
-        is_unpacked = source.parent == data
+        is_unpacked = data in source.parents
         is_there = source.exists()  # else its run may come back
         is_used = store.resolve() in stores or meta["fingerprint"] in studied
         if is_used or not is_there or (is_unpacked and is_archive_needed):
-            sources.add(source)
+            sources |= {source, *source.parents}
         else:
             shutil.rmtree(store)
             deleted.append(store.name)
+    if not studied:
+        sources |= parts.delete_stale(data, stores, (source_of(r.config_here()) for r in _with_parts(home)), deleted)
     for unpacked in data.glob("unpacked-*"):
         if unpacked.resolve() not in sources and not unpacked.is_symlink() and not is_archive_needed:
             shutil.rmtree(unpacked)
@@ -267,6 +281,11 @@ def _delete_stale(home: Path) -> list[str]:
         if is_alias and not link.exists():
             link.unlink()
     return deleted
+
+
+def _with_parts(home: Path) -> Iterator[Run]:
+    """The runs whose images have owners and are there."""
+    return (run for run in _opened_runs(home) if run.config.partition.kind in KINDS and _store_of(run))
 
 
 def _has_archive_alone(run: Run) -> bool:
@@ -366,6 +385,6 @@ def check_purgeable(run: Run, clients: Collection[int]) -> list[Request]:
     forgotten = {client for request in requests if request.state == State.COMPLETED for client in request.clients}
     if missing := sorted(set(clients) - forgotten):
         raise UserError(
-            f"client {missing[0]} is not forgotten in run {run.name}: fedunlearn forget --client {missing[0]}"
+            f"{run.named(missing[:1])} is not forgotten in run {run.name}: fedunlearn forget --client {missing[0]}"
         )
     return requests

@@ -42,7 +42,7 @@ DOES_NOT_PROVE = [
     "That nothing of the clients is left in the model: forgetting is approximate with every strategy but retrain.",
     "That figures are true which others measured: a client that lies about its own images is not found out.",
     "That bytes are gone from the disk: files are unlinked, not overwritten, and other programs may have copies.",
-    "What the operator says of itself: run, settings, examples, rounds and later figures.",
+    "What the operator says of itself: run, names, settings, examples, rounds and later figures.",
     "That there is no copy of an earlier model elsewhere, as in forks, studies, backups and downloads.",
     "When something happened: the times are those of the server's clock.",
     "That no event of the request was left out: only the run's ledger shows that (--log ledger.sqlite).",
@@ -100,6 +100,7 @@ def made(run: Run, request: Request, later: Later | None = None) -> Receipt:
     return Receipt(
         **told.model_dump(),
         run=run.name,
+        names={str(c): run.config.partition.names[c] for c in request.owners if run.config.partition.names},
         examples={str(client): examples[client] for client in request.clients if client in examples},
         rounds=rounds,
         settings=finite(_settings(run.config)),
@@ -151,7 +152,8 @@ def _settings(config: Config) -> dict[str, Any]:
     """The settings of a run without those that say where it lies, and what others ask for."""
     forget = config.forget.model_copy(update={"keys": {}, "schedule": {}})
     data = config.data.model_copy(update={"root": ""})
-    others = {"home": "", "run": "", "forget": forget, "data": data}
+    split = config.partition.model_copy(update={"names": [], "file": ""})
+    others = {"home": "", "run": "", "forget": forget, "data": data, "partition": split}
     return json.loads(config.model_copy(update=others).model_dump_json())
 
 

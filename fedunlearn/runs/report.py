@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedunlearn.config import Config, values_of
 from fedunlearn.errors import UserError
+from fedunlearn.naming import name_of, named
 from fedunlearn.runs import uncertainty
 from fedunlearn.runs.figures import MOST_DRAWN, Mark, accuracy_figure, curves, split_figure
 from fedunlearn.runs.files import write_atomically
@@ -22,7 +24,7 @@ from fedunlearn.runs.page import embedded, encoded, rendered
 from fedunlearn.runs.purge import known_class_counts
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.uncertainty import fraction
-from fedunlearn.runs.verdicts import Moment, Verdict, beside_retrained, latest, moments, named, seconds, verdicts
+from fedunlearn.runs.verdicts import Moment, Verdict, beside_retrained, latest, moments, seconds, verdicts
 from fedunlearn.schema import fields_of
 
 HIDDEN = ("run", "home", "data.root")  # the first is the title; where files lie on a machine is nobody else's business
@@ -61,9 +63,9 @@ def summary(run: Run, class_counts: np.ndarray | None = None) -> str:
     for column in columns:
         words = column in columns[:2]
         table.add_column(column, justify="left" if words else "right", no_wrap=not words)
-    for when, who, scores, test in score_rows(run):
-        own = str(fraction(scores["class"], scores["examples"]))
-        table.add_row(when, who, str(scores["examples"]), own, _gap(who, scores, test, class_counts), _id(who, scores))
+    for when, who, scores, test, client in score_rows(run):
+        own, gap = str(fraction(scores["class"], scores["examples"])), _gap(client, scores, test, class_counts)
+        table.add_row(escape(when), escape(who), str(scores["examples"]), own, gap, _id(who, scores))
     text = io.StringIO()
     Console(file=text, width=120).print(table)
     return text.getvalue().rstrip()
@@ -93,7 +95,8 @@ def write(
     class_counts = known_class_counts(run, class_counts)
     config, requests, rows, events = run.config, run.ledger.requests(), run.metrics(), run.ledger.events()
     label, current = label or config.strategy, run.ledger.current()
-    found = verdicts(requests, rows, label=label, class_counts=class_counts)
+    names = config.partition.names
+    found = verdicts(requests, rows, label=label, class_counts=class_counts, names=names)
     levels = {verdict.request: verdict for verdict in found}
     changed, unchanged = shown_settings(config, own_settings)
     counted = _count_forgotten(rows)
@@ -119,8 +122,8 @@ def write(
         current=current,
         changed=changed,
         unchanged=unchanged,
-        split=None if class_counts is None else embedded(split_figure(class_counts, class_names)),
-        accuracy=embedded(accuracy_figure(rows, marks(requests, events), retrained and retrained.metrics())),
+        split=None if class_counts is None else embedded(split_figure(class_counts, class_names, names)),
+        accuracy=embedded(accuracy_figure(rows, marks(requests, events), retrained and retrained.metrics(), names)),
     )
     path = run.folder / "report" / "index.html"
     write_atomically(path, encoded(page))
@@ -145,10 +148,11 @@ def comparison(run: Run, retrained: Run) -> list[Verdict]:
     never = {client for request in others if request.detail["round"] == 0 for client in request.clients}
     forgotten = {client for request in applied for client in request.clients}
     if took_part := sorted(forgotten - never):
-        raise UserError(f"run {retrained.name} is no retrained model: client {took_part[0]} took part in it")
+        raise UserError(f"run {retrained.name} is no retrained model: {run.named(took_part[:1])} took part in it")
     if further := sorted({client for request in others for client in request.clients} - forgotten):
-        raise UserError(f"run {retrained.name} is no retrained model: it is without client {further[0]} too")
-    found = (beside_retrained(request, run.metrics(), retrained.metrics()) for request in applied)
+        raise UserError(f"run {retrained.name} is no retrained model: it is without {run.named(further[:1])} too")
+    names = run.config.partition.names
+    found = (beside_retrained(request, run.metrics(), retrained.metrics(), names) for request in applied)
     return [verdict for verdict in found if verdict]
 
 
@@ -167,7 +171,7 @@ def card(
     is_now = commit is not None and current is not None and current.sha256 == commit["sha256"]
     return {
         "request": request,
-        "who": named(request.clients),
+        "who": run.named(request.clients),
         "level": verdict.level,
         "is_applied": request.state in FORGOTTEN,
         "follows": _what_follows(request),
@@ -178,7 +182,7 @@ def card(
         "sha256": commit and commit["sha256"],
         "fate": "" if is_now else " (replaced since by those of later rounds)",
         "said": _said_by_strategy(detail),
-        "scores": measured and score_table(measured, request.clients, class_counts),
+        "scores": measured and score_table(measured, request.clients, class_counts, run.config.partition.names),
     }
 
 
@@ -208,7 +212,9 @@ def marks(requests: Iterable[Request], events: Sequence[dict[str, Any]]) -> list
     return found
 
 
-def score_table(measured: Sequence[Moment], clients: Sequence[int], class_counts: np.ndarray | None) -> dict[str, Any]:
+def score_table(
+    measured: Sequence[Moment], clients: Sequence[int], class_counts: np.ndarray | None, names: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write accuracies as words: a column a moment; for each group of images some lines."""
     groups = []
     for client in map(str, clients):
@@ -218,10 +224,10 @@ def score_table(measured: Sequence[Moment], clients: Sequence[int], class_counts
         lines = [("class accuracy", [_accuracy(scores) for scores, _ in each])]
         if any("held_out" in (scores or {}) for scores, _ in each):
             lines.append(("held-out images of its class counts", [_held_out(client, *s, class_counts) for s in each]))
-            lines.append(("memorisation gap", [_gap(f"client {client}", *s, class_counts) for s in each]))
+            lines.append(("memorisation gap", [_gap(client, *s, class_counts) for s in each]))
         lines.append(("client-ID accuracy", [_accuracy(scores, "client_id") for scores, _ in each]))
         examples = next(scores["examples"] for scores, _ in each if scores)
-        groups.append({"who": f"client {client}", "examples": examples, "what": "images", "lines": lines})
+        groups.append({"who": named([int(client)], names), "examples": examples, "what": "images", "lines": lines})
     for who, key, what in (("retain clients", "retain", "training images"), ("test", "test", "held-out images")):
         each = [moment.scores[key] for moment in measured]
         lines = [("class accuracy", [_accuracy(scores) for scores in each])]
@@ -258,12 +264,12 @@ def readable(at: str) -> str:
     return datetime.fromisoformat(at).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """Give (when, who, scores, scores on test images) of before and after every request, and of the last evaluation."""
+def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any], dict[str, Any], str]]:
+    """Give (when, who, scores, scores on test images, a client's number) of every request and the last evaluation."""
     points, evaluated = [], None
     for row in run.metrics():
         if row["kind"] == "forget":
-            asked = ", ".join(map(str, row["clients"]))
+            asked = ", ".join(name_of(client, run.config.partition.names) for client in row["clients"])
             points += [(f"before forgetting {asked}", row["before"]), (f"after forgetting {asked}", row["after"])]
             evaluated = None
         elif "test" in row:
@@ -273,8 +279,8 @@ def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any], dict[str, Any]]
     rows = []
     for when, scores in points:
         test = scores["test"]
-        rows += [(when, f"client {client}", s, test) for client, s in scores["forgotten"].items()]
-        rows += [(when, "retain clients", scores["retain"], test), (when, "test", test, test)]
+        rows += [(when, run.named([int(client)]), s, test, client) for client, s in scores["forgotten"].items()]
+        rows += [(when, "retain clients", scores["retain"], test, ""), (when, "test", test, test, "")]
     return rows
 
 
@@ -302,11 +308,11 @@ def _held_out(client: str, scores: dict[str, Any] | None, test: dict[str, Any], 
     return str(uncertainty.held_out(scores["held_out"], test["examples"], own))
 
 
-def _gap(who: str, scores: dict[str, Any] | None, test: dict[str, Any], counts: np.ndarray | None) -> str:
+def _gap(client: str, scores: dict[str, Any] | None, test: dict[str, Any], counts: np.ndarray | None) -> str:
     """Write a client's memorisation gap, with its standard error where the class counts are known."""
     if not scores or "held_out" not in scores:
         return ""
-    gap = uncertainty.memorisation_gap({who.removeprefix("client "): scores}, test["examples"], counts)
+    gap = uncertainty.memorisation_gap({client: scores}, test["examples"], counts)
     if gap is None:
         return ""
     return f"{gap.value:+.3f}".replace("-", "−") if counts is None else gap.text(signed=True)

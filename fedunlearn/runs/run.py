@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from logging import getLogger
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
+from fedunlearn.naming import MOST_NAMED, named, numbers_of
 from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.events import TamperedError
 from fedunlearn.runs.files import named_in_errors, sync
@@ -78,6 +79,25 @@ class Run:
         """Give the settings with the state folder that the run lies in now."""
         return self.config.model_copy(update={"home": str(self.home)})
 
+    def named(self, clients: Collection[int], *, capital: bool = False, most: int = MOST_NAMED) -> str:
+        """Name clients in a sentence, as `client hospital_b` or `clients 3 and 5`."""
+        return named([*clients], self.config.partition.names, capital=capital, most=most)
+
+    def client_names(self, clients: Iterable[int]) -> list[str]:
+        """List the names of clients, where they have some; else none."""
+        names = self.config.partition.names
+        return [names[client] for client in clients] if names else []
+
+    def numbers_of(self, clients: Iterable[int | str]) -> list[int]:
+        """Give the numbers of clients by their names or numbers, without repetition.
+
+        Raises:
+            UserError: nobody has such a name.
+        """
+        names = self.config.partition.names
+        numbers = (c for one in clients for c in (numbers_of([one], names) if isinstance(one, str) else [int(one)]))
+        return list(dict.fromkeys(numbers))
+
     # For whoever asks from outside -------------------------------------------------------------------------------
 
     def is_live(self) -> bool:
@@ -86,7 +106,7 @@ class Run:
 
     def request(
         self,
-        clients: Collection[int],
+        clients: Iterable[int | str],
         *,
         by: str = "",
         right: str = "",
@@ -99,7 +119,7 @@ class Run:
         A live run takes the request at its next round boundary. Otherwise nobody does, until somebody serves the run.
 
         Args:
-            clients: their numbers; none, with a selection, for all clients that have such images.
+            clients: their numbers, or their names; none, with a selection, for all clients that have such images.
             by: who asks; the receipt says it.
             right: by what right.
             signed: what the clients' key has signed.
@@ -113,7 +133,8 @@ class Run:
             UserError: a client is not in 0..C-1, the run has no sound checkpoint to forget from, or the request needs a
                 signature that it does not have; this is written down.
         """
-        wanted = self.meant(clients, selection)
+        asked_for = self.numbers_of(clients)
+        wanted = self.meant(asked_for, selection)
         self.check_signed(signed, wanted, action=action_of(selection))
         live, current = self.is_live(), self.ledger.current()
         if not live:
@@ -127,7 +148,7 @@ class Run:
             signed=asdict(signed) if signed else None,
             how=how,
             selection=selection,
-            everybody=not clients,
+            everybody=not asked_for,
             first_portion=self.config.clients,
         )
         return RequestHandle(self.folder, self.ledger, tuple(request.id for request in requests))
@@ -169,7 +190,7 @@ class Run:
             self.would_take(signed, clients, action=action)
         except UnsignedError as error:
             self.ledger.write_down(clients, action, str(error))
-            raise UserError(f"the request to {action} clients {sorted(clients)} is turned away: {error}") from error
+            raise UserError(f"the request to {action} {self.named(sorted(clients))} is turned away: {error}") from error
 
     def would_take(self, signed: SignedRequest | None, clients: Collection[int], *, action: str = FORGET) -> None:
         """Raise UnsignedError where a signature is needed or given and is not good."""
@@ -214,7 +235,8 @@ class Run:
         """Predict the classes of images with the current model.
 
         Args:
-            images: uint8 [N, H, W, channels], of the size that the run was trained on.
+            images: uint8 [N, H, W, channels], of the size that the run was trained on; of a table, fp32 rows
+                [N, 1, 1, features].
 
         Returns:
             Class probabilities, [N, K].
@@ -231,13 +253,13 @@ class Run:
         import torch
 
         from fedunlearn.data.batches import batches
-        from fedunlearn.data.datasets import Split
+        from fedunlearn.data.store import Split
         from fedunlearn.nn.evaluate import predict
 
-        expected = self.images().shape
-        if images.dtype != np.uint8 or list(images.shape[1:]) != list(expected):
-            shape = ", ".join(map(str, expected))
-            raise UserError(f"images are {images.dtype} {list(images.shape)}: run {self.name} takes uint8 [N, {shape}]")
+        expected, dtype = self.images().shape, "float32" if self.config.data.name == "table" else "uint8"
+        if images.dtype != dtype or list(images.shape[1:]) != list(expected):
+            takes = f"{dtype} [N, {', '.join(map(str, expected))}]"
+            raise UserError(f"images are {images.dtype} {list(images.shape)}: run {self.name} takes {takes}")
         data = Split(images, np.zeros(len(images), np.int64))
         places, device = np.arange(len(images)), torch.device("cpu")
         everything = batches(data, places, -1, batch_size=self.config.train.batch_size, device=device)

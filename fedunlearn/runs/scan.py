@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedunlearn.build import dealt, fingerprint_of, slices_of, source_of
-from fedunlearn.data.datasets import Dataset, Split
+from fedunlearn.build import fingerprint_of, slices_of, source_of
 from fedunlearn.data.search import Found, Wanted
+from fedunlearn.data.store import Belongings, Dataset
 from fedunlearn.errors import UserError
 from fedunlearn.runs.run import Run
 
@@ -20,20 +20,14 @@ log = getLogger("fedunlearn")
 
 
 class Owned(NamedTuple):
-    """All images of a run, and which of them are some clients'.
+    """Some clients' images, and what there is to tell them from.
 
     Attributes:
-        train: all training images.
-        places: of the clients' images among them.
-        test: the held-out images.
-        files: that the training images were read from, if that is known.
-        class_counts: of each of the clients, [K], by its number as text.
+        images: theirs and all others.
+        class_counts: of each of the clients' training images, [K], by its number as text.
     """
 
-    train: Split
-    places: np.ndarray
-    test: Split
-    files: list[str]
+    images: Belongings
     class_counts: dict[str, list[int]]
 
 
@@ -45,42 +39,37 @@ def owned_by(run: Run, clients: Collection[int]) -> Owned:
     """
     config, about = run.config_here(), run.about()
     source = source_of(config)
-    for train, slices, test, files in _copies(run):
-        if all(fingerprint_of(train, slices[client]) == about["data"][str(client)] for client in clients):
+    for dataset in _copies(run):
+        slices = slices_of(config, dataset)
+        if all(fingerprint_of(dataset, slices, client) == about["data"][str(client)] for client in clients):
             kinds = len(about["images"]["class_names"])
-            counts = {str(c): np.bincount(train.labels[slices[c]], minlength=kinds).tolist() for c in clients}
-            return Owned(train, np.concatenate([slices[client] for client in clients]), test, files, counts)
+            counts = {str(c): np.bincount(dataset.train.labels[slices[c]], minlength=kinds).tolist() for c in clients}
+            return Owned(dataset.belongings(clients, slices), counts)
     raise UserError(
-        f"the images of client {', '.join(map(str, clients))} can be looked for no more: neither the decoded copy "
+        f"the images of {run.named(clients)} can be looked for no more: neither the decoded copy "
         f"({source.store}) nor its source has them as run {run.name} was trained on them"
     )
 
 
-def _copies(run: Run) -> Iterator[tuple[Split, list[np.ndarray], Split, list[str]]]:
-    """Every place that a run's images can be taken from, with its clients' indices."""
-    config = run.config_here()
-    source = source_of(config)
+def _copies(run: Run) -> Iterator[Dataset]:
+    """Every place that a run's images can be taken from."""
+    source = source_of(run.config_here())
     if source.store.is_dir():
         try:
-            dataset = Dataset(source.store.resolve())
-            copy = dataset.train, slices_of(config, dataset), dataset.test, dataset.files
+            copy = source.opened()
+            _ = copy.train, copy.test, copy.files
         except UserError as error:
             log.warning("the source has to do: %s", error)
         else:
             yield copy
-    found = source.decode()
-    yield found.train, dealt(config, found.train.labels), found.test, found.files
+    yield source.in_memory()
 
 
 def wanted(owned: Owned) -> Wanted:
     """Prepare to look for the clients' images, for their labels, and for the files that they are from."""
-    train = owned.train
-    is_other = np.ones(len(train.labels), bool)
-    is_other[owned.places] = False
-    others = np.concatenate([train.images[is_other], owned.test.images])
-    own_files = [Path(owned.files[place]) for place in owned.places] if owned.files else []
-    contents = (file.read_bytes() for file in own_files if file.exists())
-    return Wanted(train.images[owned.places], train.labels[owned.places], others=others, files=contents)
+    own, others, files = owned.images
+    contents = (file.read_bytes() for file in files if file.exists())
+    return Wanted(own.images, own.labels, others=others, files=contents)
 
 
 def scan(look_for: Wanted, roots: Iterable[Path]) -> Iterator[tuple[Path, Found]]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedunlearn.naming import name_of
 from fedunlearn.runs.budget import MEASURED_BY, Figures, refusal
 from fedunlearn.runs.events import Head
 from fedunlearn.runs.ledger import FAILED, State
@@ -132,6 +133,7 @@ class Receipt(Told):
     """What became of a forget request."""
 
     run: str
+    names: dict[str, str] = Field(default={}, description="of the clients by number, where they have names")
     examples: dict[str, int] = Field(description="training images by client, as its node declared them")
     rounds: int | None = Field(description="in which one of the clients was trained on; null where nobody kept that")
     settings: dict[str, Any] = Field(description="of the run")
@@ -142,6 +144,22 @@ class Receipt(Told):
     later: Later | None
     events: list[Event]
     head: Head = Field(description="of the ledger when the receipt was written, signed with the run's key")
+
+    @property
+    def who(self) -> str:
+        """Name the clients in a sentence, each with its number."""
+        several = "s" if len(self.clients) > 1 else ""
+        return f"client{several} {', '.join(self.called(client) for client in self.clients)}"
+
+    def called(self, client: int) -> str:
+        """Give a client's name and number, or its number alone."""
+        name = self.names.get(str(client))
+        return str(client) if name is None else f"{name_of(0, [name])} (number {client})"
+
+    def shown(self, group: str) -> str:
+        """Give what a figure is of, as `client 3`, with that client's name."""
+        kind, _, number = group.partition(" ")
+        return f"client {self.called(int(number))}" if kind == "client" and number.isdecimal() else group
 
 
 class Digest(Part):

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from fedunlearn.naming import named
 from fedunlearn.runs.formats import duration
 from fedunlearn.runs.ledger import FORGOTTEN, Request, State
 from fedunlearn.runs.uncertainty import Estimate, fraction, memorisation_gap
 
-MOST_NAMED = 4  # clients in a sentence
 WIDE = 0.1  # a gap that could hide behind the uncertainty and should not
 
 Scores = Mapping[str, Any]
@@ -73,6 +73,7 @@ def verdicts(
     *,
     label: str,
     class_counts: np.ndarray | None = None,
+    names: Sequence[str] = (),
 ) -> list[Verdict]:
     """Say what became of every request, or how good the model is where there is none.
 
@@ -81,16 +82,20 @@ def verdicts(
         rows: of `metrics.jsonl`.
         label: what people call the strategy.
         class_counts: images of every client by class, [C, K], where an auditor knows them.
+        names: of all clients by number, where they have names.
     """
     found: list[Verdict] = []
     for place, request in enumerate(requests):
         covering = [r.id for r in requests[place + 1 :] if set(request.clients) <= set(r.clients)]
-        found.append(_verdict(request, moments(request, rows), label, class_counts, covering))
+        found.append(_verdict(request, moments(request, rows), label, class_counts, covering, names))
     return found if requests else [*found, _without_request(rows)]
 
 
 def beside_retrained(
-    request: Request, rows: Sequence[dict[str, Any]], retrained: Sequence[dict[str, Any]]
+    request: Request,
+    rows: Sequence[dict[str, Any]],
+    retrained: Sequence[dict[str, Any]],
+    names: Sequence[str] = (),
 ) -> Verdict | None:
     """Say whether the model knows a request's clients as well as the retrained model does, in the last common round.
 
@@ -98,6 +103,7 @@ def beside_retrained(
         request: that was applied.
         rows: of `metrics.jsonl`.
         retrained: the same of the run in which the clients never took part.
+        names: of all clients by number, where they have names.
 
     Returns:
         None where the two were never evaluated after the same round, or nobody measured the clients.
@@ -117,7 +123,7 @@ def beside_retrained(
     last = max(common)
     found, expected = (_of_clients(clients, each[last]) for each in (ours, theirs))
     tested, aim = (fraction(each[last]["test"]["class"], each[last]["test"]["examples"]) for each in (ours, theirs))
-    whom, several = named(request.clients), len(request.clients) > 1
+    whom, several = named(request.clients, names), len(request.clients) > 1
     text = (
         f"After round {last} a model that was retrained without {whom} gets {expected.short()} of "
         f"{_theirs(several)} images right, and this one {found.short()}. Of the test images they get {aim.short()} and "
@@ -163,39 +169,30 @@ def latest(rows: Sequence[dict[str, Any]]) -> Moment | None:
     return Moment(f"after round {measured[-1]['round']}", measured[-1]["round"], measured[-1])
 
 
-def named(clients: Sequence[int], *, capital: bool = False) -> str:
-    """Name clients in a sentence.
-
-    Example:
-        >>> named([3, 5])
-        'clients 3 and 5'
-    """
-    words = [str(client) for client in clients]
-    if len(words) > MOST_NAMED + 1:
-        words = [*words[:MOST_NAMED], f"{len(words) - MOST_NAMED} more"]
-    text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return f"{'C' if capital else 'c'}lient{'s' if len(clients) > 1 else ''} {text}"
-
-
 def seconds(value: float) -> str:
     """Say how long something took, to a tenth below a minute."""
     return f"{value:.1f} s" if value < 60 else duration(value)
 
 
 def _verdict(
-    request: Request, measured: list[Moment], label: str, class_counts: np.ndarray | None, covering: list[str]
+    request: Request,
+    measured: list[Moment],
+    label: str,
+    class_counts: np.ndarray | None,
+    covering: list[str],
+    names: Sequence[str],
 ) -> Verdict:
     if request.state in FORGOTTEN:
-        verdict = _of_applied(request, measured, label, class_counts)
+        verdict = _of_applied(request, measured, label, class_counts, names)
     else:
-        verdict = _of_state(request, label, covering)
+        verdict = _of_state(request, label, covering, names)
     title = verdict.title or TITLES[verdict.level] or str(request.state).capitalize()
     return replace(verdict, request=request.id, title=title)
 
 
-def _of_state(request: Request, label: str, covering: list[str]) -> Verdict:
+def _of_state(request: Request, label: str, covering: list[str], names: Sequence[str]) -> Verdict:
     """Say what became of a request that no model has been made for."""
-    who, several = named(request.clients), len(request.clients) > 1
+    who, several = named(request.clients, names), len(request.clients) > 1
     reason, attempts = request.detail.get("reason", ""), request.detail.get("attempts", 0)
     because = f": {reason}" if reason else ""
     later = f" Request {covering[-1]}, which came later, covers {'them' if several else 'it'} too." if covering else ""
@@ -215,12 +212,14 @@ def _of_state(request: Request, label: str, covering: list[str]) -> Verdict:
     return Verdict(f"The request to forget {who} is {str(request.state).lower()}{because}.{later}", Level.PLAIN)
 
 
-def _of_applied(request: Request, measured: list[Moment], label: str, class_counts: np.ndarray | None) -> Verdict:
+def _of_applied(
+    request: Request, measured: list[Moment], label: str, class_counts: np.ndarray | None, names: Sequence[str]
+) -> Verdict:
     """Say what the model still knows of the images of clients whose request is applied."""
-    detail, who = request.detail, named(request.clients)
+    detail, who = request.detail, named(request.clients, names)
     several = len(request.clients) > 1
     how = f"after round {detail['round']} by {label}, in {seconds(detail['seconds'])}"
-    forgotten = f"{named(request.clients, capital=True)} {'were' if several else 'was'} forgotten {how}."
+    forgotten = f"{named(request.clients, names, capital=True)} {'were' if several else 'was'} forgotten {how}."
     applied = f"The request to forget {who} was applied {how}."
     waits = "" if request.state == State.COMPLETED else f" It is completed after round {detail['completes_at']}."
     gaps = {moment.when: gap_of(request, moment, class_counts) for moment in measured}
@@ -243,7 +242,7 @@ def _of_applied(request: Request, measured: list[Moment], label: str, class_coun
         text = f"{forgotten} {model} gets fewer of {images} right than of held-out ones: {numbers}"
         return Verdict(f"{text} A model that never saw them has a gap near 0.{waits}", Level.WARNING, "Look closer")
     text = f"{forgotten} {model} knows {images} no better than held-out ones: {numbers}"
-    apart = _apart(request, measured[-1], class_counts) if several else ""
+    apart = _apart(request, measured[-1], class_counts, names) if several else ""
     if apart:
         return Verdict(f"{text}{apart}{waits}", Level.WARNING)
     level, title = Level.OPEN if waits else Level.GOOD, ""
@@ -269,14 +268,14 @@ def gap_of(
     return memorisation_gap(each, moment.scores["test"]["examples"], class_counts)
 
 
-def _apart(request: Request, moment: Moment, class_counts: np.ndarray | None) -> str:
+def _apart(request: Request, moment: Moment, class_counts: np.ndarray | None, names: Sequence[str]) -> str:
     """Name the client that the model knows best, where that one alone is still known too well."""
     each = {client: gap_of(request, moment, class_counts, client) for client in request.clients}
     above = {client: gap for client, gap in each.items() if gap is not None and gap.is_above_zero}
     if not above:
         return ""
     client = max(above, key=lambda c: above[c].value)
-    return f" But client {client} alone is still known better: {above[client].short(signed=True)}."
+    return f" But {named([client], names)} alone is still known better: {above[client].short(signed=True)}."
 
 
 def _price(before: Moment, now: Moment) -> str:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fedunlearn import malloc
 from fedunlearn.config import state_home
-from fedunlearn.data.datasets import Dataset
+from fedunlearn.data.store import Dataset
 from fedunlearn.errors import UserError
 from fedunlearn.log import set_up
 from fedunlearn.nn.precision import precision_on

@@ -9,6 +9,7 @@ from pydantic import Field
 from fedunlearn.config import Data, Loss, Model, Partition, Scale, Settings, check_clients, settings
 from fedunlearn.errors import UserError
 from fedunlearn.schema import check_names, fields_of, name_of, validated
+from fedunlearn.words import put, texts_of
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "folder"]
 Pipeline = Literal["no_mtl", "ce", "ce_dl"]
@@ -80,10 +81,10 @@ def composed(schema: type[S], package: str, words: Iterable[str]) -> S:
 
     words = list(words)
     check_names(words, schema)
+    texts = texts_of(words, schema)
     presets = OmegaConf.create(files(package).joinpath("presets.yaml").read_text())
     try:
-        given = OmegaConf.from_dotlist(words)
-        _keep_text(given, words, schema)
+        given = OmegaConf.from_dotlist([word for word in words if name_of(word) not in texts])
         chosen = validated(Preset, {name: given[name] for name in Preset.model_fields if name in given})
         scale = chosen.scale
         if scale == "auto":
@@ -99,12 +100,12 @@ def composed(schema: type[S], package: str, words: Iterable[str]) -> S:
         values = OmegaConf.to_container(merged, resolve=True)
     except YAMLError:
         raise UserError(
-            f"{' '.join(words)}: a value cannot be read; one that begins with [ or * and is no list needs quotes: "
-            "study.only='\"[bt]*\"'"
+            f"{' '.join(words)}: a value cannot be read; one that begins with [ or * and is no list needs quotes"
         ) from None
     except OmegaConfBaseException as error:
         raise UserError(str(error).strip().splitlines()[0]) from None
     assert isinstance(values, dict)
+    put(values, texts)
     _check_options(schema, values)
     return validated(schema, values)
 
@@ -141,14 +142,3 @@ def _lists_of_options(schema: type[Settings]) -> Iterator[tuple[str, tuple[str, 
             (element,) = get_args(declared.annotation)
             if get_origin(element) is Literal:
                 yield name, get_args(element)
-
-
-def _keep_text(given: Any, words: list[str], schema: type[Settings]) -> None:
-    """Let settings that are text be what was typed: a study may be named 2024."""
-    from omegaconf import OmegaConf
-
-    texts = {name for name, declared in fields_of(schema) if declared.annotation is str}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name_of(word) in texts and not isinstance(OmegaConf.select(given, name), str):
-            OmegaConf.update(given, name, value)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isnan, sqrt
 
+from fedunlearn.naming import named
 from fedunlearn.runs.uncertainty import Estimate, fraction
-from fedunlearn.runs.verdicts import Level, Verdict, named
+from fedunlearn.runs.verdicts import Level, Verdict
 from fedunlearn.study.federated.plan import NOTHING_ELSE
 from fedunlearn.study.federated.tables import RETRAINED, Row, label
 

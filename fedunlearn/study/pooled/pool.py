@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedunlearn.data.batches import cuts, scale
-from fedunlearn.data.datasets import Dataset, Split
+from fedunlearn.data.store import Dataset, Split
 from fedunlearn.nn.evaluate import Counts, Predictions, evaluate, predict
 from fedunlearn.nn.model import Batch, TwoHeadResNet18
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedunlearn.build import model_of, open_dataset, slices_of
 from fedunlearn.config import Config
-from fedunlearn.data.datasets import Dataset
+from fedunlearn.data.store import Dataset
 from fedunlearn.errors import UserError
 from fedunlearn.nn.model import TwoHeadResNet18
 from fedunlearn.runs import checkpoint

@@ -1,0 +1,283 @@
+"""Images whose owners are known: a tree with a folder for each client, or a table of paths and clients."""
+
+import csv
+import difflib
+import io
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from fedunlearn.data.images import OF_SYSTEMS, class_name, find_images
+from fedunlearn.errors import UserError, printable
+
+SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"))
+"""Names of folders that say what images are for, and not what is on them."""
+
+COLUMNS = ("path", "client", "class", "split", "patient")
+"""Of a table of owners; the first two are needed."""
+
+HELD_OUT_EVERY = 6
+"""Of a client's images of a class, one of so many is held out, where nobody says which are."""
+
+LISTED = 10
+"""Mistakes of a table that an error names."""
+
+KINDS = ("folders", "file")
+"""Partitions in which somebody says who owns an image."""
+
+
+class Listed(NamedTuple):
+    """An image file and what is known of it.
+
+    Attributes:
+        file: its path, relative to the source.
+        label: name of its class.
+        is_test: whether it is held out.
+        patient: whose it is, where that is known.
+    """
+
+    file: str
+    label: str
+    is_test: bool = False
+    patient: str = ""
+
+
+class Owned(NamedTuple):
+    """The image files of a source by their owners.
+
+    Attributes:
+        root: the folder that they lie in.
+        images: by the client's name, in the order of names; a client may have none.
+        common: held-out images that are no client's.
+        passed_over: how many files of the folder were not taken, by kind.
+    """
+
+    root: Path
+    images: dict[str, list[Listed]]
+    common: list[Listed]
+    passed_over: Mapping[str, int]
+
+
+def owned(root: Path, kind: str, file: str = "") -> Owned:
+    """List the images of a source with their owners.
+
+    Args:
+        root: the folder.
+        kind: one of `KINDS`: `folders` for `of_folders`, `file` for `of_table`.
+        file: the table, relative to the folder or absolute.
+
+    Raises:
+        UserError: nobody can say whose the images are.
+    """
+    return of_folders(root) if kind == "folders" else of_table(root, root / Path(file).expanduser())
+
+
+def of_folders(root: Path) -> Owned:
+    """List the images of a tree root/client/class/image.
+
+    With root/train/client/class/image there may be root/test/class/image, which are nobody's, and
+    root/test/client/class/image. Without a folder `test`, every sixth image of a client and class is held out.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        UserError: the tree is of another form.
+    """
+    found = find_images(root)
+    is_split = (root / "train").is_dir()
+    base = root / "train" if is_split else root
+    _check_form(root, base)
+    clients: dict[str, list[Listed]] = {class_name(name): [] for name in subfolders(base)}
+    by_class: dict[tuple[str, str], list[Listed]] = defaultdict(list)
+    common: list[Listed] = []
+    for file in found.files:
+        split, *parts = file.parts if is_split else ("train", *file.parts)
+        names = [class_name(part) for part in parts[:-1]]
+        is_test = split == "test"
+        if is_test and len(names) == 1:
+            common.append(Listed(str(file), names[0], is_test=True))
+            continue
+        if len(names) < 2:
+            raise UserError(
+                f"{_shown(root / file)} has no folder of a client and a class: partition.kind=folders reads "
+                "root/client/class/image (without owners root/class/image, and partition.kind=dirichlet)"
+            )
+        by_class[names[0], names[1]].append(Listed(str(file), names[1], is_test))
+    if not (is_split and (root / "test").is_dir()):
+        by_class = {owner: _held_out(images) for owner, images in by_class.items()}
+    for (client, _), images in sorted(by_class.items()):
+        if client not in clients:
+            raise UserError(f"{_shown(root / images[0].file)}: there is no client {client} in {_shown(base)}")
+        clients[client].extend(images)
+    return Owned(root, dict(sorted(clients.items())), common, found.passed_over)
+
+
+def _check_form(root: Path, base: Path) -> None:
+    """Raise UserError where folders are named like splits, or a class folder holds only folders."""
+    if base != root and (others := sorted(set(subfolders(root)) - {"train", "test"})):
+        raise UserError(
+            f"{_shown(root)} has {_listed(others)} beside train/ and test/: move it away, or into one of them"
+        )
+    named_like_splits(base, "root/client/class/image, or root/train/client/class/image and root/test/class/image")
+    for client in subfolders(base):
+        named_like_splits(
+            base / client,
+            "root/train/client/class/image and root/test/client/class/image, or partition.file=clients.csv",
+        )
+        for name in subfolders(base / client):
+            if only_folders(base / client / name):
+                raise UserError(
+                    f"{_shown(base / client / name)} is the folder of a class and holds only folders: "
+                    "partition.kind=folders reads root/client/class/image (who has patients' folders names them in "
+                    "partition.file=clients.csv)"
+                )
+
+
+def check_classes(root: Path) -> None:
+    """Raise UserError where the class folders of a tree without owners are clients or splits."""
+    named_like_splits(root, "train/ and test/")
+    for name in subfolders(root):
+        if only_folders(root / name):
+            raise UserError(
+                f"{_shown(root / name)} is the folder of a class and holds only folders: are these the classes of a "
+                "client (partition.kind=folders)?"
+            )
+
+
+def named_like_splits(folder: Path, forms: str) -> None:
+    """Raise UserError where two subfolders or more are named like splits; `forms` says how they may be named."""
+    names = subfolders(folder)
+    if len(alike := [name for name in names if name.casefold() in SPLITS]) > 1:
+        raise UserError(
+            f"{_shown(folder)} has {_listed(alike)}, which are no classes and no clients: {forms} is read. Is there a "
+            "folder for each client (partition.kind=folders)?"
+        )
+
+
+def only_folders(folder: Path) -> bool:
+    """Say whether there are folders in a folder, and no files."""
+    with os.scandir(folder) as entries:
+        visible = (e for e in entries if not e.name.startswith(".") and e.name not in OF_SYSTEMS)
+        first = next(visible, None)
+        return first is not None and first.is_dir() and all(entry.is_dir() for entry in visible)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Name the folders in a folder, but for hidden ones and those of operating systems."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return sorted(name for name in names if name not in OF_SYSTEMS)
+
+
+def _held_out(images: Sequence[Listed]) -> list[Listed]:
+    """Hold every sixth of some images out."""
+    last = HELD_OUT_EVERY - 1
+    return [image._replace(is_test=place % HELD_OUT_EVERY == last) for place, image in enumerate(images)]
+
+
+def of_table(root: Path, table: Path) -> Owned:
+    """List the images that a table of paths and clients names.
+
+    Its columns are `path` (relative to the folder) and `client`, and if they are there `class` (else the name of the
+    folder that an image is in), `split` (`train` or `test`; else every sixth of a client and class is held out) and
+    `patient`.
+    A held-out image without a client is nobody's. Images that have no row are passed over.
+
+    Args:
+        root: the folder that paths are relative to.
+        table: a CSV file, in UTF-8, with commas or semicolons.
+
+    Raises:
+        UserError: the table cannot be read, or names of columns, paths or splits are wrong: all of them in one list.
+    """
+    found = find_images(root)
+    known = {class_name(str(file)): str(file) for file in found.files}
+    rows = list(_rows(table))
+    has_split = bool(rows) and "split" in rows[0][1]
+    by_class: dict[tuple[str, str], list[Listed]] = defaultdict(list)
+    common, wrong, seen = [], [], Counter()
+    for number, row in rows:
+        path = _relative(root, row["path"], known)
+        seen[path] += 1
+        if mistake := _mistake(root, path, row, known, seen[path]):
+            wrong.append(f"line {number}: {mistake}")
+            continue
+        label = row.get("class") or class_name(PurePosixPath(path).parent.name)
+        image = Listed(known[path], label, row.get("split", "").casefold() == "test", row.get("patient", ""))
+        (by_class[row["client"], label] if row["client"] else common).append(image)
+    if wrong:
+        more = f"\n  and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        lines = "".join(f"\n  {printable(line)}" for line in wrong[:LISTED])
+        raise UserError(f"partition.file={_shown(table)} has {len(wrong)} wrong lines:{lines}{more}")
+    images: dict[str, list[Listed]] = {client: [] for _, row in rows if (client := row["client"])}
+    for (client, _), own in sorted(by_class.items()):
+        own = sorted(own)
+        images[client].extend(own if has_split else _held_out(own))
+    without = len(known) - len(seen)
+    passed_over = {**found.passed_over, **({"image without a line in the table": without} if without else {})}
+    return Owned(root, dict(sorted(images.items())), sorted(common), passed_over)
+
+
+def _relative(root: Path, text: str, known: Mapping[str, str]) -> str:
+    """Give a path of a table relative to the folder, with slashes as they are here."""
+    path = os.path.normpath(os.path.relpath(text, root) if os.path.isabs(text) else text)
+    slashed = os.path.normpath(text.replace("\\", "/"))
+    return class_name(slashed if class_name(path) not in known else path)
+
+
+def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Give the lines of a table with their numbers; every value is without blanks around it."""
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not in UTF-8"
+        raise UserError(f"partition.file={_shown(table)} cannot be read: {reason}") from error
+    header = text.partition("\n")[0]
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=";" if ";" in header and "," not in header else ","
+    )
+    names = [(name or "").strip() for name in reader.fieldnames or ()]
+    _check_columns(table, names)
+    for row in reader:
+        values = [(row.get(name) or "").strip() for name in reader.fieldnames or ()]
+        yield reader.line_num, dict(zip(names, values, strict=True)) | ({"": "more"} if None in row else {})
+
+
+def _check_columns(table: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name.casefold(), COLUMNS, 1, 0.5)
+            hint = f": did you mean {near[0]}?" if near else f": there are {', '.join(COLUMNS)}"
+            raise UserError(f"partition.file={_shown(table)}: {name!r} is no column{hint}")
+    if missing := [name for name in COLUMNS[:2] if name not in names]:
+        raise UserError(f"partition.file={_shown(table)} has no column {_listed(missing)}: it has {_listed(names)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"partition.file={_shown(table)} has a column twice: {', '.join(names)}")
+
+
+def _mistake(root: Path, path: str, row: Mapping[str, str], known: Iterable[str], times: int) -> str:
+    """Say what is wrong with a line; nothing where it is right."""
+    split = row.get("split", "train").casefold()
+    if "" in row:
+        return "it has more values than there are columns"
+    if times > 1:
+        return f"{row['path']} is there twice"
+    if path not in known:
+        there = "is no image" if (root / path).exists() and not path.startswith("..") else "is not there"
+        return f"{row['path']} {there if not path.startswith('..') else 'is outside of data.root'}"
+    if split not in ("train", "test"):
+        return f"split {row['split']!r} is neither train nor test"
+    if not row["client"] and split == "train":
+        return f"{row['path']} has no client"
+    return ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(printable(name) for name in names)
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path))

@@ -1,0 +1,242 @@
+"""Read data sets as Hugging Face stores them: parquet files, saved data sets, and folders of images."""
+
+import csv
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedunlearn.data.formats import about_of, classes, split_off
+from fedunlearn.data.images import Content, ImageReader, Reading, class_name, find_images
+from fedunlearn.data.store import Decoded, Split, first_per_class
+from fedunlearn.errors import UserError, printable
+
+SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
+"""Words in names of files and folders that say which split they are of."""
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+LABELS = ("label", "labels", "class", "target")
+
+log = logging.getLogger("fedunlearn")
+
+
+class Part(NamedTuple):
+    """One split of a data set, before its images are read.
+
+    Attributes:
+        images: what each is read from.
+        labels: numbers or texts, [N].
+        clients: names, or none.
+        names: of the classes that numbers stand for, if they are known.
+    """
+
+    images: Sequence[Any]
+    labels: np.ndarray
+    clients: list[str]
+    names: list[str] | None
+
+
+def decode_hub(
+    source: Path,
+    reading: Reading,
+    *,
+    label: str = "",
+    client: str = "",
+    limit: int = 0,
+    test_limit: int = 0,
+    skip_bad: bool = False,
+) -> Decoded:
+    """Read a data set of images in one of Hugging Face's formats, from this machine alone.
+
+    Images are read as those of files are. Test images are those of a split called test, else of one called validation,
+    else every sixth image of a class.
+
+    Args:
+        source: a parquet file, or a folder: of parquet files, of what `save_to_disk` wrote, of images with a
+            `metadata.csv` or `metadata.jsonl`, or of a folder of images a class.
+        reading: how images are read.
+        label, client: the column of the class, and that of the client; an empty label takes the only feature that is
+            one, or a column called label, labels, class or target.
+        limit, test_limit: keep that many images, as `datasets.load` does.
+        skip_bad: whether to go on without images that cannot be read.
+
+    Raises:
+        UserError: nothing of it can be read, or pyarrow is missing where it is needed.
+    """
+    parts = _parts(source, label, client)
+    if "train" not in parts:
+        raise UserError(f"{printable(str(source))} has no split for training: there are {', '.join(parts) or 'none'}")
+    held_out = next((name for name in ("test", "validation") if name in parts), "")
+    if held_out == "test" and "validation" in parts:
+        log.info("%s: its validation images are left out", printable(source.name))
+    chosen = [parts["train"], *([parts[held_out]] if held_out else [])]
+    labels, class_names = classes([part.labels for part in chosen], chosen[0].names, source)
+    limits = [limit if held_out else 0, test_limit]
+    kept = [first_per_class(Split(np.arange(len(own)), own), most).images for own, most in zip(labels, limits)]  # noqa: B905
+    reader = ImageReader(reading, total=sum(map(len, kept)))
+    splits, owners = [], []
+    for part, own, places in zip(chosen, labels, kept, strict=True):
+        images, is_good = reader.read([part.images[place] for place in places])
+        splits.append(Split(images, own[places][is_good]))
+        owners.append([part.clients[place] for place in places[is_good]] if part.clients else [])
+    reader.conclude(skip_bad=skip_bad)
+    empty = Split(splits[0].images[:0], splits[0].labels[:0])
+    decoded = Decoded(splits[0], splits[1] if held_out else empty, class_names, about_of(source), [], owners[0])
+    return decoded if held_out else split_off(decoded)
+
+
+def _parts(source: Path, label: str, client: str) -> dict[str, Part]:
+    """Find the splits of a data set, whatever it is stored as."""
+    if source.is_file():
+        return {"train": _of_tables([source], source.parent, label, client)}
+    for ending in ("parquet", "arrow"):
+        files = sorted(file for file in source.rglob(f"*.{ending}") if not _is_hidden(file.relative_to(source)))
+        if files:
+            by_split: dict[str, list[Path]] = {}
+            for file in files:
+                by_split.setdefault(split_of(str(file.relative_to(source))), []).append(file)
+            return {name: _of_tables(files, source, label, client) for name, files in by_split.items()}
+    return _of_folders(source, label, client)
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
+def split_of(name: str) -> str:
+    """Say which split a file or folder is of; train, where its name does not say.
+
+    Example:
+        >>> split_of("data/test-00000-of-00001.parquet"), split_of("all.parquet")
+        ('test', 'train')
+    """
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((split for split, names in SPLITS.items() if any(word in names for word in words)), "train")
+
+
+def _of_tables(files: list[Path], root: Path, label: str, client: str) -> Part:
+    """Give the images and labels of parquet files or Arrow files."""
+    tables = [arrow_table(file) for file in files]
+    features = _features(tables[0])
+    label = label or _label_column(files[0], tables[0].column_names, features)
+    image = _image_column(files[0], tables[0], features)
+    columns: dict[str, list[Any]] = {name: [] for name in filter(None, (image, label, client))}
+    for file, table in zip(files, tables, strict=True):
+        for name, values in columns.items():
+            if name not in table.column_names:
+                there = printable(", ".join(table.column_names))
+                raise UserError(f"{printable(str(file))} has no column {printable(name)}: there are {there}")
+            values.extend(table[name].to_pylist())
+    names = (features.get(label) or {}).get("names")
+    labels = columns[label]
+    missing = sum(value is None or (names is not None and value == -1) for value in labels)
+    if missing:
+        raise UserError(f"{printable(str(files[0]))}: {missing} images have no {printable(label)}: leave them out")
+    cells = [_content(cell, f"{files[0].name}, row {row + 1}", root) for row, cell in enumerate(columns[image])]
+    clients = [str(name) for name in columns[client]] if client else []
+    return Part(cells, np.array(labels), clients, names)
+
+
+def _content(cell: Any, name: str, root: Path) -> Any:
+    """Give what an image is read from: the bytes of its cell, or the file that it names."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    path = cell.get("path") if isinstance(cell, dict) else None
+    if data is None and path:
+        return root / path
+    return Content(f"{name} ({path})" if path else name, data or b"")
+
+
+def arrow_table(file: Path) -> Any:
+    """Read a parquet file, or one of Arrow's.
+
+    Raises:
+        UserError: it is damaged, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{file.name} is read by the package pyarrow: pip install 'fedunlearn[hf]'") from error
+    try:
+        if file.suffix != ".arrow":
+            return pyarrow.parquet.ParquetFile(file).read()
+        with pyarrow.OSFile(str(file)) as opened:
+            return pyarrow.ipc.open_stream(opened).read_all()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{printable(str(file))} cannot be read ({printable(str(error))})") from error
+
+
+def _features(table: Any) -> dict[str, Any]:
+    """Give what the `datasets` package has written of the columns."""
+    stored = (table.schema.metadata or {}).get(b"huggingface", b"{}")
+    return json.loads(stored).get("info", {}).get("features", {})
+
+
+def _label_column(file: Path, columns: list[str], features: dict[str, Any]) -> str:
+    of_classes = [name for name, feature in features.items() if _type_of(feature) == "ClassLabel"]
+    found = of_classes or [name for name in LABELS if name in columns]
+    if len(found) != 1:
+        there = printable(", ".join(found or columns))
+        raise UserError(f"{printable(str(file))}: data.label=... says which column is the class; there are {there}")
+    return found[0]
+
+
+def _image_column(file: Path, table: Any, features: dict[str, Any]) -> str:
+    found = [name for name, feature in features.items() if _type_of(feature) == "Image"]
+    for field in table.schema:
+        is_image = str(field.type).startswith("struct<bytes") or str(field.type) in ("binary", "large_binary")
+        if not found and is_image:
+            found = [field.name]
+    if not found:
+        raise UserError(
+            f"{printable(str(file))} has no column of images; of a table without images, data.name=table makes rows"
+        )
+    return found[0]
+
+
+def _type_of(feature: Any) -> str:
+    return feature.get("_type", "") if isinstance(feature, dict) else ""
+
+
+def _of_folders(root: Path, label: str, client: str) -> dict[str, Part]:
+    """Give the images of folders, with the labels that a metadata file or the folders' names give."""
+    rows = list(_metadata(root))
+    by_split: dict[str, list[tuple[Path, str, str]]] = {}
+    if rows:
+        columns = list(dict.fromkeys(name for _, row in rows for name in row if name != "file_name"))
+        column = label or _label_column(root, columns, {})
+        for folder, row in rows:
+            if missing := [name for name in filter(None, ("file_name", column, client)) if row.get(name) in (None, "")]:
+                raise UserError(f"{printable(str(folder))}: a row of its metadata has no {printable(missing[0])}")
+            file = folder / str(row["file_name"])
+            split = split_of(str(file.parent.relative_to(root)))
+            by_split.setdefault(split, []).append((file, str(row[column]), str(row[client]) if client else ""))
+    elif client:
+        raise UserError(f"data.client={client} names a column, and {printable(str(root))} has no metadata file")
+    else:
+        for file in find_images(root).files:
+            split = split_of(file.parts[0]) if len(file.parts) > 2 else "train"
+            by_split.setdefault(split, []).append((root / file, class_name(file.parent.name), ""))
+    return {
+        split: Part([row[0] for row in rows], np.array([row[1] for row in rows]), [r[2] for r in rows if client], None)
+        for split, rows in by_split.items()
+    }
+
+
+def _metadata(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Give every row of the metadata files below a folder, each with the folder that it is in."""
+    for file in sorted(file for name in METADATA for file in root.rglob(name)):
+        try:
+            text = file.read_text("utf-8-sig")
+            rows = csv.DictReader(text.splitlines()) if file.suffix == ".csv" else map(json.loads, text.splitlines())
+            yield from ((file.parent, row) for row in rows)
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"{printable(str(file))} cannot be read ({printable(str(error))})") from error

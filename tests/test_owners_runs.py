@@ -1,0 +1,188 @@
+"""Runs of clients with names: what people type and read, what changes of images do, and what is removed."""
+
+import json
+import shutil
+
+import pytest
+
+from command_line import command
+from fedunlearn.build import open_dataset
+from fedunlearn.data.selection import Selection
+from fedunlearn.errors import UserError
+from fedunlearn.runs import scan
+from fedunlearn.runs.receipts import FOLDER, write
+from fedunlearn.runs.verifying import verified
+from test_owners import hospitals, picture
+
+QUICK = "strategy=leave train.batch_size=64 train.client_head_steps=1 batch_norm_fraction=0"
+CLIENTS = ("amt <1>", "b", "c, d", "3")
+NUMBERS = {"3": 0, "amt <1>": 1, "b": 2, "c, d": 3}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """Ray and Flower have no files here."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return hospitals(tmp_path / "tree", CLIENTS)
+
+
+@pytest.fixture
+def hosted(federate, tree):
+    """Runs of the hospitals; `strategy=leave` forgets at no cost."""
+
+    def run(words="", rounds=1):
+        about = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 {QUICK}"
+        return federate(f"{about} partition.kind=folders rounds={rounds} {words}", nodes=1)
+
+    return run
+
+
+def receipt(federate, name="test"):
+    (file,) = (federate.folder(name) / FOLDER).glob("r1.json")
+    return verified(file.read_bytes())
+
+
+def test_a_client_is_forgotten_by_name_and_everybody_calls_it_so(federate, hosted, tree, capsys):
+    hosted("forget.schedule={1:['c, d']}")
+    federate.run().request(["b"])
+    assert [request.clients for request in federate.requests()] == [[3], [2]]
+    out = capsys.readouterr()
+    assert "request r1, forgotten after round 1" in out.err
+    assert "client 'c, d': class" in out.err
+    for words in (("requests",), ("forget", "--list")):
+        assert command(*words, "--run", "test") in (0, 1)
+        assert "clients 'c, d'  after round 1; class accuracy client 'c, d'" in capsys.readouterr().out
+    command("requests", "--json")
+    assert [request["names"] for request in json.loads(capsys.readouterr().out)] == [["c, d"], ["b"]]
+
+
+def test_the_receipt_has_name_and_number_and_nobody_elses(federate, hosted, capsys):
+    hosted("forget.schedule={1:['amt <1>']}")
+    said = receipt(federate)
+    assert (said.clients, said.names) == ([1], {"1": "amt <1>"})
+    assert "names" not in said.settings["partition"]
+    file = federate.folder() / FOLDER / "r1.json"
+    assert command("verify", file) == 0
+    printed = capsys.readouterr().out
+    assert "client 'amt <1>' (number 1): COMPLETED" in printed
+    assert "class accuracy, client 'amt <1>' (number 1):" in printed
+    page = file.with_suffix(".html").read_text()
+    assert "amt &lt;1&gt;&#39; (number 1)" in page
+    assert "<1>" not in page
+    assert "c, d" not in page
+    report = (federate.folder() / "report" / "index.html").read_text()
+    assert "amt &lt;1&gt;" in report
+    assert "<1>" not in report
+
+
+def test_a_name_that_looks_like_a_number_wins_over_the_number(federate, hosted, capsys):
+    hosted("forget.schedule={1:[3]}")
+    assert federate.requests()[0].clients == [NUMBERS["3"]]
+    capsys.readouterr()
+    assert command("forget", "--client", "3", "--dry-run", "--run", "test") == 0
+    assert "clients 3  " in capsys.readouterr().out
+    assert command("forget", "--client", "amt", "--run", "test") == 2
+    assert "no client is called 'amt': did you mean amt <1>?" in capsys.readouterr().err
+
+
+def test_a_client_that_comes_later_changes_no_run(federate, hosted, tree):
+    hosted()
+    hospitals(tree, ("aaa",))
+    hosted(rounds=2)
+    assert federate.run().config.partition.names == ["3", "amt <1>", "b", "c, d"]
+    assert federate.run().ledger.current().round == 2
+
+
+def test_whose_images_have_changed_is_said_by_name(hosted, tree):
+    hosted()
+    picture(tree / "c, d" / "no" / "new.png", 999)
+    with pytest.raises(UserError, match=r"run test was trained on other data \(other images of client 'c, d'\)"):
+        hosted(rounds=2)
+
+
+def test_what_is_left_of_a_client_is_its_part_and_it_may_delete_its_files(federate, hosted, tree, capsys):
+    hosted("forget.schedule={1:[b]}")
+    store = open_dataset(federate.run().config_here()).store
+    assert len(list(store.glob("*/meta.json"))) == 3
+    said = receipt(federate)
+    assert "12 decoded images of client b, with their labels" in said.deleted
+    listed = (store / "files-to-delete.txt").read_text().splitlines()
+    assert listed == [str(tree / "b" / name / f"{i}.png") for name in ("no", "yes") for i in range(6)]
+    capsys.readouterr()
+    assert command("scan", "--client", "b", "--run", "test", "--also", tree) == 1
+    assert "12 files of" in capsys.readouterr().out
+    shutil.rmtree(tree / "b")
+    hosted("forget.schedule={1:[b]}", rounds=2)
+    assert federate.run().ledger.current().round == 2
+
+
+def test_a_client_that_another_run_needs_keeps_its_part(federate, hosted):
+    hosted("run=other")
+    hosted("forget.schedule={1:[b]}")
+    assert "needed by run other" in {one.why for one in receipt(federate).kept}
+    assert len(list(open_dataset(federate.run().config_here()).store.glob("*/meta.json"))) == 4
+
+
+def test_scan_finds_held_out_images_of_a_client_too(federate, hosted):
+    hosted()
+    owned = scan.owned_by(federate.run(), [NUMBERS["b"]])
+    assert (len(owned.images.own.labels), len(owned.images.others), len(owned.images.files)) == (12, 36, 12)
+    assert owned.class_counts == {"2": [5, 5]}
+    store = open_dataset(federate.run().config_here()).store
+    shutil.rmtree(store)
+    again = scan.owned_by(federate.run(), [NUMBERS["b"]])
+    assert (again.images.own.images == owned.images.own.images).all()
+
+
+def test_who_was_forgotten_is_known_by_name_whatever_its_images_are(federate, hosted, tree):
+    hosted("forget.schedule={1:[b]}")
+    picture(tree / "b" / "no" / "new.png", 999)
+    with pytest.raises(
+        UserError, match=r"client b was forgotten by run test.*forget.schedule=\{0:\[b\]\}.*readmit=\[b\]"
+    ):
+        hosted("run=second")
+    hosted("run=second readmit=[b]")
+    assert [len(own) for own in open_dataset(federate.run("second").config_here()).slices] == [10, 10, 11, 10]
+
+
+def test_a_purged_client_and_its_held_out_images_leave_a_run_that_goes_on(federate, hosted):
+    hosted("forget.schedule={1:[b]} forget.gate=true forget.budget=1", rounds=2)
+    assert [len(probs) for probs in federate.server_state().predictions.values()] == [8]
+    hosted("forget.gate=true", rounds=3)
+    assert {round_: len(probs) for round_, probs in federate.server_state().predictions.items()} == {"3": 6}
+    federate.run().request(["c, d"])
+    hosted("forget.gate=true", rounds=3)
+    assert [request.state for request in federate.requests()] == ["COMPLETED", "COMPLETED"]
+    assert federate.requests()[1].detail["after"]["test"]["examples"] == 6
+
+
+def test_a_patient_and_single_files_of_a_client_are_forgotten(federate, tree):
+    places = [(c, k, i) for c in ("b", "3", "amt <1>", "c, d") for k in ("no", "yes") for i in range(6)]
+    lines = [f'"{c}/{k}/{i}.png","{c}",p{i // 2}' for c, k, i in places]
+    (tree / "clients.csv").write_text("\n".join(["path,client,patient", *lines]))
+    about = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 {QUICK}"
+    about += " partition.file=clients.csv forget.purge=never rounds=1"
+    federate(about, nodes=1)
+    federate.run().request(["b"], selection=Selection.by(patients=["p1"]))
+    federate.run().request(["c, d"], selection=Selection.by(examples=["c, d/no/0.png"]))
+    federate(about, nodes=1)
+    requests = federate.requests()
+    assert [(request.owners, request.state) for request in requests] == [([2], "COMPLETED"), ([3], "COMPLETED")]
+    assert [sum(r.detail["after"]["forgotten"][str(c)]["examples"] for c in r.clients) for r in requests] == [4, 1]
+    assert receipt(federate).names == {"2": "b"}
+
+
+def test_receipts_of_runs_without_names_are_read_as_they_were(federate):
+    federate(f"forget.schedule={{1:[3]}} rounds=1 data.limit=40 data.test_limit=20 {QUICK}", nodes=1)
+    said = receipt(federate)
+    assert (said.names, said.who, said.shown("client 3")) == ({}, "client 3", "client 3")
+    about = json.loads((federate.folder() / "run.json").read_text())
+    assert about["config"]["partition"].keys() == {"kind", "dirichlet_alpha", "seed"}
+    run = federate.run()
+    assert run.named([1, 3]) == "clients 1 and 3"
+    assert verified(write(run, run.ledger.request("r1")).read_bytes()).names == {}
