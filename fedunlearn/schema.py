@@ -141,5 +141,6 @@ def in_one_line(error: ValidationError, schema: type[BaseModel], prefix: str = "
     kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "string": "text"}
     kind = kinds.get(first["type"].split("_")[0])
     if kind:
-        return f"{name}={first['input']} is not {kind}{f' in {limits}' if limits else ''}"
+        hint = ": in quotes within quotes it stays as it is typed" if kind == "text" else ""
+        return f"{name}={first['input']} is not {kind}{f' in {limits}' if limits else ''}{hint}"
     return f"{name}={first['input']}: {first['msg']}"

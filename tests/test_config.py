@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedunlearn import config
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import completed, settings_for, strategy_class, strategy_names, strategy_of
-from fedunlearn.schema import fields_of
+from fedunlearn.schema import fields_of, validated
 from fedunlearn.study.pooled.settings import load
 
 REPOSITORY = Path(__file__).parent.parent
@@ -149,6 +149,16 @@ def test_lists_that_are_none_are_named(word, message):
         return
     with pytest.raises(UserError, match=message):
         config.compose(DIGITS, [word])
+
+
+def test_text_of_a_strategy_needs_quotes_where_it_looks_like_a_number_and_the_line_says_so():
+    class Own(config.Settings):
+        which: str = ""
+
+    unquoted, quoted = (config.compose(DIGITS, [f"unlearn.which={text}"]).unlearn for text in ("1.10", '"1.10"'))
+    with pytest.raises(UserError, match=r"unlearn\.which=1\.1 is not text: in quotes within quotes it stays"):
+        validated(Own, unquoted, prefix="unlearn.")
+    assert validated(Own, quoted, prefix="unlearn.").which == "1.10"
 
 
 @pytest.mark.parametrize("quote", "'\"")
