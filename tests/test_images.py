@@ -269,6 +269,20 @@ def test_changing_what_a_link_leads_to_changes_the_name_of_the_copy(tmp_path):
     assert before.fingerprint != after.fingerprint
 
 
+def test_an_archive_made_on_a_mac_has_the_classes_in_its_one_folder(tmp_path, monkeypatch):
+    classes_of(tmp_path / "pictures", "a", "b")
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for file in sorted((tmp_path / "pictures").rglob("*.png")):
+            inside = file.relative_to(tmp_path)
+            archive.write(file, inside)
+            archive.writestr(f"__MACOSX/{inside.parent}/._{file.name}", b"not an image")
+    data = load(tmp_path / "pictures.zip", tmp_path)
+    assert data.class_names == ["a", "b"]
+    assert np.bincount(data.train.labels).tolist() == [5, 5]
+    monkeypatch.setattr(datasets, "extract", lambda *paths: pytest.fail("unpacked again"))
+    assert load(tmp_path / "pictures.zip", tmp_path).fingerprint == data.fingerprint
+
+
 def test_names_in_two_spellings_are_one_class():
     assert class_name("Le\u0301sion") == class_name("L\u00e9sion")
     assert class_name("猫 $x$, a=b\n") == "猫 $x$, a=b\n"

@@ -353,7 +353,7 @@ def test_copies_that_another_run_needs_stay_where_the_state_folder_is_reached_th
 
 
 def test_the_copy_of_an_archive_stays_where_the_archive_is_elsewhere_for_now(federate, tree):
-    archive = Path(shutil.make_archive(str(tree), "zip", tree))
+    archive = Path(shutil.make_archive(str(tree), "zip", tree.parent, tree.name))
     folder = f"data.name=folder data.root={archive} data.image_size=8 data.limit=0 data.test_limit=0"
     federate(f"run=pictures rounds=1 {folder}")
     federate("forget.schedule={1:[3]} rounds=1")
