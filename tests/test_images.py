@@ -489,3 +489,12 @@ def test_files_of_any_name_are_listed_for_removal_until_they_are_gone(tmp_path):
         os.unlink(path)
     add_to_list(listed, [])
     assert listed.read_text() == f"{paths[0]}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_a_full_disk_is_not_the_fault_of_the_archive(tmp_path):
+    zipped(tmp_path / "a.zip", ["a/1.png"])
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "1.png").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        extract(tmp_path / "a.zip", tmp_path / "out")

@@ -1,5 +1,6 @@
 """Unpack archives of images, and find the folder in them that the images are in."""
 
+import errno
 import os
 import shutil
 import tarfile
@@ -11,6 +12,8 @@ from fedunlearn.errors import UserError, printable
 
 UTF_8 = 0x800
 """The flag of a name in a zip archive that is UTF-8 for certain."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of the disk that is unpacked to, and not of an archive."""
 FAT = 0
 """What an archive says of itself that was made on Windows."""
 
@@ -38,6 +41,8 @@ def extract(archive: Path, folder: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # each archive format has errors of its own
+        if getattr(error, "errno", None) in FULL:
+            raise
         where = printable(str(archive))
         raise UserError(f"data.root={where} is no folder and no readable archive ({printable(str(error))})") from error
 

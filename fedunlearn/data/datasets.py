@@ -28,7 +28,7 @@ from fedunlearn.data.store import (
     write,
 )
 from fedunlearn.data.tables import decode_table
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UserError, printable
 
 NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz", "hf", "table")
 """The data sets that `load` knows."""
@@ -264,9 +264,10 @@ def _decode_folder(source: Path, size: int, limit: int, test_limit: int, choices
     parts = [(found.train, limit), (found.test, test_limit)]
     if not all(samples for samples, _ in parts):
         raise UserError(
-            f"data.root={source} has no images for testing: give train/ and test/, or six of a class and more"
+            f"data.root={printable(str(source))} has no images for testing: give train/ and test/, or six of a class "
+            "and more"
         )
-    log.info("decoding %s (once)", source)
+    log.info("decoding %s (once)", printable(str(source)))
     total = sum(min(most, len(samples)) if most else len(samples) for samples, most in parts)
     reader = ImageReader(choices.reading(size), total=total)
     (train_images, files), (test_images, _) = (_read_images(samples, most, reader) for samples, most in parts)
@@ -288,7 +289,7 @@ def _existing(root: str) -> Path:
     if not root or not path.is_absolute():
         raise UserError(f"data.root={root!r} is no absolute path: Flower runs apps from a folder of its own")
     if not path.exists():
-        raise UserError(f"data.root={path} does not exist")
+        raise UserError(f"data.root={printable(str(path))} does not exist")
     return path
 
 
@@ -299,7 +300,7 @@ def _unpacked(path: Path, cache: Path) -> Path:
     stat = path.stat()
     target = cache / f"unpacked-{digest_of([str(path), stat.st_size, stat.st_mtime_ns])[:16]}"
     if not target.is_dir():
-        log.info("unpacking %s (once)", path)
+        log.info("unpacking %s (once)", printable(str(path)))
         with new_folder(target) as folder:
             extract(path, folder)
     return entered(target)
