@@ -27,7 +27,6 @@ from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
 from fedunlearn.log import set_up
-from fedunlearn.naming import name_of
 from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, runs_folder
 from fedunlearn.runs.ledger import FAILED, TAKEN_UP, Request
@@ -485,9 +484,8 @@ def show(run: "Run", requests: list[Request], as_json: bool, *, none: str = "no 
     elif not requests:
         print(none)
     for request in [] if as_json else requests:
-        clients = ", ".join(name_of(client, run.config.partition.names) for client in request.clients)
-        said = receipt(request.detail, run.config.partition.names)
-        print(f"{request.id}  {request.state:<11}  clients {clients}  {said}".rstrip())
+        said = receipt(request.detail, run.names())
+        print(f"{request.id}  {request.state:<11}  {run.named(request.clients)}  {said}".rstrip())
     return int(any(request.state in FAILED for request in requests))
 
 

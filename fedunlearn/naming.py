@@ -2,13 +2,51 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from unicodedata import normalize
 
+from fedunlearn.data.selection import Portion
 from fedunlearn.errors import UserError, printable
 
 MOST_NAMED = 4
 """Clients in a sentence."""
+
+
+class PortionName(str):
+    """Names a portion of a client's images in a sentence, as `class 5 of client 3`.
+
+    Attributes:
+        selection: which images, in words.
+        client: whose.
+
+    Example:
+        >>> PortionName("class 5", 1, ["hospital_a", "hospital_b"])
+        'class 5 of client hospital_b'
+    """
+
+    selection: str
+    client: int
+
+    def __new__(cls, selection: str, client: int, names: Sequence[str] = ()) -> "PortionName":
+        """Make a name of words."""
+        found = super().__new__(cls, f"{selection} of {named([client], names)}")
+        found.selection, found.client = selection, client
+        return found
+
+
+def with_portions(names: Sequence[str], portions: Mapping[int, Portion], class_names: Sequence[str]) -> Sequence[str]:
+    """Give names of all clients and then of all portions of clients, by number.
+
+    Args:
+        names: of clients; none where they have numbers alone.
+        portions: by number, from the number of clients on.
+        class_names: K names.
+    """
+    if not portions:
+        return names
+    clients = names or [str(client) for client in range(min(portions))]
+    own = [PortionName(p.selection.in_words(class_names), p.client, names) for _, p in sorted(portions.items())]
+    return [*clients, *own]
 
 
 def name_of(client: int, names: Sequence[str] = ()) -> str:
@@ -23,6 +61,8 @@ def name_of(client: int, names: Sequence[str] = ()) -> str:
     if client >= len(names):
         return str(client)
     name = printable(names[client])
+    if isinstance(names[client], PortionName):
+        return name
     return name if re.fullmatch(r"[\w.-]+", name) else f"'{name}'"
 
 
@@ -38,12 +78,32 @@ def named(clients: Sequence[int], names: Sequence[str] = (), *, capital: bool = 
     Example:
         >>> named([3, 5]), named([1], ["hospital_a", "hospital_b"])
         ('clients 3 and 5', 'client hospital_b')
+        >>> named([2, 3], ["0", "1", PortionName("class 5", 0), PortionName("class 5", 1)])
+        'class 5 of clients 0 and 1'
     """
+    owners: dict[str, list[int]] = {}
+    for client in clients:
+        name = names[client] if client < len(names) else ""
+        selection, owner = (name.selection, name.client) if isinstance(name, PortionName) else ("", client)
+        owners.setdefault(selection, []).append(owner)
+    text = _together(
+        [
+            f"{printable(what)} of {_clients(own, names, most)}" if what else _clients(own, names, most)
+            for what, own in owners.items()
+        ]
+    )
+    return text[0].upper() + text[1:] if capital else text
+
+
+def _clients(clients: Sequence[int], names: Sequence[str], most: int) -> str:
     words = [name_of(client, names) for client in clients]
     if len(words) > most + 1:
         words = [*words[:most], f"{len(words) - most} more"]
-    text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return f"{'C' if capital else 'c'}lient{'s' if len(clients) > 1 else ''} {text}"
+    return f"client{'s' if len(clients) > 1 else ''} {_together(words)}"
+
+
+def _together(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def numbers_of(texts: Iterable[str], names: Sequence[str] = ()) -> list[int]:

@@ -156,7 +156,7 @@ def test_requests_are_listed_and_shown(finished, capsys):
     assert command("requests") == command("requests", "r1", "--run", "test") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == lines[1]
-    assert lines[0].startswith("r1  COMPLETED    clients 3  after round 2; class accuracy client 3 ")
+    assert lines[0].startswith("r1  COMPLETED    client 3  after round 2; class accuracy client 3 ")
     assert command("requests", "--json") == 0
     (receipt,) = json.loads(capsys.readouterr().out)
     assert (receipt["id"], receipt["detail"]["strategy"]) == ("r1", "ssd")

@@ -152,7 +152,7 @@ def test_an_earlier_request_gives_its_receipt_and_status_0(federate, capsys):
     federate.shared(FORGOTTEN, name="test")
     capsys.readouterr()
     assert command("forget", "--client", "3") == 0
-    assert capsys.readouterr().out.startswith("r1  COMPLETED    clients 3  after round 2; class accuracy client 3 ")
+    assert capsys.readouterr().out.startswith("r1  COMPLETED    client 3  after round 2; class accuracy client 3 ")
     assert command("forget", "--client", "3", "--json") == 0
     (receipt,) = json.loads(capsys.readouterr().out)
     assert (receipt["id"], receipt["state"], receipt["clients"]) == ("r1", "COMPLETED", [3])
@@ -196,7 +196,7 @@ def test_a_live_run_takes_the_request_at_its_next_round_boundary(federate, capsy
     out, err = capsys.readouterr()
     assert "run test takes the request at its next round boundary" in err
     assert "request r1: COMPLETED" in err
-    assert "r1  COMPLETED    clients 3  after round 1" in out
+    assert "r1  COMPLETED    client 3  after round 1" in out
 
 
 def test_a_run_that_has_closed_its_ledger_is_waited_for_and_then_applied(finished, capsys, monkeypatch):
@@ -352,7 +352,7 @@ def test_the_module_that_people_know_serves_a_request_in_a_flower_simulation(fed
     done = subprocess.run([*module, *words, "--gpus", "0", "--wait"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "the request is applied here, on 2 virtual nodes" in done.stderr
-    assert done.stdout.startswith("r1  COMPLETED    clients 1, 3  after round 2")
+    assert done.stdout.startswith("r1  COMPLETED    clients 1 and 3  after round 2")
     (request,) = federate.requests()
     assert (request.state, request.clients) == (State.COMPLETED, [1, 3])
     assert equal(federate.state(), federate.state("live"))

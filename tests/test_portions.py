@@ -10,7 +10,11 @@ from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.client import ClientRuntime
+from fedunlearn.runs import keys
 from fedunlearn.runs.ledger import Ledger, State
+from fedunlearn.runs.report import comparison
+from fedunlearn.runs.signed import action_of, sign
+from fedunlearn.runs.verifying import verified
 from local_grid import equal
 from naive import SETTINGS
 
@@ -150,3 +154,55 @@ def test_the_same_portion_again_is_the_same_request(federate):
     (whole,) = run.request([1]).requests()
     (covered,) = run.request([1], selection=Selection.by(classes=[5])).requests()
     assert covered.id == whole.id != other.id
+
+
+def test_everything_that_a_person_reads_names_the_portion(federate, memorised):
+    federate("rounds=1 strategy=leave")
+    run = federate.run()
+    run.request([1], selection=Selection.by(classes=[3]))
+    assert run.named([4]) == "class 3 of client 1"
+    assert run.named([0, 2, 4], capital=True) == "Clients 0 and 2 and class 3 of client 1"
+    run.ledger.close()
+    federate("rounds=2 strategy=leave")
+    run = federate.run()
+    page = (run.folder / "report" / "index.html").read_text()
+    assert "Class 3 of client 1 was forgotten" in page or "request to forget class 3 of client 1" in page
+    receipt = run.folder / "receipts" / "r1.json"
+    said = verified(receipt.read_bytes())
+    assert said.portions == {"4": {"client": 1, "classes": [3]}}
+    assert said.who == "class 3 of client 1 (number 4)"
+    assert said.examples == {"4": counts_of(federate)[4].sum()}
+    assert "asked to forget class 3 of client 1" in receipt.with_suffix(".html").read_text()
+
+
+def test_a_retrained_run_may_number_portions_otherwise(federate):
+    federate("rounds=1 strategy=leave")
+    for selection in (Selection.by(classes=[2]), Selection.by(classes=[3])):
+        ask(federate, [1], selection)
+    federate("rounds=2 strategy=leave")
+    ledger = Ledger(federate.folder("never") / "ledger.sqlite")
+    for selection in (Selection.by(classes=[3]), Selection.by(classes=[2])):
+        ledger.file([1], selection=selection, first_portion=4)
+    ledger.close()
+    for rounds in (1, 2):
+        federate(f"rounds={rounds} strategy=leave run=never")
+    found = comparison(federate.run(), federate.run("never"))
+    assert len(found) == 2
+    ours, theirs = (federate.run(name).metrics()[-1]["forgotten"] for name in ("test", "never"))
+    assert f"{theirs['5']['class']:.2f}" in found[0].text
+    assert f"{ours['4']['class']:.2f}" in found[0].text
+
+
+@pytest.mark.parametrize("signed_for", [Selection.by(classes=[3]), None])
+def test_a_key_signs_what_is_selected(federate, tmp_path, signed_for):
+    key = keys.new_key(tmp_path / "client.pem")
+    federate(f"rounds=1 strategy=leave forget.signed=true forget.keys={{1:{key}}}")
+    run, asked_for = federate.run(), Selection.by(classes=[3])
+    signed = sign([1], run=run.ledger.key, key=tmp_path / "client.pem", action=action_of(signed_for))
+    if signed_for:
+        (request,) = run.request([1], signed=signed, selection=asked_for).requests()
+        federate(f"rounds=2 strategy=leave forget.signed=true forget.keys={{1:{key}}}")
+        assert run.ledger.request(request.id).state == State.COMPLETED
+    else:
+        with pytest.raises(UserError, match="turned away"):
+            run.request([1], signed=signed, selection=asked_for)

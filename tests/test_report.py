@@ -384,7 +384,7 @@ def test_summary_has_a_row_a_group_and_moment(federate):
     rows = [row[:3] for row in report.score_rows(federate.run())]
     assert [(when, who) for when, who, _ in rows] == [
         (when, who)
-        for when in ("before forgetting 3", "after forgetting 3", "after round 3")
+        for when in ("before forgetting client 3", "after forgetting client 3", "after round 3")
         for who in ("client 3", "retain clients", "test")
     ]
     counts = Auditor(federate.run().config).class_counts()

@@ -23,7 +23,7 @@ from fedunlearn.federation.round_gate import RoundGate
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.tasks import ClientTask
-from fedunlearn.naming import named
+from fedunlearn.naming import named, with_portions
 from fedunlearn.nn.client_head import train_client_head
 from fedunlearn.nn.evaluate import Counts, Predictions
 from fedunlearn.nn.model import TwoHeadResNet18
@@ -471,7 +471,8 @@ class Federation:
 
     def named(self, clients: Sequence[int]) -> str:
         """Name clients in a sentence, as `client hospital_b`."""
-        return named(clients, self.config.partition.names)
+        names = with_portions(self.config.partition.names, self.nodes.portions, self.server.class_names)
+        return named(clients, names)
 
     def begin_anew(self) -> None:
         """Go back to the run's initial weights, with nothing kept beside them."""

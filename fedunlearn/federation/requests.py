@@ -267,7 +267,7 @@ class Requests:
         self._run.record("forget", completed_round=round_, **row)
         kept = own(after, request.clients)
         request = self._ledger.advance(request, State.COMPLETED, completed_round=round_, after=kept)
-        log.info(forgotten(request, self._run.config.partition.names))
+        log.info(forgotten(request, self._run.names()))
         self._on_commit(self._federation.round)
 
     def _completes_at(self) -> int:

@@ -72,6 +72,12 @@ class Request:
         return sorted(portions[number].client if number in portions else number for number in self.clients)
 
     @property
+    def meant(self) -> dict[int, tuple[int, Selection | None]]:
+        """Give whose images are meant and which of them (None: all), by the number that they have in the run."""
+        portions = self.portions
+        return {n: (portions[n].client, portions[n].selection) if n in portions else (n, None) for n in self.clients}
+
+    @property
     def selection(self) -> Selection | None:
         """Give which of the clients' images are meant; None for all."""
         return next((portion.selection for portion in self.portions.values()), None)

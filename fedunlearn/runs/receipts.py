@@ -96,11 +96,12 @@ def made(run: Run, request: Request, later: Later | None = None) -> Receipt:
     packages, rounds = packages_sha256(), _rounds(run, request)  # they take a while, in which the ledger may go on
     events, head = _events(run, request)
     told = told_by((event.number, event.at, content(event)) for event in events)
-    about, examples = run.about(), run.ledger.examples()
+    about, examples, names = run.about(), run.ledger.examples(), run.names()
+    named = [*request.portions, *(request.owners if run.config.partition.names else [])]
     return Receipt(
         **told.model_dump(),
         run=run.name,
-        names={str(c): run.config.partition.names[c] for c in request.owners if run.config.partition.names},
+        names={str(client): names[client] for client in named},
         examples={str(client): examples[client] for client in request.clients if client in examples},
         rounds=rounds,
         settings=finite(_settings(run.config)),

@@ -1,7 +1,7 @@
 """What a run leaves for people: a summary table and one self-contained HTML page."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fedunlearn.config import Config, values_of
 from fedunlearn.errors import UserError
-from fedunlearn.naming import name_of, named
+from fedunlearn.naming import named
 from fedunlearn.runs import uncertainty
 from fedunlearn.runs.figures import MOST_DRAWN, Mark, accuracy_figure, curves, split_figure
 from fedunlearn.runs.files import write_atomically
@@ -95,7 +95,7 @@ def write(
     class_counts = known_class_counts(run, class_counts)
     config, requests, rows, events = run.config, run.ledger.requests(), run.metrics(), run.ledger.events()
     label, current = label or config.strategy, run.ledger.current()
-    names = config.partition.names
+    names = run.names()
     found = verdicts(requests, rows, label=label, class_counts=class_counts, names=names)
     levels = {verdict.request: verdict for verdict in found}
     changed, unchanged = shown_settings(config, own_settings)
@@ -145,15 +145,25 @@ def comparison(run: Run, retrained: Run) -> list[Verdict]:
     applied, others = (
         [request for request in each.ledger.requests() if request.state in FORGOTTEN] for each in (run, retrained)
     )
-    never = {client for request in others if request.detail["round"] == 0 for client in request.clients}
-    forgotten = {client for request in applied for client in request.clients}
-    if took_part := sorted(forgotten - never):
+    mine, their_own = (
+        {meant: number for request in each for number, meant in request.meant.items()} for each in (applied, others)
+    )
+    never = {meant for request in others if request.detail["round"] == 0 for meant in request.meant.values()}
+    if took_part := sorted(mine[meant] for meant in mine.keys() - never):
         raise UserError(f"run {retrained.name} is no retrained model: {run.named(took_part[:1])} took part in it")
-    if further := sorted({client for request in others for client in request.clients} - forgotten):
-        raise UserError(f"run {retrained.name} is no retrained model: it is without {run.named(further[:1])} too")
-    names = run.config.partition.names
-    found = (beside_retrained(request, run.metrics(), retrained.metrics(), names) for request in applied)
+    if further := sorted(their_own[meant] for meant in their_own.keys() - mine.keys()):
+        raise UserError(f"run {retrained.name} is no retrained model: it is without {retrained.named(further[:1])} too")
+    rows, names = run.metrics(), run.names()
+    numbers = {str(number): str(mine[meant]) for meant, number in their_own.items()}
+    theirs_as_ours = [renumbered(row, numbers) for row in retrained.metrics()]
+    found = (beside_retrained(request, rows, theirs_as_ours, names) for request in applied)
     return [verdict for verdict in found if verdict]
+
+
+def renumbered(row: dict[str, Any], numbers: Mapping[str, str]) -> dict[str, Any]:
+    """Give a row of metrics with forgotten clients, and portions of clients, under other numbers."""
+    forgotten = {numbers.get(number, number): scores for number, scores in row.get("forgotten", {}).items()}
+    return row | {"forgotten": forgotten}
 
 
 def card(
@@ -182,7 +192,7 @@ def card(
         "sha256": commit and commit["sha256"],
         "fate": "" if is_now else " (replaced since by those of later rounds)",
         "said": _said_by_strategy(detail),
-        "scores": measured and score_table(measured, request.clients, class_counts, run.config.partition.names),
+        "scores": measured and score_table(measured, request.clients, class_counts, run.names()),
     }
 
 
@@ -269,7 +279,7 @@ def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any], dict[str, Any],
     points, evaluated = [], None
     for row in run.metrics():
         if row["kind"] == "forget":
-            asked = ", ".join(name_of(client, run.config.partition.names) for client in row["clients"])
+            asked = run.named(row["clients"])
             points += [(f"before forgetting {asked}", row["before"]), (f"after forgetting {asked}", row["after"])]
             evaluated = None
         elif "test" in row:

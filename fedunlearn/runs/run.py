@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from logging import getLogger
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
-from fedunlearn.naming import MOST_NAMED, named, numbers_of
+from fedunlearn.naming import MOST_NAMED, named, numbers_of, with_portions
 from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.events import TamperedError
 from fedunlearn.runs.files import named_in_errors, sync
@@ -81,7 +81,12 @@ class Run:
 
     def named(self, clients: Collection[int], *, capital: bool = False, most: int = MOST_NAMED) -> str:
         """Name clients in a sentence, as `client hospital_b` or `clients 3 and 5`."""
-        return named([*clients], self.config.partition.names, capital=capital, most=most)
+        return named([*clients], self.names(), capital=capital, most=most)
+
+    def names(self) -> Sequence[str]:
+        """List the names of all clients, and of the portions of clients that were asked about; none without both."""
+        portions = self.ledger.portions()
+        return with_portions(self.config.partition.names, portions, self.class_names() if portions else [])
 
     def client_names(self, clients: Iterable[int]) -> list[str]:
         """List the names of clients, where they have some; else none."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedunlearn.errors import printable
 from fedunlearn.naming import name_of
 from fedunlearn.runs.budget import MEASURED_BY, Figures, refusal
 from fedunlearn.runs.events import Head
@@ -94,6 +95,9 @@ class Told(Part):
 
     request: str = Field(description="id of the request in its run")
     clients: list[int] = Field(description="who was to be forgotten; a number means somebody to the federation alone")
+    portions: dict[str, dict[str, Any]] = Field(
+        default={}, description="by number, whose images were meant and which, where not all of a client's were"
+    )
     asked_by: str = Field(description="who asked, as far as that was said")
     right: str = Field(description="by what right, as far as that was said")
     state: str = Field(description="in which the request ended")
@@ -147,19 +151,23 @@ class Receipt(Told):
 
     @property
     def who(self) -> str:
-        """Name the clients in a sentence, each with its number."""
-        several = "s" if len(self.clients) > 1 else ""
-        return f"client{several} {', '.join(self.called(client) for client in self.clients)}"
+        """Name the clients, or the portions of clients, in a sentence, each with its number."""
+        found = ", ".join(map(self.called, self.clients))
+        return found if self.portions else f"client{'s' if len(self.clients) > 1 else ''} {found}"
 
     def called(self, client: int) -> str:
         """Give a client's name and number, or its number alone."""
         name = self.names.get(str(client))
+        if str(client) in self.portions:
+            return f"{printable(name or 'a portion')} (number {client})"
         return str(client) if name is None else f"{name_of(0, [name])} (number {client})"
 
     def shown(self, group: str) -> str:
         """Give what a figure is of, as `client 3`, with that client's name."""
         kind, _, number = group.partition(" ")
-        return f"client {self.called(int(number))}" if kind == "client" and number.isdecimal() else group
+        if kind != "client" or not number.isdecimal():
+            return group
+        return self.called(int(number)) if number in self.portions else f"client {self.called(int(number))}"
 
 
 class Digest(Part):
@@ -258,6 +266,7 @@ def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
     return Told(
         request=first["request"],
         clients=first["clients"],
+        portions=first.get("portions", {}),
         asked_by=first.get("asked_by", ""),
         right=first.get("right", ""),
         state=last["state"],
