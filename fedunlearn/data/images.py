@@ -258,7 +258,7 @@ class ImageReader:
         if self.bad and not skip_bad:
             raise UserError(self._refusal())
         if self.bad:
-            log.warning("data.skip_bad=true: %d of %d images are left out: %s", len(self.bad), self._done, self._list())
+            log.warning("data.skip_bad=true: %d of %d images are left out:%s", len(self.bad), self._done, self._list())
         self._say_resized()
         if self._turned and not self.reading.exif:
             log.info("%d images are turned by EXIF alone: read as stored (data.exif=true turns them)", self._turned)
