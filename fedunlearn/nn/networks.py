@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 import typing
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -179,12 +180,14 @@ def _has_timm() -> bool:
     return importlib.util.find_spec("timm") is not None
 
 
+@cache
 def _torchvision_names() -> list[str]:
     from torchvision import models
 
     return models.list_models(module=models)
 
 
+@cache
 def _timm_names() -> list[str]:
     from timm import list_models
 
@@ -198,7 +201,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 @torch.no_grad()
 def examined(network: nn.Module, shape: tuple[int, int, int]) -> Network:
-    """Let a network run on two images of noise in eval mode, and see that a run can use it.
+    """Let a network run on four images of noise in eval mode, and see that a run can use it.
 
     Its weights may change their memory order, and layers that learn their size from a first image know it then.
 
@@ -215,13 +218,13 @@ def examined(network: nn.Module, shape: tuple[int, int, int]) -> Network:
         5
     """
     height, width, channels = shape
-    images = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.rand(4, channels, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with kept_modes(network):
         network.eval()
         found, plain = _in_fast_order(network, images)
-        _check_features(found)
-        alone = first_of(network(images[:1]))
-        if not torch.allclose(alone, found[:1], rtol=1e-2, atol=1e-3 * max(1.0, float(found.abs().max()))):
+        _check_features(found, len(images))
+        alone, largest = first_of(network(images[:2])), float(found.abs().max())
+        if not torch.allclose(alone, found[:2], rtol=1e-2, atol=1e-3 * largest):
             raise UserError(
                 "its features of an image depend on the other images of a batch, or on chance, in eval mode"
             )
@@ -233,14 +236,20 @@ def examined(network: nn.Module, shape: tuple[int, int, int]) -> Network:
 
 
 def _in_fast_order(network: nn.Module, images: Tensor) -> tuple[Any, bool]:
-    """Run with images and weights in the memory order that convolutions are fastest in, else in the plain one."""
-    reasons = []
-    for plain, order in ((False, torch.channels_last), (True, torch.contiguous_format)):
-        try:
-            return first_of(in_order(network, plain)(images.contiguous(memory_format=order))), plain
-        except Exception as error:
-            reasons.append(f"{type(error).__name__} on images {list(images.shape)}: {error}")
-    raise UserError(reasons[-1])
+    """Run, then once more with images and weights in the memory order that convolutions are fastest in, if that works.
+
+    Returns:
+        The features, and whether the network is left in plain order.
+    """
+    try:
+        found = first_of(network(images))
+    except Exception as error:
+        raise UserError(f"{type(error).__name__} on images {list(images.shape)}: {error}") from error
+    try:
+        return first_of(in_order(network, False)(images.contiguous(memory_format=torch.channels_last))), False
+    except RuntimeError:
+        in_order(network, True)
+        return found, True
 
 
 def in_order(module: nn.Module, plain: bool) -> nn.Module:
@@ -250,11 +259,11 @@ def in_order(module: nn.Module, plain: bool) -> nn.Module:
     return module.to(memory_format=order)  # type: ignore[call-overload]
 
 
-def _check_features(found: Any) -> None:
+def _check_features(found: Any, count: int) -> None:
     if not isinstance(found, Tensor):
         raise UserError(f"it gives no tensor [N, features] but {type(found).__name__}")
-    if found.ndim != 2 or len(found) != 2 or not found.is_floating_point():
-        raise UserError(f"of 2 images it gives {found.dtype} {list(found.shape)}, and not features [2, f]")
+    if found.ndim != 2 or len(found) != count or not found.is_floating_point():
+        raise UserError(f"of {count} images it gives {found.dtype} {list(found.shape)}, and not features [{count}, f]")
     if not found.isfinite().all():
         raise UserError("it gives features that are not finite")
 
