@@ -91,9 +91,14 @@ def network_of(
         raise UserError(f"model.name={name}: {error}") from error
 
 
+def is_factory(name: str) -> bool:
+    """Whether a name is `module:factory`, and no library's."""
+    return ":" in name and name.partition(":")[0] not in ("torchvision", "timm")
+
+
 def _made(name: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     library, colon, rest = name.partition(":")
-    if colon and library not in ("torchvision", "timm"):
+    if is_factory(name):
         return _of_factory(name, given, options)
     if colon:
         return _of_torchvision(rest, given, options) if library == "torchvision" else _of_timm(rest, given, options)
