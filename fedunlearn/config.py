@@ -88,6 +88,12 @@ class Model(Settings):
     )
     client_head: bool = Field(default=True, description="false: the single-head baseline")
 
+    @property
+    def title(self) -> str:
+        """What reports call the network."""
+        name = "ResNet-18" if self.name == "resnet18" else self.name
+        return f"{name} of width {self.width}" if self.name in OURS else name
+
 
 class Train(Settings):
     """Local training."""
