@@ -357,3 +357,11 @@ def test_layers_that_do_not_run_cost_nothing(closed):
     model = made(lambda: nn.Conv2d(3, 4, 3))
     model.aside = nn.Linear(2, 2).double()
     assert not diagonal_fisher(model, batches())["aside.weight"].any()
+
+
+def test_passes_over_single_examples_in_bf16_are_close():
+    model = made(Attention).float()
+    examples = [tuple(part.float() if part.is_floating_point() else part for part in b) for b in batches()]
+    exact, rounded = (diagonal_fisher(model, examples, precision=p) for p in ("fp32", "bf16"))
+    for name in ("body.cls_token", "body.positions", "body.gamma"):
+        assert 0 < float((rounded[name] - exact[name]).norm() / exact[name].norm()) < 0.1
