@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from fedunlearn.nn.evaluate import Counts, Predictions, predict
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.runs import checkpoint
 from fedunlearn.study.dag.command import study_folder
 from fedunlearn.study.federated.runs import file_of
@@ -38,7 +38,7 @@ Fisher = dict[str, Tensor]
 class Case:
     """A base model, the client that it is to forget, and everybody's images."""
 
-    model: TwoHeadResNet18
+    model: TwoHeadModel
     pool: Pool
     client: int
     classes: int

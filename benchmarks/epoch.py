@@ -17,7 +17,7 @@ from fedunlearn.data.batches import batches
 from fedunlearn.data.store import Split
 from fedunlearn.nn.evaluate import evaluate, predict
 from fedunlearn.nn.losses import multi_task_loss
-from fedunlearn.nn.model import Batch, Outputs, TwoHeadResNet18
+from fedunlearn.nn.model import Batch, Outputs, TwoHeadModel, TwoHeadResNet18
 from fedunlearn.nn.precision import PASSES, autocast
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.nn.sgd import LocalSGD
@@ -55,7 +55,7 @@ def main() -> None:
     timing.table(f"{title}, {options.repeats} turns", columns, rows)
 
 
-def work(model: TwoHeadResNet18, owned: partial, precision: str, batch: int) -> timing.Work:
+def work(model: TwoHeadModel, owned: partial, precision: str, batch: int) -> timing.Work:
     """Give an epoch bare and ours, two of mixed clients without and with disentanglement, evaluations bare and ours."""
     alone = list(owned())
     mixed = [(images, labels, torch.arange(len(labels), device=labels.device) % 10) for images, labels, _ in alone]

@@ -22,7 +22,7 @@ from fedunlearn.build import open_dataset
 from fedunlearn.config import Config
 from fedunlearn.data.store import Split
 from fedunlearn.nn.evaluate import predict
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.run import Run
 from fedunlearn.study.dag.command import study_folder
@@ -90,7 +90,7 @@ def main() -> None:
     timing.table(title, COLUMNS, rows, width=170)
 
 
-def load(model: TwoHeadResNet18, folder: Path, config: Config) -> int:
+def load(model: TwoHeadModel, folder: Path, config: Config) -> int:
     """Load the model that a run ends with; returns after how many rounds."""
     ledger = Ledger(folder / "ledger.sqlite")
     try:
@@ -99,7 +99,7 @@ def load(model: TwoHeadResNet18, folder: Path, config: Config) -> int:
         ledger.close()
 
 
-def final(workspace: Workspace, model: TwoHeadResNet18, round_: int, forgotten: Sequence[int], unused: Split) -> Final:
+def final(workspace: Workspace, model: TwoHeadModel, round_: int, forgotten: Sequence[int], unused: Split) -> Final:
     """Predict with a run's last model."""
     pool, precision = workspace.pool, workspace.precision
     theirs = pool.predict(model, pool.of_clients(forgotten), precision)

@@ -17,12 +17,12 @@ from torch.nn.functional import cross_entropy
 from benchmarks import timing
 from fedunlearn.build import on_device
 from fedunlearn.nn.losses import multi_task_loss
-from fedunlearn.nn.model import Batch, Outputs, TwoHeadResNet18
+from fedunlearn.nn.model import Batch, Outputs, TwoHeadModel, TwoHeadResNet18
 from fedunlearn.nn.precision import PRECISIONS, autocast
 from fedunlearn.unlearning.fisher import diagonal_fisher
 
 Fisher = dict[str, Tensor]
-Work = Mapping[str, Callable[[TwoHeadResNet18, Batch], object]]
+Work = Mapping[str, Callable[[TwoHeadModel, Batch], object]]
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def peers(size: int) -> Work:
     return found
 
 
-def problem(width: int, batch: int, device: str) -> tuple[TwoHeadResNet18, Batch]:
+def problem(width: int, batch: int, device: str) -> tuple[TwoHeadModel, Batch]:
     """Make a model with running statistics other than 0 and 1, and random images."""
     torch.manual_seed(0)
     model = on_device(TwoHeadResNet18(10, 10, width=width), torch.device(device))
@@ -135,7 +135,7 @@ def torch_func(model: nn.Module, batch: Batch, *, size: int) -> Fisher:
     return {name: total / len(batch[0]) for name, total in sums.items()}
 
 
-def backpack(model: TwoHeadResNet18, batch: Batch, *, size: int) -> Fisher:
+def backpack(model: TwoHeadModel, batch: Batch, *, size: int) -> Fisher:
     """Use BackPACK's first-order extension, without the client head: it cannot pass by what the loss does not reach."""
     from backpack import backpack as extensions  # type: ignore[import-not-found]
     from backpack import extend  # type: ignore[import-not-found]
@@ -155,7 +155,7 @@ def backpack(model: TwoHeadResNet18, batch: Batch, *, size: int) -> Fisher:
     return {name: total / len(images) for name, total in sums.items()}
 
 
-def errors_of(functions: Mapping[str, Callable], model: TwoHeadResNet18, batch: Batch) -> dict[str, str]:
+def errors_of(functions: Mapping[str, Callable], model: TwoHeadModel, batch: Batch) -> dict[str, str]:
     """Give ||F - reference|| / ||reference|| over all weights, the reference being the loop in fp64."""
     reference = flat(loop(model.double(), (batch[0].double(), batch[1], batch[2])))
     model.float()

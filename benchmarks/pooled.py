@@ -15,7 +15,7 @@ from fedunlearn.data.batches import scale
 from fedunlearn.data.partition import iid_partition
 from fedunlearn.data.store import Split
 from fedunlearn.nn.losses import multi_task_loss
-from fedunlearn.nn.model import Outputs, TwoHeadResNet18
+from fedunlearn.nn.model import Outputs, TwoHeadModel, TwoHeadResNet18
 from fedunlearn.nn.precision import autocast, precision_on
 from fedunlearn.study.pooled.pool import NOBODY, Examples, Pool
 from fedunlearn.study.pooled.roofline import matrix_rate, training_operations
@@ -102,7 +102,7 @@ def bare_epoch(pool: Pool, width: int, batch: int) -> Callable[[], None]:
     return epoch
 
 
-def new_model(pool: Pool, width: int) -> TwoHeadResNet18:
+def new_model(pool: Pool, width: int) -> TwoHeadModel:
     """Make a model with random weights, where the images are."""
     return on_device(TwoHeadResNet18(10, 10, width=width), pool.train.images.device)
 

@@ -53,7 +53,9 @@ FEDERATED = [
     "study.scenarios=[sequential]",
     "study.strategies=[subset,ssd,federaser,negate]",
 ]  # fmt: skip
-UNLIKE = re.compile(r"(seconds|work|busiest|mebibytes|machine|settings|sha256|files|created)$")  # times, memory, names
+UNLIKE = re.compile(
+    r"(seconds|work|busiest|mebibytes|machine|settings|sha256|files|created|due_at)$"
+)  # times, memory, names
 
 APP = Path(__file__).parent.parent / "simulations" / "digits" / "conf"
 

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 import fedunlearn
 from fedunlearn import Client, Federation, ForgetSet, Strategy, Update, client_task
 from fedunlearn.cli import main
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 
 
 class RandomLabels(Strategy):
@@ -44,7 +44,7 @@ class RandomLabels(Strategy):
 
     @client_task
     @staticmethod
-    def unlearn(client: Client, model: TwoHeadResNet18, settings: Settings) -> Update:
+    def unlearn(client: Client, model: TwoHeadModel, settings: Settings) -> Update:
         """Its model's update after fine-tuning on random labels for its images."""
         optimiser = torch.optim.SGD(model.parameters(), lr=settings.lr)
         draws = client.generator()

@@ -18,8 +18,9 @@ from fedunlearn.data.owned import OwnedDataset, OwnedSource
 from fedunlearn.data.store import Dataset, Split, fingerprint
 from fedunlearn.errors import UserError
 from fedunlearn.nn.losses import multi_task_loss
-from fedunlearn.nn.model import TwoHeadResNet18
-from fedunlearn.nn.rng import generator_of
+from fedunlearn.nn.model import TwoHeadModel, TwoHeadResNet18
+from fedunlearn.nn.networks import in_order, network_of
+from fedunlearn.nn.rng import drawing_from, generator_of
 from fedunlearn.nn.schedule import learning_rate
 
 log = getLogger("fedunlearn")
@@ -131,24 +132,47 @@ def fingerprint_of(dataset: Dataset, slices: Sequence[np.ndarray], client: int) 
     return fingerprint(Split(train.images[owned], train.labels[owned])) if len(owned) else ""
 
 
-def model_of(config: Config, dataset: Dataset | Images, *place: int) -> TwoHeadResNet18:
-    """Make a new model, its weights drawn with the run's seed (and with `place`, for another one than the run's)."""
-    model = config.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_of(config.seed, *place).initial_seed())
-        return TwoHeadResNet18(
-            len(dataset.class_names),
-            config.clients if model.client_head else 0,
+def model_of(config: Config, dataset: Dataset | Images, *place: int) -> TwoHeadModel:
+    """Make a new model, its weights drawn with the run's seed (and with `place`, for another one than the run's).
+
+    Raises:
+        UserError: there is no such network on this machine, or it gives no usable features.
+    """
+    model, classes = config.model, len(dataset.class_names)
+    clients = config.clients if model.client_head else 0
+    with drawing_from(generator_of(config.seed, *place)):
+        if model.name == "resnet18":
+            if model.options:
+                raise UserError("model.options: resnet18 has model.width and model.norm, and no options")
+            sizes = {"width": model.width, "head_size": model.head_size, "norm": model.norm}
+            return TwoHeadResNet18(classes, clients, **sizes, channels=dataset.channels)
+        network = network_of(
+            model.name,
+            _shape_of(dataset),
+            num_classes=classes,
             width=model.width,
-            head_size=model.head_size,
             norm=model.norm,
-            channels=dataset.channels,
+            options=model.options,
         )
+        about = {"head_size": model.head_size, "features": network.features, "plain": network.plain}
+        try:
+            return TwoHeadModel({"network": network.module}, num_classes=classes, num_clients=clients, **about)
+        except ValueError as error:
+            raise UserError(f"model.name={model.name}: {error}") from error
 
 
-def on_device(model: TwoHeadResNet18, device: torch.device) -> TwoHeadResNet18:
-    """Move a model to a device, its weights in the memory order that convolutions are fastest in."""
-    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _shape_of(dataset: Dataset | Images) -> tuple[int, int, int]:
+    """Give the shape of an image, (H, W, channels)."""
+    if isinstance(dataset, Images):
+        return dataset.shape
+    height, width = dataset.test.images.shape[1:3]
+    return height, width, dataset.channels
+
+
+def on_device(model: TwoHeadModel, device: torch.device) -> TwoHeadModel:
+    """Move a model to a device, its weights in the memory order that its network is fastest in."""
+    in_order(model.to(device), model.plain)
+    return model
 
 
 def progress_of(config: Config, round_: int) -> float:

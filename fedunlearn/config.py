@@ -17,8 +17,8 @@ from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
 from fedunlearn.owners import named_settings, settled
-from fedunlearn.schema import KEY_ID, check_names, in_one_line, is_mapping, name_of, validated
-from fedunlearn.words import for_hydra, put, split_words, texts_of, with_scale
+from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, name_of, validated
+from fedunlearn.words import for_hydra, put, split_words, texts_of, unquoted, with_scale
 
 Passes = Literal["auto", "bf16", "fp32"]
 Precision = Literal["bf16", "fp32"]
@@ -27,6 +27,8 @@ OWN_DATA = ("folder", "medmnist", "npz", "hf", "table")
 """Data sets that are not public, or made of what is not."""
 OWNED = ("folders", "file", "column")
 """Partitions in which the images' owners are known."""
+OURS = ("resnet18", "small_cnn")
+"""Networks with `model.width` and `model.norm`."""
 RUN_NAME = r"\w[\w.-]*"
 
 
@@ -118,10 +120,26 @@ class Partition(Settings):
 class Model(Settings):
     """The network."""
 
-    width: int = Field(default=64, ge=8, le=512, description="channels of the first stage (the paper: 64)")
+    name: str = Field(
+        default="resnet18",
+        min_length=1,
+        description="resnet18, small_cnn, a classifier of torchvision or timm, or module:factory; short: model=NAME",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="further keyword arguments of a library's model or a factory, as {depth:4}"
+    )
+    width: int = Field(default=64, ge=8, le=512, description="channels of the first stage (the paper: 64), of ours")
     head_size: Literal["large", "medium", "small"] = Field(default="medium", description="size of projection and heads")
-    norm: Literal["batch", "group"] = Field(default="batch", description="BatchNorm or GroupNorm")
+    norm: Literal["batch", "group", "none"] = Field(
+        default="batch", description="BatchNorm, GroupNorm or nothing, of ours"
+    )
     client_head: bool = Field(default=True, description="false: the single-head baseline")
+
+    @property
+    def title(self) -> str:
+        """What reports call the network."""
+        name = "ResNet-18" if self.name == "resnet18" else self.name
+        return f"{name} of width {self.width}" if self.name in OURS else name
 
 
 class Train(Settings):
@@ -342,12 +360,12 @@ def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
 
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml: is {folder.parent} an app such as simulations/digits?")
-    words = split_words(words) if isinstance(words, str) else list(words)
+    words = spelled_out(split_words(words) if isinstance(words, str) else words)
     check_names(words, Config)
+    asked = {name_of(word) for word in words}
     ConfigStore.instance().store(name="schema", node=Config().model_dump())
     words = with_scale(words, folder)
     typed: dict[str, Any] = {**texts_of(words, Config), **named_settings(words)}
-    asked = {name_of(word) for word in words}
     words = [for_hydra(word, Config) for word in words if name_of(word) not in typed]
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
@@ -357,7 +375,25 @@ def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
         raise UserError(f"{' '.join(words)}: {reason} (`fedunlearn config` lists all settings)") from None
     put(values, typed)
     settled(values, asked, state_home(values["home"]) / "runs", _clients_of)
-    return check(validated(Config, values))
+    config = check(validated(Config, values))
+    if (idle := sorted(asked & {"model.width", "model.norm"})) and config.model.name not in OURS:
+        raise UserError(
+            f"{idle[0]} changes nothing of model.name={config.model.name}: leave it out (see model.options)"
+        )
+    return config
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """Give words with full names: `model=small_cnn` -> `model.name=small_cnn`, `partition=iid` -> `partition.kind=iid`.
+
+    It is so for every group with a `name` or a `kind`. A mapping, as `model={width: 16}`, stays one.
+    """
+    leaves = {name.rpartition(".")[0]: name for name, _ in fields_of(Config) if name.endswith((".name", ".kind"))}
+    return [
+        f"{leaves[group]}={value}" if group in leaves and not unquoted(value).lstrip().startswith("{") else word
+        for word in words
+        for group, _, value in [word.partition("=")]
+    ]
 
 
 def _clients_of(values: Mapping[str, Any]) -> list[str]:
@@ -429,7 +465,7 @@ def values_of(config: BaseModel) -> dict[str, Any]:
     """Every value by its dotted name, those below a free mapping too."""
     found: dict[str, Any] = {}
     for name, declared, value in settings(config):
-        below = {f"{name}.{key}": entry for key, entry in value.items()} if name == "unlearn" else {}
+        below = {f"{name}.{key}": entry for key, entry in value.items()} if name in ("unlearn", "model.options") else {}
         found |= below if is_mapping(declared) and below else {name: value}
     return found
 

@@ -11,7 +11,7 @@ from fedunlearn.federation.client import Client
 from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.federation.tasks import Update, client_task
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.unlearning.ascent import ascend
 
 
@@ -38,7 +38,7 @@ class GradientAscent(Strategy):
     @client_task(kind="train", compared=False)
     @staticmethod
     def climb(
-        client: Client, model: TwoHeadResNet18, settings: Settings, *, until: float, radius: float | None = None
+        client: Client, model: TwoHeadModel, settings: Settings, *, until: float, radius: float | None = None
     ) -> Update:
         """Its model's update after gradient ascent on its own images.
 

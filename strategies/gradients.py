@@ -14,7 +14,7 @@ from fedunlearn.federation.messages import Tensors, floating
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.tasks import Update, client_task, parameters
 from fedunlearn.nn.evaluate import Counts
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.nn.precision import at_least_fp32, autocast
 from fedunlearn.unlearning import kronecker
 from strategies.relabel import Goal, Guided, GuidedSettings, soft_labels_of
@@ -45,7 +45,7 @@ class GradientRelabelling(Guided):
     @staticmethod
     def gradient(
         client: Client,
-        model: TwoHeadResNet18,
+        model: TwoHeadModel,
         settings: Settings,
         *,
         predictions: Tensor,

@@ -30,6 +30,6 @@ class WeightNegation(Strategy):
     def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
         """Negate, then repair."""
         with federation.editing() as model, torch.no_grad():
-            next(model.stem.parameters()).neg_()
+            model.first_weights().neg_()
         federation.train(on=federation.retain, rounds=self.settings.repair_rounds, lr=self.settings.repair_lr)
         return {"repaired": self.settings.repair_rounds}

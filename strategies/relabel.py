@@ -22,7 +22,7 @@ from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.federation.tasks import Update, client_task
 from fedunlearn.nn.evaluate import Counts, Predictions
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.unlearning import kronecker
 from fedunlearn.unlearning.distill import distill
@@ -113,9 +113,7 @@ class Guided(Strategy):
         dtype="bf16",
     )
     @staticmethod
-    def repair(
-        client: Client, model: TwoHeadResNet18, settings: GuidedSettings, *, lr: float, embeddings: bool
-    ) -> Update:
+    def repair(client: Client, model: TwoHeadModel, settings: GuidedSettings, *, lr: float, embeddings: bool) -> Update:
         """Its model's update after training on a few of its images, and statistics of its embeddings."""
         fraction = settings.repair_fraction
         return tasks.train(client, model, settings, fraction=fraction, lr=lr, embeddings=embeddings)
@@ -191,6 +189,8 @@ class Guided(Strategy):
             else:
                 factors = kronecker.kronecker_factors(model, batches, precision=precision)
                 guide = kronecker.projectors(factors, ridge=ridge, output_ridge=settings.output_ridge)
+        if left := kronecker.unguided(model, guide):
+            log.info("── relabelling leaves matrices that have no guide as they are: %s (%d)", left[0], len(left))
         return {name: values.half() for name, values in kronecker.upper(guide).items()}
 
     def repair_round(self, federation: Federation, number: int, *, last: bool) -> None:
@@ -247,7 +247,7 @@ class Relabelling(Guided):
     @staticmethod
     def relabel(
         client: Client,
-        model: TwoHeadResNet18,
+        model: TwoHeadModel,
         settings: Settings,
         *,
         predictions: Tensor,
@@ -318,7 +318,7 @@ class Relabelling(Guided):
 
 def soft_labels_of(
     client: Client,
-    model: TwoHeadResNet18,
+    model: TwoHeadModel,
     predictions: Tensor,
     prediction_labels: Tensor,
     *,

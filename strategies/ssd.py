@@ -17,7 +17,7 @@ from fedunlearn.federation.server_state import SOFTENED
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.federation.tasks import ClientTask, client_task, nonnegative, parameters
 from fedunlearn.nn.evaluate import Counts
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.unlearning.dampening import dampen, largest_alpha, selected_fraction
 from fedunlearn.unlearning.fisher import diagonal_fisher
 
@@ -72,7 +72,7 @@ class SelectiveDampening(Strategy):
     @client_task(sends=parameters, check=nonnegative)
     @staticmethod
     def fisher(
-        client: Client, model: TwoHeadResNet18, settings: "SelectiveDampening.Settings", *, fraction: float = 1.0
+        client: Client, model: TwoHeadModel, settings: "SelectiveDampening.Settings", *, fraction: float = 1.0
     ) -> Tensors:
         """Its diagonal Fisher: the mean over its images of the squared gradient, a parameter."""
         return diagonal_fisher(

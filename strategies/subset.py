@@ -10,7 +10,7 @@ from fedunlearn.federation.client import Client
 from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.tasks import client_task, nonnegative, parameters
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.unlearning.dampening import dampen, dampening_cost, selected_fraction, strongest_alpha
 from fedunlearn.unlearning.fisher import diagonal_fisher
 from strategies.relabel import Relabelling
@@ -59,7 +59,7 @@ class SubsetUnlearning(Relabelling):
 
     @client_task(sends=parameters, dtype="bf16", check=nonnegative)
     @staticmethod
-    def fisher(client: Client, model: TwoHeadResNet18, settings: Settings, *, fraction: float = 1.0) -> Tensors:
+    def fisher(client: Client, model: TwoHeadModel, settings: Settings, *, fraction: float = 1.0) -> Tensors:
         """Its diagonal Fisher: the mean over its images of the squared gradient, a parameter."""
         return diagonal_fisher(model, client.sample(fraction), precision=client.precision)
 

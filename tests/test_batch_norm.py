@@ -96,3 +96,21 @@ def test_means_that_point_elsewhere_are_unlike_whatever_their_size(change):
     lied = {name: torch.stack([value[0], change(value[1]), value[2]]) for name, value in one.items()}
     assert batch_norm.unlikeness(other, one) < 1.2
     assert batch_norm.unlikeness(lied, one) > 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.BatchNorm1d(3), (3,)), (nn.BatchNorm1d(3), (3, 5)), (nn.BatchNorm3d(3), (3, 2, 3, 4))]
+)
+def test_layers_of_any_number_of_dimensions(layer, shape):
+    model, data = nn.Sequential(layer), torch.randn(20, *shape) + 1
+    batch_norm.recalibrate(model, batch_norm.batch_statistics(model, [data]))
+    values = data.transpose(0, 1).flatten(1)
+    assert_close(layer.running_mean, values.mean(1))
+    assert_close(layer.running_var, values.var(1))
+
+
+def test_nothing_drops_out_meanwhile():
+    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(3))
+    found = batch_norm.batch_statistics(model, [images()])["1"]
+    assert_close(found[1], images().sum((0, 2, 3)).double(), rtol=1e-4, atol=1e-4)
+    assert all(module.training for module in model.modules())

@@ -46,7 +46,7 @@ def test_does_not_depend_on_the_batch_size():
 def test_tiles_of_a_layer_change_nothing(monkeypatch):
     model = two_head()
     whole = diagonal_fisher(model, batches(11))
-    monkeypatch.setattr("fedunlearn.unlearning.fisher.TILE_ELEMENTS", 100)
+    monkeypatch.setattr("fedunlearn.unlearning.fisher_rules.TILE_ELEMENTS", 100)
     assert_close(diagonal_fisher(model, batches(11)), whole)
 
 
@@ -86,25 +86,6 @@ def test_the_other_head_has_none_and_the_model_is_as_before():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_modules_without_a_per_example_rule_are_named():
-    class Shared(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return Outputs(self.layer(self.layer(x)), None, x)
-
-    batch = (torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
-    with pytest.raises(TypeError, match="layer ran twice"):
-        diagonal_fisher(Shared(nn.Linear(3, 3)), [batch])
-    with pytest.raises(TypeError, match=r"layer \(LayerNorm\(\(3,\)"):
-        diagonal_fisher(Shared(nn.LayerNorm(3)), [batch])
-    for options in ({"groups": 3}, {"padding_mode": "reflect"}, {"padding": "same"}):
-        with pytest.raises(TypeError, match=r"layer \(Conv2d\(3, 3"):
-            diagonal_fisher(Shared(nn.Conv2d(3, 3, 1, **options)), [batch])
-
-
 def test_no_examples_no_client_head_and_unknown_words_are_refused():
     with pytest.raises(ValueError, match="no examples"):
         diagonal_fisher(two_head(), [])
@@ -112,21 +93,6 @@ def test_no_examples_no_client_head_and_unknown_words_are_refused():
         diagonal_fisher(two_head(clients=0), batches(4), loss_head="client")
     with pytest.raises(ValueError, match="estimator='exact'"):
         diagonal_fisher(two_head(), batches(4), estimator="exact")
-
-
-def test_weights_shared_by_two_modules_are_named():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
-            self.two.weight = self.one.weight
-
-        def forward(self, x):
-            return Outputs(self.two(self.one(x)), None, x)
-
-    batch = (torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0]))
-    with pytest.raises(TypeError, match=r"two.weight is shared"):
-        diagonal_fisher(Tied(), [batch])
 
 
 def test_strides_dilation_and_biases_of_convolutions():

@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.testing import assert_close
 
+import factories
 import reference
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel, TwoHeadResNet18
 from fedunlearn.unlearning import kronecker
 from fedunlearn.unlearning.distill import distill
 from fedunlearn.unlearning.fisher import diagonal_fisher
@@ -292,11 +294,13 @@ def test_symmetric_matrices_survive_their_triangles(seed, size):
     assert torch.equal(kronecker.symmetric(triangles)["layer.inputs"], matrices["layer.inputs"])
 
 
-def test_layers_that_the_loss_did_not_reach_are_named(model):
+def test_layers_that_the_loss_did_not_reach_get_no_gradient(model):
     model(images()).class_logits.square().sum().backward()
     model.class_head.out.weight.grad = None
-    with pytest.raises(ValueError, match=r"class_head\.out has no gradient"):
-        kronecker.guide_gradients(model, {"class_head.out.inputs": torch.eye(17)})
+    identity = {"class_head.out.inputs": torch.eye(17), "class_head.hidden.inputs": torch.eye(33)}
+    kronecker.guide_gradients(model, identity)
+    assert model.class_head.out.weight.grad is None
+    assert model.class_head.hidden.weight.grad.abs().sum() > 0
 
 
 def test_relabelling_with_the_models_own_predictions_moves_nothing(model):
@@ -307,3 +311,85 @@ def test_relabelling_with_the_models_own_predictions_moves_nothing(model):
     by = kronecker.projectors(kronecker.kronecker_factors(model, [labelled(6)]), ridge=0.1)
     distill(model, [[(images(), own)]] * 5, lr=1.0, momentum=0.9, precision="fp32", guide=by)
     assert_close(dict(model.state_dict()), start, rtol=0, atol=1e-5)
+
+
+# --- layers of other networks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(3, 5, 3, padding=1), (3, 6, 6)),
+        (nn.Conv2d(3, 5, (3, 2), stride=(2, 1), dilation=(1, 2), bias=False), (3, 7, 7)),
+        (nn.Conv2d(3, 5, 3, padding=(1, 2), padding_mode="reflect"), (3, 6, 6)),
+        (nn.Conv2d(3, 5, 2, padding="same", dilation=2), (3, 6, 6)),
+        (nn.Conv1d(3, 5, 4, stride=2, padding=1, padding_mode="circular"), (3, 9)),
+        (nn.Conv1d(3, 5, 3, padding="same", bias=False), (3, 7)),
+        (nn.Linear(3, 5), (4, 2, 3)),
+        (nn.Linear(3, 5), (3,)),
+    ],
+    ids=str,
+)
+def test_weights_times_inputs_are_what_the_layer_gives(layer, shape):
+    x = torch.randn(4, *shape)
+    weights = layer.weight.flatten(1)
+    if layer.bias is not None:
+        weights = torch.cat([weights, layer.bias[:, None]], 1)
+    found, expected = kronecker._inputs(layer, x) @ weights.T, layer(x)
+    expected = expected.reshape(4, -1, 5) if isinstance(layer, nn.Linear) else expected.flatten(2).transpose(1, 2)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def transformer():
+    torch.manual_seed(0)
+    network = factories.TinyTransformer(channels=3, image_size=16)
+    return TwoHeadModel({"network": network}, features=16, num_classes=3, num_clients=4)
+
+
+def test_factors_of_tokens_equal_those_one_by_one():
+    model = transformer()
+    found, seen = kronecker.kronecker_factors(model, [labelled(5)]), {}
+    model.network.qkv.register_forward_hook(lambda layer, inputs, output: seen.update(x=inputs[0], y=output))
+    a, g = torch.zeros(17, 17), torch.zeros(48, 48)
+    for image, label in zip(images(5), torch.arange(5) % 3, strict=True):
+        loss = torch.nn.functional.cross_entropy(model.eval()(image[None]).class_logits, label[None])
+        (deltas,) = torch.autograd.grad(loss, seen["y"])
+        tokens = torch.cat([seen["x"][0].detach(), torch.ones(17, 1)], 1)
+        a += sum(torch.outer(x, x) for x in tokens) / 17 / 5
+        g += sum(torch.outer(d, d) for d in deltas[0]) / 17 / 5
+    assert_close(found["network.qkv.inputs"], a, rtol=1e-4, atol=1e-6)
+    assert_close(found["network.qkv.outputs"], g, rtol=1e-3, atol=1e-9)
+
+
+def test_what_has_no_guide_stays_as_it_is_and_is_named():
+    model = transformer()
+    guide = kronecker.projectors(kronecker.kronecker_factors(model, [labelled(5)]), ridge=0.1)
+    left = kronecker.unguided(model, guide)
+    assert left == ["network.cls_token", "network.positions"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    soft_labels = torch.tensor([[0.0, 0.0, 1.0]]).expand(5, 3)
+    distill(model, [[(images(5), soft_labels)]], lr=0.1, momentum=0, precision="fp32", guide=guide)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"network.qkv.weight", "network.patches.weight", "network.mlp.0.bias"} <= moved
+    assert not moved & {*left, "network.norm1.weight", "network.gamma"}
+
+
+def test_depthwise_shared_idle_and_frozen_layers_have_no_guide():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.depthwise, self.mixed = nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 4, 1)
+            self.one, self.two, self.idle, self.frozen = (nn.Linear(4, 4) for _ in range(4))
+            self.two.weight = self.one.weight
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x):
+            return self.frozen(self.two(self.one(self.mixed(self.depthwise(x)).mean((2, 3)))))
+
+    model = TwoHeadModel({"network": Network()}, features=4, num_classes=3, num_clients=4)
+    for found in (
+        kronecker.kronecker_factors(model, [labelled(5)]),
+        kronecker.input_covariances(model, [images(5)]),
+    ):
+        layers = {name.rpartition(".")[0] for name in found if name.startswith("network.")}
+        assert layers == {"network.mixed"}

@@ -22,6 +22,7 @@ from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.federation.tasks import tasks_of
 from fedunlearn.nn.evaluate import Counts
+from fedunlearn.nn.rng import drawing_from
 
 
 def measured(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -44,6 +45,9 @@ def measured(message: Message, context: Context, call_next: Callable[[Message, C
 
 
 app = ClientApp(mods=[measured])
+
+DROPOUT = 10**6
+"""Place of the draws that layers make by themselves, after any epoch's."""
 
 
 @lru_cache(maxsize=2)
@@ -72,7 +76,8 @@ def run_task(message: Message, context: Context) -> Message:
         if broadcast:
             runtime.model.load_state_dict(broadcast)
         client = runtime.client(number, asked.round, broadcast, portions=portions)
-        update = task(client, runtime.model, strategy.settings, **arguments)
+        with drawing_from(client.generator(DROPOUT)):  # in any process and order of clients
+            update = task(client, runtime.model, strategy.settings, **arguments)
         messages.add_to(sums, update.tensors, update.weight)
         weight += update.weight
         counts[number] = update.counts

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedunlearn.apps.signals import ends_with_superlink
 from fedunlearn.build import decode_for_readmitted, loss_of
-from fedunlearn.config import Config, compose, state_home, values_of, writable_home
+from fedunlearn.config import OURS, Config, compose, spelled_out, state_home, values_of, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.rounds import Rounds
@@ -148,7 +148,7 @@ def prepared(config: Config, asked: dict[str, Any]) -> Config:
 
 def asked_for(words: list[str], config: Config) -> dict[str, Any]:
     """The settings that words name, one by one or as a mapping, but for those that say which run it is."""
-    names = {name_of(word) for word in words} - {"run", "home", "fork"}
+    names = {name_of(word) for word in spelled_out(words)} - {"run", "home", "fork"}
     groups = tuple(f"{name}." for name in names)
     return {name: value for name, value in values_of(config).items() if name in names or name.startswith(groups)}
 
@@ -159,7 +159,8 @@ def _class_names(auditor: Auditor | None) -> list[str]:
 
 def _scale_line(config: Config) -> str:
     limit = f", {config.data.limit:,} images" if config.data.limit else ", all images"
-    line = f"{config.data.name}: width {config.model.width}{limit}, {config.rounds} rounds of {config.clients} clients"
+    model = f"width {config.model.width}" if config.model.name in OURS else config.model.name
+    line = f"{config.data.name}: {model}{limit}, {config.rounds} rounds of {config.clients} clients"
     if config.scale == "laptop":
         line += "\nscale=laptop, since there is no GPU or it was asked for; the paper's size: scale=full"
     return line

@@ -16,7 +16,7 @@ from fedunlearn.data.store import Split
 from fedunlearn.federation.messages import Tensors, floating
 from fedunlearn.nn.client_head import embedding_statistics
 from fedunlearn.nn.evaluate import Counts, Predictions, evaluate, predict
-from fedunlearn.nn.model import Batch, TwoHeadResNet18
+from fedunlearn.nn.model import Batch, TwoHeadModel
 from fedunlearn.nn.precision import autocast
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.nn.schedule import loss_weights
@@ -204,7 +204,7 @@ class Client:
         )
         return ((images, place) for images, place, _ in shuffled)
 
-    def fit(self, model: TwoHeadResNet18, *, fraction: float = 1.0, lr: float | None = None) -> Counts:
+    def fit(self, model: TwoHeadModel, *, fraction: float = 1.0, lr: float | None = None) -> Counts:
         """Train the model locally for one round, in place.
 
         Args:
@@ -220,15 +220,15 @@ class Client:
             loss=loss_weights(progress, loss, warmup=warmup),
         )
 
-    def evaluate(self, model: TwoHeadResNet18) -> Counts:
+    def evaluate(self, model: TwoHeadModel) -> Counts:
         """Count what the model gets right on its images, as they are."""
         return evaluate(model, self.batches(batch_size=self.evaluation_batch), precision=self.precision)
 
-    def accuracy(self, model: TwoHeadResNet18) -> float:
+    def accuracy(self, model: TwoHeadModel) -> float:
         """Give the model's class accuracy on its images, 0..1."""
         return self.evaluate(model).class_accuracy
 
-    def predict(self, model: TwoHeadResNet18, images: np.ndarray) -> Predictions:
+    def predict(self, model: TwoHeadModel, images: np.ndarray) -> Predictions:
         """Give the model's predictions on versions of its images, uint8 [N, H, W, channels]."""
         data = Split(images, self.labels.numpy())
         everything = batches(
@@ -237,7 +237,7 @@ class Client:
         return predict(model, everything, precision=self.precision)
 
     @torch.no_grad()
-    def embedding_statistics(self, model: TwoHeadResNet18) -> Tensor:
+    def embedding_statistics(self, model: TwoHeadModel) -> Tensor:
         """Give `nn.client_head.embedding_statistics` of a random `train.embedding_fraction` of its examples."""
         model.eval()
         classes = len(self._runtime.dataset.class_names)
@@ -256,7 +256,7 @@ class Client:
         """Give the model's state as it was sent."""
         return self._broadcast
 
-    def changes(self, model: TwoHeadResNet18) -> Tensors:
+    def changes(self, model: TwoHeadModel) -> Tensors:
         """Give how the model differs from the broadcast one: theta_c - theta, everything that is floating-point."""
         return {name: value - self._broadcast[name] for name, value in floating(model.state_dict()).items()}
 

@@ -26,7 +26,7 @@ from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.naming import named, with_portions
 from fedunlearn.nn.client_head import train_client_head
 from fedunlearn.nn.evaluate import Counts, Predictions
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.runs.ledger import FORGOTTEN, TAKEN_UP
 from fedunlearn.runs.run import Run
@@ -256,13 +256,13 @@ class Federation:
 
     # Changing the state ------------------------------------------------------------------------------------------
 
-    def model(self) -> TwoHeadResNet18:
+    def model(self) -> TwoHeadModel:
         """Give the server's model, loaded with the present parameters; changes of it change nothing else."""
         self.server.model.load_state_dict(self.state.params)
         return self.server.model
 
     @contextmanager
-    def editing(self) -> Iterator[TwoHeadResNet18]:
+    def editing(self) -> Iterator[TwoHeadModel]:
         """Give the model to be changed in place; afterwards its parameters are the state's.
 
         Example:

@@ -32,7 +32,7 @@ from fedunlearn.federation.replies import (
 from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.log import waiting
 from fedunlearn.naming import name_of
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 
 WAIT_SECONDS = 600
 ATTEMPTS = 3
@@ -62,7 +62,7 @@ class Nodes:
         check_update: raises RefusedError for one client's update that is to be left out, where `robust` is on.
     """
 
-    def __init__(self, config: Config, model: TwoHeadResNet18, *, pixels: int) -> None:
+    def __init__(self, config: Config, model: TwoHeadModel, *, pixels: int) -> None:
         self.config, self._model, self._pixels = config, model, pixels
         self.nodes: list[int] = []
         self.clients_of: dict[int, list[int]] = {}

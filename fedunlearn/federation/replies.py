@@ -18,7 +18,7 @@ from fedunlearn.federation import messages
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.tasks import ROUNDING, ClientTask, Sent
 from fedunlearn.nn.evaluate import Counts
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 
 MOST_LISTED = 100
 MOST_EXAMPLES = 10**8  # of one client
@@ -128,7 +128,7 @@ class Expected:
     """
 
     task: ClientTask
-    model: TwoHeadResNet18
+    model: TwoHeadModel
     dtype: str
     examples: Mapping[int, int]
     pixels: int

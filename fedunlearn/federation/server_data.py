@@ -13,7 +13,8 @@ from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.data.store import Split
 from fedunlearn.nn.evaluate import Predictions, predict
-from fedunlearn.nn.model import Batch, TwoHeadResNet18
+from fedunlearn.nn.hooks import train_batch_norms
+from fedunlearn.nn.model import Batch, TwoHeadModel
 from fedunlearn.nn.precision import at_least_fp32, autocast
 
 NOBODY = -1
@@ -47,7 +48,7 @@ class ServerData:
         """Count the held-out images."""
         return len(self._held_out.labels)
 
-    def new_model(self, *place: int) -> TwoHeadResNet18:
+    def new_model(self, *place: int) -> TwoHeadModel:
         """Make the run's untrained model, or at another `place` of random draws another one."""
         return self._make(*place)
 
@@ -56,20 +57,22 @@ class ServerData:
         self.left = self.left.union(classes)
         self._held_out = without_classes(self._held_out, classes)
 
-    def predict(self, model: TwoHeadResNet18) -> Predictions:
+    def predict(self, model: TwoHeadModel) -> Predictions:
         """Give the model's predictions on the held-out images."""
         train, data = self.config.train, self._held_out
         size = evaluation_batch(train.batch_size, self.device)
         everything = batches(data, np.arange(len(data.labels)), NOBODY, batch_size=size, device=self.device)
         return predict(model, everything, precision=train.precision)
 
-    def losses(self, model: TwoHeadResNet18, images: int) -> tuple[Tensor, Tensor]:
+    def losses(self, model: TwoHeadModel, images: int) -> tuple[Tensor, Tensor]:
         """Give a model's class cross-entropy on so many held-out images, and their labels, [n] each; always the same.
 
         BatchNorm has the statistics of these images, or the model's own where the run keeps averages of the clients'
         running statistics. The model's running statistics are changed.
         """
-        model.train(self.config.batch_norm_fraction > 0)
+        model.eval()
+        if self.config.batch_norm_fraction:
+            train_batch_norms(model)
         losses, classes = [], []
         with torch.no_grad(), autocast(self.device, self.config.train.precision):
             generator = torch.Generator().manual_seed(self.config.seed)
@@ -82,7 +85,7 @@ class ServerData:
         model.eval()
         return torch.cat(losses), torch.cat(classes)
 
-    def loss(self, model: TwoHeadResNet18, images: int) -> float:
+    def loss(self, model: TwoHeadModel, images: int) -> float:
         """Give the mean of `losses`. What is not finite is infinite."""
         found = float(self.losses(model, images)[0].mean())
         return found if math.isfinite(found) else math.inf

@@ -15,11 +15,11 @@ from fedunlearn.data.selection import Selection
 from fedunlearn.federation.client import Client
 from fedunlearn.federation.messages import Tensors, floating
 from fedunlearn.nn.evaluate import Counts
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.unlearning import batch_norm
 
 ROUNDING = 1e-3  # of sums in fp32, relative
-Shapes = Callable[[TwoHeadResNet18], Mapping[str, Tensor]]
+Shapes = Callable[[TwoHeadModel], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Update:
     statistics: Tensor | None = None
 
 
-def weights(model: TwoHeadResNet18) -> Tensors:
+def weights(model: TwoHeadModel) -> Tensors:
     """Give the shapes of a model's update: everything that is floating-point, statistics of BatchNorm included."""
     return floating(model.state_dict())
 
 
-def parameters(model: TwoHeadResNet18) -> Tensors:
+def parameters(model: TwoHeadModel) -> Tensors:
     """Give the shapes of one value a parameter."""
     return dict(model.named_parameters())
 
 
-def nothing(model: TwoHeadResNet18) -> Tensors:
+def nothing(model: TwoHeadModel) -> Tensors:
     """Give the shapes of no tensors: a task that only counts."""
     return {}
 
@@ -93,7 +93,7 @@ class ClientTask:
     function: Callable[..., Any]
     kind: str = "query"
     sends: Shapes = weights
-    sends_apart: Callable[[TwoHeadResNet18], Tensor] | None = None
+    sends_apart: Callable[[TwoHeadModel], Tensor] | None = None
     dtype: str = ""
     needs_model: bool = True
     trains: bool = False
@@ -110,7 +110,7 @@ class ClientTask:
         """What a client shares, in words: the first line of the function's docstring."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
-    def __call__(self, client: Client, model: TwoHeadResNet18, settings: Any, **arguments: Any) -> Update:
+    def __call__(self, client: Client, model: TwoHeadModel, settings: Any, **arguments: Any) -> Update:
         """Run the task for one client; a plain dict of tensors becomes a mean over examples."""
         found = self.function(client, model, settings, **arguments)
         if isinstance(found, Update):
@@ -209,12 +209,12 @@ def _check_squares(what: str, count: Tensor, total: Tensor, squares: Tensor) -> 
         raise ValueError(f"it sent {what} that no values have")
 
 
-def one_row_a_class(model: TwoHeadResNet18) -> Tensor:
+def one_row_a_class(model: TwoHeadModel) -> Tensor:
     """Give the shape of a number for each class, [K]."""
     return torch.zeros(_classes(model), dtype=torch.int64)
 
 
-def embedding_rows(model: TwoHeadResNet18) -> Tensor:
+def embedding_rows(model: TwoHeadModel) -> Tensor:
     """Give the shape of embedding statistics: count, sum and sum of squares for each class, [K, 1 + 2 d]."""
     hidden = model.client_head.hidden if model.client_head is not None else model.class_head.hidden
     return torch.zeros(_classes(model), 1 + 2 * hidden.in_features)
@@ -223,7 +223,7 @@ def embedding_rows(model: TwoHeadResNet18) -> Tensor:
 @client_task(kind="train", sends_apart=embedding_rows, trains=True, check=embeddings_of_images)
 def train(
     client: Client,
-    model: TwoHeadResNet18,
+    model: TwoHeadModel,
     settings: Any,
     *,
     fraction: float = 1.0,
@@ -243,31 +243,31 @@ def train(
 
 
 @client_task(kind="evaluate")
-def evaluate(client: Client, model: TwoHeadResNet18, settings: Any) -> Counts:
+def evaluate(client: Client, model: TwoHeadModel, settings: Any) -> Counts:
     """How many of its images the model gets right, class and client ID, and its loss on them."""
     return client.evaluate(model)
 
 
 @client_task(sends_apart=one_row_a_class, needs_model=False, check=of_these_images, compared=False)
-def class_counts(client: Client, model: TwoHeadResNet18, settings: Any) -> Tensor:
+def class_counts(client: Client, model: TwoHeadModel, settings: Any) -> Tensor:
     """How many images of each class it has."""
     return client.class_counts
 
 
 @client_task(sends_apart=one_row_a_class, needs_model=False, check=of_some_images, compared=False)
-def selected_counts(client: Client, model: TwoHeadResNet18, settings: Any, *, selection: dict[str, Any]) -> Tensor:
+def selected_counts(client: Client, model: TwoHeadModel, settings: Any, *, selection: dict[str, Any]) -> Tensor:
     """How many images of each class it has that a request names."""
     return client.selected_counts(Selection.read(selection))
 
 
 @client_task(sends_apart=embedding_rows, check=embeddings_of_images)
-def embedding_statistics(client: Client, model: TwoHeadResNet18, settings: Any) -> Tensor:
+def embedding_statistics(client: Client, model: TwoHeadModel, settings: Any) -> Tensor:
     """Statistics of its embeddings: count, mean and variance for each class."""
     return client.embedding_statistics(model)
 
 
 @client_task(sends=batch_norm.no_statistics, check=batches_of_images)
-def batch_norm_statistics(client: Client, model: TwoHeadResNet18, settings: Any, *, fraction: float = 1.0) -> Update:
+def batch_norm_statistics(client: Client, model: TwoHeadModel, settings: Any, *, fraction: float = 1.0) -> Update:
     """Sums over its images that BatchNorm statistics are estimated from: count, sum and sum of squares a channel."""
     sums = batch_norm.batch_statistics(model, client.shuffled_images(fraction), precision=client.precision)
     return Update(sums, 1, Counts(client.examples))

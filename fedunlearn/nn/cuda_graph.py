@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 
+class NotCapturedError(Exception):
+    """The work does what no graph can hold, as waiting for a value."""
+
+
 def captured(work: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
     """Capture `work` as a CUDA graph, and return what replays it.
 
-    `work` runs three times before the capture, each time on the same `state`. The state is as before afterwards.
+    `work` runs three times before the capture, each time on the same `state`. The state is as before afterwards, that
+    of random draws included.
 
     Args:
         work: reads and writes tensors that stay where they are.
@@ -22,12 +27,20 @@ def captured(work: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], 
     Returns:
         A function without arguments that does `work` once.
 
+    Raises:
+        NotCapturedError: `work` runs, but not while it is recorded.
+
     Example:
         >>> if torch.cuda.is_available():
         ...     counter = torch.zeros((), device="cuda")
         ...     replay = captured(lambda: counter.add_(1), [counter])
         ...     replay()
     """
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        return _captured(work, state)
+
+
+def _captured(work: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
     kept, stream, graph = [tensor.clone() for tensor in state], _side_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     try:
@@ -44,6 +57,8 @@ def captured(work: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], 
     try:
         with torch.cuda.graph(graph, stream=stream), _fastest_algorithms():
             work()
+    except RuntimeError as error:
+        raise NotCapturedError(str(error).splitlines()[0]) from error
     finally:
         gc.enable()
     return graph.replay

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
@@ -27,6 +28,24 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def train_batch_norms(model: nn.Module) -> None:
+    """Let BatchNorm normalise with the statistics of its batch, and everything else work as in evaluation.
+
+    Args:
+        model: whose modes change (`kept_modes` brings them back).
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout())
+        >>> train_batch_norms(model)
+        >>> [layer.training for layer in model]
+        [True, False]
+    """
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.train()
 
 
 @contextmanager
@@ -89,7 +108,8 @@ def layer_output_gradients(
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def on_forward(layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(lambda delta: callback(name, layer, delta))
+            if output.requires_grad:
+                output.register_hook(lambda delta: callback(name, layer, delta))
 
         return on_forward
 

@@ -1,16 +1,19 @@
-"""Define the shared model: ResNet-18 with a class head and a client head on one embedding (paper, Section 4.1)."""
+"""Define the shared model: a network, ResNet-18 by default, with a class head and a client head on one embedding."""
 
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-HEAD_SIZES = ("large", "medium", "small")
-NORMS = ("batch", "group")
+HEAD_SIZES = {"large": 1, "medium": 2, "small": 4}
+"""How many times fewer dimensions the embedding has than the network's features."""
+NORMS = ("batch", "group", "none")
+HEADS = ("projection.", "class_head.", "client_head.")
+"""How the names of parameters begin that are not the network's."""
 NEVER = -1e4
 """The logit of a pruned class: its probability is 0, and 0 times its logarithm too."""
-
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images [N, channels, H, W], class labels [N], client ids [N]."""
@@ -30,11 +33,10 @@ class Outputs(NamedTuple):
     embedding: Tensor
 
 
-class TwoHeadResNet18(nn.Module):
-    """Classify small images by class and by client, from one embedding z (paper, Section 4.1).
+class TwoHeadModel(nn.Module):
+    """Classify images by class and by client, from one embedding z (paper, Section 4.1), on top of any network.
 
-    The backbone is ResNet-18 with a 3x3 stem and no max-pool. It has f = 8 width pooled features (512 at the paper's
-    width 64). The head size decides what follows, and scales with the width:
+    The network gives f features an image. The head size decides what follows, and scales with f:
 
     - `large`: z has f dimensions, the heads are f -> f/2 -> out;
     - `medium`: z has f/2, the heads are f/2 -> f/4 -> out;
@@ -43,16 +45,83 @@ class TwoHeadResNet18(nn.Module):
     A ReLU stands before every head's last layer.
 
     Args:
+        parts: the network, as modules by name that run one after another. The last gives features [N, f], or a tuple
+            whose first entry they are.
+        features: f.
         num_classes: K.
         num_clients: C, or 0 for the single-head baseline, whose `client_logits` are None.
-        width: channels of the first stage.
         head_size: `large`, `medium` or `small`.
-        norm: `batch`, or `group` (GroupNorm of 8 channels a group, no running statistics).
-        channels: of the images, 1 or 3.
+        plain: whether the network takes images in plain memory order alone, as one that calls `view` on maps does.
 
     Attributes:
         pruned: bool [C], the clients whose logits are minus infinity (`unlearning.pruning`).
         pruned_classes: bool [K], the classes whose logits are `NEVER`.
+
+    Raises:
+        ValueError: an unknown head size, or too few features for it.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh())
+        >>> model = TwoHeadModel({"network": network}, features=16, num_classes=10, num_clients=4)
+        >>> [tuple(output.shape) for output in model(torch.zeros(2, 3, 8, 8))]
+        [(2, 10), (2, 4), (2, 8)]
+    """
+
+    pruned: Tensor
+    pruned_classes: Tensor
+
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        *,
+        features: int,
+        num_classes: int,
+        num_clients: int,
+        head_size: str = "medium",
+        plain: bool = False,
+    ) -> None:
+        super().__init__()
+        if head_size not in HEAD_SIZES:
+            raise ValueError(f"head_size={head_size!r} is not one of {', '.join(HEAD_SIZES)}")
+        size = features // HEAD_SIZES[head_size]
+        if size < 2:
+            raise ValueError(f"{features} features are too few for head_size={head_size!r}")
+        self._parts, self.plain = tuple(parts), plain
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.projection = nn.Identity() if size == features else nn.Linear(features, size)
+        self.class_head = Head(size, num_classes)
+        self.client_head = Head(size, num_clients) if num_clients else None
+        self.register_buffer("pruned", torch.zeros(num_clients, dtype=torch.bool))
+        self.register_buffer("pruned_classes", torch.zeros(num_classes, dtype=torch.bool))
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Compute class logits, client logits and the embedding of images [N, channels, H, W]."""
+        features = images.contiguous() if self.plain else images
+        for name in self._parts:
+            features = getattr(self, name)(features)
+        z = self.projection(first_of(features))
+        client_logits = None
+        if self.client_head is not None:
+            client_logits = self.client_head(z).masked_fill(self.pruned, -torch.inf)
+        return Outputs(self.class_head(z).masked_fill(self.pruned_classes, NEVER), client_logits, z)
+
+    def first_weights(self) -> nn.Parameter:
+        """Give the weights of the network's first layer, first in the order in which its modules were made."""
+        layers = {name: p for name, p in self.named_parameters() if p.ndim > 1}
+        return next((p for name, p in layers.items() if name.endswith(".weight")), next(iter(layers.values())))
+
+
+class TwoHeadResNet18(TwoHeadModel):
+    """Classify small images by ResNet-18 with a 3x3 stem and no max-pool (paper, Section 4.1).
+
+    It has f = 8 width pooled features, 512 at the paper's width of 64.
+
+    Args:
+        num_classes, num_clients, head_size: of `TwoHeadModel`.
+        width: channels of the first stage.
+        norm: `batch`, `group` (GroupNorm of 8 channels a group, no running statistics) or `none`.
+        channels: of the images, 1 or 3.
 
     Raises:
         ValueError: an unknown head size or norm.
@@ -62,9 +131,6 @@ class TwoHeadResNet18(nn.Module):
         >>> [tuple(output.shape) for output in model(torch.zeros(2, 3, 32, 32))]
         [(2, 10), (2, 4), (2, 32)]
     """
-
-    pruned: Tensor
-    pruned_classes: Tensor
 
     def __init__(
         self,
@@ -76,30 +142,29 @@ class TwoHeadResNet18(nn.Module):
         norm: str = "batch",
         channels: int = 3,
     ) -> None:
-        super().__init__()
-        if head_size not in HEAD_SIZES or norm not in NORMS:
-            raise ValueError(f"head_size={head_size!r} is not one of {HEAD_SIZES}, or norm={norm!r} not one of {NORMS}")
         widths = [width, 2 * width, 4 * width, 8 * width]
-        self.stem = nn.Sequential(conv3x3(channels, width), normalisation(norm, width), nn.ReLU())
-        self.stages = nn.Sequential(
-            *(stage(before, after, norm) for before, after in zip([width, *widths], widths, strict=False))
+        stem = nn.Sequential(conv3x3(channels, width), normalisation(norm, width), nn.ReLU())
+        stages = (stage(before, after, norm) for before, after in zip([width, *widths], widths, strict=False))
+        super().__init__(
+            {"stem": stem, "stages": nn.Sequential(*stages), "pool": MeanOverPositions()},
+            features=widths[-1],
+            num_classes=num_classes,
+            num_clients=num_clients,
+            head_size=head_size,
         )
-        features = widths[-1]
-        size = features // {"large": 1, "medium": 2, "small": 4}[head_size]
-        self.projection = nn.Identity() if head_size == "large" else nn.Linear(features, size)
-        self.class_head = Head(size, num_classes)
-        self.client_head = Head(size, num_clients) if num_clients else None
-        self.register_buffer("pruned", torch.zeros(num_clients, dtype=torch.bool))
-        self.register_buffer("pruned_classes", torch.zeros(num_classes, dtype=torch.bool))
 
-    def forward(self, images: Tensor) -> Outputs:
-        """Compute class logits, client logits and the embedding of images [N, channels, H, W]."""
-        features = self.stages(self.stem(images)).mean((2, 3))
-        z = self.projection(features)
-        client_logits = None
-        if self.client_head is not None:
-            client_logits = self.client_head(z).masked_fill(self.pruned, -torch.inf)
-        return Outputs(self.class_head(z).masked_fill(self.pruned_classes, NEVER), client_logits, z)
+
+def first_of(output: Any) -> Any:
+    """Give a module's output, or the first where it has several."""
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+class MeanOverPositions(nn.Module):
+    """Average maps [N, channels, H, W] over positions, to features [N, channels]."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Average over height and width."""
+        return maps.mean((2, 3))
 
 
 class Head(nn.Sequential):
@@ -148,7 +213,9 @@ def conv3x3(before: int, after: int, stride: int = 1) -> nn.Conv2d:
 
 
 def normalisation(norm: str, channels: int) -> nn.Module:
-    """Make BatchNorm, or GroupNorm of 8 channels a group (one group where 8 does not divide the channels)."""
+    """Make BatchNorm, GroupNorm of 8 channels a group (one group where 8 does not divide the channels), or nothing."""
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is not one of {', '.join(NORMS)}")
     if norm == "batch":
         return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(1 if channels % 8 else channels // 8, channels)
+    return nn.GroupNorm(1 if channels % 8 else channels // 8, channels) if norm == "group" else nn.Identity()

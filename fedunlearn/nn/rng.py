@@ -1,5 +1,8 @@
 """Make random draws that depend on where they are used and on nothing else."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -22,3 +25,23 @@ def generator_of(seed: int, *place: int) -> torch.Generator:
     """
     state = np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Let what draws without a generator, as new layers and dropout do, draw with the seed of this one meanwhile.
+
+    Args:
+        generator: whose first seed is taken; it is as before at the end.
+
+    Example:
+        >>> draws = []
+        >>> for _ in range(2):
+        ...     with drawing_from(generator_of(0, 1)):
+        ...         draws.append(torch.rand(()))
+        >>> bool(draws[0] == draws[1])
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        yield

@@ -1,23 +1,27 @@
 """Train a model locally, as a function of arguments alone."""
 
 from collections.abc import Callable, Iterable, Mapping
+from logging import getLogger
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.nn.cuda_graph import captured
+from fedunlearn.nn.cuda_graph import NotCapturedError, captured
 from fedunlearn.nn.descent import SGD
 from fedunlearn.nn.evaluate import Counts, hits
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import Batch
 from fedunlearn.nn.precision import autocast
 
+log = getLogger("fedunlearn")
+
 
 class LocalSGD:
     """Train one model by SGD on a loss, each time as with a new optimiser.
 
-    On a GPU a step with a full batch is a CUDA graph, which further fits with the same loss replay.
+    On a GPU a step with a full batch is a CUDA graph, which further fits with the same loss replay. A network that no
+    graph can record, as one that asks for values in between, takes plain steps.
 
     Args:
         model: gives `nn.model.Outputs`.
@@ -51,17 +55,15 @@ class LocalSGD:
         excluded = {id(parameter) for parameter in frozen}
         trained = [parameter for parameter in model.parameters() if id(parameter) not in excluded]
         self.model, self.precision, self.device = model, precision, trained[0].device
-        rate = torch.zeros((), device=self.device) if self.on_gpu else 0.0  # a graph reads it where it lies
+        rate = (
+            torch.zeros((), device=self.device) if self.device.type == "cuda" else 0.0
+        )  # a graph reads it where it lies
         self.optimiser = SGD(trained, lr=rate, momentum=momentum, weight_decay=weight_decay, fused=True)
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.batch_size, self.function, self.loss = batch_size, function, {}
+        self.has_graphs = self.device.type == "cuda"
         self.replay: Callable[[], None] | None = None
         self.place: Batch | None = None  # where a graph reads its batch
-
-    @property
-    def on_gpu(self) -> bool:
-        """Tell whether steps are graphs."""
-        return self.device.type == "cuda"
 
     def fit(self, epochs: Iterable[Iterable[Batch]], *, lr: float, loss: Mapping[str, Any]) -> Counts:
         """Train over `epochs` of batches, in place.
@@ -77,9 +79,7 @@ class LocalSGD:
         self._begin(lr, loss)
         examples = 0
         for batch in (batch for epoch in epochs for batch in epoch):
-            if self.on_gpu and len(batch[0]) == self.batch_size:
-                self._replay(batch)
-            else:
+            if not (self.has_graphs and len(batch[0]) == self.batch_size and self._replayed(batch)):
                 self._step(batch)
             examples += len(batch[0])
         total, class_hits, client_hits = self.totals.tolist()
@@ -107,12 +107,19 @@ class LocalSGD:
         self.optimiser.step()
         self.totals += torch.stack([objective.detach().double() * len(images), *hits(outputs, batch)])
 
-    def _replay(self, batch: Batch) -> None:
+    def _replayed(self, batch: Batch) -> bool:
+        """Take a step by a graph, recorded if need be; False where the network cannot be recorded."""
         if self.replay is None or self.place is None:
             images, class_labels, client_ids = batch
             place = images.clone(), class_labels.clone(), client_ids.clone()
             state = [*self.model.state_dict().values(), *self.optimiser.momenta, self.totals]
-            self.place, self.replay = place, captured(lambda: self._step(place), state)
+            try:
+                self.place, self.replay = place, captured(lambda: self._step(place), state)
+            except NotCapturedError as error:
+                self.has_graphs = False
+                log.info("this network's steps are no CUDA graphs, and take longer: %s", error)
+                return False
         for there, value in zip(self.place, batch, strict=True):
             there.copy_(value)
         self.replay()
+        return True

@@ -259,7 +259,8 @@ def shown_settings(
             continue
         field = declared.get(name)
         row = (name, value, (field.description or "") if field else "")
-        same = field is None or value == field.get_default(call_default_factory=True)  # of unknown ones nobody can say
+        is_unknown = field is None and name.startswith("unlearn.")  # of these nobody can say
+        same = is_unknown or (field is not None and value == field.get_default(call_default_factory=True))
         (unchanged if same else changed).append(row)
     return changed, unchanged
 

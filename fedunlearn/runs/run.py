@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fedunlearn.build import Images
-    from fedunlearn.nn.model import TwoHeadResNet18
+    from fedunlearn.nn.model import TwoHeadModel
 
 log = getLogger("fedunlearn")
 
@@ -213,7 +213,7 @@ class Run:
             raise UserError(f"run {self.name} has no checkpoint yet: start it again with run={self.name}")
         checkpoint.read(self.folder / "checkpoints" / current.checkpoint, sha256=current.sha256)
 
-    def model(self) -> "TwoHeadResNet18":
+    def model(self) -> "TwoHeadModel":
         """Load the current model, in eval mode on the CPU.
 
         Raises:

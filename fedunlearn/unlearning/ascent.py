@@ -65,6 +65,7 @@ def ascend(
 
 
 def _climb(params: Sequence[Tensor], loss: Tensor, *, lr: float, clip: float) -> None:
+    params = [p for p in params if p.requires_grad]
     gradients = torch.autograd.grad(loss, params, allow_unused=True)
     reached = [(p, g) for p, g in zip(params, gradients, strict=True) if g is not None]
     norm = float(torch.stack([g.square().sum() for _, g in reached]).sum().sqrt())

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedunlearn.nn.hooks import layer_inputs
+from fedunlearn.nn.hooks import layer_inputs, train_batch_norms
 from fedunlearn.nn.precision import at_least_fp32, autocast
 
 
@@ -34,8 +35,8 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor], *, precision: 
     """Sum count, values and squares of every BatchNorm layer's input, channel by channel.
 
     The layers normalise with the statistics of their own batch meanwhile, as in training. One pass therefore serves
-    all depths. The running statistics stay as they are. Statistics of different clients add up to those of all of
-    them.
+    all depths. All other layers work as in evaluation: nothing drops out. The running statistics stay as they are.
+    Statistics of different clients add up to those of all of them.
 
     Args:
         model: is as before at the end.
@@ -54,14 +55,15 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor], *, precision: 
     statistics = {name: total.to(_running(layers[name])[0].device) for name, total in no_statistics(model).items()}
 
     def add(name: str, _layer: nn.Module, activation: Tensor) -> None:
-        found = torch.var_mean(at_least_fp32(activation.detach()), dim=(0, 2, 3), correction=0)
+        dims = (0, *range(2, activation.ndim))
+        found = torch.var_mean(at_least_fp32(activation.detach()), dim=dims, correction=0)
         variance, mean = (value.double() for value in found)
         count = activation.numel() // activation.shape[1]
         statistics[name] += count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
 
     kept = {name: value.clone() for name, value in model.state_dict().items() if name.endswith(_BUFFERS)}
-    with layer_inputs(model, (nn.BatchNorm2d,), add):
-        model.train()
+    with layer_inputs(model, (_BatchNorm,), add):
+        train_batch_norms(model)
         try:
             for images in batches:
                 with autocast(images.device, precision):
@@ -148,11 +150,11 @@ def recalibrate(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _batch_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
 
 
-def _running(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError(f"{layer} has no running statistics")
     return layer.running_mean, layer.running_var

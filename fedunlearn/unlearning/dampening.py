@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.unlearning.pruning import prune_clients
 
 ROUNDING = 1e-5
@@ -59,7 +59,7 @@ def dampen(
 
 @torch.no_grad()
 def dampen_and_prune(
-    model: TwoHeadResNet18,
+    model: TwoHeadModel,
     fisher_full: Mapping[str, Tensor],
     fisher_forget: Mapping[str, Tensor],
     clients: Iterable[int],

@@ -6,13 +6,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedunlearn.nn.descent import SGD
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.nn.precision import at_least_fp32, autocast
 from fedunlearn.unlearning.kronecker import guide_gradients
 
 
 def distill(
-    model: TwoHeadResNet18,
+    model: TwoHeadModel,
     epochs: Iterable[Iterable[tuple[Tensor, Tensor]]],
     *,
     lr: float,
@@ -35,6 +35,7 @@ def distill(
 
     Example:
         >>> import torch
+        >>> from fedunlearn.nn.model import TwoHeadResNet18
         >>> model = TwoHeadResNet18(2, 0, width=8)
         >>> images, soft_labels = torch.ones(4, 3, 8, 8), torch.tensor([[0.7, 0.3]]).expand(4, 2)
         >>> free = {"class_head.out.inputs": torch.eye(17)}  # 16 inputs and the bias

@@ -1,24 +1,32 @@
 """Compute the diagonal empirical Fisher of one head's loss: how much each weight matters to a set of examples."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from dataclasses import dataclass
+from functools import cache
+from logging import getLogger
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, group_norm
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedunlearn.nn.hooks import kept_modes
-from fedunlearn.nn.model import Batch, TwoHeadResNet18
+from fedunlearn.nn.model import Batch, Outputs, TwoHeadModel
 from fedunlearn.nn.precision import at_least_fp32, autocast
-from fedunlearn.unlearning import fisher_triton
+from fedunlearn.unlearning.fisher_rules import Rule, is_example_wise, rule_of
 
 LOSS_HEADS = ("class", "client")
 ESTIMATORS = ("per_example", "batch")
 
-TILE_ELEMENTS = 2**20
-"""Elements of an example's weight gradient that are computed at once: they should stay in a core's cache."""
+ONE_BY_ONE_ELEMENTS = 2**24
+"""Elements of gradients of single examples that are in memory at once, of parameters without a closed rule."""
+
+log = getLogger("fedunlearn")
 
 
 def diagonal_fisher(
@@ -38,8 +46,10 @@ def diagonal_fisher(
     Fisher of zero.
 
     Args:
-        model: gives `(class_logits, client_logits, embedding)`, and is as before at the end. For `per_example` its
-            parameters must belong to Conv2d, Linear, BatchNorm2d or GroupNorm modules that run once a forward pass.
+        model: gives `(class_logits, client_logits, embedding)`, and is as before at the end. `per_example` has closed
+            rules for convolutions, Linear, Embedding, BatchNorm, GroupNorm and LayerNorm modules that run once a
+            forward pass. Any other parameter costs one more backward pass an example, and the log says so. Parameters
+            that need no gradient have a Fisher of zero.
         batches: of `(images [N, ...], class_labels [N], client_ids [N])`, on the model's device.
         loss_head: one of `LOSS_HEADS`.
         estimator: one of `ESTIMATORS`.
@@ -51,8 +61,6 @@ def diagonal_fisher(
 
     Raises:
         ValueError: no examples, an unknown head or estimator, or no client head for `loss_head="client"`.
-        TypeError: `per_example` met a module that it does not know (convolutions with groups, with padding by words or
-            by anything but zeros among them), or one that ran twice.
 
     Example:
         >>> from fedunlearn.nn.model import TwoHeadResNet18
@@ -66,21 +74,24 @@ def diagonal_fisher(
         raise ValueError(
             f"loss_head={loss_head!r} is not one of {LOSS_HEADS}, or estimator={estimator!r} not one of {ESTIMATORS}"
         )
-    add_squares = _add_per_example_squares if estimator == "per_example" else _add_batch_square
     sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    add = (_PerExample if estimator == "per_example" else _PerBatch)(model, sums, loss_head, precision).add
     count = 0
     with kept_modes(model):
         model.eval()
         for batch in batches:
-            count += add_squares(sums, model, batch, loss_head, precision)
+            count += add(batch)
     if count == 0:
         raise ValueError("the Fisher of no examples is not defined")
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            sums[name].zero_()
     return {name: total / count for name, total in sums.items()}
 
 
 @torch.no_grad()
 def with_drawn_labels(
-    model: TwoHeadResNet18, batches: Iterable[Batch], generator: torch.Generator, *, precision: str = "fp32"
+    model: TwoHeadModel, batches: Iterable[Batch], generator: torch.Generator, *, precision: str = "fp32"
 ) -> list[Batch]:
     """Draw the classes of images from what the model predicts, in place of their labels.
 
@@ -125,25 +136,127 @@ def head_loss(model: nn.Module, batch: Batch, loss_head: str, precision: str, re
     return cross_entropy(at_least_fp32(logits), labels, reduction=reduction)
 
 
-def _add_batch_square(sums: dict[str, Tensor], model: nn.Module, batch: Batch, loss_head: str, precision: str) -> int:
-    loss = head_loss(model, batch, loss_head, precision, reduction="mean")
-    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    for total, gradient in zip(sums.values(), gradients, strict=True):
-        if gradient is not None:
-            total += gradient.square()
-    return 1
+class _PerBatch:
+    """Adds up squares of the gradients of whole batches' mean losses."""
+
+    def __init__(self, model: nn.Module, sums: dict[str, Tensor], loss_head: str, precision: str) -> None:
+        self.model, self.loss_head, self.precision = model, loss_head, precision
+        self.trained = [(p, sums[name]) for name, p in model.named_parameters() if p.requires_grad]
+
+    def add(self, batch: Batch) -> int:
+        """Add a batch's square; returns that it counts as one."""
+        loss = head_loss(self.model, batch, self.loss_head, self.precision, reduction="mean")
+        gradients = torch.autograd.grad(loss, [p for p, _ in self.trained], allow_unused=True)
+        for (_, total), gradient in zip(self.trained, gradients, strict=True):
+            if gradient is not None:
+                total += gradient.square()
+        return 1
 
 
-def _add_per_example_squares(
-    sums: dict[str, Tensor], model: nn.Module, batch: Batch, loss_head: str, precision: str
-) -> int:
-    images, class_labels, client_ids = batch
-    images = images.detach().requires_grad_()
-    with no_weight_gradients(model), _capture_layers(sums, model):
-        # the gradient of a sum of losses reaches each example's activations as that example's own gradient
-        loss = head_loss(model, (images, class_labels, client_ids), loss_head, precision, reduction="sum")
-        torch.autograd.grad(loss, images)
-    return len(images)
+class _PerExample:
+    """Adds up squares of single examples' gradients: by a layer's closed rule, or by passes over one example each.
+
+    The first example that comes shows which layers run once, on one entry an example, with parameters that nothing else
+    uses. These have their rule, if there is one. All other parameters get passes of their own.
+    """
+
+    def __init__(self, model: nn.Module, sums: dict[str, Tensor], loss_head: str, precision: str) -> None:
+        self.model, self.sums, self.loss_head, self.precision = model, sums, loss_head, precision
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.rules: dict[str, Rule] | None = None
+        self.idle: set[str] = set()  # layers that do not run
+        self.in_batches = True  # whether passes over single examples can be made many at once
+
+    def add(self, batch: Batch) -> int:
+        """Add a batch's squares; returns how many examples it has."""
+        if self.rules is None:
+            images, class_labels, client_ids = batch
+            self.rules, self.idle = self._known((images[:1], class_labels[:1], client_ids[:1]))
+        done = self._add_by_rules(batch)
+        if rest := [name for name in self.trained if name not in done]:
+            said_once(_in_words(rest, self.trained))
+            self._add_one_by_one(batch, rest)
+        return len(batch[0])
+
+    def _known(self, example: Batch) -> tuple[dict[str, Rule], set[str]]:
+        """Choose the layers that have a rule, and say which of them do not run."""
+        layers = {name: (layer, rule) for name, layer in self.model.named_modules() if (rule := rule_of(layer))}
+        if any(isinstance(layer, _BatchNorm) and layer.running_mean is None for layer in self.model.modules()):
+            return {}, set()  # examples of a batch would change each other's gradients
+        with _runs({name: layer for name, (layer, _) in layers.items()}, 1) as runs:
+            uses = _uses(head_loss(self.model, example, self.loss_head, "fp32", "sum"))
+        owners = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        rules, idle = {}, set[str]()
+        for name, (layer, rule) in layers.items():
+            own = [id(p) for p in layer.parameters(recurse=False)]
+            is_idle = not runs[name].times and not any(uses[p] for p in own)
+            if is_idle or (runs[name].is_plain and all(uses[p] <= 1 and owners[p] == 1 for p in own)):
+                rules[name] = rule
+            if is_idle:
+                idle.add(name)
+        return rules, idle
+
+    def _add_by_rules(self, batch: Batch) -> set[str]:
+        """Add by closed rules in one backward pass; returns the names of parameters that have been added."""
+        images, class_labels, client_ids = batch
+        images, rules = images.detach().requires_grad_(), self.rules or {}
+        layers = {name: self.model.get_submodule(name) for name in rules}
+        own = {n: {p: f"{n}.{p}" for p, _ in layer.named_parameters(recurse=False)} for n, layer in layers.items()}
+
+        def add(name: str, activation: Tensor, delta: Tensor) -> None:
+            if runs[name].is_plain:
+                rules[name]({p: self.sums[of] for p, of in own[name].items()}, layers[name], activation, delta)
+
+        with no_weight_gradients(self.model):
+            with _runs(layers, len(images), add) as runs:
+                # the gradient of a sum of losses reaches each example's activations as that example's own gradient
+                loss = head_loss(
+                    self.model, (images, class_labels, client_ids), self.loss_head, self.precision, reduction="sum"
+                )
+            if loss.requires_grad:
+                begun = [run.output for run in runs.values() if run.output is not None]
+                torch.autograd.grad(loss, [images, *begun], allow_unused=True)
+        done = [n for n, run in runs.items() if run.is_plain or (n in self.idle and not run.times)]
+        return {of for name in done for of in own[name].values()}
+
+    def _add_one_by_one(self, batch: Batch, names: list[str]) -> None:
+        """Add by one backward pass an example, many of them at once where torch can do that with this model."""
+        size = max(1, ONE_BY_ONE_ELEMENTS // sum(self.trained[name].numel() for name in names))
+        for part in zip(*(of.split(size) for of in batch), strict=True):
+            if self.in_batches:
+                try:
+                    found = self._gradients_at_once(part, names)
+                except Exception as error:
+                    self.in_batches = False
+                    said_once(f"Fisher: passes over single examples are made one by one: {str(error).splitlines()[0]}")
+                else:
+                    for name, gradients in found.items():
+                        self.sums[name] += at_least_fp32(gradients).square().sum(0)
+                    continue
+            for one in zip(*(of.split(1) for of in part), strict=True):
+                self._add_one(one, names)
+
+    def _gradients_at_once(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+        def loss_of(chosen: dict[str, Tensor], *example: Tensor) -> Tensor:
+            def run(images: Tensor) -> Outputs:
+                return functional_call(self.model, chosen, (images,))
+
+            one = tuple(part[None] for part in example)
+            return head_loss(run, one, self.loss_head, self.precision, reduction="sum")  # type: ignore[arg-type]
+
+        chosen = {name: self.trained[name].detach() for name in names}
+        with no_weight_gradients(self.model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return vmap(grad(loss_of), in_dims=(None, 0, 0, 0))(chosen, *batch)
+
+    def _add_one(self, example: Batch, names: list[str]) -> None:
+        loss = head_loss(self.model, example, self.loss_head, self.precision, reduction="sum")
+        if not loss.requires_grad:
+            return
+        gradients = torch.autograd.grad(loss, [self.trained[name] for name in names], allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                self.sums[name] += at_least_fp32(gradient).square()
 
 
 @contextmanager
@@ -159,120 +272,83 @@ def no_weight_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def _capture_layers(sums: dict[str, Tensor], model: nn.Module) -> Iterator[None]:
-    """Let a backward pass add every layer's squared per-example gradients to `sums`.
+@dataclass
+class _Run:
+    """What a layer did in a forward pass.
 
-    These rules need the gradients of outputs too, which the hooks of `nn.hooks.layer_inputs` do not see.
+    Attributes:
+        times: that it ran.
+        is_plain: whether it ran once, on one entry an example.
+        output: of it, where gradients begin there, since nothing before it has any.
     """
-    seen: set[nn.Module] = set()
 
-    def forward_hook(name: str, layer: nn.Module, add_squares: Callable) -> Callable:
-        own = {parameter: sums[f"{name}.{parameter}"] for parameter, _ in layer.named_parameters(recurse=False)}
+    times: int = 0
+    is_plain: bool = False
+    output: Tensor | None = None
 
-        def on_forward(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if layer in seen:
-                raise TypeError(f"{name} ran twice in one forward pass: shared weights have no per-example layer sum")
-            seen.add(layer)
+
+@contextmanager
+def _runs(
+    layers: Mapping[str, nn.Module], examples: int, add: Callable[[str, Tensor, Tensor], None] = lambda *_: None
+) -> Iterator[dict[str, _Run]]:
+    """Watch how layers run in a forward pass; `add` is called later, with a layer's name, its input and the gradient.
+
+    Gradients come when a backward pass reaches an output, after the block. What runs then, as under checkpointing, is
+    not watched.
+    """
+    runs = {name: _Run() for name in layers}
+
+    def hook(name: str) -> Callable:
+        def on_forward(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            run = runs[name]
+            run.times += 1
+            run.is_plain = run.times == 1 and bool(inputs) and is_example_wise(layer, inputs[0], examples)
+            if not run.is_plain:
+                return None
+            if not output.requires_grad:
+                run.output = output.detach().requires_grad_()
+                output = run.output.clone()  # which what follows may change in place
             activation = inputs[0].detach()
-            output.register_hook(lambda delta: add_squares(own, layer, activation, delta))
+            output.register_hook(lambda delta: add(name, activation, delta))
+            return output
 
         return on_forward
 
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name not in sums:
-            raise TypeError(f"{name} is shared with another module: shared weights have no per-example layer sum")
-    hooks = []
-    for name, layer in model.named_modules():
-        if not list(layer.parameters(recurse=False)):
-            continue
-        add_squares = _ADD_SQUARES.get(type(layer))
-        if add_squares is None or (isinstance(layer, nn.Conv2d) and not _is_plain(layer)):
-            kind = str(layer).splitlines()[0]
-            raise TypeError(f"no per-example Fisher for {name or 'the model'} ({kind}): use estimator='batch'")
-        hooks.append(layer.register_forward_hook(forward_hook(name, layer, add_squares)))
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
-        yield
+        yield runs
     finally:
-        for hook in hooks:
-            hook.remove()
+        for registered in hooks:
+            registered.remove()
 
 
-def _is_plain(layer: nn.Conv2d) -> bool:
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+def _uses(loss: Tensor) -> Counter[int]:
+    """Count how often each parameter, by its `id`, went into the operations that a loss was computed by."""
+    uses: Counter[int] = Counter()
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for before, _ in node.next_functions:
+            if hasattr(before, "variable"):
+                uses[id(before.variable)] += 1  # type: ignore[union-attr]
+            else:
+                waiting.append(before)
+    return uses
 
 
-def _add_linear_squares(sums: dict[str, Tensor], layer: nn.Linear, activation: Tensor, delta: Tensor) -> None:
-    """Sum (delta_i a_i^T)^2 over examples i by one matrix product, of delta^2 and a^2."""
-    squared = at_least_fp32(delta).square()
-    sums["weight"].addmm_(squared.T, at_least_fp32(activation).square())
-    if layer.bias is not None:
-        sums["bias"] += squared.sum(0)
+def _in_words(names: list[str], parameters: Mapping[str, Tensor]) -> str:
+    """Say which parameters have no closed rule, and how many weights they are."""
+    weights, of = (sum(parameters[name].numel() for name in some) for some in (names, parameters))
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"Fisher: one backward pass an example for {listed}: no closed rule, or shared ({weights:,} of {of:,} weights)"
+    )
 
 
-def _add_conv_squares(sums: dict[str, Tensor], layer: nn.Conv2d, activation: Tensor, delta: Tensor) -> None:
-    """Sum (sum over positions p of delta_i,p a_i,p^T)^2 over examples i."""
-    if fisher_triton.available(delta.device) and delta.dtype in (torch.float32, torch.bfloat16):
-        sums["weight"] += fisher_triton.conv_squares(
-            activation.to(delta.dtype),
-            delta,
-            kernel_size=_pair(layer.kernel_size),
-            stride=_pair(layer.stride),
-            padding=_pair(layer.padding),
-            dilation=_pair(layer.dilation),
-            input_precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-        )
-    else:
-        _add_conv_squares_in_tiles(sums["weight"], layer, at_least_fp32(activation), at_least_fp32(delta))
-    if layer.bias is not None:
-        sums["bias"] += at_least_fp32(delta).sum((2, 3)).square().sum(0)
-
-
-def _pair(geometry: str | tuple[int, ...]) -> tuple[int, int]:
-    """Narrow the type of a two-dimensional convolution's geometry, of which `_is_plain` excludes words."""
-    return cast("tuple[int, int]", geometry)
-
-
-def _add_conv_squares_in_tiles(sums: Tensor, layer: nn.Conv2d, activation: Tensor, delta: Tensor) -> None:
-    """Compute one gradient for each example and tile of output channels, and square it while it is in the cache."""
-    tiles = 2 ** max(0, math.ceil(math.log2(layer.weight.numel() / TILE_ELEMENTS)))
-    rows = math.ceil(layer.out_channels / tiles)
-    for total, weight, d in zip(sums.split(rows), layer.weight.split(rows), delta.split(rows, dim=1), strict=True):
-        for a_i, d_i in zip(activation.split(1), d.split(1), strict=True):
-            gradient = _weight_gradient(layer, weight, a_i, d_i)
-            total.addcmul_(gradient, gradient)
-
-
-def _weight_gradient(layer: nn.Conv2d, weight: Tensor, activation: Tensor, delta: Tensor) -> Tensor:
-    """Compute `torch.nn.grad.conv2d_weight` of the output channels that `delta` has, in the weight's memory order."""
-    geometry = (layer.stride, layer.padding, layer.dilation, False, (0, 0), 1)
-    return torch.ops.aten.convolution_backward(delta, activation, weight, None, *geometry, (False, True, False))[1]
-
-
-def _add_batch_norm_squares(sums: dict[str, Tensor], layer: nn.BatchNorm2d, activation: Tensor, delta: Tensor) -> None:
-    if layer.running_mean is None or layer.running_var is None:
-        raise TypeError(f"no per-example Fisher for {layer}: it has no running statistics")
-    scale = torch.rsqrt(layer.running_var + layer.eps)[:, None, None]
-    mean = layer.running_mean[:, None, None]
-    _add_norm_squares(sums, lambda a: (a - mean) * scale, activation, delta)
-
-
-def _add_group_norm_squares(sums: dict[str, Tensor], layer: nn.GroupNorm, activation: Tensor, delta: Tensor) -> None:
-    _add_norm_squares(sums, lambda a: group_norm(a, layer.num_groups, eps=layer.eps), activation, delta)
-
-
-def _add_norm_squares(sums: dict[str, Tensor], normalise: Callable, activation: Tensor, delta: Tensor) -> None:
-    """Sum (sum over positions p of delta_i,p x_i,p)^2 over examples i, x being what the layer scales."""
-    examples = max(1, TILE_ELEMENTS // 4 // activation[0].numel())
-    for a, d in zip(activation.split(examples), delta.split(examples), strict=True):
-        a, d = at_least_fp32(a), at_least_fp32(d)
-        sums["weight"] += (normalise(a) * d).sum((2, 3)).square().sum(0)
-        sums["bias"] += d.sum((2, 3)).square().sum(0)
-
-
-_ADD_SQUARES: dict[type[nn.Module], Callable] = {
-    nn.Linear: _add_linear_squares,
-    nn.Conv2d: _add_conv_squares,
-    nn.BatchNorm2d: _add_batch_norm_squares,
-    nn.GroupNorm: _add_group_norm_squares,
-}
+@cache
+def said_once(line: str) -> None:
+    """Log a line, once a process."""
+    log.info(line)

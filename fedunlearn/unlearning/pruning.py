@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 
 PRUNED, WEIGHT, BIAS = "pruned", "client_head.out.weight", "client_head.out.bias"
 PRUNED_CLASSES, CLASS_WEIGHT, CLASS_BIAS = "pruned_classes", "class_head.out.weight", "class_head.out.bias"
@@ -19,7 +19,7 @@ def pruned(params: Mapping[str, Tensor], clients: Iterable[int]) -> dict[str, Te
     averaging and every further round.
 
     Args:
-        params: a state of `TwoHeadResNet18`, with names `pruned`, `client_head.out.weight` and `client_head.out.bias`.
+        params: a state of `TwoHeadModel`, with names `pruned`, `client_head.out.weight` and `client_head.out.bias`.
             A state without a client head comes back unchanged.
         clients: their numbers, 0..C-1.
 
@@ -70,7 +70,7 @@ def _pruned(
     }
 
 
-def prune_clients(model: TwoHeadResNet18, clients: Iterable[int]) -> None:
+def prune_clients(model: TwoHeadModel, clients: Iterable[int]) -> None:
     """Switch off clients' outputs of a model's client head, in place and for good (`pruned`).
 
     Args:
@@ -81,6 +81,7 @@ def prune_clients(model: TwoHeadResNet18, clients: Iterable[int]) -> None:
         ValueError: a client is out of range.
 
     Example:
+        >>> from fedunlearn.nn.model import TwoHeadResNet18
         >>> model = TwoHeadResNet18(num_classes=3, num_clients=4, width=8)
         >>> prune_clients(model, [2])
         >>> model(torch.zeros(2, 3, 8, 8)).client_logits[0, 2]

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field
 
-from fedunlearn.config import Data, Loss, Model, Partition, Scale, Settings, check_clients, settings
+from fedunlearn.config import Data, Loss, Model, Partition, Scale, Settings, check_clients, settings, spelled_out
 from fedunlearn.errors import UserError
 from fedunlearn.schema import check_names, fields_of, name_of, validated
 from fedunlearn.words import put, texts_of
@@ -79,7 +79,7 @@ def composed(schema: type[S], package: str, words: Iterable[str]) -> S:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    words = list(words)
+    words = spelled_out(list(words))
     check_names(words, schema)
     texts = texts_of(words, schema)
     presets = OmegaConf.create(files(package).joinpath("presets.yaml").read_text())

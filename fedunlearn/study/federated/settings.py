@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import pkgutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from fedunlearn.build import loss_of
 from fedunlearn.config import Config, Forget, Train
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import Strategy, settings_for, strategy_class, strategy_names, strategy_of
+from fedunlearn.nn.networks import is_factory
 from fedunlearn.schema import nearest_of
 from fedunlearn.study.dag.settings import Pipeline, Scope, StudySettings, check_scope, composed
 
@@ -177,10 +179,13 @@ def key_of(strategy: str) -> str:
 
 
 def identity_of(chosen: FederatedSettings) -> dict[str, Any]:
-    """Give what a run depends on, whatever is forgotten in it and how; of a loss of one's own, its source too."""
+    """Give what a run depends on, whatever is forgotten in it and how; of code of one's own, its source too."""
     shared = {"clients", "rounds", "batch_norm_fraction", "partition", "model", "train", "loss"}
     values = chosen.model_dump(include=shared)
     if chosen.train.loss:
         file = Path(inspect.getfile(loss_of(chosen.config("ce_dl", "leave", 0))))
         values["source_of_loss"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if is_factory(chosen.model.name):
+        file = Path(inspect.getfile(pkgutil.resolve_name(chosen.model.name)))
+        values["source_of_model"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return values

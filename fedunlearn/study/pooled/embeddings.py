@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fedunlearn.errors import UserError
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.study.dag.settings import Pipeline
 from fedunlearn.study.dag.tasks import Task, TaskContext
 from fedunlearn.study.pooled.pool import Examples
@@ -43,7 +43,7 @@ def clip_tsne(workspace: PaperWorkspace, context: TaskContext, *, path: str, see
 
 
 @torch.no_grad()
-def embeddings(model: TwoHeadResNet18, examples: Examples, indices: Tensor) -> np.ndarray:
+def embeddings(model: TwoHeadModel, examples: Examples, indices: Tensor) -> np.ndarray:
     """Compute z of the examples, [N, d]."""
     model.eval()
     return torch.cat([model(images).embedding.float().cpu() for images, _, _ in examples.batches(indices)]).numpy()

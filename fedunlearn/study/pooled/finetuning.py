@@ -9,7 +9,7 @@ from fedunlearn.nn.descent import Adam
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import Batch
 from fedunlearn.nn.precision import at_least_fp32, autocast
-from fedunlearn.nn.rng import generator_of
+from fedunlearn.nn.rng import drawing_from, generator_of
 from fedunlearn.study.pooled.pool import Pool
 from fedunlearn.study.pooled.training import Epochs, Recipe
 
@@ -64,7 +64,8 @@ class FineTuning:
         self.position.zero_()
         self.forget.copy_(self.forget.sort().values[torch.randperm(len(self.forget), generator=generator)])
         self.model.train()
-        self._epochs(adversary > 0).run(generator)
+        with drawing_from(generator):
+            self._epochs(adversary > 0).run(generator)
         self.epoch += 1
 
     def state(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedunlearn.data.batches import cuts, scale
 from fedunlearn.data.store import Dataset, Split
 from fedunlearn.nn.evaluate import Counts, Predictions, evaluate, predict
-from fedunlearn.nn.model import Batch, TwoHeadResNet18
+from fedunlearn.nn.model import Batch, TwoHeadModel
 
 NOBODY = -1
 EVALUATION_BATCH = 500
@@ -70,11 +70,11 @@ class Pool:
         """Give the indices of all other clients' training examples: D_r, where these are the forget clients."""
         return self.of_clients([client for client in range(self.num_clients) if client not in clients])
 
-    def predict(self, model: TwoHeadResNet18, indices: Tensor, precision: str) -> Predictions:
+    def predict(self, model: TwoHeadModel, indices: Tensor, precision: str) -> Predictions:
         """Give the model's predictions on the training examples at `indices`."""
         return predict(model, self.train.batches(indices), precision=precision)
 
-    def count_test(self, model: TwoHeadResNet18, precision: str, indices: Tensor | None = None) -> Counts:
+    def count_test(self, model: TwoHeadModel, precision: str, indices: Tensor | None = None) -> Counts:
         """Count what the model gets right on the test set, or on the test examples at `indices`."""
         indices = self.test.all() if indices is None else indices
         return evaluate(model, self.test.batches(indices), precision=precision)

@@ -67,7 +67,7 @@ def about(plan: Plan, root: Path) -> dict[str, Any]:
         "tasks": len(everything),
         "seeds": len(plan.settings.study.seeds),
         "images": plan.images,
-        "width": plan.settings.model.width,
+        "model": plan.settings.model.title,
         "epochs": plan.settings.learning.epochs,
         "hours": duration(sum(result["seconds"] for result in results)),
         "machines": sorted({result["machine"] for result in results}),

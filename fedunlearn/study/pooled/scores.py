@@ -7,7 +7,7 @@ import torch
 
 from fedunlearn.audit.membership_inference import logistic_mia
 from fedunlearn.nn.evaluate import Counts, Predictions
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.study.pooled.pool import Pool
 from fedunlearn.study.pooled.settings import Search
 
@@ -23,7 +23,7 @@ class AllPredictions(NamedTuple):
     test: Counts
 
     @classmethod
-    def of(cls, model: TwoHeadResNet18, pool: Pool, precision: str) -> "AllPredictions":
+    def of(cls, model: TwoHeadModel, pool: Pool, precision: str) -> "AllPredictions":
         """Make one pass over everything."""
         return cls(pool.predict(model, pool.train.all(), precision), pool.count_test(model, precision))
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-METHODS = ("lottery ticket", "retain-sensitive", "DeepClean")
+from fedunlearn.nn.model import HEADS
 
-BACKBONE = ("stem.", "stages.")
+METHODS = ("lottery ticket", "retain-sensitive", "DeepClean")
 
 
 def most_sensitive(of: Mapping[str, Tensor], against: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
@@ -16,7 +16,7 @@ def most_sensitive(of: Mapping[str, Tensor], against: Mapping[str, Tensor], frac
     Forget-sensitive weights have the largest F_Df / F_Dr, retain-sensitive ones the largest F_Dr / F_Df. Weights that
     matter to neither come last. Of equal ratios at the edge, the first are taken.
     """
-    names = [name for name in of if name.startswith(BACKBONE)]
+    names = [name for name in of if not name.startswith(HEADS)]
     ratios = torch.cat([(of[name] / against[name]).nan_to_num(nan=-1.0, posinf=torch.inf).flatten() for name in names])
     chosen = torch.zeros_like(ratios)
     chosen[ratios.argsort(descending=True, stable=True)[: round(fraction * len(ratios))]] = 1
@@ -58,5 +58,5 @@ def prune_weights(
     if method == "lottery ticket":
         pruned = {name: torch.where(tuned[name] > 0, initial[name], theta) for name, theta in pruned.items()}
     if heads:
-        tuned = {name: mask if name.startswith(BACKBONE) else torch.ones_like(mask) for name, mask in tuned.items()}
+        tuned = {name: torch.ones_like(mask) if name.startswith(HEADS) else mask for name, mask in tuned.items()}
     return pruned, tuned

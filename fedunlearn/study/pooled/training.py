@@ -17,7 +17,7 @@ from fedunlearn.nn.evaluate import hits
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import Batch
 from fedunlearn.nn.precision import autocast
-from fedunlearn.nn.rng import generator_of
+from fedunlearn.nn.rng import drawing_from, generator_of
 from fedunlearn.nn.schedule import learning_rate, loss_weights
 from fedunlearn.study.pooled.pool import Examples
 
@@ -145,7 +145,8 @@ class Training:
         weights = loss_weights(progress, recipe.loss, warmup=recipe.warmup)
         self.totals.zero_()
         self.model.train()
-        self._epochs(weights).run(generator_of(self.seed, self.epoch))
+        with drawing_from(generator := generator_of(self.seed, self.epoch)):
+            self._epochs(weights).run(generator)
         means = (self.totals / len(self.indices)).tolist()
         self.history.append([*means, time.perf_counter() - started])
 

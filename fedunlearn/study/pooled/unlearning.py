@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.nn.rng import generator_of
 from fedunlearn.study.dag.settings import Pipeline
 from fedunlearn.study.dag.tasks import Task, TaskContext
@@ -74,7 +74,7 @@ def ssd(
 def _dampening(
     workspace: PaperWorkspace,
     context: TaskContext,
-    model: TwoHeadResNet18,
+    model: TwoHeadModel,
     loss_head: Head,
     forgotten: Sequence[int],
     seed: int,
@@ -110,7 +110,7 @@ def ranges_of(settings: Search) -> dict[str, tuple[float, float]]:
 
 
 def trial_scores(
-    workspace: PaperWorkspace, settings: Search, model: TwoHeadResNet18, forgotten: Sequence[int], seed: int
+    workspace: PaperWorkspace, settings: Search, model: TwoHeadModel, forgotten: Sequence[int], seed: int
 ) -> Scores:
     """Give the columns that the objective needs, on all forgotten examples and on `settings.sample` of the rest."""
     pool, most = workspace.pool, settings.sample or None
@@ -170,7 +170,7 @@ def finetune(
 
 def _tune(
     workspace: PaperWorkspace,
-    model: TwoHeadResNet18,
+    model: TwoHeadModel,
     tuning: FineTuning,
     client: int,
     base: float,
@@ -197,7 +197,7 @@ def rebound(
     return {"after_ssd": after_ssd, "after_epoch": workspace.accuracies(model, forgotten)}
 
 
-def model_state(model: TwoHeadResNet18) -> dict[str, Tensor]:
+def model_state(model: TwoHeadModel) -> dict[str, Tensor]:
     """Copy the model's state."""
     return {name: value.clone() for name, value in model.state_dict().items()}
 

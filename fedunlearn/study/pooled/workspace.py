@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedunlearn.build import model_of, open_dataset, slices_of
+from fedunlearn.build import model_of, on_device, open_dataset, slices_of
 from fedunlearn.config import Config
 from fedunlearn.data.store import Dataset
 from fedunlearn.errors import UserError
-from fedunlearn.nn.model import TwoHeadResNet18
+from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.runs import checkpoint
 from fedunlearn.study.dag.settings import Pipeline, StudySettings
 from fedunlearn.study.dag.tasks import Task, TaskContext, hint
@@ -81,13 +81,12 @@ class Workspace:
             if not len(owned):
                 raise UserError(f"client {client} has no image: take more images (data.limit) or another partition")
 
-    def new_model(self, pipeline: Pipeline, seed: int) -> TwoHeadResNet18:
+    def new_model(self, pipeline: Pipeline, seed: int) -> TwoHeadModel:
         """Make an untrained model of a pipeline: the one that a federation of this seed starts with."""
         config = self._config(seed, client_head=pipeline != "no_mtl")
-        model = model_of(config, self.dataset)
-        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return on_device(model_of(config, self.dataset), self.device)
 
-    def predictions(self, model: TwoHeadResNet18) -> AllPredictions:
+    def predictions(self, model: TwoHeadModel) -> AllPredictions:
         """Give the model's predictions on everything."""
         return AllPredictions.of(model, self.pool, self.precision)
 
@@ -105,7 +104,7 @@ class PaperWorkspace(Workspace):
         super().__init__(settings, precision=settings.learning.precision, attacked=settings.study.order)
         self.settings = settings
 
-    def load(self, context: TaskContext, task: Task, pipeline: Pipeline, file: str = MODEL) -> TwoHeadResNet18:
+    def load(self, context: TaskContext, task: Task, pipeline: Pipeline, file: str = MODEL) -> TwoHeadModel:
         """Load the model that an earlier task has left.
 
         Raises:
@@ -116,11 +115,11 @@ class PaperWorkspace(Workspace):
         checkpoint.load(path, model, sha256=sha256, hint=hint(path))
         return model
 
-    def save(self, context: TaskContext, model: TwoHeadResNet18, file: str = MODEL) -> dict[str, str]:
+    def save(self, context: TaskContext, model: TwoHeadModel, file: str = MODEL) -> dict[str, str]:
         """Write a model to the task's folder; returns the entry of the result's `files`."""
         return {file: checkpoint.save(context.folder / file, model.state_dict())}
 
-    def fisher(self, model: TwoHeadResNet18, loss_head: Head, indices: Tensor) -> dict[str, Tensor]:
+    def fisher(self, model: TwoHeadModel, loss_head: Head, indices: Tensor) -> dict[str, Tensor]:
         """Compute the diagonal Fisher of the training examples at `indices`, as the settings want it.
 
         Args:
@@ -132,23 +131,23 @@ class PaperWorkspace(Workspace):
             model, batches, loss_head=loss_head, estimator=wanted.estimator, precision=wanted.precision
         )
 
-    def score(self, model: TwoHeadResNet18, forgotten: Sequence[int], seed: int) -> Scores:
+    def score(self, model: TwoHeadModel, forgotten: Sequence[int], seed: int) -> Scores:
         """Give every column of the paper's tables."""
         return score(self.predictions(model), forgotten, seed=seed)
 
-    def accuracies(self, model: TwoHeadResNet18, forgotten: Sequence[int]) -> Scores:
+    def accuracies(self, model: TwoHeadModel, forgotten: Sequence[int]) -> Scores:
         """Give every column but the MIA accuracy."""
         predictions = self.predictions(model)
         return accuracies(predictions.train, forgotten) | {"test": predictions.test.class_accuracy}
 
-    def forget_accuracy(self, model: TwoHeadResNet18, client: int) -> float:
+    def forget_accuracy(self, model: TwoHeadModel, client: int) -> float:
         """Give the class accuracy on the client's examples, 0..1."""
         predictions = self.pool.predict(model, self.pool.of_clients([client]), self.precision)
         return predictions.counts()[client].class_accuracy
 
     def fine_tuning(
         self,
-        model: TwoHeadResNet18,
+        model: TwoHeadModel,
         forgotten: Sequence[int],
         subset_weight: float,
         seed: int,
