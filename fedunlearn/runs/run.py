@@ -208,7 +208,7 @@ class Run:
 
     def class_names(self) -> list[str]:
         """List the names of the K classes, in the order of the model's outputs."""
-        return self.images().class_names
+        return self.about()["images"]["class_names"]  # `images` would import torch
 
     def predict(self, images: "np.ndarray") -> "Tensor":
         """Predict the classes of images with the current model.
