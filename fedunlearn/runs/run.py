@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from logging import getLogger
 from pathlib import Path
@@ -42,6 +42,7 @@ class Run:
         folder: where everything lies.
         config: the settings it was started with.
         ledger: its requests, its current checkpoint, its audit chain.
+        listeners: called with every row that is recorded.
 
     Example:
         >>> import fedunlearn
@@ -53,6 +54,7 @@ class Run:
     folder: Path
     config: Config
     ledger: Ledger
+    listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list, repr=False)
 
     @classmethod
     def opened(cls, folder: Path) -> "Run":
@@ -302,6 +304,8 @@ class Run:
             file.write(json.dumps({"kind": kind, **row}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        for listener in self.listeners:
+            listener({"kind": kind, **row})
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the rows of `metrics.jsonl` in order of rounds; lines that are none are passed over and counted."""
