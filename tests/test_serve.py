@@ -137,6 +137,8 @@ def test_an_open_and_an_overdue_request_are_in_the_list(finished, page):
 def test_a_run_shows_its_curves_its_requests_and_its_receipts(finished, page):
     text = page.get("/runs/test").text
     assert "After round 3 of 3" in text
+    assert 'href="/runs/test/report"' in text
+    assert "sandbox" in page.get("/runs/test/report").headers["content-security-policy"]
     assert re.search(
         r'aria-label="Class accuracy over the rounds\. Last: [^"]*test 0\.\d{3}[^"]*client 3 0\.\d{3}', text
     )

@@ -130,6 +130,7 @@ def _parts(folder: Path, job: Job | None) -> Parts:
         words |= {
             "config": run.config,
             "test": now.scores["test"]["class"] if now else None,
+            "has_report": (folder / "report" / "index.html").is_file(),
             "measured": now.round if now else 0,
             "charts": charts(rows, requests, run.config.rounds),
             "cards": cards(run, rows, requests),

@@ -77,9 +77,8 @@ class Site:
 
     def one_run(self, request: Request, name: str) -> Response:
         """Show one run."""
-        has_report = (self._folder(name) / "report" / "index.html").is_file()
-        words = {"name": name, "parts": self._look.run(name), "has_report": has_report}
-        return _page(request, "run.html.jinja", events=f"/runs/{name}/events", **words)
+        self._folder(name)
+        return _page(request, "run.html.jinja", name=name, parts=self._look.run(name), events=f"/runs/{name}/events")
 
     async def all_events(self) -> Response:
         """Send the list again whenever it changes."""
@@ -182,8 +181,8 @@ class Site:
         file = folder.joinpath(*place).resolve()
         if not file.is_relative_to(folder) or not file.is_file():
             raise HTTPException(404, f"Run {name} has no {'/'.join(place)}.")
-        saved = {"filename": f"{name}-{file.name}"} if file.suffix == ".json" else {}
-        return FileResponse(file, headers={"content-security-policy": SEALED}, **saved)
+        saved_as = f"{name}-{file.name}" if file.suffix == ".json" else None
+        return FileResponse(file, headers={"content-security-policy": SEALED}, filename=saved_as)
 
     def _stream(self, look: Callable[[], Parts]) -> Response:
         if self._listeners >= MOST_LISTENERS:
