@@ -247,6 +247,18 @@ def test_of_a_run_that_nobody_holds_the_page_says_which_command_it_would_start(f
     assert len(finished.requests()) == 1
 
 
+def test_a_class_of_a_client_or_of_all_clients_can_be_asked_for(finished, page):
+    text = page.post("/runs/test/ask", {"clients": "1", "class": "5"}).text
+    assert "Forget class 5 of client 1?" in text
+    assert "fedunlearn forget --run=test --client=1 --class=5 --engine=local" in text
+    assert "Forget class 5 of all clients?" in page.post("/runs/test/ask", {"class": "5"}).text
+    with held(finished):
+        assert page.post("/runs/test/requests", {"clients": "1", "class": "5"}).status_code == 303
+        assert "Request r2 to forget class 5 of client 1 is RECEIVED" in page.get("/runs/test").text
+    request = finished.requests()[-1]
+    assert (request.owners, request.selection.classes) == ([1], (5,))
+
+
 def test_a_client_that_was_forgotten_is_not_asked_for_again(finished, page):
     text = page.post("/runs/test/ask", {"clients": "3"}).text
     assert "Request r1 covers this and is COMPLETED" in text
@@ -259,6 +271,8 @@ def test_a_client_that_was_forgotten_is_not_asked_for_again(finished, page):
         ({"clients": ""}, "is not a whole number"),
         ({"clients": "1;2"}, "is not a whole number"),
         ({"clients": "--accept=r1"}, "is not a whole number"),
+        ({"clients": "1", "class": "10"}, "class 10 is not in 0..9"),
+        ({"clients": "1", "class": "x"}, "is not the number of one"),
         ({"clients": "1", "by": "x" * 201}, "has 201 characters"),
         ({"clients": "1", "by": "a\nb"}, "control character"),
     ],

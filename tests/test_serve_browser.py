@@ -96,7 +96,7 @@ def test_with_the_keyboard_alone_a_client_is_forgotten_and_what_came_of_it_is_re
     tab_to(browser, "file")
     press(browser, Keys.ENTER)
     wait(browser, 10, lambda b: "fedunlearn forget --run=test --client=1 --by=Ada" in text_of(b, "now"))
-    wait(browser, 100, lambda b: "The last one, r2, is COMPLETED." in text_of(b, "said"))
+    wait(browser, 200, lambda b: "The last one, r2, is COMPLETED." in text_of(b, "said"))
     assert "asked\nAda" in text_of(browser, "r2")
     wait(browser, 20, lambda b: "valid, signed by this run" in text_of(b, "r2"))
     assert "The process that this page had started is done" in wait(browser, 60, lambda b: _done(text_of(b, "now")))

@@ -184,8 +184,9 @@ def costs_of(row: Mapping[str, Any]) -> dict[str, float]:
 
 def in_words(request: Request) -> str:
     """Say how a request stands, without who asks and why."""
-    clients = ", ".join(map(str, request.clients))
-    return f"{request.state}: clients {clients}, strategy {request.detail.get('strategy', 'not applied yet')}"
+    clients = ", ".join(map(str, request.owners))
+    part = "some images of clients" if request.selection else "clients"  # patients' names are nobody else's business
+    return f"{request.state}: {part} {clients}, strategy {request.detail.get('strategy', 'not applied yet')}"
 
 
 def hyperparameters(config: Config) -> dict[str, Any]:

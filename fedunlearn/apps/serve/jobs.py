@@ -61,14 +61,17 @@ class Jobs:
         """Give the last job of a run."""
         return self._last.get(run)
 
-    def words(self, run: str, clients: str, *, by: str = "", right: str = "", signed: str = "") -> list[str]:
-        """Give the words of the command that asks; what the client's key has `signed` is read from stdin."""
-        words = ["forget", f"--run={run}", f"--client={clients}"]
-        words += [f"--{name}={text}" for name, text in (("by", by), ("right", right)) if text]
-        return [*words, *(["--signed=/dev/stdin"] if signed else []), *self._options]
+    def words(self, run: str, options: list[str]) -> list[str]:
+        """Give the words of the command that asks, with options of the request."""
+        return ["forget", f"--run={run}", *options, *self._options]
 
-    def start(self, run: str, clients: str, *, by: str = "", right: str = "", signed: str = "") -> Job:
+    def start(self, run: str, options: list[str], *, given: str = "") -> Job:
         """Start the command that checks a request, files it and applies it.
+
+        Args:
+            run: its name.
+            options: of the request.
+            given: what the command can read from stdin.
 
         Raises:
             UserError: one is at work for this run, or too many are for others.
@@ -76,13 +79,13 @@ class Jobs:
         at_work = [job.run for job in self._last.values() if job.status is None]
         if run in at_work or len(at_work) >= MOST:
             raise UserError(f"a request of run {at_work[0]} is being taken up: ask again in a moment")
-        words = self.words(run, clients, by=by, right=right, signed=signed)
+        words = self.words(run, options)
         command = [sys.executable, "-m", "fedunlearn", *words, f"--home={self._home}"]
         log = self._home / "logs" / f"{run}-asked-{datetime.now():%Y%m%d-%H%M%S-%f}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as output, tempfile.TemporaryFile() as given:
-            given.write(signed.encode())
-            given.seek(0)
-            process = subprocess.Popen(command, stdin=given, stdout=output, stderr=subprocess.STDOUT)
+        with log.open("wb") as output, tempfile.TemporaryFile() as stdin:
+            stdin.write(given.encode())
+            stdin.seek(0)
+            process = subprocess.Popen(command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT)
         self._last[run] = Job(run, shlex.join(["fedunlearn", *words]), log, process)
         return self._last[run]

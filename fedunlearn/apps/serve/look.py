@@ -9,6 +9,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from fedunlearn.apps.serve.ask import whom
 from fedunlearn.apps.serve.charts import Chart, chart
 from fedunlearn.apps.serve.jobs import Job, Jobs
 from fedunlearn.errors import UserError
@@ -21,7 +22,7 @@ from fedunlearn.runs.page import rendered
 from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.timeline import readable, timeline, what_follows
-from fedunlearn.runs.verdicts import latest, named, verdicts
+from fedunlearn.runs.verdicts import latest, verdicts
 
 PACKAGE = "fedunlearn.apps.serve"
 FILES = ("metrics.jsonl", "ledger.sqlite", "run.json", FOLDER, "report/index.html")  # a change of one shows
@@ -157,12 +158,13 @@ def charts(rows: list[dict[str, Any]], requests: list[Request], rounds: int) -> 
 
 def cards(run: Run, rows: list[dict[str, Any]], requests: list[Request]) -> list[dict[str, Any]]:
     """Gather what the page says of each request, the newest first."""
+    names = run.class_names()
     events, late = run.ledger.events(), {request.id for request in run.ledger.overdue()}
     said = {verdict.request: verdict for verdict in verdicts(requests, rows, label=run.config.strategy)}
     return [
         {
             "request": request,
-            "who": named(request.clients),
+            "who": whom(request.owners, request.selection, names),
             "verdict": said[request.id],
             "due": readable(request.detail["due_at"]),
             "is_open": request.state in OPEN,

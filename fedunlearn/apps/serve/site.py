@@ -6,11 +6,12 @@ import re
 import shlex
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
+from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
@@ -32,6 +33,17 @@ MOST_LISTENERS = 24
 RECEIPT = re.compile(r"r\d{1,9}(-\d{1,9})?\.(json|html)")
 
 Typed = Annotated[str, Form()]
+
+
+def typed_into(
+    clients: Typed = "",
+    class_: Annotated[str, Form(alias="class")] = "",
+    patient: Typed = "",
+    by: Typed = "",
+    right: Typed = "",
+) -> Asked:
+    """Take what was typed into a form."""
+    return Asked(*(text.strip() for text in (clients, class_, patient, by, right)))
 
 
 class Site:
@@ -116,43 +128,38 @@ class Site:
     def form(self, request: Request, name: str) -> Response:
         """Show the form that asks for clients to be forgotten."""
         with self._opened(name) as run:
-            return _form(request, run, Asked(""))
+            return _form(request, run, Asked())
 
     def confirm(
         self,
         request: Request,
         name: str,
+        typed: Annotated[Asked, Depends(typed_into)],
         token: Typed = "",
-        clients: Typed = "",
-        by: Typed = "",
-        right: Typed = "",
         signed: Annotated[UploadFile | None, File()] = None,
     ) -> Response:
         """Say what a request would do, and ask whether it is to be filed."""
         _check_form(request, token)
-        text = signed.file.read().decode(errors="replace") if signed else ""
-        asked = Asked(clients.strip(), by.strip(), right.strip(), text)
+        asked = replace(typed, signed=signed.file.read().decode(errors="replace") if signed else "")
         with self._opened(name) as run:
             try:
-                words = ask.outlook(run, asked, self._jobs)
+                words = ask.outlook(run, asked)
             except UserError as error:
                 return _form(request, run, asked, str(error))
-            command = shlex.join(["fedunlearn", *words.pop("command")])
+            command = shlex.join(["fedunlearn", *self._jobs.words(name, asked.options())])
             return _page(request, "confirm.html.jinja", run=run, asked=asked, command=command, **words)
 
     def file(
         self,
         request: Request,
         name: str,
+        typed: Annotated[Asked, Depends(typed_into)],
         token: Typed = "",
-        clients: Typed = "",
-        by: Typed = "",
-        right: Typed = "",
         signed: Typed = "",
     ) -> Response:
         """File a request."""
         _check_form(request, token)
-        asked = Asked(clients, by, right, signed)
+        asked = replace(typed, signed=signed)
         with self._opened(name) as run:
             try:
                 ask.file(run, asked, self._jobs)
