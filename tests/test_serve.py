@@ -346,6 +346,16 @@ def test_a_name_that_points_here_is_not_this_machine(finished, page):
         assert "test" not in answer.text
 
 
+def test_another_page_may_link_to_this_one_and_take_nothing_in(finished, page):
+    for site in ("cross-site", "same-site"):
+        elsewhere = {"sec-fetch-site": site}
+        assert page.get("/runs/test/map", **elsewhere, **{"sec-fetch-dest": "image"}).status_code == 403
+        assert page.get("/events", **elsewhere, **{"sec-fetch-dest": "empty"}).status_code == 403
+        assert page.get("/runs/test", **elsewhere, **{"sec-fetch-dest": "iframe"}).status_code == 403
+        assert page.get("/runs/test", **elsewhere, **{"sec-fetch-dest": "document"}).status_code == 200
+    assert page.get("/live.js", **{"sec-fetch-site": "same-origin", "sec-fetch-dest": "script"}).status_code == 200
+
+
 def test_this_machine_may_be_called_by_each_of_its_names_and_through_a_tunnel(page):
     for host in ("localhost", "127.0.0.1:9000", "[::1]:80", "LOCALHOST:1"):
         assert page.get("/", host=host).status_code == 200

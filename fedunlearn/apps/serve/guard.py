@@ -89,6 +89,8 @@ class Guard:
             return PlainTextResponse("This page is not at that address.", 421)
         if request.method not in ("GET", "HEAD", "POST"):
             return PlainTextResponse("Only GET and POST are answered.", 405)
+        if _is_taken_in(request):
+            return PlainTextResponse("Other pages may link to this one, and take nothing of it in.", 403)
         if request.method != "POST":
             return None
         length = request.headers.get("content-length", "")
@@ -127,6 +129,12 @@ class Guard:
 def is_from_here(request: Request, form_token: str) -> bool:
     """Say whether a form has the token of a page that was made for the same browser."""
     return secrets.compare_digest(form_token.encode(), request.scope["form_token"].encode())
+
+
+def _is_taken_in(request: Request) -> bool:
+    """Whether another site's page wants to have something of this one in it; old browsers do not say so."""
+    from_elsewhere = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+    return from_elsewhere and request.headers.get("sec-fetch-dest") != "document"
 
 
 def _is_address(name: str) -> bool:

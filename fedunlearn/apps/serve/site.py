@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
@@ -57,6 +58,7 @@ class Site:
     def __init__(self, home: Path, jobs: Jobs) -> None:
         self._home, self._jobs, self._look = home, jobs, Look(home, jobs)
         self._listeners = 0
+        self._drawing = Lock()
         self._maps: dict[tuple[str, int], Picture] = {}
 
     def app(self) -> FastAPI:
@@ -110,7 +112,12 @@ class Site:
         with self._opened(name) as run:
             key = (name, len(run.ledger.purged()))
         if key not in self._maps:
-            self._maps[key] = class_map.drawn(name, str(self._home))
+            if not self._drawing.acquire(blocking=False):
+                raise HTTPException(503, "A map is being drawn: load this page again in a moment.")
+            try:
+                self._maps[key] = class_map.drawn(name, str(self._home))
+            finally:
+                self._drawing.release()
         return _page(request, "map.html.jinja", name=name, map=self._maps[key])
 
     def report(self, name: str) -> Response:
