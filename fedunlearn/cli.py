@@ -30,8 +30,8 @@ from fedunlearn.log import set_up
 from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, runs_folder
 from fedunlearn.runs.ledger import FAILED, TAKEN_UP, Request
-from fedunlearn.runs.lock import is_locked
-from fedunlearn.runs.run import last_round, open_ledger, read_about
+from fedunlearn.runs.overview import glance
+from fedunlearn.runs.run import last_round
 from fedunlearn.runs.signed import action_of
 from fedunlearn.schema import fields_of, is_mapping, range_of
 from fedunlearn.schema import name_of as setting_of
@@ -309,25 +309,14 @@ def row_of(folder: Path) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     columns = ("run", "state", "round", "rounds", "data", "strategy", "requests", "MB", "created")
     row: dict[str, Any] = dict.fromkeys(columns, "")
-    row |= {"run": folder.name, "state": "damaged", "MB": round(size / 1e6, 1)}
-    try:
-        about, ledger = read_about(folder), open_ledger(folder)
-        try:
-            current, requests = ledger.current(), ledger.requests()
-        finally:
-            ledger.close()
-        return row | {
-            "state": "live" if is_locked(folder) else "idle",
-            "round": current.round if current else 0,
-            "rounds": about["config"]["rounds"],
-            "data": about["config"]["data"]["name"],
-            "strategy": about["config"]["strategy"],
-            "requests": ", ".join(f"{request.id} {request.state}" for request in requests),
-            "created": about["created"][:19],
-        }
-    except (UserError, KeyError, TypeError) as error:
-        log.warning("run %s: %s", folder.name, error)
+    found = glance(folder)
+    row |= {"run": found.run, "state": found.state, "MB": round(size / 1e6, 1)}
+    if found.error:
+        log.warning("run %s: %s", folder.name, found.error)
         return row
+    about = {name: getattr(found, name) for name in ("round", "rounds", "data", "strategy")}
+    requests = ", ".join(f"{request.id} {request.state}" for request in found.requests)
+    return row | about | {"requests": requests, "created": found.created[:19]}
 
 
 @cli.command()
@@ -380,6 +369,29 @@ def report(
         if other and not compared:
             print(f"run {other.name} was not measured after a round that is measured here too")
         print(f"report: {path}")
+    return 0
+
+
+@cli.command()
+@in_one_line
+def serve(
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Others than 127.0.0.1 can be reached from elsewhere, with a token.")] = (
+        "127.0.0.1"
+    ),
+    engine: Engine = "ray",
+    nodes: Annotated[int, typer.Option(help="Without a live run: virtual nodes.")] = 2,
+    gpus: Gpus = 0.0,
+    home: Home = "",
+) -> int:
+    """Show a page in the browser: watch runs, ask for clients to be forgotten, read what came of it."""
+    set_up()
+    from fedunlearn.apps.serve import server
+    from fedunlearn.apps.simulate import Resources
+
+    Resources(engine, nodes, gpus=gpus).check()
+    options = [f"--engine={engine}", f"--nodes={nodes}", *([f"--gpus={gpus:g}"] if gpus else [])]
+    server.serve(writable_home(home), host=host, port=port, options=options)
     return 0
 
 

@@ -316,6 +316,10 @@ class Config(Settings):
         le=1,
         description="of all examples that one client may say it has, of three clients or more",
     )
+    track: Literal["none", "tensorboard", "mlflow", "wandb"] = Field(
+        default="none",
+        description="the experiment tracker that rounds and requests are sent to as well (each an extra to install)",
+    )
     readmit: list[int] = Field(
         default=[],
         description="clients, by number or name, that train in a new run though another run of the state folder forgot "

@@ -53,7 +53,7 @@ def test_every_command_says_what_it_does(path, option, capsys):
 
 def test_all_commands_of_the_design_are_there():
     known = {" ".join(path) for path in paths()}
-    assert known == {"", "run", "forget", "runs", "requests", "report", "demo", "scale", "config"} | {
+    assert known == {"", "run", "forget", "runs", "requests", "report", "demo", "scale", "config", "serve"} | {
         "study",
         "study paper",
         "study federated",

@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedunlearn.apps.signals import ends_with_superlink
+from fedunlearn.apps.track import check_tracker, tracked
 from fedunlearn.build import decode_for_readmitted, loss_of
 from fedunlearn.config import OURS, Config, compose, spelled_out, state_home, values_of, writable_home
 from fedunlearn.errors import UserError
@@ -94,7 +95,8 @@ def serve(grid: Grid, config: Config) -> None:
 
 def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> list[Request]:
     """Train `rounds` rounds, serve all requests, write the report; gives the requests that failed."""
-    Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
+    with tracked(run):
+        Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
     conclude(run)
     kind = strategy_class(run.config.strategy)
     counts = None if auditor is None else auditor.class_counts(portions=run.ledger.portions(TAKEN_UP))
@@ -141,7 +143,10 @@ def prepared(config: Config, asked: dict[str, Any]) -> Config:
         config = forked(config, asked)
     loss_of(config)
     config = completed(config)
-    if not (config.run and (folder / "run.json").exists()):
+    is_new = not (config.run and (folder / "run.json").exists())
+    if is_new or "track" in asked:  # who only has a request applied need not have the tracker
+        check_tracker(config)
+    if is_new:
         check_writable(finite(config.unlearn))
     return config
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = getLogger("fedunlearn")
 
-OPERATIONAL = ("timeout", "window")  # settings that change no result, so that a run may be resumed with others
+OPERATIONAL = ("timeout", "window", "track")  # they change no result: a run may be resumed with others
 SAME = ("clients", "data.", "partition.", "model.")  # settings that a fork must share with the run it goes on from
 MOST_NAMED = 5  # clients whose images have changed
 PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")

@@ -39,11 +39,11 @@ def lock(folder: Path, *, patience: float = 0.5) -> Iterator[None]:
         yield
 
 
-def is_locked(folder: Path) -> bool:
-    """Say whether a process has the folder's lock."""
+def is_locked(folder: Path, *, patience: float = 0.5) -> bool:
+    """Say whether a process has the folder's lock, and keeps it for `patience` seconds."""
     try:
         with open(folder / "lock") as file:
-            return not _try(file, fcntl.LOCK_SH)
+            return not _try(file, fcntl.LOCK_SH, patience=patience)
     except FileNotFoundError:
         return False
 

@@ -5,6 +5,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,17 +29,20 @@ class Picture(NamedTuple):
     dark: str
 
 
-def rendered(package: str, name: str, **words: Any) -> str:
+def rendered(package: str, name: str, /, **words: Any) -> str:
     """Fill in a template of a package; it may extend the templates that lie here."""
+    return _templates(package).get_template(name).render(**words)
 
+
+@cache
+def _templates(package: str) -> Environment:
     def load(template: str) -> str | None:
         for folder in (files(package), files("fedunlearn.runs")):
             if (found := folder.joinpath(template)).is_file():
                 return found.read_text(encoding="utf-8")
         return None
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(load))
-    return environment.get_template(name).render(**words)
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(load))
 
 
 def encoded(page: str) -> bytes:

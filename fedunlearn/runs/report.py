@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fedunlearn.runs.ledger import FAILED, FORGOTTEN, RECEIPT, Request, State
 from fedunlearn.runs.page import embedded, encoded, rendered
 from fedunlearn.runs.purge import known_class_counts
 from fedunlearn.runs.run import Run
+from fedunlearn.runs.timeline import readable, timeline, what_follows
 from fedunlearn.runs.uncertainty import fraction
 from fedunlearn.runs.verdicts import Moment, Verdict, beside_retrained, latest, moments, seconds, verdicts
 from fedunlearn.schema import fields_of
@@ -41,14 +41,6 @@ MAY_DIFFER = (
     *OPERATIONAL,
 )
 """How names of settings begin in which a run and the one that it is compared with may differ."""
-
-ABOUT_STATES = {
-    State.RECEIVED: "the request is in the ledger",
-    State.COLLECTING: "the strategy is at work; no client of the request trains from here on",
-    State.APPLIED: "the new model has replaced the older one",
-    State.RECOVERING: "the retain clients train on",
-    State.COMPLETED: "accuracies were measured",
-}
 
 
 def summary(run: Run, class_counts: np.ndarray | None = None) -> str:
@@ -184,7 +176,7 @@ def card(
         "who": run.named(request.clients),
         "level": verdict.level,
         "is_applied": request.state in FORGOTTEN,
-        "follows": _what_follows(request),
+        "follows": what_follows(request),
         "timeline": timeline(request, events),
         "cost": _cost_line(detail, costs),
         "tasks": costs,
@@ -194,19 +186,6 @@ def card(
         "said": _said_by_strategy(detail),
         "scores": measured and score_table(measured, request.clients, class_counts, run.names()),
     }
-
-
-def timeline(request: Request, events: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """List the states of a request as (state, time, remark)."""
-    found = []
-    for event in events:
-        if event.get("request") == request.id:
-            reason = event.get("reason", "")
-            attempt = f"attempt {event['attempts']}: " if "attempts" in event else ""
-            found.append(
-                (event["state"], readable(event["at"]), attempt + reason or ABOUT_STATES.get(event["state"], ""))
-            )
-    return found
 
 
 def marks(requests: Iterable[Request], events: Sequence[dict[str, Any]]) -> list[Mark]:
@@ -265,16 +244,6 @@ def shown_settings(
     return changed, unchanged
 
 
-def readable(at: str) -> str:
-    """Write a time stamp for people.
-
-    Example:
-        >>> readable("2026-11-28T07:05:53.715+00:00")
-        '2026-11-28 07:05:53 UTC'
-    """
-    return datetime.fromisoformat(at).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
 def score_rows(run: Run) -> list[tuple[str, str, dict[str, Any], dict[str, Any], str]]:
     """Give (when, who, scores, scores on test images, a client's number) of every request and the last evaluation."""
     points, evaluated = [], None
@@ -327,17 +296,6 @@ def _gap(client: str, scores: dict[str, Any] | None, test: dict[str, Any], count
     if gap is None:
         return ""
     return f"{gap.value:+.3f}".replace("-", "−") if counts is None else gap.text(signed=True)
-
-
-def _what_follows(request: Request) -> str:
-    several = len(request.clients) > 1
-    if request.state == State.QUARANTINED:
-        return f"{'Its clients stay' if several else 'Its client stays'} out of training. You may ask again."
-    if request.state == State.REFUSED:
-        return "Nothing has changed. You may ask again."
-    if request.state in (State.APPLIED, State.RECOVERING):
-        return f"The retain clients train on. The request is completed after round {request.detail['completes_at']}."
-    return ""
 
 
 def _cost_line(detail: dict[str, Any], costs: Sequence[dict[str, Any]]) -> str:

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from logging import getLogger
 from pathlib import Path
@@ -43,6 +43,7 @@ class Run:
         folder: where everything lies.
         config: the settings it was started with.
         ledger: its requests, its current checkpoint, its audit chain.
+        listeners: called with every row that is recorded.
 
     Example:
         >>> import fedunlearn
@@ -54,6 +55,7 @@ class Run:
     folder: Path
     config: Config
     ledger: Ledger
+    listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list, repr=False)
 
     @classmethod
     def opened(cls, folder: Path) -> "Run":
@@ -234,7 +236,7 @@ class Run:
 
     def class_names(self) -> list[str]:
         """List the names of the K classes, in the order of the model's outputs."""
-        return self.images().class_names
+        return self.about()["images"]["class_names"]  # `images` would import torch
 
     def predict(self, images: "np.ndarray") -> "Tensor":
         """Predict the classes of images with the current model.
@@ -329,6 +331,8 @@ class Run:
             file.write(json.dumps({"kind": kind, **row}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        for listener in self.listeners:
+            listener({"kind": kind, **row})
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the rows of `metrics.jsonl` in order of rounds; lines that are none are passed over and counted."""

@@ -99,7 +99,7 @@ def problems(run: Run, *, key: str = "", log: Path | None = None) -> Iterator[st
             data = file.read_bytes()
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise InvalidError("it is not the one that was written")
-            _check_of_run(run, data)
+            check_of_run(run, data)
         except OSError as error:
             yield f"{file} cannot be read ({error.strerror})"
         except InvalidError as error:
@@ -110,7 +110,7 @@ def problems(run: Run, *, key: str = "", log: Path | None = None) -> Iterator[st
             try:
                 with _or_invalid("it cannot be read"):
                     data = file.read_bytes()
-                _check_of_run(run, data, key=run.ledger.key)
+                check_of_run(run, data, key=run.ledger.key)
             except InvalidError as error:
                 yield f"{file}: the ledger does not know it, and {error}"
 
@@ -259,7 +259,7 @@ def _check_whole(receipt: Receipt, leaves: list[bytes], events: list[dict[str, A
         raise InvalidError(f"it has other events than those of {log} that concern its request")
 
 
-def _check_of_run(run: Run, data: bytes, *, key: str = "") -> None:
+def check_of_run(run: Run, data: bytes, *, key: str = "") -> None:
     """A receipt is valid, and whole by the run's ledger."""
     receipt = verified(data, key=key)
     events = run.ledger.events()[: receipt.head.size]

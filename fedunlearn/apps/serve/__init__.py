@@ -1,0 +1,1 @@
+"""A local page to watch runs and to ask them: `fedunlearn serve`."""

@@ -1,0 +1,132 @@
+"""A request that was typed into the form: what would come of it, and the way into the run."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedunlearn.apps.serve.jobs import Jobs
+from fedunlearn.data.selection import Selection
+from fedunlearn.errors import UserError
+from fedunlearn.runs.events import now
+from fedunlearn.runs.ledger import due
+from fedunlearn.runs.lock import is_locked
+from fedunlearn.runs.run import Run
+from fedunlearn.runs.signed import SignedRequest, action_of, read
+from fedunlearn.runs.timeline import readable
+from fedunlearn.runs.verdicts import named
+from fedunlearn.schema import check_text
+
+MOST_TYPED = 200  # characters in a field
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What somebody typed.
+
+    Attributes:
+        clients: as `3`, or `3, 5`; may be empty where a class or a patient is named.
+        class_: number of the class whose images alone are meant; empty for all classes.
+        patient: whose images alone are meant; empty for everybody's.
+        by: who asks.
+        right: by what right.
+        signed: what the clients' key has signed.
+    """
+
+    clients: str = ""
+    class_: str = ""
+    patient: str = ""
+    by: str = ""
+    right: str = ""
+    signed: str = ""
+
+    def numbers(self) -> list[int]:
+        """Give the clients' numbers, each once.
+
+        Raises:
+            UserError: a text is too long or none.
+        """
+        for text in (self.clients, self.class_, self.patient, self.by, self.right):
+            check_text(text)
+            if len(text) > MOST_TYPED:
+                raise UserError(f"{text[:20]}… has {len(text)} characters: a field takes {MOST_TYPED}")
+        words = [word.strip() for word in self.clients.split(",")] if self.clients or not self.selection() else []
+        for word in words:
+            if not re.fullmatch(r"[0-9]{1,9}", word):
+                raise UserError(f"client {word[:20]!r} is not a whole number: type one as 3, or several as 3, 5")
+        return sorted({int(word) for word in words})
+
+    def selection(self) -> Selection | None:
+        """Give which of the clients' images are meant; None for all.
+
+        Raises:
+            UserError: the class is no number.
+        """
+        if not re.fullmatch(r"[0-9]{0,9}", self.class_):
+            raise UserError(f"class {self.class_[:20]!r} is not the number of one")
+        return Selection.by([int(self.class_)] if self.class_ else [], [self.patient] if self.patient else []) or None
+
+    def signature(self) -> SignedRequest | None:
+        """Read what the clients' key has signed, if anything was."""
+        return read(self.signed.encode()) if self.signed.strip() else None
+
+    def options(self) -> list[str]:
+        """Give the same as options of `fedunlearn forget`, which reads what was signed from stdin."""
+        named = {"client": self.clients, "class": self.class_, "patient": self.patient}
+        named |= {"by": self.by, "right": self.right, "signed": self.signed and "/dev/stdin"}
+        return [f"--{name}={text}" for name, text in named.items() if text]
+
+
+def outlook(run: Run, asked: Asked) -> dict[str, Any]:
+    """Say what a request would do; nothing is filed and nothing written.
+
+    Raises:
+        UserError: it would be turned away.
+    """
+    from fedunlearn.apps.asking import announcement
+
+    clients, selection = asked.numbers(), asked.selection()
+    meant = run.meant(clients, selection)
+    run.would_take(asked.signature(), meant, action=action_of(selection))
+    return {
+        "whom": whom(clients, selection, run.class_names()),
+        "is_whole": not selection,
+        "announcement": announcement(run, meant, {}, selection),
+        "earlier": run.ledger.covering(meant, selection),
+        "is_taken": is_taken(run),
+        "due": readable(due(now(), run.config.forget.due_months)),
+    }
+
+
+def file(run: Run, asked: Asked, jobs: Jobs) -> None:
+    """File a request with the process that holds the run; where there is none, start the command that applies it.
+
+    The command checks before it files anything, as it does for whoever types it: the model, the images, the strategy.
+
+    Raises:
+        UserError: it is turned away.
+    """
+    clients, selection = asked.numbers(), asked.selection()
+    run.meant(clients, selection)
+    if is_taken(run):
+        run.request(clients, by=asked.by, right=asked.right, signed=asked.signature(), selection=selection)
+        if is_taken(run) or run.config.forget.signed:  # what was signed can be filed once: the next start takes it up
+            return
+    jobs.start(run.name, asked.options(), given=asked.signed)
+
+
+def whom(clients: Sequence[int], selection: Selection | None, class_names: Sequence[str]) -> str:
+    """Say who or what is to be forgotten.
+
+    Example:
+        >>> whom([3], Selection((1,)), ["cat", "frog"])
+        'class 1 (frog) of client 3'
+    """
+    who = named(clients) if clients else "all clients"
+    return f"{selection.in_words(class_names)} of {who}" if selection else who
+
+
+def is_taken(run: Run) -> bool:
+    """Say whether a process holds the run and will look at its ledger again."""
+    current = run.ledger.current()
+    return is_locked(run.folder, patience=0) and (current is None or not current.finished)

@@ -1,0 +1,91 @@
+"""Requests of runs that no process holds: `fedunlearn forget` applies them, in a process of its own."""
+
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fedunlearn.errors import UserError, printable
+
+MOST = 4  # processes at once
+SHOWN = 40  # lines
+READ = 16_000  # bytes of the end of a log
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that this page has started.
+
+    Attributes:
+        run: that it is about.
+        command: as a person would type it.
+        log: the file that it writes its lines to.
+        process: of the operating system.
+    """
+
+    run: str
+    command: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def status(self) -> int | None:
+        """The exit status; None while it is at work."""
+        return self.process.poll()
+
+    def lines(self) -> list[str]:
+        """Read the last lines that it wrote."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - READ))
+            text = file.read().decode(errors="replace")
+        return [printable(line) for line in text.splitlines()[-SHOWN:]]
+
+
+class Jobs:
+    """Starts commands, the last of each run is remembered.
+
+    They are below this process, so that they end with it. A request that is filed stays filed.
+
+    Args:
+        home: state folder.
+        options: of every command, as `["--engine", "local"]`.
+    """
+
+    def __init__(self, home: Path, options: list[str]) -> None:
+        self._home, self._options, self._last = home, options, dict[str, Job]()
+
+    def of(self, run: str) -> Job | None:
+        """Give the last job of a run."""
+        return self._last.get(run)
+
+    def words(self, run: str, options: list[str]) -> list[str]:
+        """Give the words of the command that asks, with options of the request."""
+        return ["forget", f"--run={run}", *options, *self._options]
+
+    def start(self, run: str, options: list[str], *, given: str = "") -> Job:
+        """Start the command that checks a request, files it and applies it.
+
+        Args:
+            run: its name.
+            options: of the request.
+            given: what the command can read from stdin.
+
+        Raises:
+            UserError: one is at work for this run, or too many are for others.
+        """
+        at_work = [job.run for job in self._last.values() if job.status is None]
+        if run in at_work or len(at_work) >= MOST:
+            raise UserError(f"a request of run {at_work[0]} is being taken up: ask again in a moment")
+        words = self.words(run, options)
+        command = [sys.executable, "-m", "fedunlearn", *words, f"--home={self._home}"]
+        log = self._home / "logs" / f"{run}-asked-{datetime.now():%Y%m%d-%H%M%S-%f}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output, tempfile.TemporaryFile() as stdin:
+            stdin.write(given.encode())
+            stdin.seek(0)
+            process = subprocess.Popen(command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT)
+        self._last[run] = Job(run, shlex.join(["fedunlearn", *words]), log, process)
+        return self._last[run]

@@ -1,0 +1,64 @@
+"""A run at a glance, also one that is damaged."""
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedunlearn.errors import UserError
+from fedunlearn.runs.ledger import Request
+from fedunlearn.runs.lock import is_locked
+from fedunlearn.runs.run import open_ledger, read_about
+
+LIVE, IDLE, DAMAGED = "live", "idle", "damaged"
+
+
+@dataclass(frozen=True)
+class Glance:
+    """How far a run is, and what was asked of it.
+
+    Attributes:
+        run: its name.
+        state: `live` while a process holds it, else `idle`; `damaged` where it cannot be read.
+        error: what is wrong with a damaged one.
+        round: after which the current model is.
+        rounds: that it is to train.
+        data: name of the data set.
+        strategy: its own.
+        created: time at which it was made.
+        requests: all of them, in order of arrival.
+        overdue: those of them whose time is over.
+    """
+
+    run: str
+    state: str = DAMAGED
+    error: str = ""
+    round: int = 0
+    rounds: int = 0
+    data: str = ""
+    strategy: str = ""
+    created: str = ""
+    requests: list[Request] = field(default_factory=list)
+    overdue: list[Request] = field(default_factory=list)
+
+
+def glance(folder: Path) -> Glance:
+    """Look at a run; nothing is written, and nobody who holds it is disturbed."""
+    try:
+        if not (folder / "ledger.sqlite").exists():  # opening would make one
+            raise UserError(f"{folder / 'ledger.sqlite'} is missing: put back a copy of it, or remove the folder")
+        about = read_about(folder)
+        with closing(open_ledger(folder)) as ledger:
+            current = ledger.current()
+            return Glance(
+                folder.name,
+                state=LIVE if is_locked(folder, patience=0) else IDLE,
+                round=current.round if current else 0,
+                rounds=about["config"]["rounds"],
+                data=about["config"]["data"]["name"],
+                strategy=about["config"]["strategy"],
+                created=about["created"],
+                requests=ledger.requests(),
+                overdue=ledger.overdue(),
+            )
+    except (UserError, KeyError, TypeError) as error:
+        return Glance(folder.name, error=str(error))

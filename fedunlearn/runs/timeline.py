@@ -1,0 +1,50 @@
+"""The states of a request in words, with their times."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from fedunlearn.runs.ledger import Request, State
+
+ABOUT_STATES = {
+    State.RECEIVED: "the request is in the ledger",
+    State.COLLECTING: "the strategy is at work; no client of the request trains from here on",
+    State.APPLIED: "the new model has replaced the older one",
+    State.RECOVERING: "the retain clients train on",
+    State.COMPLETED: "accuracies were measured",
+}
+
+
+def timeline(request: Request, events: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """List the states of a request as (state, time, remark)."""
+    found = []
+    for event in events:
+        if event.get("request") == request.id:
+            reason = event.get("reason", "")
+            attempt = f"attempt {event['attempts']}: " if "attempts" in event else ""
+            found.append(
+                (event["state"], readable(event["at"]), attempt + reason or ABOUT_STATES.get(event["state"], ""))
+            )
+    return found
+
+
+def what_follows(request: Request) -> str:
+    """Say what happens next to a request that was set aside, refused or applied; nothing for others."""
+    several = len(request.clients) > 1
+    if request.state == State.QUARANTINED:
+        return f"{'Its clients stay' if several else 'Its client stays'} out of training. You may ask again."
+    if request.state == State.REFUSED:
+        return "Nothing has changed. You may ask again."
+    if request.state in (State.APPLIED, State.RECOVERING):
+        return f"The retain clients train on. The request is completed after round {request.detail['completes_at']}."
+    return ""
+
+
+def readable(at: str) -> str:
+    """Write a time stamp for people.
+
+    Example:
+        >>> readable("2026-11-28T07:05:53.715+00:00")
+        '2026-11-28 07:05:53 UTC'
+    """
+    return datetime.fromisoformat(at).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
