@@ -33,6 +33,7 @@ MAY_DIFFER = (
     "home",
     "fork",
     "data.root",
+    "seed",
     "strategy",
     "unlearn",
     "forget.",
@@ -78,7 +79,7 @@ def write(
     *,
     label: str = "",
     own_settings: type[BaseModel] | None = None,
-    retrained: Run | None = None,
+    retrained: Sequence[Run] = (),
 ) -> Path:
     """Write `report/index.html`; returns its path.
 
@@ -87,10 +88,10 @@ def write(
         class_names: K names.
         label: what people call the strategy; by default the name that the settings have.
         own_settings: the strategy's `Settings`, for what they mean and which differ from their defaults.
-        retrained: the run in which the forgotten clients never took part, to be compared with.
+        retrained: runs in which the forgotten clients never took part, to be compared with; the first is drawn.
 
     Raises:
-        UserError: they did take part in it, or it was trained on other data.
+        UserError: they did take part in one of them, or it was trained on other data.
     """
     class_counts = known_class_counts(run, class_counts)
     config, requests, rows, events = run.config, run.ledger.requests(), run.metrics(), run.ledger.events()
@@ -111,7 +112,7 @@ def write(
         created=readable(run.about()["created"]),
         trained=current.round if current else 0,
         verdicts=[*found, *(comparison(run, retrained) if retrained else [])],
-        has_retrained=retrained is not None,
+        has_retrained=bool(retrained),
         cards=[card(run, request, levels[request.id], rows, events, class_counts) for request in requests],
         now=now and score_table([now], [], class_counts),
         has_forgotten=counted > 0,
@@ -123,19 +124,32 @@ def write(
         changed=changed,
         unchanged=unchanged,
         split=None if class_counts is None else embedded(split_figure(class_counts, class_names, names)),
-        accuracy=embedded(accuracy_figure(rows, marks(requests, events), retrained and retrained.metrics(), names)),
+        accuracy=embedded(
+            accuracy_figure(rows, marks(requests, events), retrained[0].metrics() if retrained else None, names)
+        ),
     )
     path = run.folder / "report" / "index.html"
     write_atomically(path, encoded(page))
     return path
 
 
-def comparison(run: Run, retrained: Run) -> list[Verdict]:
-    """Compare what is left of forgotten clients with the retrained model, a verdict a request that was applied.
+def comparison(run: Run, retrained: Sequence[Run]) -> list[Verdict]:
+    """Compare what is left of forgotten clients with retrained models, a verdict a request that was applied.
 
     Raises:
-        UserError: the other run is no retrained model: the clients took part, or it has other data or settings.
+        UserError: another run is no retrained model: the clients took part, or it has other data or settings.
     """
+    for other in retrained:
+        check_retrained(run, other)
+    rows, others = run.metrics(), [other.metrics() for other in retrained]
+    applied = [request for request in run.ledger.requests() if request.state in FORGOTTEN]
+    names = run.config.partition.names
+    found = (beside_retrained(request, rows, *others, names=names) for request in applied)
+    return [verdict for verdict in found if verdict]
+
+
+def check_retrained(run: Run, retrained: Run) -> None:
+    """Raise UserError where a run is no retrained model beside another: it has other data, settings or clients."""
     if others := changed(run, retrained.about()["data"]):
         raise UserError(f"run {retrained.name} was trained on other data than run {run.name} ({others})")
     ours, theirs = (values_of(each.config) for each in (run, retrained))
@@ -151,9 +165,6 @@ def comparison(run: Run, retrained: Run) -> list[Verdict]:
         raise UserError(f"run {retrained.name} is no retrained model: {run.named(took_part[:1])} took part in it")
     if further := sorted({client for request in others for client in request.clients} - forgotten):
         raise UserError(f"run {retrained.name} is no retrained model: it is without {run.named(further[:1])} too")
-    names = run.config.partition.names
-    found = (beside_retrained(request, run.metrics(), retrained.metrics(), names) for request in applied)
-    return [verdict for verdict in found if verdict]
 
 
 def card(

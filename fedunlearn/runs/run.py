@@ -45,8 +45,8 @@ class Run:
         ledger: its requests, its current checkpoint, its audit chain.
 
     Example:
-        >>> import fedunlearn
-        >>> run = fedunlearn.open_run("demo")  # doctest: +SKIP
+        >>> from fedunlearn.runs.home import open_run
+        >>> run = open_run("demo")  # doctest: +SKIP
         >>> run.metrics()[-1]["test"]["class"]  # doctest: +SKIP
         0.95
     """
