@@ -51,6 +51,7 @@ class Background:
         """
         paths = [os.path.abspath(path) for path in sys.path]  # what can be imported here can be imported there
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        environment.pop("FORCE_COLOR", None)  # a notebook's kernel has it, and a log has no colours
         with named_in_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             file = log.open("ab")
