@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +169,16 @@ def test_an_unknown_client_is_refused_in_the_commands_words(story):
     with pytest.raises(UserError, match=r"client 9 is not in 0\.\.3"):
         story.run.forget(clients=[9], quiet=True)
     assert list(story.run.requests().index) == ["r1"]
+
+
+def test_a_look_imports_no_torch(story):
+    code = (
+        "import sys, fedunlearn as fu; run = fu.open_run('story', home=sys.argv[1]); run.metrics(); run.requests(); "
+        "run._repr_html_(); print(sorted({'torch', 'flwr', 'ray', 'matplotlib'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(story.home)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
 
 
 # --- audits -------------------------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ class Run:
 
     def class_names(self) -> list[str]:
         """List the names of the K classes, in the order of the model's outputs."""
-        return self.images().class_names
+        return list(self.about()["images"]["class_names"])
 
     def predict(self, images: "np.ndarray") -> "Tensor":
         """Predict the classes of images with the current model.
