@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from fedunlearn.federation.handle import Federation, ForgetSet
     from fedunlearn.federation.strategy import Strategy
     from fedunlearn.federation.tasks import Update, client_task
-    from fedunlearn.live.handle import LiveRun, open_run, run
+    from fedunlearn.live.handle import LiveRun
+    from fedunlearn.live.starting import open_run, run
     from fedunlearn.runs.run import Run
 
 _PUBLIC = {
@@ -32,8 +33,8 @@ _PUBLIC = {
     "UserError": "fedunlearn.errors",
     "client_task": "fedunlearn.federation.tasks",
     "compose": "fedunlearn.config",
-    "open_run": "fedunlearn.live.handle",
-    "run": "fedunlearn.live.handle",
+    "open_run": "fedunlearn.live.starting",
+    "run": "fedunlearn.live.starting",
 }
 
 __all__ = [

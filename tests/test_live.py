@@ -165,9 +165,16 @@ def test_a_receipt_says_what_is_signed_and_a_changed_one_is_refused(story, tmp_p
         changed.verify()
 
 
-def test_an_unknown_client_is_refused_in_the_commands_words(story):
-    with pytest.raises(UserError, match=r"client 9 is not in 0\.\.3"):
-        story.run.forget(clients=[9], quiet=True)
+@pytest.mark.parametrize(
+    ("whom", "message"),
+    [
+        ({"clients": [9]}, r"client 9 is not in 0\.\.3"),
+        ({"classes": ["12"]}, "class 12 is not one of 0, 1, 2"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_in_the_commands_words(story, whom, message):
+    with pytest.raises(UserError, match=message):
+        story.run.forget(**whom, quiet=True)
     assert list(story.run.requests().index) == ["r1"]
 
 

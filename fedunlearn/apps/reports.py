@@ -6,6 +6,7 @@ from pathlib import Path
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.strategy import strategy_class
 from fedunlearn.runs import report
+from fedunlearn.runs.ledger import TAKEN_UP
 from fedunlearn.runs.run import Run
 
 
@@ -21,4 +22,5 @@ def write(run: Run, retrained: Sequence[Run] = ()) -> Path:
     """
     auditor, kind = Auditor(run.config_here()), strategy_class(run.config.strategy)
     words = {"label": kind.label, "own_settings": kind.Settings}
-    return report.write(run, auditor.class_counts(), auditor.class_names, retrained=retrained, **words)
+    counts = auditor.class_counts(portions=run.ledger.portions(TAKEN_UP))
+    return report.write(run, counts, auditor.class_names, retrained=retrained, **words)

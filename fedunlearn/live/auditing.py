@@ -79,6 +79,9 @@ def audit(live: LiveRun, retrained: int) -> Audit:
         forgotten = ours.ledger.clients_in(FORGOTTEN)
         if not forgotten:
             raise UserError(f"run {live.name} has forgotten nobody: there is nothing to audit")
+        if portions := [number for number in forgotten if number >= ours.config.clients]:
+            request = next(r for r in ours.ledger.requests() if portions[0] in r.clients)
+            raise UserError(f"request {request.id} is about some images of clients: an audit compares whole clients")
         check_images(ours, forgotten)
         plans = [plan_of(ours, forgotten, number) for number in range(1, retrained + 1)]
         handles = [LiveRun(_name_of(ours, plan), live.home, live.resources) for plan in plans]

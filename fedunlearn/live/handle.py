@@ -5,8 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fedunlearn.apps.resources import Resources
-from fedunlearn.config import state_home
 from fedunlearn.errors import UserError
 from fedunlearn.live import frames
 from fedunlearn.live.background import POLL_SECONDS, Background, Lines, followed, last_words
 from fedunlearn.live.cards import Page, card, shown
 from fedunlearn.live.words import words_of
-from fedunlearn.runs.home import find_run, log_of, runs_folder
+from fedunlearn.runs.home import log_of, runs_folder
 from fedunlearn.runs.lock import is_locked, owner
 from fedunlearn.runs.run import Run, last_round
 
@@ -49,73 +47,6 @@ class RunState(StrEnum):
 
 BUSY = (RunState.STARTING, RunState.LIVE)
 LEVELS = {RunState.FINISHED: "good", RunState.FAILED: "failed", RunState.STOPPED: "warning"}
-
-
-def run(
-    app: str | Path = "digits",
-    *,
-    engine: str = "ray",
-    nodes: int = 10,
-    cpus: int = 1,
-    gpus: float = 0.0,
-    workers: int = 0,
-    **settings: Any,
-) -> "LiveRun":
-    """Train a run in the background, or go on with one: `fedunlearn run` from Python.
-
-    The run has a process of its own. It goes on where a cell is interrupted or the kernel ends; `stop()` ends it, and
-    the same call goes on with it if it has a name (`run="demo"`).
-
-    Args:
-        app: digits, cifar10, cifar100, scaling, or the folder of an app.
-        engine: `ray` (worker processes), or `local` (one process, ready at once).
-        nodes: virtual nodes, at most one a client.
-        cpus: of a node while it works.
-        gpus: GPU fraction of a node while it works.
-        workers: Ray's worker processes; 0 for as many as the CPUs hold.
-        settings: as `fedunlearn config` lists them; those of a group are a mapping, as `model={"width": 8}`.
-
-    Returns:
-        A handle on the run, at once.
-
-    Raises:
-        UserError: there is no such app or setting, a value is wrong, or the run is live. Nothing is started then.
-
-    Example:
-        >>> run = fedunlearn.run("digits", rounds=8, model={"width": 8})  # doctest: +SKIP
-        >>> run.wait().metrics()["test_accuracy"].iloc[-1]  # doctest: +SKIP
-        0.731
-    """
-    resources = Resources(engine, nodes, cpus, gpus, workers)
-    words = words_of(settings, options=("app", *asdict(resources)))
-    resources.check()
-    config = _checked(str(app), words)
-    home, words = state_home(config.home), [word for word in words if not word.startswith(("run=", "home="))]
-    name, log = (config.run, log_of(home, config.run)) if config.run else _new_name(home, config.data.name)
-    if is_locked(runs_folder(home) / name):
-        raise UserError(f"run {name} is live: fedunlearn.open_run({name!r}) is a handle on it")
-    own = [f"run={name}", f"home={home}"]
-    process = Background.started(["run", str(app), *words, *own, *options_of(resources)], log)
-    return LiveRun(name, home, replace(resources, nodes=min(nodes, config.clients)), process)
-
-
-def open_run(name: str | None = None, *, home: str = "", engine: str = "ray", nodes: int = 2) -> "LiveRun":
-    """Give a handle on a run that exists.
-
-    Args:
-        name: of the run; without one the live run, else the newest finished one.
-        home: state folder; empty takes $FEDUNLEARN_HOME or ~/.fedunlearn.
-        engine: that `forget` and `audit` work with, `ray` or `local`.
-        nodes: virtual nodes that they work with.
-
-    Raises:
-        UserError: there is no such run.
-
-    Example:
-        `fedunlearn.open_run("demo").forget(clients=[3])`
-    """
-    folder = find_run(state_home(home), name)
-    return LiveRun(folder.name, folder.parent.parent, Resources(engine, nodes))
 
 
 @dataclass
@@ -293,6 +224,9 @@ class LiveRun:
         self,
         clients: Sequence[int | str] = (),
         *,
+        classes: Sequence[int | str] = (),
+        patients: Sequence[str] = (),
+        examples: str | Path = "",
         by: str = "",
         right: str = "",
         key: str | Path = "",
@@ -300,13 +234,16 @@ class LiveRun:
         quiet: bool = False,
         **settings: Any,
     ) -> "Receipt":
-        """Have clients forgotten, together, and wait until that has ended.
+        """Have clients forgotten, or some of their images, together, and wait until that has ended.
 
         A live run takes the request at its next round boundary, after its first round at the earliest. Else a process
         of its own applies it now.
 
         Args:
-            clients: their numbers.
+            clients: their numbers; none, with one of the next three, for all clients that have such images.
+            classes: images of these classes alone, by name or number.
+            patients: images of these patients alone.
+            examples: file with the names of the images that alone are meant, one a line.
             by: who asks; the receipt says it.
             right: by what right.
             key: file of the client's private key, for a run that takes only signed requests.
@@ -329,8 +266,9 @@ class LiveRun:
 
         deadline = None if timeout is None else time.monotonic() + timeout
         self._until_trained(deadline)
-        options = {"by": by, "right": right, "key": key}
-        words = [*(f"--client={client}" for client in clients), *words_of(settings)]
+        several = {"client": clients, "class": classes, "patient": patients}
+        options = {"examples": examples, "by": by, "right": right, "key": key}
+        words = [f"--{name}={value}" for name, values in several.items() for value in values] + words_of(settings)
         words += [f"--{name}={value}" for name, value in options.items() if value]
         requests = self._command(["forget", *words, "--wait", "--json"], deadline=deadline, quiet=quiet)
         return Receipt(self._receipt_of(requests[-1]["id"]))
@@ -462,29 +400,3 @@ def options_of(resources: Resources, *names: str) -> list[str]:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
-
-
-def _checked(app: str, words: list[str]) -> "Config":
-    """Give the settings of a run, after every check that needs no data."""
-    from fedunlearn.apps.server_app import asked_for, prepared
-    from fedunlearn.apps.simulate import app_folder
-    from fedunlearn.config import compose
-
-    config = compose(app_folder(app) / "conf", words)
-    return prepared(config, asked_for(words, config))
-
-
-def _new_name(home: Path, data: str) -> tuple[str, Path]:
-    """Make up a name that no run has, by data set and time; its log is made so that nobody else takes it."""
-    first = f"{data}-{datetime.now():%Y%m%d-%H%M%S}"
-    number = 1
-    while True:
-        name = first if number == 1 else f"{first}-{number}"
-        log = log_of(home, name)
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.touch(exist_ok=False)
-        except FileExistsError:
-            number += 1
-        else:
-            return name, log
