@@ -22,11 +22,12 @@ from fedunlearn.apps.simulate import app_folder
 from fedunlearn.config import Config, compose
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
-from fedunlearn.live import auditing, background
+from fedunlearn.live import auditing, background, frames
 from fedunlearn.live.handle import RunState
 from fedunlearn.live.receipt import Receipt
 from fedunlearn.live.words import words_of
 from fedunlearn.runs.home import runs_folder
+from fedunlearn.runs.ledger import Request, State
 from fedunlearn.runs.lock import lock
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "notebook.ipynb"
@@ -266,6 +267,16 @@ def test_predictions_of_the_auditor_are_those_that_are_counted(story):
     counted = auditor.evaluate(params, 1) + auditor.evaluate(params, 3)
     assert (of_two.total.examples, of_two.total.class_correct) == (counted.examples, counted.class_correct)
     assert len(auditor.predictions(params, [1, 3], most=7).class_labels) == 7
+
+
+def test_clients_with_names_are_called_by_them():
+    score = {"class": 0.5, "client_id": 0.1, "examples": 4, "held_out": 0.25}
+    row = {"kind": "round", "round": 1, "forgotten": {"1": score, "2": score}, "test": {"class": 0.5, "examples": 9}}
+    table = frames.of_rounds([row], ["hospital_a", "hospital_b"])
+    assert [*table.columns[-2:]] == ["client_hospital_b", "client_2"]  # the last is a portion of one
+    assert (table.loc[1, "forget_accuracy"], table.loc[1, "memorisation_gap"]) == (0.5, 0.25)
+    request = Request("r1", [1], State.RECEIVED, "2026-01-01", {})
+    assert frames.of_requests([request], ["hospital_a", "hospital_b"]).loc["r1", "clients"] == "hospital_b"
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

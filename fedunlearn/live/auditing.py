@@ -19,7 +19,7 @@ from fedunlearn.runs.formats import duration
 from fedunlearn.runs.home import OPERATIONAL, RETRAINED, is_finished
 from fedunlearn.runs.ledger import FORGOTTEN
 from fedunlearn.runs.run import Run
-from fedunlearn.runs.verdicts import Level, Verdict, named
+from fedunlearn.runs.verdicts import Level, Verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -112,7 +112,7 @@ def check_images(run: Run, forgotten: Sequence[int]) -> None:
     gone = [client for client in forgotten if not auditor.has_images(client)]
     if gone:
         raise UserError(
-            f"the images of {named(gone)} are gone (forget.purge): what a model knows of them cannot be measured"
+            f"the images of {run.named(gone)} are gone (forget.purge): what a model knows of them cannot be measured"
         )
 
 
@@ -122,7 +122,7 @@ def announcement(run: Run, forgotten: Sequence[int], count: int) -> str:
     each = [row["seconds"] for row in run.metrics() if row["kind"] == "round" and "seconds" in row]
     cost = f", about {duration(count * rounds * statistics.median(each))} of training in all" if each else ""
     return (
-        f"{_models(count)} to train without {named(forgotten)}, {rounds} rounds each{cost}. "
+        f"{_models(count)} to train without {run.named(forgotten)}, {rounds} rounds each{cost}. "
         "They are kept: an audit that is interrupted goes on, and the next one finds them."
     )
 

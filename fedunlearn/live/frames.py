@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedunlearn.errors import UserError
+from fedunlearn.naming import name_of
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.uncertainty import memorisation_gap
 
@@ -30,30 +31,32 @@ def frame(rows: Sequence[Mapping[str, Any]], *, index: str, columns: Sequence[st
     return DataFrame(list(rows), columns=list(names)).set_index(index)
 
 
-def of_rounds(rows: Sequence[Mapping[str, Any]]) -> "DataFrame":
+def of_rounds(rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> "DataFrame":
     """Make the table of rounds from rows of `metrics.jsonl`: accuracies are fractions, and NaN where nobody measured.
 
-    A column `client_3` has the class accuracy on the training images of client 3, also when it is forgotten.
+    A column `client_3`, or `client_hospital_b` where clients have names, has the class accuracy on the training images
+    of a client, also when it is forgotten.
     """
     rounds = [row for row in rows if row["kind"] == "round"]
-    names = sorted({client for row in rounds for client in _of_clients(row)}, key=int)
+    clients = sorted({client for row in rounds for client in _of_clients(row)}, key=int)
+    columns = {client: f"client_{names[int(client)] if int(client) < len(names) else client}" for client in clients}
     table = [
         {
             "round": row["round"],
             **_of_round(row),
-            **{f"client_{name}": _of_clients(row).get(name, NAN) for name in names},
+            **{column: _of_clients(row).get(client, NAN) for client, column in columns.items()},
         }
         for row in rounds
     ]
     return frame(table, index="round", columns=[*OF_A_ROUND, *OF_FORGOTTEN, "seconds"])
 
 
-def of_requests(requests: Sequence[Request]) -> "DataFrame":
+def of_requests(requests: Sequence[Request], names: Sequence[str] = ()) -> "DataFrame":
     """Make the table of requests, with the accuracies before and after each that is completed."""
     table = [
         {
             "request": request.id,
-            "clients": ", ".join(map(str, request.clients)),
+            "clients": ", ".join(name_of(client, names) for client in request.clients),
             "state": str(request.state),
             "received": request.received_at,
             **{name: request.detail.get(name) for name in ("strategy", "round", "seconds")},

@@ -161,14 +161,17 @@ class LiveRun:
         Columns are `train_loss`, `train_accuracy`, `retain_accuracy`, `test_accuracy`, `client_id_accuracy`,
         `forget_accuracy`, `memorisation_gap`, `seconds`, and `client_3` for the images of client 3.
         """
-        return frames.of_rounds(self.rows())
+        if not self._has_begun():
+            return frames.of_rounds([])
+        with self.opened() as found:
+            return frames.of_rounds(found.metrics(), found.config.partition.names)
 
     def requests(self) -> "DataFrame":
         """Give a table with a row a request: its state, and accuracies before and after it."""
         if not self._has_begun():
             return frames.of_requests([])
         with self.opened() as found:
-            return frames.of_requests(found.ledger.requests())
+            return frames.of_requests(found.ledger.requests(), found.config.partition.names)
 
     def rows(self) -> list[dict[str, Any]]:
         """Read the rows of `metrics.jsonl`; none before the run has begun."""
@@ -184,7 +187,7 @@ class LiveRun:
 
         with self.opened() as found:
             asked = marks(found.ledger.requests(), found.ledger.events())
-            return shown(accuracy_figure(found.metrics(), asked))
+            return shown(accuracy_figure(found.metrics(), asked, None, found.config.partition.names))
 
     def report(self) -> Page:
         """Write the run's report anew, and give the page."""
@@ -240,7 +243,8 @@ class LiveRun:
         of its own applies it now.
 
         Args:
-            clients: their numbers; none, with one of the next three, for all clients that have such images.
+            clients: their numbers, or names where they have some. With one of the next three, none means all clients that
+                have such images.
             classes: images of these classes alone, by name or number.
             patients: images of these patients alone.
             examples: file with the names of the images that alone are meant, one a line.
@@ -273,7 +277,7 @@ class LiveRun:
         requests = self._command(["forget", *words, "--wait", "--json"], deadline=deadline, quiet=quiet)
         return Receipt(self._receipt_of(requests[-1]["id"]))
 
-    def request(self, clients: Sequence[int], *, by: str = "", right: str = "") -> "RequestHandle":
+    def request(self, clients: Sequence[int | str], *, by: str = "", right: str = "") -> "RequestHandle":
         """Ask for clients to be forgotten, and go on at once; `follow()` of the result waits.
 
         A live run takes the request at its next round boundary. Else nobody does, until somebody serves the run.
@@ -281,7 +285,8 @@ class LiveRun:
         Raises:
             UserError: there is no such client, or the run has no sound checkpoint to forget from.
         """
-        return Run.opened(self.folder).request(clients, by=by, right=right)
+        found = Run.opened(self.folder)
+        return found.request(found.numbers_of(clients), by=by, right=right)
 
     def receipts(self) -> "list[Receipt]":
         """Give the last receipt of every request that has ended."""
@@ -384,9 +389,7 @@ class LiveRun:
         if self._has_begun():
             with self.opened() as found:
                 for request in found.ledger.requests():
-                    facts.append(
-                        (f"request {request.id}", f"clients {', '.join(map(str, request.clients))}: {request.state}")
-                    )
+                    facts.append((f"request {request.id}", f"{found.named(request.clients)}: {request.state}"))
         state = self.state
         if state == RunState.FAILED:
             facts.append(("reason", self._reason()))

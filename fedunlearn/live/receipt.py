@@ -6,7 +6,6 @@ from typing import Any
 from fedunlearn.live.cards import Page, card
 from fedunlearn.runs.ledger import FAILED
 from fedunlearn.runs.statement import Receipt as Content
-from fedunlearn.runs.verdicts import named
 from fedunlearn.runs.verifying import envelope_of, verified
 
 
@@ -41,7 +40,7 @@ class Receipt:
         return [*super().__dir__(), *Content.model_fields]
 
     def __repr__(self) -> str:
-        return f"Receipt({self.request} of run {self.run}, {named(self.clients)}: {self.state}, {self.path})"
+        return f"Receipt({self.request} of run {self.run}, {self.content.who}: {self.state}, {self.path})"
 
     def verify(self, *, key: str = "", log: Path | str | None = None) -> bool:
         """Check the file again, offline.
@@ -75,9 +74,12 @@ class Receipt:
         for one in self.figures:
             if one.before is not None and one.after is not None:
                 facts.append(
-                    (f"class accuracy, {one.of}", f"{one.before:.3f} → {one.after:.3f} ± {one.after_error:.3f}")
+                    (
+                        f"class accuracy, {self.content.shown(one.of)}",
+                        f"{one.before:.3f} → {one.after:.3f} ± {one.after_error:.3f}",
+                    )
                 )
         (signer, *_) = envelope_of(self.path.read_bytes()).signatures
         facts += [("signed with", f"{signer[:16]}…"), ("file", self.path)]
         level = "failed" if self.state in FAILED else "good"
-        return card(f"Receipt {self.request} of run {self.run}, {named(self.clients)}", self.state, facts, level=level)
+        return card(f"Receipt {self.request} of run {self.run}, {self.content.who}", self.state, facts, level=level)
