@@ -38,6 +38,6 @@ def test_a_run_trains_on_it(tmp_path):
             main(["run", "digits", "--engine", "local", f"run={run}", loss, *words])
         assert ended.value.code == 0
     mine, paper = (fedunlearn.open_run(run, home=str(tmp_path)) for run in ("mine", "paper"))
-    assert 0 < mine.metrics()[0]["loss"] < paper.metrics()[0]["loss"]
+    assert 0 < mine.rows()[0]["loss"] < paper.rows()[0]["loss"]
     a, b = (run.model().state_dict()["class_head.out.weight"] for run in (mine, paper))
     assert not torch.equal(a, b)

@@ -72,7 +72,8 @@ def test_it_forgets_a_client_and_the_receipt_says_how(tmp_path):
     with pytest.raises(SystemExit) as ended:
         main([*command, f"strategy={__name__}:RandomLabels", *words])
     assert ended.value.code == 0
-    (request,) = fedunlearn.open_run("mine", home=str(tmp_path)).ledger.requests()
+    with fedunlearn.open_run("mine", home=str(tmp_path)).opened() as run:
+        (request,) = run.ledger.requests()
     assert request.state == "COMPLETED"
     assert 0 <= request.detail["accuracy_on_random_labels"] <= 1
     assert request.detail["costs"]["unlearn"]["queries"] == 1

@@ -10,7 +10,7 @@ import fedunlearn
 from fedunlearn.cli import main
 
 
-def predicted(run: fedunlearn.Run, images: np.ndarray) -> list[str]:
+def predicted(run: fedunlearn.LiveRun, images: np.ndarray) -> list[str]:
     """Name the most probable class of each image, uint8 [N, H, W, channels]."""
     names = run.class_names()
     return [names[k] for k in run.predict(images).argmax(1).tolist()]

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from fedunlearn.federation.handle import Federation, ForgetSet
     from fedunlearn.federation.strategy import Strategy
     from fedunlearn.federation.tasks import Update, client_task
-    from fedunlearn.runs.home import open_run
+    from fedunlearn.live.handle import LiveRun
+    from fedunlearn.live.starting import open_run, run
     from fedunlearn.runs.run import Run
 
 _PUBLIC = {
@@ -23,6 +24,7 @@ _PUBLIC = {
     "Config": "fedunlearn.config",
     "Federation": "fedunlearn.federation.handle",
     "ForgetSet": "fedunlearn.federation.handle",
+    "LiveRun": "fedunlearn.live.handle",
     "NotNowError": "fedunlearn.errors",
     "Run": "fedunlearn.runs.run",
     "Settings": "fedunlearn.config",
@@ -31,7 +33,8 @@ _PUBLIC = {
     "UserError": "fedunlearn.errors",
     "client_task": "fedunlearn.federation.tasks",
     "compose": "fedunlearn.config",
-    "open_run": "fedunlearn.runs.home",
+    "open_run": "fedunlearn.live.starting",
+    "run": "fedunlearn.live.starting",
 }
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "Config",
     "Federation",
     "ForgetSet",
+    "LiveRun",
     "NotNowError",
     "Run",
     "Settings",
@@ -49,6 +53,7 @@ __all__ = [
     "client_task",
     "compose",
     "open_run",
+    "run",
 ]
 
 

@@ -361,8 +361,9 @@ def report(
         kind, counts = strategy_class(config.strategy), auditor.class_counts(portions=found.ledger.portions(TAKEN_UP))
         words: dict[str, Any] = {"label": kind.label, "own_settings": kind.Settings}
         with opened(retrained, home) if retrained else nullcontext() as other:
-            path = page.write(found, counts, auditor.class_names, **words, retrained=other)
-            compared = page.comparison(found, other) if other else []
+            others = [other] if other else []
+            path = page.write(found, counts, auditor.class_names, **words, retrained=others)
+            compared = page.comparison(found, others)
         print(page.summary(found, counts))
         for verdict in compared:
             print(f"{verdict.title}: {verdict.text}")

@@ -9,7 +9,7 @@ import pytest
 from fedunlearn.apps import demo
 from fedunlearn.errors import UserError
 from fedunlearn.log import set_up
-from fedunlearn.runs.home import open_run
+from fedunlearn.runs.home import log_of, open_run
 from fedunlearn.runs.ledger import State
 
 APP = Path(__file__).parent.parent / "simulations" / "digits" / "pyproject.toml"
@@ -45,4 +45,4 @@ def test_a_retrained_model_that_fails_is_told(home, monkeypatch):
     monkeypatch.setattr(demo, "RETRAINED", ["rounds=no"])
     with pytest.raises(UserError, match=r"demo-retrained failed: see .*demo-retrained\.log"):
         demo.demonstrate("demo")
-    assert "rounds=no" in demo.log_of("demo-retrained", "").read_text()
+    assert "rounds=no" in log_of(home, "demo-retrained").read_text()

@@ -11,7 +11,6 @@ import pytest
 from pydantic import Field
 
 from command_line import command
-from fedunlearn import open_run
 from fedunlearn.apps import asking
 from fedunlearn.apps.server_app import prepared
 from fedunlearn.config import Config
@@ -19,6 +18,7 @@ from fedunlearn.config import Settings as CheckedSettings
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import Strategy, chosen
 from fedunlearn.runs import door
+from fedunlearn.runs.home import open_run
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.lock import LockedError, lock
 from local_grid import LocalGrid, equal

@@ -186,7 +186,7 @@ def test_a_retrained_run_may_number_portions_otherwise(federate):
     ledger.close()
     for rounds in (1, 2):
         federate(f"rounds={rounds} strategy=leave run=never")
-    found = comparison(federate.run(), federate.run("never"))
+    found = comparison(federate.run(), [federate.run("never")])
     assert len(found) == 2
     ours, theirs = (federate.run(name).metrics()[-1]["forgotten"] for name in ("test", "never"))
     assert f"{theirs['5']['class']:.2f}" in found[0].text

@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.superlink import superlink
 from command_line import command
-from fedunlearn import open_run
 from fedunlearn.apps import signals
+from fedunlearn.runs.home import open_run
 from fedunlearn.runs.ledger import State
 
 SMALL = ["clients=4", "data.limit=200", "data.test_limit=40", "train.client_head_steps=20", "strategy=leave"]

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 
+from fedunlearn.apps import reports
 from fedunlearn.apps.simulate import Resources, app_folder, simulate
 from fedunlearn.config import compose, state_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
-from fedunlearn.federation.strategy import strategy_class
 from fedunlearn.log import ROUNDS
 from fedunlearn.runs import report
-from fedunlearn.runs.home import open_run, runs_folder
+from fedunlearn.runs.home import log_of, open_run, runs_folder
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.run import last_round
 
@@ -61,7 +61,9 @@ def demonstrate(name: str, home: str = "") -> Path:
             raise UserError(f"request {failed[0].id} is {failed[0].state}: {failed[0].detail.get('reason', '')}")
         log.info("waiting for the model that is retrained without client %d", CLIENT)
         if other.wait():
-            raise UserError(f"the run {name}-retrained failed: see {log_of(name + '-retrained', config.home)}")
+            raise UserError(
+                f"the run {name}-retrained failed: see {log_of(state_home(config.home), name + '-retrained')}"
+            )
     return compared(name, config.home)
 
 
@@ -82,7 +84,7 @@ def retraining(name: str, home: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process that trains the run in which the client never takes part."""
     words = [*RETRAINED, f"run={name}", *([f"home={home}"] if home else [])]
     command = [sys.executable, "-m", "fedunlearn", "run", APP, *words, "--engine", "local"]
-    file = log_of(name, home)
+    file = log_of(state_home(home), name)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -92,11 +94,6 @@ def retraining(name: str, home: str) -> Iterator[subprocess.Popen[bytes]]:
         if process.poll() is None:
             process.terminate()
             process.wait()
-
-
-def log_of(name: str, home: str) -> Path:
-    """Give the file that the other process writes its lines to."""
-    return state_home(home) / "logs" / f"{name}.log"
 
 
 @contextmanager
@@ -126,16 +123,8 @@ def compared(name: str, home: str) -> Path:
     """Write the run's report beside the retrained model's, say what it found, and give its path."""
     run, retrained = (open_run(each, home=home) for each in (name, f"{name}-retrained"))
     try:
-        auditor, kind = Auditor(run.config.model_copy(update={"home": home})), strategy_class(run.config.strategy)
-        page = report.write(
-            run,
-            auditor.class_counts(),
-            auditor.class_names,
-            label=kind.label,
-            own_settings=kind.Settings,
-            retrained=retrained,
-        )
-        for verdict in report.comparison(run, retrained):
+        page = reports.write(run, [retrained])
+        for verdict in report.comparison(run, [retrained]):
             log.info("%s. %s", verdict.title, verdict.text)
         return page
     finally:

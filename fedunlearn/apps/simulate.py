@@ -5,58 +5,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedunlearn.apps.resources import Resources
 from fedunlearn.apps.signals import patience, stopped_by_signals
 from fedunlearn.errors import UserError
 
 RAY_SECONDS = 120
 WORK = Callable[[Grid], object]
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a simulation runs on.
-
-    Attributes:
-        engine: `ray` (several worker processes), or `local` (this process alone, ready at once).
-        nodes: virtual nodes.
-        cpus: of a node while it works; with `workers` all of them.
-        gpus: GPU fraction of a node while it works.
-        workers: Ray's worker processes; 0 for as many as the machine's CPUs hold.
-    """
-
-    engine: str = "ray"
-    nodes: int = 10
-    cpus: int = 1
-    gpus: float = 0.0
-    workers: int = 0
-
-    def check(self) -> None:
-        """Raise UserError for what no simulation can have."""
-        if self.engine not in ("ray", "local"):
-            raise UserError(f"--engine {self.engine} is not one of ray, local")
-        if self.nodes < 1:
-            raise UserError(f"--nodes {self.nodes} is too few: a simulation has at least 1")
-        if self.cpus < 1:
-            raise UserError(f"--cpus {self.cpus} is too few: a node needs at least 1")
-        if self.workers < 0:
-            raise UserError(f"--workers {self.workers} is too few: 0 takes as many as the CPUs hold")
-        if self.gpus < 0:
-            raise UserError(f"--gpus {self.gpus:g} is too few: 0 takes none")
-        here = os.cpu_count() or 1
-        if self.engine == "ray" and self.cpus > here and not os.environ.get("RAY_ADDRESS"):
-            raise UserError(f"--cpus {self.cpus} of a node: this machine has {here} in all")
-        if self.gpus:
-            import torch
-
-            if not torch.cuda.is_available():
-                raise UserError(f"--gpus {self.gpus:g}: there is no GPU here, leave it out")
 
 
 def simulate(work: WORK, resources: Resources, *, way_on: Callable[[], str], verbose: bool = False) -> None:

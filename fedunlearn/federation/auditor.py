@@ -6,10 +6,12 @@ import numpy as np
 
 from fedunlearn.build import Images, fingerprints_of
 from fedunlearn.config import Config
+from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.data.selection import Portion
 from fedunlearn.federation.client import NO_PORTIONS, ClientRuntime
 from fedunlearn.federation.messages import Tensors
-from fedunlearn.nn.evaluate import Counts
+from fedunlearn.federation.server_data import NOBODY
+from fedunlearn.nn.evaluate import Counts, Predictions, predict
 
 
 class Auditor:
@@ -38,6 +40,16 @@ class Auditor:
         model = self._runtime.model
         model.load_state_dict(params)
         return self._runtime.client(client, 0, portions=portions).evaluate(model)
+
+    def predictions(self, params: Tensors, clients: Sequence[int], *, most: int) -> Predictions:
+        """Give a model's predictions on the clients' images: on all, or on `most` at random, always the same."""
+        runtime = self._runtime
+        runtime.model.load_state_dict(params)
+        places = np.concatenate([runtime.slices[client] for client in clients])
+        chosen = np.sort(np.random.default_rng(0).permutation(places)[:most])
+        size = evaluation_batch(runtime.config.train.batch_size, runtime.device)
+        images = batches(runtime.dataset.train, chosen, NOBODY, batch_size=size, device=runtime.device)
+        return predict(runtime.model, images, precision=runtime.config.train.precision)
 
     def class_counts(
         self, clients: Sequence[int] | None = None, portions: Mapping[int, Portion] = NO_PORTIONS

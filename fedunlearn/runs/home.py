@@ -29,12 +29,13 @@ log = getLogger("fedunlearn")
 
 OPERATIONAL = ("timeout", "window", "track")  # they change no result: a run may be resumed with others
 SAME = ("clients", "data.", "partition.", "model.")  # settings that a fork must share with the run it goes on from
+RETRAINED = "retrained-"  # how names of runs begin that only serve to be compared with
 MOST_NAMED = 5  # clients whose images have changed
 PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
 
 
 def open_run(name: str | None = None, *, home: str = "") -> Run:
-    """Open a run to look at it and to ask for something.
+    """Open a run's folder to look at it and to ask for something; `fedunlearn.open_run` gives a handle for people.
 
     Args:
         name: of the run; without one the live run, else the newest finished one.
@@ -44,13 +45,15 @@ def open_run(name: str | None = None, *, home: str = "") -> Run:
         UserError: there is no such run.
 
     Example:
-        `fedunlearn.open_run("demo").request([3])`
+        `open_run("demo").request([3])`
     """
     return Run.opened(find_run(state_home(home), name))
 
 
 def find_run(home: Path, name: str | None) -> Path:
     """Find the folder of the run `name`; without one, of the live run, else of the newest finished one.
+
+    Models that an audit has retrained are found by name alone.
 
     Raises:
         UserError: with the runs that there are.
@@ -60,7 +63,9 @@ def find_run(home: Path, name: str | None) -> Path:
         if not (folder / "run.json").exists():
             raise UserError(f"no run {name} in {runs_folder(home)}: there are {_names(all_runs(home))}")
         return folder
-    newest_first = [folder for folder in all_runs(home)[::-1] if created_of(folder)]
+    newest_first = [
+        folder for folder in all_runs(home)[::-1] if created_of(folder) and not folder.name.startswith(RETRAINED)
+    ]
     live = [folder for folder in newest_first if is_locked(folder)]
     if len(live) > 1:
         raise UserError(f"{len(live)} runs are live: name one with --run ({_names(live)})")
@@ -76,6 +81,11 @@ def find_run(home: Path, name: str | None) -> Path:
 def runs_folder(home: Path) -> Path:
     """Say where runs lie in a state folder."""
     return home / "runs"
+
+
+def log_of(home: Path, name: str) -> Path:
+    """Say where a process in the background writes its lines about a run to."""
+    return home / "logs" / f"{name}.log"
 
 
 def all_runs(home: Path) -> list[Path]:

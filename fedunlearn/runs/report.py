@@ -33,6 +33,7 @@ MAY_DIFFER = (
     "home",
     "fork",
     "data.root",
+    "seed",
     "strategy",
     "unlearn",
     "forget.",
@@ -70,7 +71,7 @@ def write(
     *,
     label: str = "",
     own_settings: type[BaseModel] | None = None,
-    retrained: Run | None = None,
+    retrained: Sequence[Run] = (),
 ) -> Path:
     """Write `report/index.html`; returns its path.
 
@@ -79,10 +80,10 @@ def write(
         class_names: K names.
         label: what people call the strategy; by default the name that the settings have.
         own_settings: the strategy's `Settings`, for what they mean and which differ from their defaults.
-        retrained: the run in which the forgotten clients never took part, to be compared with.
+        retrained: runs in which the forgotten clients never took part, to be compared with; the first is drawn.
 
     Raises:
-        UserError: they did take part in it, or it was trained on other data.
+        UserError: they did take part in one of them, or it was trained on other data.
     """
     class_counts = known_class_counts(run, class_counts)
     config, requests, rows, events = run.config, run.ledger.requests(), run.metrics(), run.ledger.events()
@@ -103,7 +104,7 @@ def write(
         created=readable(run.about()["created"]),
         trained=current.round if current else 0,
         verdicts=[*found, *(comparison(run, retrained) if retrained else [])],
-        has_retrained=retrained is not None,
+        has_retrained=bool(retrained),
         cards=[card(run, request, levels[request.id], rows, events, class_counts) for request in requests],
         now=now and score_table([now], [], class_counts),
         has_forgotten=counted > 0,
@@ -115,18 +116,32 @@ def write(
         changed=changed,
         unchanged=unchanged,
         split=None if class_counts is None else embedded(split_figure(class_counts, class_names, names)),
-        accuracy=embedded(accuracy_figure(rows, marks(requests, events), retrained and retrained.metrics(), names)),
+        accuracy=embedded(
+            accuracy_figure(rows, marks(requests, events), retrained[0].metrics() if retrained else None, names)
+        ),
     )
     path = run.folder / "report" / "index.html"
     write_atomically(path, encoded(page))
     return path
 
 
-def comparison(run: Run, retrained: Run) -> list[Verdict]:
-    """Compare what is left of forgotten clients with the retrained model, a verdict a request that was applied.
+def comparison(run: Run, retrained: Sequence[Run]) -> list[Verdict]:
+    """Compare what is left of forgotten clients with retrained models, a verdict a request that was applied.
 
     Raises:
-        UserError: the other run is no retrained model: the clients took part, or it has other data or settings.
+        UserError: another run is no retrained model: the clients took part, or it has other data or settings.
+    """
+    rows, others = run.metrics(), [rows_of_retrained(run, other) for other in retrained]
+    applied = [request for request in run.ledger.requests() if request.state in FORGOTTEN]
+    found = (beside_retrained(request, rows, *others, names=run.names()) for request in applied)
+    return [verdict for verdict in found if verdict]
+
+
+def rows_of_retrained(run: Run, retrained: Run) -> list[dict[str, Any]]:
+    """Give the metrics of a retrained model, with the numbers that portions of clients have in the run.
+
+    Raises:
+        UserError: it is none: the clients took part, or it has other data or settings.
     """
     if others := changed(run, retrained.about()["data"]):
         raise UserError(f"run {retrained.name} was trained on other data than run {run.name} ({others})")
@@ -145,11 +160,8 @@ def comparison(run: Run, retrained: Run) -> list[Verdict]:
         raise UserError(f"run {retrained.name} is no retrained model: {run.named(took_part[:1])} took part in it")
     if further := sorted(their_own[meant] for meant in their_own.keys() - mine.keys()):
         raise UserError(f"run {retrained.name} is no retrained model: it is without {retrained.named(further[:1])} too")
-    rows, names = run.metrics(), run.names()
     numbers = {str(number): str(mine[meant]) for meant, number in their_own.items()}
-    theirs_as_ours = [renumbered(row, numbers) for row in retrained.metrics()]
-    found = (beside_retrained(request, rows, theirs_as_ours, names) for request in applied)
-    return [verdict for verdict in found if verdict]
+    return [renumbered(row, numbers) for row in retrained.metrics()]
 
 
 def renumbered(row: dict[str, Any], numbers: Mapping[str, str]) -> dict[str, Any]:

@@ -46,8 +46,8 @@ class Run:
         listeners: called with every row that is recorded.
 
     Example:
-        >>> import fedunlearn
-        >>> run = fedunlearn.open_run("demo")  # doctest: +SKIP
+        >>> from fedunlearn.runs.home import open_run
+        >>> run = open_run("demo")  # doctest: +SKIP
         >>> run.metrics()[-1]["test"]["class"]  # doctest: +SKIP
         0.95
     """
@@ -236,7 +236,7 @@ class Run:
 
     def class_names(self) -> list[str]:
         """List the names of the K classes, in the order of the model's outputs."""
-        return self.about()["images"]["class_names"]  # `images` would import torch
+        return list(self.about()["images"]["class_names"])  # `images` would import torch
 
     def predict(self, images: "np.ndarray") -> "Tensor":
         """Predict the classes of images with the current model.

@@ -1,5 +1,6 @@
 """What became of every forget request, in a sentence or two that anybody can read."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -94,38 +95,42 @@ def verdicts(
 def beside_retrained(
     request: Request,
     rows: Sequence[dict[str, Any]],
-    retrained: Sequence[dict[str, Any]],
+    *retrained: Sequence[dict[str, Any]],
     names: Sequence[str] = (),
 ) -> Verdict | None:
-    """Say whether the model knows a request's clients as well as the retrained model does, in the last common round.
+    """Say whether the model knows a request's clients as well as retrained models do, in the last common round.
+
+    Retrained models of other seeds differ among each other. So the error of their mean is at least their standard
+    deviation: the model is like them where it could be one more of them.
 
     Args:
         request: that was applied.
         rows: of `metrics.jsonl`.
-        retrained: the same of the run in which the clients never took part.
+        retrained: the same of each run in which the clients never took part.
         names: of all clients by number, where they have names.
 
     Returns:
-        None where the two were never evaluated after the same round, or nobody measured the clients.
+        None where they were never all evaluated after the same round, or nobody measured the clients.
     """
-    ours, theirs = ({row["round"]: row for row in each if "test" in row} for each in (rows, retrained))
+    ours, *others = ({row["round"]: row for row in each if "test" in row} for each in (rows, *retrained))
     ours = {round_: row for round_, row in ours.items() if round_ > request.detail["round"]}
     if "after" in request.detail:
         ours = {request.detail["completed_round"]: request.detail["after"], **ours}
     clients = [str(client) for client in request.clients]
     common = [
         round_
-        for round_ in ours.keys() & theirs.keys()
-        if all(client in each[round_]["forgotten"] for client in clients for each in (ours, theirs))
+        for round_ in ours.keys() & set.intersection(*(set(each) for each in others))
+        if all(client in each[round_]["forgotten"] for client in clients for each in (ours, *others))
     ]
     if not common:
         return None
     last = max(common)
-    found, expected = (_of_clients(clients, each[last]) for each in (ours, theirs))
-    tested, aim = (fraction(each[last]["test"]["class"], each[last]["test"]["examples"]) for each in (ours, theirs))
+    found, expected = _of_clients(clients, ours[last]), _mean([_of_clients(clients, each[last]) for each in others])
+    tested, aim = _of_test(ours[last]), _mean([_of_test(each[last]) for each in others])
     whom, several = named(request.clients, names), len(request.clients) > 1
+    models = "a model that was" if len(others) == 1 else f"{len(others)} models that were"
     text = (
-        f"After round {last} a model that was retrained without {whom} gets {expected.short()} of "
+        f"After round {last} {models} retrained without {whom} get{'s' * (len(others) == 1)} {expected.short()} of "
         f"{_theirs(several)} images right, and this one {found.short()}. Of the test images they get {aim.short()} and "
         f"{tested.short()}."
     )
@@ -138,7 +143,22 @@ def beside_retrained(
         return Verdict(f"{text} This one forgot too much.", Level.WARNING, "Forgets too much")
     if (tested - aim).is_below_zero:
         return Verdict(f"{text} This one has lost more than that.", Level.WARNING, "Forgotten, at a price")
-    return Verdict(f"{text} By that the two cannot be told apart.", Level.GOOD, "Like the retrained model")
+    return Verdict(
+        f"{text} By that {'the two' if len(others) == 1 else 'they'} cannot be told apart.",
+        Level.GOOD,
+        "Like the retrained model",
+    )
+
+
+def _of_test(row: Mapping[str, Any]) -> Estimate:
+    return fraction(row["test"]["class"], row["test"]["examples"])
+
+
+def _mean(each: Sequence[Estimate]) -> Estimate:
+    """Estimate what a further model of the same kind would get, from models that were measured on the same images."""
+    spread = statistics.stdev(one.value for one in each) if len(each) > 1 else 0.0
+    error = statistics.fmean(one.error for one in each)
+    return Estimate(statistics.fmean(one.value for one in each), max(spread, error))
 
 
 def _of_clients(clients: Sequence[str], row: Mapping[str, Any]) -> Estimate:

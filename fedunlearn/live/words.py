@@ -1,0 +1,59 @@
+"""Settings as Python has them, as the words that a command takes."""
+
+from collections.abc import Iterator, Mapping
+from os import PathLike, fspath
+from typing import Any
+
+from fedunlearn.config import Config
+from fedunlearn.errors import UserError
+from fedunlearn.schema import nearest_of, setting_names
+
+
+def words_of(settings: Mapping[str, Any], *, options: tuple[str, ...] = ()) -> list[str]:
+    """Write settings as words `name=value`.
+
+    Args:
+        settings: by name; those of a group are a mapping of their own, or have dotted names.
+        options: what else there is to name, for a hint at what was meant.
+
+    Raises:
+        UserError: a name is no setting; it has the nearest that is one.
+
+    Example:
+        >>> words_of({"rounds": 8, "model": {"width": 8}, "forget.schedule": {6: [3]}})
+        ['rounds=8', 'model.width=8', 'forget.schedule={6:[3]}']
+    """
+    known = setting_names(Config)
+    pairs = [pair for name, value in settings.items() for pair in _flat(name, value)]
+    for name, _ in pairs:
+        if name not in known and not name.startswith("unlearn."):
+            raise UserError(f"{name} is no setting{nearest_of(name, [*known, *options])}")
+    return [f"{name}={_text(value, quoted=name.startswith('unlearn.'))}" for name, value in pairs]
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings of a group one by one; a mapping with free keys, such as forget.schedule, stays whole."""
+    if isinstance(value, Mapping) and (name == "unlearn" or name in _groups()):
+        for key, below in value.items():
+            yield from _flat(f"{name}.{key}", below)
+    else:
+        yield name, value
+
+
+def _groups() -> set[str]:
+    return {name.rpartition(".")[0] for name in setting_names(Config) if "." in name}
+
+
+def _text(value: Any, *, quoted: bool) -> str:
+    """Write a value in Hydra's grammar; a text that Hydra could take for something else is quoted."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_text(below, quoted=True)}" for key, below in value.items()) + "}"
+    if isinstance(value, list | tuple | range):
+        return "[" + ",".join(_text(each, quoted=True) for each in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    if isinstance(value, str | PathLike) and quoted:
+        return "'" + fspath(value).replace("'", r"\'") + "'"
+    return str(value)
