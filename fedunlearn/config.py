@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
-from fedunlearn.owners import named_settings, settled
+from fedunlearn.owners import OWNED, named_settings, settled
 from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, name_of, validated
 from fedunlearn.words import for_hydra, put, split_words, texts_of, unquoted, with_scale
 
@@ -25,8 +25,6 @@ Precision = Literal["bf16", "fp32"]
 Scale = Literal["auto", "full", "laptop"]
 OWN_DATA = ("folder", "medmnist", "npz", "hf", "table")
 """Data sets that are not public, or made of what is not."""
-OWNED = ("folders", "file", "column")
-"""Partitions in which the images' owners are known."""
 OURS = ("resnet18", "small_cnn")
 """Networks with `model.width` and `model.norm`."""
 RUN_NAME = r"\w[\w.-]*"

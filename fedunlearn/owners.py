@@ -12,6 +12,9 @@ from fedunlearn.schema import check_text
 from fedunlearn.schema import name_of as setting_of
 from fedunlearn.words import read_texts, unquoted
 
+OWNED = ("folders", "file", "column")
+"""Partitions in which the images' owners are known."""
+
 NAMING = ("forget.schedule", "forget.keys", "readmit", "partition.names")
 """Settings in which clients may be named."""
 
@@ -51,8 +54,10 @@ def settled(
         if split["kind"] not in ("dirichlet", "file"):
             raise UserError(f"partition.file says who owns an image, and partition.kind={split['kind']} too: give one")
         split["kind"] = "file"
+    if split.get("names") and split.get("kind") not in OWNED:
+        raise UserError("partition.names is for owners: partition.kind=folders, file or column")
     names = _kept(runs, values.get("run"), values.get("fork"))
-    if not names and split.get("kind") in ("folders", "file", "column"):
+    if not names and split.get("kind") in OWNED:
         names = _chosen(split.get("names") or [], clients_of(values))
         check_names(names)
         if "clients" in asked and values["clients"] != len(names):

@@ -293,6 +293,16 @@ def test_a_limit_holds_for_each_client(tree):
     assert [np.bincount(data.train.labels[own]).tolist() for own in data.slices] == [[2, 2]] * 3
 
 
+def test_labels_and_images_of_several_clients_are_in_one_order(tree):
+    data = opened(tree)
+    own, others, files = data.belongings([2, 0], data.slices)
+    assert (len(own.labels), len(others), len(files)) == (24, 12, 24)
+    for place, file in enumerate(files):
+        with Image.open(file) as image:
+            assert (own.images[place] == np.asarray(image)).all()
+        assert data.class_names[own.labels[place]] == file.parent.name
+
+
 def test_rows_that_lie_in_several_files_are_read_like_those_of_one():
     pieces = [np.arange(6).reshape(3, 2), np.empty((0, 2), int), np.arange(6, 10).reshape(2, 2)]
     whole = np.concatenate(pieces)
@@ -360,6 +370,8 @@ def test_a_run_may_have_some_of_the_owners_in_an_order_of_its_own(home, digits, 
     assert own_files(data)["c"][0] == "c/no/0.png"
     with pytest.raises(UserError, match="no client is called 'd'"):
         settings(digits, tree, "partition.names=[d,a]")
+    with pytest.raises(UserError, match=r"partition\.names is for owners"):
+        compose(digits, "partition.names=[a,c]")
 
 
 def test_a_table_of_owners_needs_no_kind_and_bears_no_other(home, digits, tree):

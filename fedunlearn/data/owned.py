@@ -183,7 +183,7 @@ class OwnedDataset(Dataset):
         named = [*(part.classes for part in self.parts), *(about["classes"] for about in here)]
         self.class_names = sorted({name for names in named for name in names})
         if len(self.class_names) < 2:
-            raise UserError(f"data.root={source} has {len(self.class_names)} class of images: at least 2 are needed")
+            raise UserError(f"data.root={source} has images of {len(self.class_names)} class: at least 2 are needed")
 
     @property
     def clients(self) -> list[str]:
@@ -244,7 +244,7 @@ class OwnedDataset(Dataset):
             each = [part.split(split).images for part in chosen for split in SPLITS if part.count(split)]
             return np.concatenate([np.empty((0, self._size, self._size, 3), np.uint8), *each])
 
-        own = [(c, split) for c in clients for split in SPLITS if self.parts[c].count(split)]
+        own = [(c, split) for c in sorted(clients) for split in SPLITS if self.parts[c].count(split)]
         labels = [self._labels(split, c) for c, split in own]
         files = [file for c, split in own for file in self.parts[c].files(split)]
         images = Split(images_of(True), np.concatenate([np.empty(0, np.int64), *labels]))
@@ -481,6 +481,6 @@ def _opened(folder: Path, split: str) -> Split:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    new = file.with_suffix(".new")
+    new = file.with_name(f".{file.name}.{os.getpid()}")  # another process may write the same
     new.write_text(json.dumps(content))
     os.replace(new, file)

@@ -164,14 +164,14 @@ class LiveRun:
         if not self._has_begun():
             return frames.of_rounds([])
         with self.opened() as found:
-            return frames.of_rounds(found.metrics(), found.config.partition.names)
+            return frames.of_rounds(found.metrics(), found.names())
 
     def requests(self) -> "DataFrame":
         """Give a table with a row a request: its state, and accuracies before and after it."""
         if not self._has_begun():
             return frames.of_requests([])
         with self.opened() as found:
-            return frames.of_requests(found.ledger.requests(), found.config.partition.names)
+            return frames.of_requests(found.ledger.requests(), found.names())
 
     def rows(self) -> list[dict[str, Any]]:
         """Read the rows of `metrics.jsonl`; none before the run has begun."""
@@ -187,7 +187,7 @@ class LiveRun:
 
         with self.opened() as found:
             asked = marks(found.ledger.requests(), found.ledger.events())
-            return shown(accuracy_figure(found.metrics(), asked, None, found.config.partition.names))
+            return shown(accuracy_figure(found.metrics(), asked, None, found.names()))
 
     def report(self) -> Page:
         """Write the run's report anew, and give the page."""
@@ -243,8 +243,8 @@ class LiveRun:
         of its own applies it now.
 
         Args:
-            clients: their numbers, or names where they have some. With one of the next three, none means all clients that
-                have such images.
+            clients: their numbers, or names where they have some. With one of the next three, none means all clients
+                that have such images.
             classes: images of these classes alone, by name or number.
             patients: images of these patients alone.
             examples: file with the names of the images that alone are meant, one a line.
