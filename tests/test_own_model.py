@@ -13,6 +13,7 @@ import factories
 from fedunlearn import build, config
 from fedunlearn.apps import client_app, server_app
 from fedunlearn.errors import UserError
+from fedunlearn.federation.server_data import ServerData
 from fedunlearn.nn.model import TwoHeadModel, TwoHeadResNet18
 from fedunlearn.nn.networks import network_of
 from fedunlearn.nn.sgd import LocalSGD
@@ -242,6 +243,12 @@ def test_dropout_draws_the_same_whoever_hosts_a_client(federate):
     for name, value in one.items():
         assert_close(value, three[name], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(one["network.qkv.weight"], none["network.qkv.weight"], atol=1e-4)
+
+
+def test_nothing_drops_out_of_the_servers_loss(home, digits):
+    words = "model=factories:TinyTransformer model.options={dropout:0.9} data.limit=40 data.test_limit=40"
+    server = ServerData(config.compose(digits, words))
+    assert server.loss(server.model, 20) == server.loss(server.model, 20) > 0
 
 
 def test_the_model_of_a_run_is_its_network_and_predicts(federate):
