@@ -21,12 +21,13 @@ from typer.core import TyperCommand
 
 from fedunlearn import __version__
 from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
-from fedunlearn.commands import AsJson, Home, RunName, class_numbers, in_one_line, opened
+from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened
 from fedunlearn.config import Config, compose, state_home, writable_home
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
 from fedunlearn.log import set_up
+from fedunlearn.naming import class_numbers
 from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, runs_folder
 from fedunlearn.runs.ledger import FAILED, TAKEN_UP, Request

@@ -2,16 +2,15 @@
 
 import errno
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fedunlearn.errors import UserError, printable
+from fedunlearn.errors import UserError
 from fedunlearn.runs.home import open_run
 from fedunlearn.runs.run import Run
 from fedunlearn.schema import check_text
@@ -73,20 +72,3 @@ def opened(name: str, home: str) -> Iterator[Run]:
         yield found
     finally:
         found.ledger.close()
-
-
-def class_numbers(texts: list[str], names: Sequence[str]) -> list[int]:
-    """Read the classes that were typed, by name or else by number.
-
-    Raises:
-        UserError: there is no such class; with the nearest name.
-    """
-    return [names.index(text) if text in names else _class_number(text, names) for text in texts]
-
-
-def _class_number(text: str, names: Sequence[str]) -> int:
-    if text.isdecimal() and int(text) < len(names):
-        return int(text)
-    nearest = get_close_matches(text, names, 1)
-    hint = f": did you mean {nearest[0]}?" if nearest else f" or a number in 0..{len(names) - 1}"
-    raise UserError(f"class {printable(text[:40])} is not one of {', '.join(names[:20])}{hint}")

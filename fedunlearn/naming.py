@@ -151,3 +151,25 @@ def _place(text: str, names: Sequence[str]) -> int:
     plain = [normalize("NFC", name) for name in names]
     wanted = normalize("NFC", text.strip())
     return plain.index(wanted) if wanted in plain else -1
+
+
+def class_numbers(texts: Iterable[str], names: Sequence[str]) -> list[int]:
+    """Read the classes that somebody typed, by name or else by number.
+
+    Raises:
+        UserError: there is no such class; with the nearest name.
+
+    Example:
+        >>> class_numbers(["frog", "0"], ["cat", "frog"])
+        [1, 0]
+    """
+    return [names.index(text) if text in names else _class_number(text, names) for text in texts]
+
+
+def _class_number(text: str, names: Sequence[str]) -> int:
+    if text.isdecimal() and len(text) < 10 and int(text) < len(names):
+        return int(text)
+    near = difflib.get_close_matches(text, names, 1)
+    hint = f"did you mean {printable(near[0])}?" if near else f"or give a number in 0..{len(names) - 1}"
+    known = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
+    raise UserError(f"class {printable(text[:40])!r} is not one of {known}: {hint}")

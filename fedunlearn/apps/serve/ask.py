@@ -14,10 +14,10 @@ from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.signed import SignedRequest, action_of, read
 from fedunlearn.runs.timeline import readable
-from fedunlearn.runs.verdicts import named
 from fedunlearn.schema import check_text
 
 MOST_TYPED = 200  # characters in a field
+MOST_NAMED = 20  # clients beside the field
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Asked:
     """What somebody typed.
 
     Attributes:
-        clients: as `3`, or `3, 5`; may be empty where a class or a patient is named.
+        clients: as `3`, `3, 5` or `hospital_b`; may be empty where a class or a patient is named.
         class_: number of the class whose images alone are meant; empty for all classes.
         patient: whose images alone are meant; empty for everybody's.
         by: who asks.
@@ -40,21 +40,17 @@ class Asked:
     right: str = ""
     signed: str = ""
 
-    def numbers(self) -> list[int]:
-        """Give the clients' numbers, each once.
+    def numbers(self, run: Run) -> list[int]:
+        """Give the clients' numbers, each once; none where a class or a patient of all clients is meant.
 
         Raises:
-            UserError: a text is too long or none.
+            UserError: a text is too long or none, or no client is called so.
         """
         for text in (self.clients, self.class_, self.patient, self.by, self.right):
             check_text(text)
             if len(text) > MOST_TYPED:
                 raise UserError(f"{text[:20]}… has {len(text)} characters: a field takes {MOST_TYPED}")
-        words = [word.strip() for word in self.clients.split(",")] if self.clients or not self.selection() else []
-        for word in words:
-            if not re.fullmatch(r"[0-9]{1,9}", word):
-                raise UserError(f"client {word[:20]!r} is not a whole number: type one as 3, or several as 3, 5")
-        return sorted({int(word) for word in words})
+        return sorted(run.numbers_of([self.clients])) if self.clients or not self.selection() else []
 
     def selection(self) -> Selection | None:
         """Give which of the clients' images are meant; None for all.
@@ -85,11 +81,11 @@ def outlook(run: Run, asked: Asked) -> dict[str, Any]:
     """
     from fedunlearn.apps.asking import announcement
 
-    clients, selection = asked.numbers(), asked.selection()
+    clients, selection = asked.numbers(run), asked.selection()
     meant = run.meant(clients, selection)
     run.would_take(asked.signature(), meant, action=action_of(selection))
     return {
-        "whom": whom(clients, selection, run.class_names()),
+        "whom": whom(run, clients, selection),
         "is_whole": not selection,
         "announcement": announcement(run, meant, {}, selection),
         "earlier": run.ledger.covering(meant, selection),
@@ -106,7 +102,7 @@ def file(run: Run, asked: Asked, jobs: Jobs) -> None:
     Raises:
         UserError: it is turned away.
     """
-    clients, selection = asked.numbers(), asked.selection()
+    clients, selection = asked.numbers(run), asked.selection()
     run.meant(clients, selection)
     if is_taken(run):
         run.request(clients, by=asked.by, right=asked.right, signed=asked.signature(), selection=selection)
@@ -115,15 +111,10 @@ def file(run: Run, asked: Asked, jobs: Jobs) -> None:
     jobs.start(run.name, asked.options(), given=asked.signed)
 
 
-def whom(clients: Sequence[int], selection: Selection | None, class_names: Sequence[str]) -> str:
-    """Say who or what is to be forgotten.
-
-    Example:
-        >>> whom([3], Selection((1,)), ["cat", "frog"])
-        'class 1 (frog) of client 3'
-    """
-    who = named(clients) if clients else "all clients"
-    return f"{selection.in_words(class_names)} of {who}" if selection else who
+def whom(run: Run, clients: Sequence[int], selection: Selection | None) -> str:
+    """Say who or what is to be forgotten, as `class 1 (frog) of client 3`."""
+    who = run.named(clients) if clients else "all clients"
+    return f"{selection.in_words(run.class_names())} of {who}" if selection else who
 
 
 def is_taken(run: Run) -> bool:

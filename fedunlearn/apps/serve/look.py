@@ -9,7 +9,6 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.apps.serve.ask import whom
 from fedunlearn.apps.serve.charts import Chart, chart
 from fedunlearn.apps.serve.jobs import Job, Jobs
 from fedunlearn.errors import UserError
@@ -158,13 +157,13 @@ def charts(rows: list[dict[str, Any]], requests: list[Request], rounds: int) -> 
 
 def cards(run: Run, rows: list[dict[str, Any]], requests: list[Request]) -> list[dict[str, Any]]:
     """Gather what the page says of each request, the newest first."""
-    names = run.class_names()
     events, late = run.ledger.events(), {request.id for request in run.ledger.overdue()}
-    said = {verdict.request: verdict for verdict in verdicts(requests, rows, label=run.config.strategy)}
+    found = verdicts(requests, rows, label=run.config.strategy, names=run.names())
+    said = {verdict.request: verdict for verdict in found}
     return [
         {
             "request": request,
-            "who": whom(request.owners, request.selection, names),
+            "who": run.named(request.clients),
             "verdict": said[request.id],
             "due": readable(request.detail["due_at"]),
             "is_open": request.state in OPEN,

@@ -233,7 +233,8 @@ def _page(request: Request, template: str, *, status: int = 200, **words: Any) -
 
 def _form(request: Request, run: Run, asked: Asked, error: str = "") -> Response:
     key = run.ledger.key if run.config.forget.signed else ""
-    words = {"run": run, "asked": asked, "error": error, "key": key, "most": ask.MOST_TYPED}
+    names = ", ".join(run.config.partition.names[: ask.MOST_NAMED])
+    words = {"run": run, "asked": asked, "error": error, "key": key, "names": names, "most": ask.MOST_TYPED}
     return _page(request, "ask.html.jinja", status=422 if error else 200, **words)
 
 
