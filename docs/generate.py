@@ -42,8 +42,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 ROUNDS = ("start", "configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 OBJECTS = {"federation": Federation, "_federation": Federation, "_scorer": Scorer, "requests": Requests}
 """How the code calls what asks clients on somebody's behalf."""
-ONLY_WITH = {"class_counts": "with `robust`"}
-"""Tasks that rounds ask for under one setting alone."""
+ONLY_WITH = {"class_counts": "with `robust`", "selected_counts": "before a request about some of its images"}
+"""Tasks that rounds ask for in one case alone."""
 
 
 def main() -> None:

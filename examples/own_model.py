@@ -36,8 +36,7 @@ def test_a_run_trains_it_and_forgets_a_client(tmp_path):
         main(["run", "digits", "--engine", "local", f"model={__name__}:separable", *words])
     assert ended.value.code == 0
     run = fedunlearn.open_run("mine", home=str(tmp_path))
-    (request,) = run.ledger.requests()
-    assert request.state == "COMPLETED"
+    assert list(run.requests().state) == ["COMPLETED"]
     state = run.model().state_dict()
     assert state["network.0.weight"].shape == (8, 1, 3, 3)
     assert state["projection.weight"].shape == (32, 64)  # of 2 * 8 channels at 2 * 2 positions

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedunlearn.config import Config
     from fedunlearn.live.auditing import Audit
     from fedunlearn.live.receipt import Receipt
-    from fedunlearn.nn.model import TwoHeadResNet18
+    from fedunlearn.nn.model import TwoHeadModel
     from fedunlearn.runs.door import RequestHandle
 
 
@@ -198,7 +198,7 @@ class LiveRun:
 
     # The model -----------------------------------------------------------------------------------------------------
 
-    def model(self) -> "TwoHeadResNet18":
+    def model(self) -> "TwoHeadModel":
         """Load the current model, in eval mode on the CPU.
 
         Raises:
