@@ -95,7 +95,7 @@ def slices_of(config: Config, dataset: Dataset) -> list[np.ndarray]:
     if kept is None:
         kept = dealt(config, np.asarray(dataset.train.labels))
     if len(kept) != config.clients:
-        raise UserError(f"clients={config.clients}: the images have {len(kept)} owners")
+        raise UserError(f"clients={config.clients}: the images have {len(kept)} owners, so clients={len(kept)}")
     return kept
 
 
