@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedunlearn.config import Config, place_of
 from fedunlearn.data import datasets, partition
+from fedunlearn.data.folders import revealed
 from fedunlearn.data.owned import OwnedDataset, OwnedSource
 from fedunlearn.data.store import Dataset, Split, fingerprint
 from fedunlearn.errors import UserError
@@ -91,7 +92,10 @@ def slices_of(config: Config, dataset: Dataset) -> list[np.ndarray]:
     kept = dataset.dealt(deal_of(config))
     if kept is None and config.partition.kind == "column":
         owners = np.array(dataset.owners)
-        kept = [np.flatnonzero(owners == name) for name in config.partition.names or dataset.clients]
+        kept = [
+            np.flatnonzero(owners == name)
+            for name in revealed(config.partition.names or dataset.clients, dataset.clients)
+        ]
     if kept is None:
         kept = dealt(config, np.asarray(dataset.train.labels))
     if len(kept) != config.clients:

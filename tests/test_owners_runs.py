@@ -7,8 +7,10 @@ import pytest
 
 from command_line import command
 from fedunlearn.build import open_dataset
+from fedunlearn.config import from_json
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
+from fedunlearn.federation import messages
 from fedunlearn.runs import scan
 from fedunlearn.runs.receipts import FOLDER, write
 from fedunlearn.runs.verifying import verified
@@ -56,9 +58,21 @@ def test_a_client_is_forgotten_by_name_and_everybody_calls_it_so(federate, hoste
     assert "client 'c, d': class" in out.err
     for words in (("requests",), ("forget", "--list")):
         assert command(*words, "--run", "test") in (0, 1)
-        assert "clients 'c, d'  after round 1; class accuracy client 'c, d'" in capsys.readouterr().out
+        assert "client 'c, d'  after round 1; class accuracy client 'c, d'" in capsys.readouterr().out
     command("requests", "--json")
     assert [request["names"] for request in json.loads(capsys.readouterr().out)] == [["c, d"], ["b"]]
+
+
+def test_no_message_has_a_name_and_each_machine_knows_its_own(hosted, federate, tree):
+    grid = hosted("forget.schedule={1:[b]}", rounds=2)
+    configs = [messages.task_of(message).config for message in grid.sent]
+    assert len(configs) > 5
+    assert not [config for config in configs if any(f'"{name}"' in config for name in CLIENTS)]
+    shutil.rmtree(tree / "b")
+    sent = from_json(configs[-1])
+    here = open_dataset(sent.model_copy(update={"home": str(federate.home)}))
+    assert [len(own) for own in here.slices] == [10, 10, 0, 10]
+    assert here.class_names == ["no", "yes"]
 
 
 def test_the_receipt_has_name_and_number_and_nobody_elses(federate, hosted, capsys):
@@ -85,7 +99,7 @@ def test_a_name_that_looks_like_a_number_wins_over_the_number(federate, hosted, 
     assert federate.requests()[0].clients == [NUMBERS["3"]]
     capsys.readouterr()
     assert command("forget", "--client", "3", "--dry-run", "--run", "test") == 0
-    assert "clients 3  " in capsys.readouterr().out
+    assert "client 3  " in capsys.readouterr().out
     assert command("forget", "--client", "amt", "--run", "test") == 2
     assert "no client is called 'amt': did you mean amt <1>?" in capsys.readouterr().err
 
@@ -174,7 +188,7 @@ def test_a_patient_and_single_files_of_a_client_are_forgotten(federate, tree):
     requests = federate.requests()
     assert [(request.owners, request.state) for request in requests] == [([2], "COMPLETED"), ([3], "COMPLETED")]
     assert [sum(r.detail["after"]["forgotten"][str(c)]["examples"] for c in r.clients) for r in requests] == [4, 1]
-    assert receipt(federate).names == {"2": "b"}
+    assert receipt(federate).names == {"2": "b", "4": "patient p1 of client b"}
 
 
 def test_receipts_of_runs_without_names_are_read_as_they_were(federate):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from fedunlearn.data.archives import entered, extract
 from fedunlearn.data.class_folders import labelled
-from fedunlearn.data.folders import KINDS, owned
+from fedunlearn.data.folders import KINDS, owned, revealed
 from fedunlearn.data.formats import decode_medmnist, decode_npz
 from fedunlearn.data.hub import decode_hub
 from fedunlearn.data.images import Fit, ImageReader, Reading
@@ -172,7 +173,8 @@ def source_of(
         found = owned(source, owners.kind, owners.file)
         store = cache / f"owners-{digest_of([str(source), owners.kind, owners.file, *options])[:16]}"
         names, reading = list(owners.names or found.images), choices.reading(image_size)
-        return OwnedSource(store, found, names, reading, limit, test_limit, choices.skip_bad)
+        decoded = OwnedSource(store, found, names, reading, limit, test_limit, choices.skip_bad)
+        return replace(decoded, clients=revealed(names, [*found.images, *decoded.removed()]))
     if name == "folder":
         source = entered(_unpacked(_existing(root), cache))
         key = folder_key(source, image_size, [*listing_of(source), *choices.key])

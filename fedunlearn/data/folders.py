@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import hashlib
 import io
 import os
 from collections import Counter, defaultdict
@@ -72,6 +73,22 @@ def owned(root: Path, kind: str, file: str = "") -> Owned:
         UserError: nobody can say whose the images are.
     """
     return of_folders(root) if kind == "folders" else of_table(root, root / Path(file).expanduser())
+
+
+def hidden(name: str) -> str:
+    """Give a digest of a client's name, by which only who knows the name knows it again.
+
+    Example:
+        >>> hidden("hospital_b")
+        'sha256:2cad6aa161444a47'
+    """
+    return f"sha256:{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def revealed(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Give names for digests of known names; all others stay as they are."""
+    by_digest = {hidden(name): name for name in known}
+    return [by_digest.get(name, name) for name in names]
 
 
 def of_folders(root: Path) -> Owned:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedunlearn.config import Config, Forget, to_json
+from fedunlearn.data.folders import hidden
 from fedunlearn.data.partition import hosted
 from fedunlearn.data.selection import Portion
 from fedunlearn.errors import DestroyedError, UserError
@@ -309,8 +310,12 @@ class Nodes:
 
 
 def for_clients(config: Config) -> str:
-    """Give the settings as clients get them: who is to be forgotten, and which run it is, is nobody's business."""
-    return to_json(config.model_copy(update={"forget": Forget(), "run": ""}))
+    """Give the settings as clients get them: who is to be forgotten, and which run it is, is nobody's business.
+
+    Of clients' names they get digests, by which a machine knows those whose images it has.
+    """
+    split = config.partition.model_copy(update={"names": list(map(hidden, config.partition.names))})
+    return to_json(config.model_copy(update={"forget": Forget(), "run": "", "partition": split}))
 
 
 def check_model_is_of_use(refused: Refused, task: ClientTask, asked: int) -> None:
