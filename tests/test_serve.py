@@ -259,6 +259,23 @@ def test_a_class_of_a_client_or_of_all_clients_can_be_asked_for(finished, page):
     assert (request.owners, request.selection.classes) == ([1], (5,))
 
 
+def test_clients_that_have_names_are_called_by_them(finished, page):
+    config, names = finished.run().config, ["hospital_a", "hospital_b", "St. Mary, Ward 2", "<b>"]
+    partition = config.partition.model_copy(update={"kind": "folders", "names": names})
+    rewrite(finished.folder(), config=config.model_copy(update={"partition": partition}).model_dump())
+    assert "hospital_a, hospital_b, St. Mary, Ward 2, &lt;b&gt;" in page.get("/runs/test/ask").text
+    text = page.post("/runs/test/ask", {"clients": "hospital_b"}).text
+    assert "Forget client hospital_b?" in text
+    assert "--client=hospital_b" in text
+    assert "did you mean hospital_" in page.post("/runs/test/ask", {"clients": "hospital_c"}).text
+    with held(finished):
+        page.post("/runs/test/requests", {"clients": "St. Mary, Ward 2"})
+        text = page.get("/runs/test").text
+    assert "Request r2: client &#39;St. Mary, Ward 2&#39; <span>RECEIVED" in text
+    assert "Request r1: client &#39;&lt;b&gt;&#39;" in text
+    assert finished.requests()[-1].clients == [2]
+
+
 def test_a_client_that_was_forgotten_is_not_asked_for_again(finished, page):
     text = page.post("/runs/test/ask", {"clients": "3"}).text
     assert "Request r1 covers this and is COMPLETED" in text

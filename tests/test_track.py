@@ -131,7 +131,9 @@ def test_the_names_of_a_rounds_numbers_by_hand():
 
 
 def test_no_place_of_files_no_key_and_nobody_who_asks_is_sent(federate, kept_by):
-    config = Config(home="/secret", data={"root": "/secret"}, forget={"keys": {1: "ab" * 32}}, track="wandb")
+    names = {"file": "/secret", "names": ["secret hospital"]}
+    config = Config(home="/secret", partition=names, forget={"keys": {1: "ab" * 32}}, track="wandb")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"root": "/secret"})})
     settings = track.hyperparameters(config)
     assert settings["train.lr"] == 0.05
     assert not {"home", "data.root", "forget.keys"} & settings.keys()

@@ -27,7 +27,7 @@ class Asked:
     Attributes:
         clients: as `3`, `3, 5` or `hospital_b`; may be empty where a class or a patient is named.
         class_: number of the class whose images alone are meant; empty for all classes.
-        patient: whose images alone are meant; empty for everybody's.
+        patient: whose images alone are meant; empty for those of all.
         by: who asks.
         right: by what right.
         signed: what the clients' key has signed.

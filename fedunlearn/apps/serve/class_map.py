@@ -34,6 +34,7 @@ def main(name: str, home: str) -> int:
     from fedunlearn.build import source_of
     from fedunlearn.federation.auditor import Auditor
     from fedunlearn.runs.figures import split_figure
+    from fedunlearn.runs.ledger import TAKEN_UP
     from fedunlearn.runs.purge import known_class_counts
 
     try:
@@ -43,12 +44,13 @@ def main(name: str, home: str) -> int:
             if not source_of(config).store.is_dir():
                 raise UserError("its decoded images are not in this state folder")
             auditor = Auditor(config)
-            counts = known_class_counts(run, auditor.class_counts())
+            counts = known_class_counts(run, auditor.class_counts(portions=run.ledger.portions(TAKEN_UP)))
+            names = run.names()
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
     assert counts is not None
-    print(json.dumps(embedded(split_figure(counts, auditor.class_names))._asdict()))
+    print(json.dumps(embedded(split_figure(counts, auditor.class_names, names))._asdict()))
     return 0
 
 

@@ -132,20 +132,20 @@ def _parts(folder: Path, job: Job | None) -> Parts:
             "test": now.scores["test"]["class"] if now else None,
             "has_report": (folder / "report" / "index.html").is_file(),
             "measured": now.round if now else 0,
-            "charts": charts(rows, requests, run.config.rounds),
+            "charts": charts(run, rows, requests),
             "cards": cards(run, rows, requests),
         }
     return {part: rendered(PACKAGE, f"{part}.html.jinja", **words) for part in ("now", "said", "curves", "requests")}
 
 
-def charts(rows: list[dict[str, Any]], requests: list[Request], rounds: int) -> list[Chart]:
+def charts(run: Run, rows: list[dict[str, Any]], requests: list[Request]) -> list[Chart]:
     """Lay out the curves of a run: accuracies of the test set, of retain and forgotten clients, and the loss."""
     asked: dict[int, str] = {}
     for request in requests:
         if request.state in FORGOTTEN:
             round_ = request.detail["round"]
             asked[round_] = f"{asked[round_]}, {request.id}" if round_ in asked else request.id
-    accuracies = figures.curves(rows, "class")
+    accuracies, rounds = figures.curves(rows, "class", run.names()), run.config.rounds
     loss = {"loss": [(row["round"], float(row["loss"])) for row in rows if row["kind"] == "round" and "loss" in row]}
     others = [name for name in accuracies if name not in FIXED_COLOURS]
     colours = FIXED_COLOURS | {name: 2 + n % (len(figures.COLOURS) - 2) for n, name in enumerate(others)}
