@@ -46,7 +46,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=20, help="before the request")
     p.add_argument("--client", type=int, default=0, help="who is asked to forget a class or images")
     p.add_argument("--images", type=int, default=20, help="of the client that are named one by one")
-    p.add_argument("--class", dest="class_", type=int, default=5, help="that everybody forgets")
+    p.add_argument("--class", dest="class_", type=int, default=5, help="that all clients forget")
     p.add_argument("--patients", nargs="*", default=[], help="that all their clients forget")
     p.add_argument("words", nargs="*", help="settings, as data.limit=5000")
     options = p.parse_args()
@@ -91,7 +91,7 @@ class Bench:
         names = runtime.dataset.names_of(np.random.default_rng(0).choice(own, images, replace=False))
         yield Asked(f"class {largest} of client {client}", [client], Selection.by(classes=[largest]))
         yield Asked(f"{images} images of client {client}", [client], Selection.by(examples=names))
-        yield Asked(f"class {class_} of everybody", [], Selection.by(classes=[class_]))
+        yield Asked(f"class {class_} of all clients", [], Selection.by(classes=[class_]))
         if patients:
             yield Asked(f"{len(patients)} patients", [], Selection.by(patients=patients))
 
@@ -121,7 +121,7 @@ class Bench:
         folder.mkdir(parents=True)
         ledger = Ledger(folder / "ledger.sqlite")
         clients = asked.clients or list(range(base.config.clients))
-        about: dict[str, Any] = {"everybody": not asked.clients, "first_portion": base.config.clients}
+        about: dict[str, Any] = {"all_clients": not asked.clients, "first_portion": base.config.clients}
         ledger.file(clients, selection=asked.selection, **about)
         ledger.close()
 

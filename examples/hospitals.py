@@ -3,8 +3,8 @@
     python examples/hospitals.py pneumoniamnist.npz /tmp/hospitals
     fedunlearn run digits run=hospitals data.name=folder data.root=/tmp/hospitals partition.kind=folders
 
-The images are those of one hospital, so that a draw says whose they are (`partition.dirichlet_partition`): some have more
-healthy children than others. The file names no patients. Here every three images of a hospital and class are one.
+The images are those of one hospital, so that a draw says whose they are (`partition.dirichlet_partition`): some have
+more healthy children than others. The file names no patients. Here every three images of a hospital and class are one.
 """
 
 import argparse

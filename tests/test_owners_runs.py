@@ -177,18 +177,27 @@ def test_a_purged_client_and_its_held_out_images_leave_a_run_that_goes_on(federa
 
 def test_a_patient_and_single_files_of_a_client_are_forgotten(federate, tree):
     places = [(c, k, i) for c in ("b", "3", "amt <1>", "c, d") for k in ("no", "yes") for i in range(6)]
-    lines = [f'"{c}/{k}/{i}.png","{c}",p{i // 2}' for c, k, i in places]
-    (tree / "clients.csv").write_text("\n".join(["path,client,patient", *lines]))
+    lines = [f'"{c}/{k}/{i}.png","{c}",{"test" if i == 5 else "train"},p{i // 2}' for c, k, i in places]
+    (tree / "clients.csv").write_text("\n".join(["path,client,split,patient", *lines]))
     about = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 {QUICK}"
-    about += " partition.file=clients.csv forget.purge=never rounds=1"
-    federate(about, nodes=1)
+    about += " partition.file=clients.csv"
+    federate(f"{about} rounds=1", nodes=1)
     federate.run().request(["b"], selection=Selection.by(patients=["p1"]))
     federate.run().request(["c, d"], selection=Selection.by(examples=["c, d/no/0.png"]))
-    federate(about, nodes=1)
+    federate(f"{about} rounds=1", nodes=1)
     requests = federate.requests()
     assert [(request.owners, request.state) for request in requests] == [([2], "COMPLETED"), ([3], "COMPLETED")]
     assert [sum(r.detail["after"]["forgotten"][str(c)]["examples"] for c in r.clients) for r in requests] == [4, 1]
     assert receipt(federate).names == {"2": "b", "4": "patient p1 of client b"}
+    assert any("patient p1 of client b" in one.what for one in receipt(federate).kept)
+    gone = [line for line in lines if line.startswith('"b/') and line.endswith(",p1")]
+    for line in gone:
+        (tree / line.split('"')[1]).unlink()
+    left = [line for line in lines if line not in gone]
+    (tree / "clients.csv").write_text("\n".join(["path,client,split,patient", *left]))
+    federate(f"{about} rounds=2", nodes=1)
+    before, after = [row["examples"] for row in federate.run().metrics() if row["kind"] == "round"]
+    assert after == before - 5
 
 
 def test_receipts_of_runs_without_names_are_read_as_they_were(federate):

@@ -522,14 +522,14 @@ class Federation:
         usual = self.config
         self._forget, self.costs, self._trained, self._state_before = forget, {}, "", self.state
         self.config = self.nodes.config = config or usual
-        self.server.leaving = forget.classes
+        self.server.forget_classes = forget.classes
         try:
             yield
         finally:
             self._classes = {client: counts for client, counts in self._classes.items() if client not in forget.clients}
             self._forget, self._class_counts, self._state_before = ForgetSet(()), {}, self.state
             self.config = self.nodes.config = usual
-            self.server.leaving = frozenset()
+            self.server.forget_classes = frozenset()
 
 
 def total_counts(counts: Iterable[Tensor]) -> Tensor:

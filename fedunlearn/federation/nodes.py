@@ -73,7 +73,13 @@ class Nodes:
         self.gpu = False
         self.check_update: Callable[[Results], None] = lambda one: None
 
-    def identify(self, grid: Grid, known: Mapping[int, int], forgotten: Collection[int] = ()) -> None:
+    def identify(
+        self,
+        grid: Grid,
+        known: Mapping[int, int],
+        forgotten: Collection[int] = (),
+        portions: Iterable[Portion] = (),
+    ) -> None:
         """Learn which clients each node can answer for, and share them out, when all nodes are there.
 
         A node that three times says nothing, or what cannot be true, is named in the log and left out. So is one that
@@ -84,6 +90,7 @@ class Nodes:
             known: the examples of clients, from earlier starts of the run.
             forgotten: clients whose images may be gone. The others are shared out as if they were still there, since
                 sums depend in their last bits on who shares a node.
+            portions: of clients that were forgotten: their files may be gone too.
 
         Raises:
             UserError: no node works, or not all are connected in time.
@@ -91,10 +98,12 @@ class Nodes:
         with waiting("the nodes' first answers", limit=WAIT_SECONDS):
             found = self._introduced(grid)
         past = {client: known[client] for client in forgotten if client in known}
+        less = without_portions(known, portions)
         claims = {}
         for node in sorted(found):
             said = found[node].examples
-            claims[node] = said | {client: past[client] for client in said.keys() & past.keys()}
+            gone = {c: known[c] for c in said.keys() & less.keys() if said[c] == less[c]}
+            claims[node] = said | {client: past[client] for client in said.keys() & past.keys()} | gone
         for node, reason in (contradictions(claims, known) | too_many(claims, self.config.client_share)).items():
             log.warning("node %s is left out: %s", node, reason)
             del claims[node]
@@ -324,6 +333,21 @@ def check_model_is_of_use(refused: Refused, task: ClientTask, asked: int) -> Non
     if len(astray) > max(1, asked / 2):
         who = f"{len(astray)} of {asked} nodes could not use it"
         raise DestroyedError(f"the model has gone astray: {who} ({task.name}: {astray[0]})")
+
+
+def without_portions(known: Mapping[int, int], portions: Iterable[Portion]) -> dict[int, int]:
+    """Give how many examples clients have once the files of portions are deleted, by client.
+
+    Example:
+        >>> from fedunlearn.data.selection import Selection
+        >>> without_portions({3: 20, 10: 5}, [Portion(10, 3, Selection((5,)))])
+        {3: 15}
+    """
+    left: dict[int, int] = {}
+    for portion in portions:
+        if portion.client in known and portion.number in known:
+            left[portion.client] = left.get(portion.client, known[portion.client]) - known[portion.number]
+    return left
 
 
 def contradictions(claims: Mapping[int, Mapping[int, int]], known: Mapping[int, int]) -> dict[int, str]:

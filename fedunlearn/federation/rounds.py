@@ -98,7 +98,8 @@ class Rounds(FlowerStrategy):
         self._strategy.after_request(self._run)
         grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
         nodes, ledger = self.federation.nodes, self._run.ledger
-        nodes.identify(grid, ledger.examples(), ledger.clients_in(FORGOTTEN))
+        portions = ledger.portions(FORGOTTEN).values()
+        nodes.identify(grid, ledger.examples(), ledger.clients_in(FORGOTTEN), portions)
         ledger.keep_examples({c: n for c, n in nodes.examples.items() if c not in nodes.disputed})
         self.federation.split()
         self._announce()

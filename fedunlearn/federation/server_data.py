@@ -28,7 +28,7 @@ class ServerData:
         model: the one that tensors of a state are loaded into.
         class_names: K names.
         pixels: of an image.
-        leaving: classes that a request takes along: `losses` does without them already.
+        forget_classes: classes that a request takes along: `losses` does without them already.
         left: classes of which nobody has an image any more; nor are there held-out images of them here.
     """
 
@@ -38,7 +38,7 @@ class ServerData:
         dataset = build.open_dataset(config)
         self._held_out, self._make = dataset.test, lambda *place: build.model_of(config, dataset, *place)
         self.class_names = dataset.class_names
-        self.leaving: frozenset[int] = frozenset()
+        self.forget_classes: frozenset[int] = frozenset()
         self.left: frozenset[int] = frozenset()
         self.pixels = int(np.prod(dataset.test.images.shape[1:3]))
         self.model = build.on_device(self.new_model(), self.device)
@@ -77,7 +77,7 @@ class ServerData:
         with torch.no_grad(), autocast(self.device, self.config.train.precision):
             generator = torch.Generator().manual_seed(self.config.seed)
             for pictures, labels, _ in self._sample(
-                without_classes(self._held_out, self.leaving), max(2, images), generator
+                without_classes(self._held_out, self.forget_classes), max(2, images), generator
             ):
                 logits = at_least_fp32(model(pictures).class_logits)
                 losses.append(functional.cross_entropy(logits, labels, reduction="none"))

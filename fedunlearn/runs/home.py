@@ -175,8 +175,13 @@ def _check_classes(run: Run, images: "Images") -> None:
 
 
 def changed(run: Run, data: Mapping[str, str]) -> str:
-    """Say whose images are others than those of a run; of forgotten clients it no longer matters."""
-    forgotten = {str(client) for client in run.ledger.clients_in(FORGOTTEN)}
+    """Say whose images are others than those of a run; of clients that were forgotten it no longer matters.
+
+    Of some images of a client it does not either: whoever was asked to forget them deletes the files.
+    """
+    forgotten = {
+        str(client) for request in run.ledger.requests() if request.state in FORGOTTEN for client in request.owners
+    }
     others = [name for name, sha256 in run.about()["data"].items() if data.get(name) != sha256]
     others = [run.named([int(name)]) if name.isdecimal() else name for name in others if name not in forgotten]
     more = f" and of {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""

@@ -38,7 +38,7 @@ TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State
 RECEIPT = {
     "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts",
     "before", "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs", "deleted", "due_at",
-    "everybody", "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger", "not_before", "portions",
+    "all_clients", "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger", "not_before", "portions",
     "purged", "readmitted", "reason", "receipt", "request", "right", "round", "seconds", "signed", "state",
     "stored_bytes", "strategy", "turned_away", "unwitnessed",
 }  # fmt: skip  # what a receipt, its row of metrics, or another event of the ledger says by itself
@@ -85,7 +85,7 @@ class Request:
     @property
     def classes(self) -> set[int]:
         """Give the classes that leave whole: all images that anybody has of them are meant."""
-        selection = self.selection if self.detail.get("everybody") else None
+        selection = self.selection if self.detail.get("all_clients") else None
         return set(selection.classes) if selection and selection.is_of_classes else set()
 
 
@@ -176,7 +176,7 @@ class Ledger(EventLog[Standing]):
         signed: Mapping[str, Any] | None = None,
         how: Mapping[str, Any] | None = None,
         selection: Selection | None = None,
-        everybody: bool = False,
+        all_clients: bool = False,
         first_portion: int = 0,
     ) -> list[Request]:
         """Ask for `clients` to be forgotten together, after round `not_before` at the earliest.
@@ -188,7 +188,7 @@ class Ledger(EventLog[Standing]):
             signed: what the clients' key has signed.
             how: settings of the run that are others for this request: `strategy` and `unlearn`.
             selection: which of the clients' images are meant; all by default.
-            everybody: whether `clients` are all that there are.
+            all_clients: whether `clients` are all that there are.
             first_portion: the number of clients that the run has: portions of clients are numbered from there on.
 
         Raises:
@@ -215,7 +215,7 @@ class Ledger(EventLog[Standing]):
             about |= {"signed": dict(signed)} if signed else {}
             about |= {"how": dict(how)} if how else {}
             about |= {"portions": {str(c): portions[c].content() for c in rest}} if portions else {}
-            about |= {"everybody": True} if everybody else {}
+            about |= {"all_clients": True} if all_clients else {}
             self.record(at, request=f"r{number}", state=State.RECEIVED, clients=rest, **about)
             return [*earlier, self.request(f"r{number}")]
 

@@ -61,7 +61,10 @@ def purge_due(run: Run) -> None:
     """Remove what is left after every completed request, of which it was not removed yet or has come back."""
     done = {request.id for request in run.ledger.purged()}
     for request in run.ledger.requests():
-        if request.state == State.COMPLETED and (request.id not in done or _has_images(run, request.clients)):
+        is_whole = not request.portions
+        if request.state == State.COMPLETED and (
+            request.id not in done or (is_whole and _has_images(run, request.clients))
+        ):
             deleted, kept = purge(run, request, figures=run.config.forget.purge_metrics)
             for line in deleted:
                 log.info("── gone: %s", line)
@@ -98,6 +101,8 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
     """
     clients, home = request.clients, run.home
     who = run.named(clients, most=len(clients))
+    if request.portions:
+        return _purge_portions(run, request, who)
     with lock(home / "data", patience=LOCK_SECONDS):
         try:
             owned = scan.owned_by(run, clients)
@@ -312,6 +317,16 @@ def _delete_files(run: Run, clients: Collection[int]) -> tuple[int, list[dict[st
     return deleted, kept
 
 
+def _purge_portions(run: Run, request: Request, who: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Write down what is left of some of a client's images; the client has to delete the files."""
+    deleted, kept = _looked_up_in_model(run, request)
+    why = "the rest of the client's is needed: delete the files, and the copy is made anew without them"
+    kept.append({"what": f"the images: {who}, in the decoded copy and at the source", "why": why})
+    kept.append({"what": f"accuracies by round: {who}", "why": "audits compare with them"})
+    run.ledger.keep_purge(request, deleted=deleted, kept=kept)
+    return deleted, kept
+
+
 def _looked_up_in_model(run: Run, request: Request) -> tuple[list[str], list[dict[str, str]]]:
     """What is gone of the model before the request, and what is left, as the files show it."""
     current = run.ledger.current()
@@ -326,7 +341,8 @@ def _looked_up_in_model(run: Run, request: Request) -> tuple[list[str], list[dic
         deleted.append(f"earlier models: checkpoints/ has {current.checkpoint} alone")
     tensors, _ = checkpoint.read_tensors(here / current.checkpoint, sha256=current.sha256)
     pruned = tensors["pruned"]
-    if len(pruned) and all(bool(pruned[client]) for client in request.clients):
+    whole = [client for client in request.clients if client not in request.portions]
+    if len(pruned) and whole and all(bool(pruned[client]) for client in whole):
         deleted.append("the output neurons of the clients: the model marks them as pruned")
         kept.append({"what": "that mark", "why": "the model's output has the place of every client"})
     rounds = [name.partition(".")[2] for name in tensors if name.startswith("predictions.")]

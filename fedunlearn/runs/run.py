@@ -155,7 +155,7 @@ class Run:
             signed=asdict(signed) if signed else None,
             how=how,
             selection=selection,
-            everybody=not asked_for,
+            all_clients=not asked_for,
             first_portion=self.config.clients,
         )
         return RequestHandle(self.folder, self.ledger, tuple(request.id for request in requests))
@@ -170,8 +170,8 @@ class Run:
         Raises:
             UserError: there is no such client, class, or none that is left.
         """
-        everybody = set(range(self.config.clients)) - set(self.ledger.clients_in(TAKEN_UP))
-        wanted = sorted(set(clients) or (everybody if selection else set()))
+        all_clients = set(range(self.config.clients)) - set(self.ledger.clients_in(TAKEN_UP))
+        wanted = sorted(set(clients) or (all_clients if selection else set()))
         check_clients(wanted, self.config.clients)
         names = self.class_names() if selection and selection.classes else []
         for class_ in selection.classes if selection else ():
