@@ -1,7 +1,7 @@
 """Five hospitals' folders of chest X-rays, made of one file of MedMNIST.
 
     python examples/hospitals.py pneumoniamnist.npz /tmp/hospitals
-    fedunlearn run digits run=hospitals data.name=folder data.root=/tmp/hospitals partition.kind=folders
+    fedunlearn run digits run=hospitals data.name=folder data.root=/tmp/hospitals partition.file=clients.csv
 
 The images are those of one hospital, so that a draw says whose they are (`partition.dirichlet_partition`): some have
 more healthy children than others. The file names no patients. Here every three images of a hospital and class are one.
@@ -38,11 +38,11 @@ def main(words: Sequence[str] | None = None) -> None:
     shares = dirichlet_partition(labels, len(HOSPITALS), dirichlet_alpha=1.0, seed=options.seed)
     for hospital, own in zip(HOSPITALS, shares, strict=True):
         for path, patient in written(images[own], labels[own], Path("train") / hospital, options.folder):
-            rows.append((path, hospital, f"{hospital}-{patient}"))
+            rows.append((path, hospital, "train", f"{hospital}-{patient}"))
     images, labels = chosen(*test, options.images // 3, random)
-    rows += [(path, "", "") for path, _ in written(images, labels, Path("test"), options.folder)]
+    rows += [(path, "", "test", "") for path, _ in written(images, labels, Path("test"), options.folder)]
     with open(options.folder / "clients.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("path", "client", "patient"), *rows])
+        csv.writer(file).writerows([("path", "client", "split", "patient"), *rows])
 
 
 def chosen(images: np.ndarray, labels: np.ndarray, count: int, random: np.random.Generator) -> tuple:

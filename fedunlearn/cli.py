@@ -21,7 +21,7 @@ from typer.core import TyperCommand
 
 from fedunlearn import __version__
 from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
-from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened
+from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened, read_names
 from fedunlearn.config import Config, compose, state_home, writable_home
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
@@ -242,21 +242,6 @@ def selected(found: "Run", classes: list[str], patients: list[str], examples: Pa
         return None
     names = read_names(examples) if examples else []
     return Selection.by(class_numbers(classes, found.class_names()), patients, names)
-
-
-def read_names(file: Path) -> list[str]:
-    """Read the names of images, one a line; empty lines do not count.
-
-    Raises:
-        UserError: there are none, or the file cannot be read.
-    """
-    try:
-        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--examples {file} cannot be read ({error})") from error
-    if not names:
-        raise UserError(f"--examples {file} names no image")
-    return names
 
 
 def settings_of_request(found: "Run", words: list[str]) -> dict[str, Any]:

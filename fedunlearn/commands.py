@@ -72,3 +72,18 @@ def opened(name: str, home: str) -> Iterator[Run]:
         yield found
     finally:
         found.ledger.close()
+
+
+def read_names(file: Path) -> list[str]:
+    """Read the names of images, one a line; empty lines do not count.
+
+    Raises:
+        UserError: there are none, or the file cannot be read.
+    """
+    try:
+        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--examples {file} cannot be read ({error})") from error
+    if not names:
+        raise UserError(f"--examples {file} names no image")
+    return names

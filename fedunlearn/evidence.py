@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedunlearn.commands import Home, RunName, in_one_line, opened
+from fedunlearn.commands import Home, RunName, in_one_line, opened, read_names
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError, printable
 from fedunlearn.naming import numbers_of
 from fedunlearn.schema import KEY_ID
@@ -144,6 +145,13 @@ def ask(
     key: KeyFile,
     run_key: Annotated[str, typer.Option(help="Id of the run's key, as `fedunlearn verify` prints it.")],
     action: Annotated[str, typer.Option(help="forget, or 'cancel r1'.")] = "forget",
+    class_: Annotated[
+        list[int] | None, typer.Option("--class", help="Number of the class that alone is meant.")
+    ] = None,
+    patient: Annotated[list[str] | None, typer.Option(help="Whose images alone are meant.")] = None,
+    examples: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The images alone that this file names, one a line.")
+    ] = None,
     days: Annotated[float, typer.Option(min=0, help="Until it expires.")] = 30,
 ) -> int:
     """Sign a request where the client's key is: `fedunlearn forget --signed FILE` files it where the run is."""
@@ -154,6 +162,10 @@ def ask(
     check_id(run_key)
     if not re.fullmatch(r"forget|cancel r\d+", action):
         raise UserError(f"--action {action!r} is neither forget nor 'cancel r1'")
+    selection = Selection.by(class_ or [], patient or [], read_names(examples) if examples else [])
+    if selection and action != signed.FORGET:
+        raise UserError("--class, --patient and --examples say what is to be forgotten: leave --action out")
+    action = signed.action_of(selection) if selection else action
     asked = signed.sign(numbers_of(client), run=run_key, key=key, action=action, days=days)
     file.write_text(json.dumps(asdict(asked), indent=2))
     print(f"{file} can be filed until {asked.expires_at}")

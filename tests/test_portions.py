@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedunlearn.cli import main as cli
 from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
@@ -13,7 +14,7 @@ from fedunlearn.federation.client import ClientRuntime
 from fedunlearn.runs import keys
 from fedunlearn.runs.ledger import Ledger, State
 from fedunlearn.runs.report import comparison
-from fedunlearn.runs.signed import action_of, sign
+from fedunlearn.runs.signed import read
 from fedunlearn.runs.verifying import verified
 from local_grid import equal
 from naive import SETTINGS
@@ -193,16 +194,21 @@ def test_a_retrained_run_may_number_portions_otherwise(federate):
     assert f"{ours['4']['class']:.2f}" in found[0].text
 
 
-@pytest.mark.parametrize("signed_for", [Selection.by(classes=[3]), None])
-def test_a_key_signs_what_is_selected(federate, tmp_path, signed_for):
+@pytest.mark.parametrize("words", [["--class", "3"], []])
+def test_a_key_signs_what_is_selected(federate, tmp_path, words):
     key = keys.new_key(tmp_path / "client.pem")
-    federate(f"rounds=1 strategy=leave forget.signed=true forget.keys={{1:{key}}}")
-    run, asked_for = federate.run(), Selection.by(classes=[3])
-    signed = sign([1], run=run.ledger.key, key=tmp_path / "client.pem", action=action_of(signed_for))
-    if signed_for:
-        (request,) = run.request([1], signed=signed, selection=asked_for).requests()
-        federate(f"rounds=2 strategy=leave forget.signed=true forget.keys={{1:{key}}}")
+    settings = f"strategy=leave forget.signed=true forget.keys={{1:{key}}}"
+    federate(f"rounds=1 {settings}")
+    run, file = federate.run(), tmp_path / "asked.json"
+    about = ["--client", "1", "--key", str(tmp_path / "client.pem"), "--run-key", run.ledger.key]
+    with pytest.raises(SystemExit) as ended:
+        cli(["keys", "ask", str(file), *about, *words])
+    assert ended.value.code == 0
+    asked = {"signed": read(file.read_bytes()), "selection": Selection.by(classes=[3])}
+    if words:
+        (request,) = run.request([1], **asked).requests()
+        federate(f"rounds=2 {settings}")
         assert run.ledger.request(request.id).state == State.COMPLETED
     else:
         with pytest.raises(UserError, match="turned away"):
-            run.request([1], signed=signed, selection=asked_for)
+            run.request([1], **asked)
