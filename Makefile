@@ -3,17 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo check test lint docs lock clean
+.PHONY: demo check test thorough lint docs lock clean
 
 demo: .venv/installed
 	$(BIN)/fedunlearn demo
 
 # The quick loop: no Ray, no process of its own
 check: .venv/installed lint
-	$(PYTEST) -m "not ray and not slow"
+	$(PYTEST) -m "not ray and not slow and not thorough"
 
 test: .venv/installed lint
-	$(PYTEST)
+	$(PYTEST) -m "not thorough"
+
+# Further cases of tests that take long: before a release, and after a change of what they are about
+thorough: .venv/installed
+	$(PYTEST) -m thorough
 
 lint: .venv/installed
 	$(BIN)/ruff format --check --quiet .

@@ -209,8 +209,8 @@ NETWORKS = {
     "mobilenet": "model=mobilenet_v3_small model.options={width_mult:0.25}",
     "vit_tiny": "model=vit_tiny_patch16_224 model.options={depth:2,patch_size:4}",
 }
-CASES = [(n, s) for n in NETWORKS for s in ("subset", "ssd") if n != "small_cnn"]
-CASES += [("small_cnn", "subset"), ("transformer", "negate"), ("transformer", "gradients")]
+CASES = [(network, "subset") for network in NETWORKS] + [("transformer", "negate"), ("transformer", "gradients")]
+CASES += [pytest.param(n, "ssd", marks=pytest.mark.thorough) for n in NETWORKS if n != "small_cnn"]
 
 
 @pytest.mark.parametrize(("network", "strategy"), CASES)

@@ -91,6 +91,7 @@ def test_with_a_run_on_ray_all_its_processes_end(home):
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_a_scaling_study_ends_with_the_run_that_it_measures(home):
     overrides = "data.limit=200 train.client_head_steps=20 model.width=8"
     study = ["scale", "clients=[4]", "actors=[1]", "rounds=300", f"overrides={overrides}"]

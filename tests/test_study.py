@@ -76,7 +76,8 @@ def test_the_whole_study_on_digits_without_flower_and_ray(tmp_path, blocked):
             assert all(value == 0 for key, value in result["scores"][0].items() if key.startswith("id_client_"))
     check_cells(report, tasks)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("result.json")}
-    again = subprocess.run(command(*words), env=blocked, capture_output=True, text=True, timeout=700)
+    stages = "study.stages=[train,retrain,unlearn]"
+    again = subprocess.run(command(*words, stages), env=blocked, capture_output=True, text=True, timeout=700)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "done in" not in again.stdout + again.stderr
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("result.json")}
@@ -165,7 +166,7 @@ def wait_until(condition, process=None):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_killed_in_the_midst_of_training_it_continues(tmp_path, blocked, workers):
     """One worker is the command itself; of two, the command alone is killed, and they must not outlive it."""
     words = [*TRAIN, "learning.epochs=8", f"study.seeds={[*range(workers)]}", f"study.workers={workers}"]

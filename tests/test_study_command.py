@@ -74,6 +74,7 @@ def cifar100_folder(folder, per_class=3):
     return base
 
 
+@pytest.mark.thorough
 def test_cifar100(home, monkeypatch):
     source, base = torchvision.datasets.CIFAR100, cifar100_folder(home / "data" / "cifar100")
     for part in ("train_list", "test_list"):
@@ -121,6 +122,7 @@ class TinyClip(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.thorough
 def test_every_other_reading_in_another_order(home):
     """The settings that the other tests leave alone, all at once."""
     torch.jit.script(TinyClip()).save(str(home / "clip.pt"))

@@ -214,6 +214,7 @@ def test_a_round_that_was_committed_and_not_measured_is_measured_by_the_next_sta
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_client_in_turn_the_worst_is_named(home):
     words = [
         *SMALL,
@@ -465,6 +466,7 @@ def test_a_client_with_too_few_images_for_the_attack_is_named_where_everybody_is
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_without_a_client_head_no_client_id_is_measured_and_the_picture_is_of_the_pipeline_with_one(home):
     assert main([*SMALL, "study.pipelines=[no_mtl,ce_dl]", "study.strategies=[subset]"]) == 0
     with open(next(home.glob("studies/*/report/results.csv"))) as file:
