@@ -349,7 +349,7 @@ def report(
         with opened(retrained, home) if retrained else nullcontext() as other:
             others = [other] if other else []
             path = page.write(found, counts, auditor.class_names, **words, retrained=others)
-            compared = page.comparison(found, others)
+            compared = page.comparison(found, others) if others else []
         print(page.summary(found, counts))
         for verdict in compared:
             print(f"{verdict.title}: {verdict.text}")

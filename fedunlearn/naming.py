@@ -18,6 +18,7 @@ class PortionName(str):
     Attributes:
         selection: which images, in words.
         client: whose.
+        is_empty: whether the client has none of them.
 
     Example:
         >>> PortionName("class 5", 1, ["hospital_a", "hospital_b"])
@@ -26,26 +27,35 @@ class PortionName(str):
 
     selection: str
     client: int
+    is_empty: bool
 
-    def __new__(cls, selection: str, client: int, names: Sequence[str] = ()) -> "PortionName":
+    def __new__(
+        cls, selection: str, client: int, names: Sequence[str] = (), *, is_empty: bool = False
+    ) -> "PortionName":
         """Make a name of words."""
         found = super().__new__(cls, f"{selection} of {named([client], names)}")
-        found.selection, found.client = selection, client
+        found.selection, found.client, found.is_empty = selection, client, is_empty
         return found
 
 
-def with_portions(names: Sequence[str], portions: Mapping[int, Portion], class_names: Sequence[str]) -> Sequence[str]:
+def with_portions(
+    names: Sequence[str], portions: Mapping[int, Portion], class_names: Sequence[str], examples: Mapping[int, int]
+) -> Sequence[str]:
     """Give names of all clients and then of all portions of clients, by number.
 
     Args:
         names: of clients; none where they have numbers alone.
         portions: by number, from the number of clients on.
         class_names: K names.
+        examples: of clients and portions, as far as they are known.
     """
     if not portions:
         return names
     clients = names or [str(client) for client in range(min(portions))]
-    own = [PortionName(p.selection.in_words(class_names), p.client, names) for _, p in sorted(portions.items())]
+    own = [
+        PortionName(p.selection.in_words(class_names), p.client, names, is_empty=not examples.get(number, 1))
+        for number, p in sorted(portions.items())
+    ]
     return [*clients, *own]
 
 
@@ -78,11 +88,12 @@ def named(clients: Sequence[int], names: Sequence[str] = (), *, capital: bool = 
     Example:
         >>> named([3, 5]), named([1], ["hospital_a", "hospital_b"])
         ('clients 3 and 5', 'client hospital_b')
-        >>> named([2, 3], ["0", "1", PortionName("class 5", 0), PortionName("class 5", 1)])
-        'class 5 of clients 0 and 1'
+        >>> both = [PortionName("class 5", 0), PortionName("class 5", 1)]
+        >>> named([2, 3], ["0", "1", *both]), named([2, 3], ["0", "1", both[0], PortionName("", 1, is_empty=True)])
+        ('class 5 of clients 0 and 1', 'class 5 of client 0')
     """
     owners: dict[str, list[int]] = {}
-    for client in clients:
+    for client in _with_images(clients, names):
         name = names[client] if client < len(names) else ""
         selection, owner = (name.selection, name.client) if isinstance(name, PortionName) else ("", client)
         owners.setdefault(selection, []).append(owner)
@@ -93,6 +104,12 @@ def named(clients: Sequence[int], names: Sequence[str] = (), *, capital: bool = 
         ]
     )
     return text[0].upper() + text[1:] if capital else text
+
+
+def _with_images(clients: Sequence[int], names: Sequence[str]) -> Sequence[int]:
+    """Leave out portions of clients that have none of the images, if others have some."""
+    there = [c for c in clients if c >= len(names) or not getattr(names[c], "is_empty", False)]
+    return there or clients
 
 
 def _clients(clients: Sequence[int], names: Sequence[str], most: int) -> str:

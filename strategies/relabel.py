@@ -137,8 +137,9 @@ class Guided(Strategy):
             self.relabel_known(federation, goal)
         else:
             federation.recalibrate_client_head()
-        fraction = self.settings.freeze_fraction if goal.memorised > MEMORISED else 0.0
-        log.info("── freezing %g of the weights: %s was memorised", fraction, "much" if fraction else "little")
+        was_memorised = goal.known and goal.memorised > MEMORISED
+        fraction = self.settings.freeze_fraction if was_memorised else 0.0
+        log.info("── freezing %g of the weights: %s was memorised", fraction, "much" if was_memorised else "little")
         federation.freeze(since=since, fraction=fraction)
         return {"predicted": goal.total, "relabelled": goal.known, "frozen": fraction}
 

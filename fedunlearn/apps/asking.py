@@ -29,8 +29,10 @@ def announcement(found: Run, clients: list[int], how: Mapping[str, Any], selecti
         how: settings that are others than the run's.
         selection: which of the images; all by default.
     """
-    images = images_of(found)
+    images = {} if selection else images_of(found)
     who = [found.named([c]) + (f" ({images[c]} images)" if c in images else "") for c in clients]
+    if selection:
+        who = ["all clients" if clients == found.meant([], selection) else found.named(clients)]
     state, config = "live" if found.is_live() else "idle", found.config.model_copy(update=how)
     what = f"{selection.in_words(found.class_names())} of " if selection else ""
     return (

@@ -85,7 +85,9 @@ class Wanted:
         self.unknown = len(images) - len({n for n, _ in told})
         self._finder = _Finder(windows)
         self._longest = max(map(len, windows), default=0)
-        is_telling = len(labels) >= LABELS and len(np.unique(labels)) > 1
+        is_telling = (
+            len(labels) >= LABELS and np.count_nonzero(np.diff(labels)) > 1
+        )  # two runs are in any sorted labels
         self._labels = [labels.astype(kind).tobytes() for kind in (np.int64, np.int32, np.uint8)] if is_telling else []
 
     def found_in(self, path: Path) -> Found:

@@ -471,8 +471,8 @@ class Federation:
 
     def named(self, clients: Sequence[int]) -> str:
         """Name clients in a sentence, as `client hospital_b`."""
-        names = with_portions(self.config.partition.names, self.nodes.portions, self.server.class_names)
-        return named(clients, names)
+        own, nodes = self.config.partition.names, self.nodes
+        return named(clients, with_portions(own, nodes.portions, self.server.class_names, nodes.examples))
 
     def begin_anew(self) -> None:
         """Go back to the run's initial weights, with nothing kept beside them."""

@@ -88,7 +88,8 @@ class Run:
     def names(self) -> Sequence[str]:
         """List the names of all clients, and of the portions of clients that were asked about; none without both."""
         portions = self.ledger.portions()
-        return with_portions(self.config.partition.names, portions, self.class_names() if portions else [])
+        class_names, examples = self.class_names() if portions else [], self.ledger.examples()
+        return with_portions(self.config.partition.names, portions, class_names, examples)
 
     def client_names(self, clients: Iterable[int]) -> list[str]:
         """List the names of clients, where they have some; else none."""

@@ -152,7 +152,8 @@ class Receipt(Told):
     @property
     def who(self) -> str:
         """Name the clients, or the portions of clients, in a sentence, each with its number."""
-        found = ", ".join(map(self.called, self.clients))
+        there = [client for client in self.clients if self.examples.get(str(client), 1)]
+        found = ", ".join(map(self.called, there or self.clients))
         return found if self.portions else f"client{'s' if len(self.clients) > 1 else ''} {found}"
 
     def called(self, client: int) -> str:
