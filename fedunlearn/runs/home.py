@@ -177,6 +177,8 @@ def _check_classes(run: Run, images: "Images") -> None:
 def changed(run: Run, data: Mapping[str, str]) -> str:
     """Say whose images are others than those of a run; of forgotten clients it no longer matters."""
     forgotten = {str(client) for client in run.ledger.clients_in(FORGOTTEN)}
+    if run.config.partition.is_on_nodes:  # every machine is asked itself when it introduces itself
+        forgotten |= set(map(str, range(run.config.clients)))
     others = [name for name, sha256 in run.about()["data"].items() if data.get(name) != sha256]
     others = [run.named([int(name)]) if name.isdecimal() else name for name in others if name not in forgotten]
     more = f" and of {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
