@@ -16,8 +16,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
+from fedunlearn.naming import name_of
 from fedunlearn.owners import ON_NODES, OWNED, named_settings, settled
-from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, name_of, validated
+from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, validated
+from fedunlearn.schema import name_of as setting_of
 from fedunlearn.words import for_hydra, put, split_words, texts_of, unquoted, with_scale
 
 Passes = Literal["auto", "bf16", "fp32"]
@@ -27,7 +29,7 @@ OWN_DATA = ("folder", "medmnist", "npz", "hf", "table")
 """Data sets that are not public, or made of what is not."""
 OURS = ("resnet18", "small_cnn")
 """Networks with `model.width` and `model.norm`."""
-OPTIONAL = ("file", "names", "classes")
+OPTIONAL = ("file", "names", "classes", "keys")
 """Settings of a partition that earlier versions did not have."""
 RUN_NAME = r"\w[\w.-]*"
 
@@ -104,6 +106,11 @@ class Partition(Settings):
     )
     classes: list[str] = Field(
         default=[], description="for nodes: names of all classes; empty takes those of the server's held-out images"
+    )
+    keys: dict[int, str] = Field(
+        default_factory=dict,
+        description="for nodes: client, by number or name -> id of its SuperNode's key (`fedunlearn keys id`); then a "
+        "node is who its key says, and nobody else is asked",
     )
     dirichlet_alpha: float = Field(
         default=0.6, ge=1e-6, le=1e6, description="concentration of the Dirichlet split; lower is less even"
@@ -375,11 +382,11 @@ def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
         raise UserError(f"{folder} has no config.yaml: is {folder.parent} an app such as simulations/digits?")
     words = spelled_out(split_words(words) if isinstance(words, str) else words)
     check_names(words, Config)
-    asked = {name_of(word) for word in words}
+    asked = {setting_of(word) for word in words}
     ConfigStore.instance().store(name="schema", node=Config().model_dump())
     words = with_scale(words, folder)
     typed: dict[str, Any] = {**texts_of(words, Config), **named_settings(words)}
-    words = [for_hydra(word, Config) for word in words if name_of(word) not in typed]
+    words = [for_hydra(word, Config) for word in words if setting_of(word) not in typed]
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             values: Any = OmegaConf.to_container(hydra_compose("config", words), resolve=True)
@@ -462,13 +469,17 @@ def check(config: Config) -> Config:
         raise UserError(f"data.window={window} is not [low,high], with a low value below the high one")
     if config.forget.schedule and config.forget.signed:
         raise UserError("forget.schedule asks without a signature, and forget.signed=true wants one")
-    for client, key in config.forget.keys.items():
-        check_clients([client], config.clients)
-        if not re.fullmatch(KEY_ID, key):
-            raise UserError(
-                f"forget.keys: {key!r} of client {client} is no id of a key, as `fedunlearn keys id` prints it"
-            )
+    for name, keys in (("forget.keys", config.forget.keys), ("partition.keys", config.partition.keys)):
+        check_keys(name, keys, config.clients)
     return config
+
+
+def check_keys(name: str, keys: Mapping[int, str], clients: int) -> None:
+    """Raise UserError where a setting has keys of clients that there are not, or what is no id of a key."""
+    for client, key in keys.items():
+        check_clients([client], clients)
+        if not re.fullmatch(KEY_ID, key):
+            raise UserError(f"{name}: {key!r} of client {client} is no id of a key, as `fedunlearn keys id` prints it")
 
 
 def check_nodes(config: Config) -> None:
@@ -476,9 +487,11 @@ def check_nodes(config: Config) -> None:
     split = config.partition
     if split.is_on_nodes and config.data.name != "folder":
         raise UserError(f"partition.kind=nodes is for image files: data.name=folder, not {config.data.name}")
-    if split.classes and not split.is_on_nodes:
+    if (split.classes or split.keys) and not split.is_on_nodes:
+        raise UserError(f"partition.{'classes' if split.classes else 'keys'} is for partition.kind=nodes")
+    if split.keys and (without := sorted(set(range(config.clients)) - split.keys.keys())):
         raise UserError(
-            "partition.classes is for partition.kind=nodes: elsewhere the images say which classes there are"
+            f"partition.keys has no key of client {name_of(without[0], split.names)}: all have one, or none"
         )
     if split.classes and len(set(split.classes)) < max(2, len(split.classes)):
         raise UserError(f"partition.classes={split.classes} are not two classes or more, each named once")

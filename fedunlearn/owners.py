@@ -18,7 +18,7 @@ OWNED = ("folders", "file", "column", "nodes")
 ON_NODES = "nodes"
 """The one in which every machine has its own clients' images, and nobody has them all."""
 
-NAMING = ("forget.schedule", "forget.keys", "readmit", "partition.names")
+NAMING = ("forget.schedule", "forget.keys", "readmit", "partition.names", "partition.keys")
 """Settings in which clients may be named."""
 
 
@@ -71,8 +71,9 @@ def settled(
         values["clients"] = len(names)
     if isinstance(schedule := forget.get("schedule"), dict):
         forget["schedule"] = {round_: _numbers(clients, names) for round_, clients in schedule.items()}
-    if isinstance(keys := forget.get("keys"), dict):
-        forget["keys"] = {_number(client, names): key for client, key in keys.items()}
+    for group in (forget, split):
+        if isinstance(keys := group.get("keys"), dict):
+            group["keys"] = {_number(client, names): key for client, key in keys.items()}
     values["readmit"] = _numbers(values.get("readmit"), names)
 
 

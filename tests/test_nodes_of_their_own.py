@@ -4,14 +4,19 @@ import json
 import logging
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 
+from command_line import command
 from fedunlearn.apps.client_app import app, resident
 from fedunlearn.config import Config, compose
 from fedunlearn.data.datasets import Owners, load
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation.machine import Machine, settled
+from fedunlearn.runs.keys import id_of
 from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.verifying import verified
 from local_grid import LocalGrid, asked
@@ -29,12 +34,25 @@ def classes(folder, number, names=("no", "yes"), each=5):
     return folder
 
 
+def public(key):
+    """A key as a SuperLink keeps it."""
+    form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    return key.public_key().public_bytes(*form)
+
+
 class Machines(LocalGrid):
     """A grid whose nodes are started with a folder and a state folder each."""
 
-    def __init__(self, configs):
+    def __init__(self, configs, keys=None):
         super().__init__(len(configs))
-        self.configs = configs
+        self.configs, self.keys = configs, keys
+
+    def get_nodes(self):
+        """As Flower's grid: every node with the key that it signs with."""
+        return [
+            NodeInfo(node_id=node, public_key=public(self.keys[place]) if self.keys else b"")
+            for node, place in self.nodes.items()
+        ]
 
     def call(self, message):
         config = self.configs[self.nodes[message.metadata.dst_node_id]]
@@ -57,12 +75,12 @@ def hospitals(federate, tmp_path, monkeypatch):
             "home": str(tmp_path / f"at_{home or client}"),
         }
 
-    def run(words="", machines=None, names=NAMES):
+    def run(words="", machines=None, names=NAMES, keys=None):
         about = f"data.name=folder data.root={tmp_path / 'server'} data.image_size=8 data.limit=0 data.test_limit=0"
-        about += f" {QUICK} partition.kind=nodes partition.names=[{','.join(names)}] timeout=2"
+        about += f" {QUICK} partition.kind=nodes partition.names=[{','.join(names)}] timeout=0.5"
         if "strategy=" not in words:
             about += " strategy=leave"
-        return federate(f"{about} {words}", grid=Machines(machines or [machine(name) for name in NAMES]))
+        return federate(f"{about} {words}", grid=Machines(machines or [machine(name) for name in NAMES], keys))
 
     run.machine = machine
     yield run
@@ -220,3 +238,77 @@ def test_settings_that_do_not_fit_are_refused(home, digits, words, reason):
 def test_in_a_simulation_a_machine_is_nothing():
     config = Config()
     assert settled(config, Machine("a", "/data")) == (config, None)
+
+
+@pytest.fixture
+def supernodes():
+    """The keys of three SuperNodes, and the setting that names them."""
+    keys = [ec.generate_private_key(ec.SECP384R1()) for _ in NAMES]
+    named = ",".join(f"{name}:{id_of(key)}" for name, key in zip(NAMES, keys, strict=True))
+    return keys, f"partition.keys={{{named}}}"
+
+
+def test_a_node_is_who_its_key_says(federate, hospitals, supernodes, tmp_path, warnings):
+    keys, setting = supernodes
+    stranger = ec.generate_private_key(ec.SECP384R1())
+    thief = hospitals.machine("hospital_b", classes(tmp_path / "thief", 7), "thief")
+    machines = [*(hospitals.machine(name) for name in NAMES), thief]
+    grid = hospitals(f"rounds=1 {setting}", machines, keys=[*keys, stranger])
+    assert f"is asked nothing: its key {id_of(stranger)} is no client's" in warnings()
+    assert sorted({message.metadata.dst_node_id for message in grid.sent}) == list(grid.nodes)[:3]
+    assert federate.run().metrics()[-1]["clients"] == [0, 1, 2]
+    assert not [message for message in grid.sent if id_of(keys[0]) in messages.task_of(message).config]
+
+
+def test_a_node_that_says_it_is_somebody_else_is_not_believed(federate, hospitals, supernodes, warnings):
+    keys, setting = supernodes
+    hospitals(f"rounds=1 {setting}", keys=[keys[0], keys[2], keys[1]])
+    assert "it says that it is client hospital_b, whose key is another (partition.keys)" in warnings()
+    assert federate.run().metrics()[-1]["clients"] == [0]
+
+
+def test_a_forgotten_key_gets_no_message_whatever_it_says_it_is(federate, hospitals, supernodes, tmp_path, warnings):
+    keys, setting = supernodes
+    hospitals(f"rounds=1 {setting} forget.schedule={{1:[hospital_b]}}", keys=keys)
+    assert federate.requests()[0].state == "COMPLETED"
+    other_images = hospitals.machine("hospital_a", classes(tmp_path / "new", 8), "new")
+    for rounds, machine in ((2, hospitals.machine("hospital_b")), (3, other_images)):
+        machines = [hospitals.machine("hospital_a"), machine, hospitals.machine("hospital_c")]
+        grid = hospitals(f"rounds={rounds} {setting}", machines, keys=keys)
+        assert list(grid.nodes)[1] not in {message.metadata.dst_node_id for message in grid.sent}
+        assert federate.run().metrics()[-1]["clients"] == [0, 2]
+    assert "its key is that of a client that was forgotten (client hospital_b, by this run)" in warnings()
+
+
+def test_another_run_knows_a_forgotten_key_too(hospitals, supernodes, warnings):
+    keys, setting = supernodes
+    hospitals(f"rounds=1 {setting} forget.schedule={{1:[hospital_b]}}", keys=keys)
+    with pytest.raises(UserError, match=r"client b was forgotten by run test \(request r1\)"):
+        hospitals(f"run=second rounds=1 {setting.replace('hospital_', '')}", names=["a", "b", "c"], keys=keys)
+    grid = hospitals("run=third rounds=1 forget.schedule={0:[hospital_b]}", keys=keys)
+    assert list(grid.nodes)[1] not in {message.metadata.dst_node_id for message in grid.sent}
+    assert "its key is that of a client that was forgotten (run test (request r1))" in warnings()
+
+
+def test_a_simulation_knows_no_keys_and_asks_nobody_then(hospitals, supernodes, warnings):
+    with pytest.raises(UserError, match="no node works"):
+        hospitals(f"rounds=1 {supernodes[1]}")
+    assert "nobody knows its key, and partition.keys says who may come" in warnings()
+
+
+def test_keys_are_of_all_clients(home, digits, supernodes):
+    some = f"data.name=folder partition.kind=nodes partition.names=[{','.join([*NAMES, 'd'])}] {supernodes[1]}"
+    with pytest.raises(UserError, match=r"partition\.keys has no key of client d: all have one, or none"):
+        compose(digits, some)
+    with pytest.raises(UserError, match="is no id of a key"):
+        compose(digits, "forget.keys={1:abc}")
+
+
+def test_public_and_private_keys_have_one_id(supernodes, tmp_path, capsys):
+    key = supernodes[0][0]
+    openssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    for data in (public(key), key.public_key().public_bytes(*openssh), key.private_bytes(*private)):
+        (tmp_path / "key").write_bytes(data)
+        assert command("keys", "id", tmp_path / "key") == 0
+        assert capsys.readouterr().out == f"{id_of(key)}\n"

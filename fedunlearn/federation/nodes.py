@@ -19,8 +19,9 @@ from fedunlearn.errors import DestroyedError, UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation import robust as averaging
 from fedunlearn.federation.band import judged
-from fedunlearn.federation.hosting import missing, unbelieved
+from fedunlearn.federation.hosting import Entrance, missing, unbelieved
 from fedunlearn.federation.messages import Task, Tensors
+from fedunlearn.federation.ordered_grid import OrderedGrid
 from fedunlearn.federation.replies import (
     AstrayError,
     Expected,
@@ -79,7 +80,7 @@ class Nodes:
 
     def identify(
         self,
-        grid: Grid,
+        grid: OrderedGrid,
         known: Mapping[int, int],
         forgotten: Collection[int] = (),
         *,
@@ -95,7 +96,7 @@ class Nodes:
         Args:
             known: the examples of clients, from earlier starts of the run.
             images: SHA-256 of the images of clients that have them on machines of their own, as far as it is known.
-            gone: by SHA-256 of images that must not come back from such a machine, who has forgotten them.
+            gone: by SHA-256 of images and by keys that must not come back, who has forgotten them.
             forgotten: clients whose images may be gone. The others are shared out as if they were still there, since
                 sums depend in their last bits on who shares a node.
 
@@ -103,10 +104,11 @@ class Nodes:
             UserError: no node works, or not all are connected in time.
         """
         with waiting("the nodes' first answers", limit=WAIT_SECONDS):
-            found = self._introduced(grid, forgotten)
+            entrance = Entrance(self.config.partition.keys, gone, forgotten, self._name_of)
+            found = self._introduced(grid, forgotten, entrance)
         if self.config.partition.is_on_nodes:
             about = {"known": images, "gone": gone, "forgotten": forgotten, "name": self._name_of}
-            for node, reason in unbelieved(found, **about).items():
+            for node, reason in unbelieved(found, entrance=entrance, **about).items():
                 log.warning("node %s is left out: %s", node, reason)
                 del found[node]
         past = {client: known[client] for client in forgotten if client in known}
@@ -151,28 +153,30 @@ class Nodes:
             {number: portion.content() for number, portion in self.portions.items() if portion.client in owners}
         )
 
-    def _introduced(self, grid: Grid, forgotten: Collection[int]) -> dict[int, Introduction]:
+    def _introduced(self, grid: OrderedGrid, forgotten: Collection[int], entrance: Entrance) -> dict[int, Introduction]:
         """Give what every node says of itself, by Flower's id, when there are as many as most of them speak of.
 
         Machines of their own speak of themselves alone. They are there when every client is that is not forgotten; who
         does not come within `timeout` is left out.
         """
         if self.config.partition.is_on_nodes:
-            return self._introduced_alone(grid, forgotten)
+            return self._introduced_alone(grid, forgotten, entrance)
         found: dict[int, Introduction] = {}
         failures: Counter[int] = Counter()
         expected, deadline = 1, time.monotonic() + WAIT_SECONDS
         while len(found) + sum(count == ATTEMPTS for count in failures.values()) < expected:
             if time.monotonic() > deadline:
                 raise UserError(f"{len(found)} of {expected} nodes are connected after {WAIT_SECONDS} s")
-            self._ask_who(grid, found, failures)
+            self._ask_who(grid, grid.get_node_ids(), found, failures)
             if found:
                 expected = min(multimode(about.nodes for about in found.values()))
         if not found:
             raise UserError("no node works: the reasons are in the log above")
         return found
 
-    def _introduced_alone(self, grid: Grid, forgotten: Collection[int]) -> dict[int, Introduction]:
+    def _introduced_alone(
+        self, grid: OrderedGrid, forgotten: Collection[int], entrance: Entrance
+    ) -> dict[int, Introduction]:
         found: dict[int, Introduction] = {}
         failures: Counter[int] = Counter()
         deadline = time.monotonic() + min(self.config.timeout, WAIT_SECONDS)
@@ -180,12 +184,14 @@ class Nodes:
             if time.monotonic() > deadline:
                 log.warning("clients %s are not connected: the run goes on without them", self.listed(absent))
                 break
-            self._ask_who(grid, found, failures)
+            self._ask_who(grid, entrance.admitted(grid.get_node_ids(), grid.public_keys()), found, failures)
         return found
 
-    def _ask_who(self, grid: Grid, found: dict[int, Introduction], failures: Counter[int]) -> None:
+    def _ask_who(
+        self, grid: Grid, nodes: Iterable[int], found: dict[int, Introduction], failures: Counter[int]
+    ) -> None:
         """Ask the nodes that have come who they are, and note what they say."""
-        unknown = [node for node in grid.get_node_ids() if node not in found and failures[node] < ATTEMPTS]
+        unknown = [node for node in nodes if node not in found and failures[node] < ATTEMPTS]
         if not unknown:
             time.sleep(0.1)
         content = messages.request(Task(for_clients(self.config), "identify", 0, []), {})
@@ -360,7 +366,8 @@ def for_clients(config: Config) -> str:
     """
     update: dict[str, Any] = {"forget": Forget(), "run": ""}
     if config.partition.is_on_nodes:
-        update |= {"home": "", "data": config.data.model_copy(update={"root": ""})}
+        data, split = config.data.model_copy(update={"root": ""}), config.partition.model_copy(update={"keys": {}})
+        update |= {"home": "", "data": data, "partition": split}
     return to_json(config.model_copy(update=update))
 
 

@@ -111,6 +111,14 @@ class OrderedGrid(Grid):
         """As the wrapped grid."""
         return self._grid.get_node_ids()
 
+    def public_keys(self) -> dict[int, bytes]:
+        """Give the key of every node that is connected, in PEM; none where the grid knows no keys.
+
+        A SuperLink takes nothing from a node that is not signed with its key.
+        """
+        get_nodes = getattr(self._grid, "get_nodes", None)
+        return {node.node_id: node.public_key for node in get_nodes()} if get_nodes else {}
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """As the wrapped grid."""
         return self._grid.push_messages(messages)

@@ -31,7 +31,7 @@ from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.log import ROUNDS
-from fedunlearn.runs.fingerprints import fingerprints_of, gone_images, keep_fingerprints
+from fedunlearn.runs.fingerprints import fingerprints_of, forgotten_for_good, keep_fingerprints
 from fedunlearn.runs.formats import progress
 from fedunlearn.runs.ledger import FORGOTTEN
 from fedunlearn.runs.run import Run
@@ -100,7 +100,7 @@ class Rounds(FlowerStrategy):
         grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
         nodes, ledger = self.federation.nodes, self._run.ledger
         forgotten = ledger.clients_in(FORGOTTEN)
-        known = {"images": fingerprints_of(self._run), "gone": gone_images(self._run)}
+        known = {"images": fingerprints_of(self._run), "gone": forgotten_for_good(self._run)}
         nodes.identify(grid, ledger.examples(), forgotten, **known)
         keep_fingerprints(self._run, nodes.fingerprints)
         ledger.keep_examples({c: n for c, n in nodes.examples.items() if c not in nodes.disputed})

@@ -1,4 +1,4 @@
-"""SHA-256 of images that clients have on machines of their own: the first that each tells is kept, in `run.json`."""
+"""What is known of clients on machines of their own: the first SHA-256 that each tells is kept, in `run.json`."""
 
 from collections.abc import Mapping
 
@@ -19,16 +19,22 @@ def keep_fingerprints(run: Run, found: Mapping[int, str]) -> None:
         write_about(run.folder, run.ledger, about | {"data": about["data"] | new})
 
 
-def gone_images(run: Run) -> dict[str, str]:
-    """Give the SHA-256 of images that must not come back, each with who has forgotten them.
+def forgotten_for_good(run: Run) -> dict[str, str]:
+    """Give the SHA-256 of images, and the keys, that must not come back, each with who has forgotten them.
 
     These are what this run has forgotten, and what others of the state folder have forgotten for good. Nothing counts
     where one machine has all images: there a run is refused before it starts.
     """
     if not run.config.partition.is_on_nodes:
         return {}
-    known = fingerprints_of(run)
-    taken_back = {known.get(client, "") for client in run.config.readmit}
+    images, keys = fingerprints_of(run), run.config.partition.keys
+
+    def known(client: int) -> set[str]:
+        return {images.get(client, ""), keys.get(client, "")} - {""}
+
+    taken_back = {name for client in run.config.readmit for name in known(client)}
     others = {name: who for name, who in forgotten_in(run.home, but=run.name).names.items() if name not in taken_back}
-    forgotten = [client for client in run.ledger.clients_in(FORGOTTEN) if client in known]
-    return others | {known[client]: f"{run.named([client])}, by this run" for client in forgotten}
+    forgotten = run.ledger.clients_in(FORGOTTEN)
+    of_others = {keys[client] for client in keys.keys() - set(forgotten)}  # a machine may have several clients
+    own = {name: f"{run.named([client])}, by this run" for client in forgotten for name in known(client) - of_others}
+    return others | own
