@@ -16,10 +16,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
-from fedunlearn.naming import name_of
+from fedunlearn.naming import name_of as client_name
 from fedunlearn.owners import ON_NODES, OWNED, named_settings, settled
-from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, validated
-from fedunlearn.schema import name_of as setting_of
+from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, name_of, validated
 from fedunlearn.words import for_hydra, put, split_words, texts_of, unquoted, with_scale
 
 Passes = Literal["auto", "bf16", "fp32"]
@@ -382,11 +381,11 @@ def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
         raise UserError(f"{folder} has no config.yaml: is {folder.parent} an app such as simulations/digits?")
     words = spelled_out(split_words(words) if isinstance(words, str) else words)
     check_names(words, Config)
-    asked = {setting_of(word) for word in words}
+    asked = {name_of(word) for word in words}
     ConfigStore.instance().store(name="schema", node=Config().model_dump())
     words = with_scale(words, folder)
     typed: dict[str, Any] = {**texts_of(words, Config), **named_settings(words)}
-    words = [for_hydra(word, Config) for word in words if setting_of(word) not in typed]
+    words = [for_hydra(word, Config) for word in words if name_of(word) not in typed]
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             values: Any = OmegaConf.to_container(hydra_compose("config", words), resolve=True)
@@ -491,7 +490,7 @@ def check_nodes(config: Config) -> None:
         raise UserError(f"partition.{'classes' if split.classes else 'keys'} is for partition.kind=nodes")
     if split.keys and (without := sorted(set(range(config.clients)) - split.keys.keys())):
         raise UserError(
-            f"partition.keys has no key of client {name_of(without[0], split.names)}: all have one, or none"
+            f"partition.keys has no key of client {client_name(without[0], split.names)}: all have one, or none"
         )
     if split.classes and len(set(split.classes)) < max(2, len(split.classes)):
         raise UserError(f"partition.classes={split.classes} are not two classes or more, each named once")
