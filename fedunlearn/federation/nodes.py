@@ -188,12 +188,12 @@ class Nodes:
         return found
 
     def _ask_who(
-        self, grid: Grid, nodes: Iterable[int], found: dict[int, Introduction], failures: Counter[int]
+        self, grid: OrderedGrid, nodes: Iterable[int], found: dict[int, Introduction], failures: Counter[int]
     ) -> None:
         """Ask the nodes that have come who they are, and note what they say."""
         unknown = [node for node in nodes if node not in found and failures[node] < ATTEMPTS]
         if not unknown:
-            time.sleep(0.1)
+            time.sleep(0.5 if self.config.partition.is_on_nodes else 0.1)
         content = messages.request(Task(for_clients(self.config), "identify", 0, []), {})
         sent = [Message(content, node, "query.identify") for node in unknown]
         patience = min(self.config.timeout, WAIT_SECONDS)

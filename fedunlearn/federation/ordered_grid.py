@@ -11,6 +11,10 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.superlink.grid import HttpGrid
+
+PAUSE, REMOTE_PAUSE = 0.02, 0.5
+"""Seconds between two looks for replies. A SuperLink answers each in some 40 ms of its processor's time."""
 
 
 @dataclass
@@ -30,10 +34,11 @@ class OrderedGrid(Grid):
     the usual time only: the median of what earlier calls for the same type of message took until their last reply.
     """
 
-    def __init__(self, grid: Grid, *, window: int, pause: float = 0.02) -> None:
+    def __init__(self, grid: Grid, *, window: int, pause: float | None = None) -> None:
         self._grid = grid
         self._window = window
-        self._pause = pause
+        usual = REMOTE_PAUSE if isinstance(grid, HttpGrid) else PAUSE
+        self._pause = usual if pause is None else pause
         self._silent: set[int] = set()
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)  # of earlier calls, by type of message
 

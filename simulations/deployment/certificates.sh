@@ -13,9 +13,9 @@ for name in "$@"; do
 done
 mkdir -p "$folder"
 umask 077
-[ -e "$folder/ca.crt" ] || openssl req -x509 -newkey rsa:3072 -nodes -days 3650 -subj "/CN=fedunlearn authority" \
+[ -e "$folder/ca.crt" ] || openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 -subj "/CN=fedunlearn authority" \
     -keyout "$folder/ca.key" -out "$folder/ca.crt" 2>/dev/null
-openssl req -newkey rsa:3072 -nodes -subj "/CN=fedunlearn SuperLink" \
+openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "/CN=fedunlearn SuperLink" \
     -keyout "$folder/server.key" -out "$folder/server.csr" 2>/dev/null
 printf 'subjectAltName=%s\n' "$names" > "$folder/server.ext"
 openssl x509 -req -in "$folder/server.csr" -CA "$folder/ca.crt" -CAkey "$folder/ca.key" -CAcreateserial -days 825 \
