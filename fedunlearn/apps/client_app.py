@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from fedunlearn.config import from_json
 from fedunlearn.federation import messages
 from fedunlearn.federation.client import ClientRuntime
+from fedunlearn.federation.folding import FOLDED, fold, unfold
 from fedunlearn.federation.machine import Machine, settled
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.strategy import Strategy, strategy_of
@@ -45,7 +46,17 @@ def measured(message: Message, context: Context, call_next: Callable[[Message, C
     return reply
 
 
-app = ClientApp(mods=[measured])
+def in_one_piece(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Take a message whose tensors are in one piece apart, and reply in the same way."""
+    is_folded = FOLDED in message.content
+    message.content = unfold(message.content)
+    reply = call_next(message, context)
+    if is_folded and reply.has_content():
+        reply.content = fold(reply.content)
+    return reply
+
+
+app = ClientApp(mods=[in_one_piece, measured])
 
 DROPOUT = 10**6
 """Place of the draws that layers make by themselves, after any epoch's."""

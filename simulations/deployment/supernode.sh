@@ -7,4 +7,4 @@ exec flower-supernode --superlink "$SUPERLINK" \
     --root-certificates "$DEPLOYMENT/certificates/ca.crt" \
     --auth-supernode-private-key "$DEPLOYMENT/keys/$client" \
     --host 127.0.0.1 --port "${PORT:-9094}" \
-    --node-config "client=\"$client\" data-root=\"$folder\""
+    --node-config "${NODE_CONFIG:-client=\"$client\"} data-root=\"$folder\""
