@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,7 @@ class Deployment:
                 stderr=output,
                 start_new_session=True,
             )
+        process.flower_home = Path(environment.get("FLWR_HOME", self.folder / "flwr"))
         self._stack.callback(end, process)
         return process
 
@@ -71,7 +72,7 @@ class Deployment:
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
 
-    def wait_for(self, name, text, times=1, limit=120):
+    def wait_for(self, name, text, times=1, limit=180):
         deadline = time.monotonic() + limit
         while not (self.folder / f"{name}.log").exists() or self.log(name).count(text) < times:
             assert time.monotonic() < deadline, self.log(name)[-2000:]
@@ -79,11 +80,12 @@ class Deployment:
 
 
 def end(process):
-    """End a process and what it has started, a session of its own."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    """End a script and what it has started, without a word."""
+    file = process.flower_home / "supernode.pid"
+    nodes = [int(file.read_text())] if file.exists() else []
+    for group in (process.pid, *nodes):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
     process.wait()
 
 
@@ -138,8 +140,9 @@ def test_a_forgotten_hospital_gets_no_message_whatever_it_says_that_it_is(deploy
         log="again",
         PORT=str(free_ports(1)[0]),
         NODE_CONFIG='client="hospital_a" partition-id=0',
+        FLWR_HOME=str(deployment.folder / "at" / "again"),
     )
-    deployment.wait_for("again", "SuperNode ID")
+    deployment.wait_for("again", "SuperNode ID", limit=180)
     said = deployment.script("run.sh", *words, "rounds=2")
     assert "its key is that of a client that was forgotten" in said
     assert [row["clients"] for row in run.metrics() if row["kind"] == "round"] == [[0, 1, 2], [0, 2]]
