@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord
@@ -115,6 +116,6 @@ def identify(message: Message, context: Context) -> Message:
     about["nodes"] = int(context.node_config.get("num-partitions", 1))
     about["gpu"] = int(runtime.device.type == "cuda")
     if runtime.config.partition.is_on_nodes:
-        own = {str(client): runtime.fingerprint(client) for client in runtime.clients}
+        own: dict[str, Any] = {str(client): runtime.fingerprint(client) for client in runtime.clients}
         reply.content["fingerprints"] = ConfigRecord(own)
     return reply
