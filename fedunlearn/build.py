@@ -44,9 +44,15 @@ class Images(NamedTuple):
         return self.shape[2]
 
 
-def open_dataset(config: Config) -> Dataset:
-    """Open the images of a run, downloading and decoding them on first use."""
-    return datasets.load(config.data.name, **_place_of(config))
+def open_dataset(config: Config, here: Sequence[int] = ()) -> Dataset:
+    """Open the images of a run, downloading and decoding them on first use.
+
+    Args:
+        here: the clients of this machine, where each has its own; without any those of the server.
+    """
+    place = _place_of(config)
+    names = tuple(config.partition.names[client] for client in here)
+    return datasets.load(config.data.name, **place | {"owners": place["owners"]._replace(here=names)})
 
 
 def source_of(config: Config) -> datasets.Source | OwnedSource:
@@ -69,7 +75,7 @@ def decode_for_readmitted(config: Config) -> None:
         UserError: its source is gone too.
     """
     source = source_of(config)
-    if not config.readmit or not source.store.is_dir():
+    if not config.readmit or not source.store.is_dir() or config.partition.is_on_nodes:
         return
     if isinstance(source, OwnedSource):
         source.take_back(source.clients[client] for client in config.readmit)

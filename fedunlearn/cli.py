@@ -24,6 +24,7 @@ from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
 from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened, read_names
 from fedunlearn.config import Config, compose, state_home, writable_home
 from fedunlearn.data.selection import Selection
+from fedunlearn.deploying import deploy_cli
 from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
 from fedunlearn.log import set_up
@@ -54,6 +55,7 @@ cli.command()(verify)
 cli.command()(purge)
 cli.command()(scan)
 cli.add_typer(keys_cli, name="keys")
+cli.add_typer(deploy_cli, name="deploy")
 study_cli = typer.Typer(help="Compare unlearning with retraining: a table, figures, a report.", no_args_is_help=True)
 cli.add_typer(study_cli, name="study")
 

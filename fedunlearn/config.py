@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
-from fedunlearn.owners import OWNED, named_settings, settled
+from fedunlearn.naming import name_of as client_name
+from fedunlearn.owners import ON_NODES, OWNED, named_settings, settled
 from fedunlearn.schema import KEY_ID, check_names, fields_of, in_one_line, is_mapping, name_of, validated
 from fedunlearn.words import for_hydra, put, split_words, texts_of, unquoted, with_scale
 
@@ -27,6 +28,8 @@ OWN_DATA = ("folder", "medmnist", "npz", "hf", "table")
 """Data sets that are not public, or made of what is not."""
 OURS = ("resnet18", "small_cnn")
 """Networks with `model.width` and `model.norm`."""
+OPTIONAL = ("file", "names", "classes", "keys")
+"""Settings of a partition that earlier versions did not have."""
 RUN_NAME = r"\w[\w.-]*"
 
 
@@ -86,10 +89,11 @@ class Data(Settings):
 class Partition(Settings):
     """Who owns which image."""
 
-    kind: Literal["dirichlet", "iid", "class", "folders", "file", "column"] = Field(
+    kind: Literal["dirichlet", "iid", "class", "folders", "file", "column", "nodes"] = Field(
         default="dirichlet",
         description="dirichlet a class, iid, or one class a client; or whoever owns them: folders (root/client/class/"
-        "image), file (partition.file), column (what an .npz or a table calls clients)",
+        "image), file (partition.file), column (what an .npz or a table calls clients), nodes (real machines: each has "
+        "its own, and the server's data.root has held-out images alone)",
     )
     file: str = Field(
         default="",
@@ -99,6 +103,14 @@ class Partition(Settings):
         default=[],
         description="of the owners that take part, by number; empty takes all, and a run keeps them",
     )
+    classes: list[str] = Field(
+        default=[], description="for nodes: names of all classes; empty takes those of the server's held-out images"
+    )
+    keys: dict[int, str] = Field(
+        default_factory=dict,
+        description="for nodes: client, by number or name -> id of its SuperNode's key (`fedunlearn keys id`); then a "
+        "node is who its key says, and nobody else is asked",
+    )
     dirichlet_alpha: float = Field(
         default=0.6, ge=1e-6, le=1e6, description="concentration of the Dirichlet split; lower is less even"
     )
@@ -107,12 +119,17 @@ class Partition(Settings):
     @model_serializer(mode="wrap")
     def _without_empty_names(self, write: Any) -> dict[str, Any]:
         """Write what earlier versions knew, where nobody owns an image: what depends on settings stays as it was."""
-        return {name: value for name, value in write(self).items() if value or name not in ("file", "names")}
+        return {name: value for name, value in write(self).items() if value or name not in OPTIONAL}
 
     @property
     def has_owners(self) -> bool:
         """Whether images have owners with names, and are not dealt out."""
         return self.kind in OWNED
+
+    @property
+    def is_on_nodes(self) -> bool:
+        """Whether every machine has its own clients' images, and nobody has them all."""
+        return self.kind == ON_NODES
 
 
 class Model(Settings):
@@ -377,7 +394,7 @@ def compose(folder: Path, words: str | Sequence[str] = ()) -> Config:
         raise UserError(f"{' '.join(words)}: {reason} (`fedunlearn config` lists all settings)") from None
     put(values, typed)
     settled(values, asked, state_home(values["home"]) / "runs", _clients_of)
-    config = check(validated(Config, values))
+    config = with_classes(check(validated(Config, values)))
     if (idle := sorted(asked & {"model.width", "model.norm"})) and config.model.name not in OURS:
         raise UserError(
             f"{idle[0]} changes nothing of model.name={config.model.name}: leave it out (see model.options)"
@@ -406,6 +423,21 @@ def _clients_of(values: Mapping[str, Any]) -> list[str]:
     return clients_of(data.name, **place_of(data, split, values["home"]))
 
 
+def with_classes(config: Config) -> Config:
+    """Give the settings with the names of all classes, which machines of their own have to be told.
+
+    Raises:
+        UserError: there are no held-out images here, or they are of one class.
+    """
+    split = config.partition
+    if not split.is_on_nodes or split.classes:
+        return config
+    from fedunlearn.data.datasets import classes_here
+
+    classes = classes_here(config.data.name, **place_of(config.data, split, config.home))
+    return check(config.model_copy(update={"partition": split.model_copy(update={"classes": classes})}))
+
+
 def place_of(data: Data, split: Partition, home: str) -> dict[str, Any]:
     """Say where images are and how they are read, as `data.datasets.load` takes it."""
     from fedunlearn.data.datasets import Choices, Owners
@@ -413,7 +445,7 @@ def place_of(data: Data, split: Partition, home: str) -> dict[str, Any]:
     about = data.model_dump(include={"root", "limit", "test_limit", "image_size"})
     about_files = data.model_dump(include={"fit", "exif", "skip_bad", "label", "client"})
     choices: Any = Choices(window=tuple(data.window), columns=tuple(data.columns), **about_files)  # type: ignore[arg-type]
-    owners = Owners(split.kind, split.file, tuple(split.names))
+    owners = Owners(split.kind, split.file, tuple(split.names), tuple(split.classes))
     return {"cache": state_home(home) / "data", "choices": choices, "owners": owners, **about}
 
 
@@ -431,17 +463,37 @@ def check(config: Config) -> Config:
         check_clients(clients, config.clients)
     if config.readmit:
         check_clients(config.readmit, config.clients)
+    check_nodes(config)
     if (window := config.data.window) and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
         raise UserError(f"data.window={window} is not [low,high], with a low value below the high one")
     if config.forget.schedule and config.forget.signed:
         raise UserError("forget.schedule asks without a signature, and forget.signed=true wants one")
-    for client, key in config.forget.keys.items():
-        check_clients([client], config.clients)
-        if not re.fullmatch(KEY_ID, key):
-            raise UserError(
-                f"forget.keys: {key!r} of client {client} is no id of a key, as `fedunlearn keys id` prints it"
-            )
+    for name, keys in (("forget.keys", config.forget.keys), ("partition.keys", config.partition.keys)):
+        check_keys(name, keys, config.clients)
     return config
+
+
+def check_keys(name: str, keys: Mapping[int, str], clients: int) -> None:
+    """Raise UserError where a setting has keys of clients that there are not, or what is no id of a key."""
+    for client, key in keys.items():
+        check_clients([client], clients)
+        if not re.fullmatch(KEY_ID, key):
+            raise UserError(f"{name}: {key!r} of client {client} is no id of a key, as `fedunlearn keys id` prints it")
+
+
+def check_nodes(config: Config) -> None:
+    """Raise UserError for settings of real machines where there are none, or where images are no files."""
+    split = config.partition
+    if split.is_on_nodes and config.data.name != "folder":
+        raise UserError(f"partition.kind=nodes is for image files: data.name=folder, not {config.data.name}")
+    if (split.classes or split.keys) and not split.is_on_nodes:
+        raise UserError(f"partition.{'classes' if split.classes else 'keys'} is for partition.kind=nodes")
+    if split.keys and (without := sorted(set(range(config.clients)) - split.keys.keys())):
+        raise UserError(
+            f"partition.keys has no key of client {client_name(without[0], split.names)}: all have one, or none"
+        )
+    if split.classes and len(set(split.classes)) < max(2, len(split.classes)):
+        raise UserError(f"partition.classes={split.classes} are not two classes or more, each named once")
 
 
 def check_clients(clients: Sequence[int], num_clients: int) -> None:

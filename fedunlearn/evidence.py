@@ -127,11 +127,11 @@ def new(file: Annotated[Path, typer.Argument(help="Where it is written, as clien
 
 @keys_cli.command("id")
 @in_one_line
-def id_(file: Annotated[Path, typer.Argument(help="A private key.")]) -> int:
+def id_(file: Annotated[Path, typer.Argument(help="A key, public or private.")]) -> int:
     """Print a key's id."""
     from fedunlearn.runs import keys
 
-    print(keys.id_of(keys.load(file)))
+    print(keys.id_in(file))
     return 0
 
 

@@ -12,10 +12,13 @@ from fedunlearn.schema import check_text
 from fedunlearn.schema import name_of as setting_of
 from fedunlearn.words import read_texts, unquoted
 
-OWNED = ("folders", "file", "column")
+OWNED = ("folders", "file", "column", "nodes")
 """Partitions in which the images' owners are known."""
 
-NAMING = ("forget.schedule", "forget.keys", "readmit", "partition.names")
+ON_NODES = "nodes"
+"""The one in which every machine has its own clients' images, and nobody has them all."""
+
+NAMING = ("forget.schedule", "forget.keys", "readmit", "partition.names", "partition.keys")
 """Settings in which clients may be named."""
 
 
@@ -55,10 +58,11 @@ def settled(
             raise UserError(f"partition.file says who owns an image, and partition.kind={split['kind']} too: give one")
         split["kind"] = "file"
     if split.get("names") and split.get("kind") not in OWNED:
-        raise UserError("partition.names is for owners: partition.kind=folders, file or column")
+        raise UserError("partition.names is for owners: partition.kind=folders, file, column or nodes")
     names = _kept(runs, values.get("run"), values.get("fork"))
     if not names and split.get("kind") in OWNED:
-        names = _chosen(split.get("names") or [], clients_of(values))
+        wanted = split.get("names") or []
+        names = [str(name) for name in wanted] if split["kind"] == ON_NODES else _chosen(wanted, clients_of(values))
         check_names(names)
         if "clients" in asked and values["clients"] != len(names):
             raise UserError(f"clients={values['clients']}: the images have {_counted(names)}; leave `clients` out")
@@ -67,8 +71,9 @@ def settled(
         values["clients"] = len(names)
     if isinstance(schedule := forget.get("schedule"), dict):
         forget["schedule"] = {round_: _numbers(clients, names) for round_, clients in schedule.items()}
-    if isinstance(keys := forget.get("keys"), dict):
-        forget["keys"] = {_number(client, names): key for client, key in keys.items()}
+    for group in (forget, split):
+        if isinstance(keys := group.get("keys"), dict):
+            group["keys"] = {_number(client, names): key for client, key in keys.items()}
     values["readmit"] = _numbers(values.get("readmit"), names)
 
 

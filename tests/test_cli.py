@@ -87,7 +87,9 @@ def test_config_lists_every_setting_with_default_range_and_meaning(capsys):
     (lr,) = (line for line in lines if line.startswith("train.lr "))
     assert re.fullmatch(r"train\.lr +0\.05 +0\.\.100 +SGD learning rate at the start", lr)
     (norm,) = (line for line in lines if line.startswith("model.norm "))
-    assert re.fullmatch(r'model\.norm +"batch" +one of batch, group, none +BatchNorm, GroupNorm or nothing, of ours', norm)
+    assert re.fullmatch(
+        r'model\.norm +"batch" +one of batch, group, none +BatchNorm, GroupNorm or nothing, of ours', norm
+    )
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,8 @@ def test_a_command_on_a_page_has_the_options_and_settings_of_the_code(page, line
     elif program == "make":
         targets = re.findall(r"^([\w.]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         assert set(rest) <= set(targets)
+    elif program.startswith("simulations/deployment/"):
+        assert (REPOSITORY / program).is_file()
     elif line.startswith("python -m benchmarks."):
         assert (REPOSITORY / f"{words[2].replace('.', '/')}.py").is_file()
     else:

@@ -17,6 +17,8 @@ from fedunlearn.runs.signed import SignedRequest
 
 log = getLogger("fedunlearn")
 
+ON_NODES = "the run is not live, and its clients have machines of their own: the request is filed"
+
 # what applies a request imports torch when it is called: who only files one must not wait for it
 
 
@@ -60,12 +62,13 @@ def check_strategy(found: Run, how: Mapping[str, Any]) -> None:
 def check_servable(found: Run) -> None:
     """Raise UserError where a run that is not live could not serve a request: then none is filed."""
     from fedunlearn.build import loss_of
-    from fedunlearn.federation.auditor import Auditor
+    from fedunlearn.federation.auditor import auditor_of
 
     found.check_checkpoint()
     check_strategy(found, {})
     loss_of(found.config)
-    check_data(found, Auditor(found.config).fingerprints())
+    if auditor := auditor_of(found.config):
+        check_data(found, auditor.fingerprints())
 
 
 def ask(
@@ -138,16 +141,19 @@ def see_to(found: Run, handle: RequestHandle, resources: Resources, *, wait: boo
     closing = f"run {found.name} is closing: waiting until it lets go, for {CLOSING_SECONDS} s at most"
     if not handle.is_open:
         after_a_crash(found)
-    elif not handle.is_taken(on_wait=lambda: log.info(closing)):
+    elif handle.is_taken(on_wait=lambda: log.info(closing)):
+        if wait:
+            follow()
+        else:
+            log.info("run %s takes the request at its next round boundary", found.name)
+    elif found.config.partition.is_on_nodes:
+        log.info("%s, and applied when the run is started again (`flwr run`, with run=%s)", ON_NODES, found.name)
+    else:
         log.info("the request is applied here, on %d virtual nodes", resources.nodes)
         try:
             serve(found, resources, verbose=verbose)
         except LockedError:  # another command came first, and serves all open requests
             follow()
-    elif wait:
-        follow()
-    else:
-        log.info("run %s takes the request at its next round boundary", found.name)
 
 
 def after_a_crash(found: Run) -> None:

@@ -10,14 +10,17 @@ import time
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
-from flwr.app import Context, Message, MetricRecord
+from flwr.app import ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 
 from fedunlearn.config import from_json
 from fedunlearn.federation import messages
 from fedunlearn.federation.client import ClientRuntime
+from fedunlearn.federation.folding import FOLDED, fold, unfold
+from fedunlearn.federation.machine import Machine, settled
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.federation.tasks import tasks_of
@@ -44,17 +47,27 @@ def measured(message: Message, context: Context, call_next: Callable[[Message, C
     return reply
 
 
-app = ClientApp(mods=[measured])
+def in_one_piece(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Take a message whose tensors are in one piece apart, and reply in the same way."""
+    is_folded = FOLDED in message.content
+    message.content = unfold(message.content)
+    reply = call_next(message, context)
+    if is_folded and reply.has_content():
+        reply.content = fold(reply.content)
+    return reply
+
+
+app = ClientApp(mods=[in_one_piece, measured])
 
 DROPOUT = 10**6
 """Place of the draws that layers make by themselves, after any epoch's."""
 
 
 @lru_cache(maxsize=2)
-def resident(config: str) -> tuple[ClientRuntime, Strategy]:
-    """Give what this process has for the settings in a message, as JSON."""
-    settings = from_json(config)
-    return ClientRuntime(settings), strategy_of(settings)
+def resident(config: str, machine: Machine | None = None) -> tuple[ClientRuntime, Strategy]:
+    """Give what this process has for the settings in a message, as JSON, on a machine of its own or in a simulation."""
+    settings, here = settled(from_json(config), machine)
+    return ClientRuntime(settings, here), strategy_of(settings)
 
 
 @app.train()
@@ -63,7 +76,7 @@ def resident(config: str) -> tuple[ClientRuntime, Strategy]:
 def run_task(message: Message, context: Context) -> Message:
     """Run the message's client task for each of its clients, and reply with the sum of what they share."""
     asked = messages.task_of(message)
-    runtime, strategy = resident(asked.config)
+    runtime, strategy = resident(asked.config, Machine.of(context.node_config))
     task = tasks_of(type(strategy))[asked.name]
     torch.set_num_threads(runtime.config.train.threads)
     broadcast = {name: value.to(runtime.device) for name, value in messages.unpack(message).items()}
@@ -89,14 +102,20 @@ def run_task(message: Message, context: Context) -> Message:
 
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
-    """Reply with the clients that this node can answer for, all of them in a simulation, and their examples."""
-    config = messages.task_of(message).config
-    if not resident(config)[0].is_current:
+    """Reply with the clients that this node can answer for, all of them in a simulation, and their examples.
+
+    A machine of its own also tells the SHA-256 of its clients' images.
+    """
+    config, machine = messages.task_of(message).config, Machine.of(context.node_config)
+    if not resident(config, machine)[0].is_current:
         resident.cache_clear()
-    runtime, _ = resident(config)
-    counts = {client: Counts(len(own)) for client, own in enumerate(runtime.slices)}
+    runtime, _ = resident(config, machine)
+    counts = {client: Counts(len(runtime.slices[client])) for client in runtime.clients}
     reply = messages.reply(message, counts)
     about = reply.content.metric_records["metrics"]
-    about["nodes"] = int(context.node_config["num-partitions"])
+    about["nodes"] = int(context.node_config.get("num-partitions", 1))
     about["gpu"] = int(runtime.device.type == "cuda")
+    if runtime.config.partition.is_on_nodes:
+        own: dict[str, Any] = {str(client): runtime.fingerprint(client) for client in runtime.clients}
+        reply.content["fingerprints"] = ConfigRecord(own)
     return reply

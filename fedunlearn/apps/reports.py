@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedunlearn.federation.auditor import Auditor
+from fedunlearn.federation.auditor import auditor_of
 from fedunlearn.federation.strategy import strategy_class
 from fedunlearn.runs import report
 from fedunlearn.runs.ledger import TAKEN_UP
@@ -20,7 +20,7 @@ def write(run: Run, retrained: Sequence[Run] = ()) -> Path:
     Raises:
         UserError: they did take part in them, or one was trained on other data.
     """
-    auditor, kind = Auditor(run.config_here()), strategy_class(run.config.strategy)
+    auditor, kind = auditor_of(run.config_here()), strategy_class(run.config.strategy)
     words = {"label": kind.label, "own_settings": kind.Settings}
-    counts = auditor.class_counts(portions=run.ledger.portions(TAKEN_UP))
-    return report.write(run, counts, auditor.class_names, retrained=retrained, **words)
+    counts = auditor.class_counts(portions=run.ledger.portions(TAKEN_UP)) if auditor else None
+    return report.write(run, counts, run.class_names(), retrained=retrained, **words)

@@ -15,8 +15,9 @@ from fedunlearn.apps.track import check_tracker, tracked
 from fedunlearn.build import decode_for_readmitted, loss_of
 from fedunlearn.config import OURS, Config, compose, spelled_out, state_home, values_of, writable_home
 from fedunlearn.errors import UserError
-from fedunlearn.federation.auditor import Auditor
+from fedunlearn.federation.auditor import Auditor, auditor_of
 from fedunlearn.federation.rounds import Rounds
+from fedunlearn.federation.server_data import known_to_server
 from fedunlearn.federation.strategy import check_writable, completed, strategy_class
 from fedunlearn.log import set_up
 from fedunlearn.runs import purge, report
@@ -100,7 +101,7 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
     conclude(run)
     kind = strategy_class(run.config.strategy)
     counts = None if auditor is None else auditor.class_counts(portions=run.ledger.portions(TAKEN_UP))
-    page = report.write(run, counts, _class_names(auditor), label=kind.label, own_settings=kind.Settings)
+    page = report.write(run, counts, run.class_names(), label=kind.label, own_settings=kind.Settings)
     log.info(report.summary(run, counts))
     log.info("report: %s", page)
     if (receipts := run.folder / FOLDER).exists():
@@ -119,13 +120,14 @@ def conclude(run: Run) -> None:
 
 
 @contextmanager
-def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Auditor]]:
+def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Auditor | None]]:
     """The run, locked, and the auditor that a simulation has."""
     config = prepared(config, asked)
     if not (runs_folder(state_home(config.home)) / config.run / "run.json").exists():
         decode_for_readmitted(config)
-    auditor = Auditor(config)
-    with locked_run(config, data=auditor.fingerprints(), images=auditor.images, asked=asked) as run:
+    auditor = auditor_of(config)
+    data, images = (auditor.fingerprints(), auditor.images) if auditor else known_to_server(config)
+    with locked_run(config, data=data, images=images, asked=asked) as run:
         yield run, auditor
 
 
@@ -156,10 +158,6 @@ def asked_for(words: list[str], config: Config) -> dict[str, Any]:
     names = {name_of(word) for word in spelled_out(words)} - {"run", "home", "fork"}
     groups = tuple(f"{name}." for name in names)
     return {name: value for name, value in values_of(config).items() if name in names or name.startswith(groups)}
-
-
-def _class_names(auditor: Auditor | None) -> list[str]:
-    return auditor.class_names if auditor else []
 
 
 def _scale_line(config: Config) -> str:

@@ -76,11 +76,15 @@ class Owners(NamedTuple):
         kind: of the partition; `folders.KINDS` have a part of the decoded copy for each client.
         file: a table of paths and clients, for kind `file`.
         names: of the clients that take part, by number; none takes all, in the order of their names.
+        classes: names of all classes, for kind `nodes`; none takes those of the images that are here.
+        here: for kind `nodes`: the clients whose images are on this machine; none on the server's.
     """
 
     kind: str = ""
     file: str = ""
     names: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    here: tuple[str, ...] = ()
 
 
 class Source(NamedTuple):
@@ -170,10 +174,10 @@ def source_of(
         if name != "folder":
             raise UserError(f"partition.kind={owners.kind} is for image files: data.name=folder, not {name}")
         source, options = _unpacked(_existing(root), cache), [image_size, limit, test_limit, *choices.key]
-        found = owned(source, owners.kind, owners.file)
+        found = owned(source, owners.kind, owners.file, owners.here)
         store = cache / f"owners-{digest_of([str(source), owners.kind, owners.file, *options])[:16]}"
         names, reading = list(owners.names or found.images), choices.reading(image_size)
-        decoded = OwnedSource(store, found, names, reading, limit, test_limit, choices.skip_bad)
+        decoded = OwnedSource(store, found, names, reading, limit, test_limit, choices.skip_bad, owners.classes)
         return replace(decoded, clients=revealed(names, [*found.images, *decoded.removed()]))
     if name == "folder":
         source = entered(_unpacked(_existing(root), cache))
@@ -217,6 +221,13 @@ def clients_of(name: str, *, owners: Owners, **options: Any) -> list[str]:
     if clients := load(name, owners=of_all, **options).clients:
         return clients
     raise UserError(f"partition.kind={owners.kind}: data.name={name} does not say whose its images are")
+
+
+def classes_here(name: str, **options: Any) -> list[str]:
+    """Name the classes of the image files on this machine; the arguments are those of `load`."""
+    source = source_of(name, **options)
+    assert isinstance(source, OwnedSource)
+    return sorted({image.label for images in (source.owned.common, *source.owned.images.values()) for image in images})
 
 
 def _decode_digits() -> Decoded:

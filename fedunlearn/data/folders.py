@@ -25,7 +25,7 @@ HELD_OUT_EVERY = 6
 LISTED = 10
 """Mistakes of a table that an error names."""
 
-KINDS = ("folders", "file")
+KINDS = ("folders", "file", "nodes")
 """Partitions in which somebody says who owns an image."""
 
 
@@ -61,17 +61,20 @@ class Owned(NamedTuple):
     passed_over: Mapping[str, int]
 
 
-def owned(root: Path, kind: str, file: str = "") -> Owned:
+def owned(root: Path, kind: str, file: str = "", here: Sequence[str] = ()) -> Owned:
     """List the images of a source with their owners.
 
     Args:
         root: the folder.
-        kind: one of `KINDS`: `folders` for `of_folders`, `file` for `of_table`.
+        kind: one of `KINDS`: `folders` for `of_folders`, `file` for `of_table`, `nodes` for `of_machine`.
         file: the table, relative to the folder or absolute.
+        here: the clients whose images are on this machine.
 
     Raises:
         UserError: nobody can say whose the images are.
     """
+    if kind == "nodes":
+        return of_machine(root, here)
     return of_folders(root) if kind == "folders" else of_table(root, root / Path(file).expanduser())
 
 
@@ -130,6 +133,46 @@ def of_folders(root: Path) -> Owned:
             raise UserError(f"{_shown(root / images[0].file)}: there is no client {client} in {_shown(base)}")
         clients[client].extend(images)
     return Owned(root, dict(sorted(clients.items())), common, found.passed_over)
+
+
+def of_machine(root: Path, here: Sequence[str] = ()) -> Owned:
+    """List the images of one machine: those of the clients that are here, or without any the server's held-out ones.
+
+    A client's folder is CLASS/image, or train/CLASS/image beside test/, which is left alone. One client has the root
+    itself as its folder; of several each has one of its name in it. The server's is CLASS/image or test/CLASS/image.
+
+    Args:
+        root: the folder.
+        here: the clients' names.
+
+    Raises:
+        UserError: a folder is missing, has no images, or is of another form.
+    """
+    if not here:
+        files, passed_over = _of_split(root, root, "test")
+        return Owned(root, {}, [image._replace(is_test=True) for image in files], passed_over)
+    images, passed_over = {}, Counter()
+    for name in sorted(here):
+        images[name], others = _of_split(root, root / name if len(here) > 1 else root, "train")
+        passed_over.update(others)
+    return Owned(root, images, [], passed_over)
+
+
+def _of_split(root: Path, folder: Path, split: str) -> tuple[list[Listed], Mapping[str, int]]:
+    """List the images of folder/CLASS, or of folder/split/CLASS where there is such a split, and what was not taken."""
+    base = folder / split if (folder / split).is_dir() else folder
+    if not base.is_dir():
+        raise UserError(f"{_shown(base)} is missing: with several clients each has its own folder in {_shown(root)}")
+    check_classes(base)
+    found = find_images(base)
+    images = [
+        Listed(str((base / file).relative_to(root)), class_name(file.parts[0]))
+        for file in found.files
+        if len(file.parts) > 1
+    ]
+    if not images:
+        raise UserError(f"{_shown(base)} has no images: CLASS/image is read, or {split}/CLASS/image")
+    return sorted(images, key=lambda image: (image.label, image.file)), found.passed_over
 
 
 def _check_form(root: Path, base: Path) -> None:

@@ -29,7 +29,7 @@ from fedunlearn.data.store import (
     new_folder,
     undamaged,
 )
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UserError, printable
 
 NO_IMAGES = Split(np.empty((0, 1, 1, 3), np.uint8), np.empty(0, np.int64))
 
@@ -162,6 +162,7 @@ class OwnedDataset(Dataset):
         common: held-out images that are nobody's.
         removed: whose images were taken out, with their number and their classes.
         size: pixels a side.
+        classes: names of all classes; none takes those that the parts have.
 
     Attributes:
         parts: by the client's number; the last one is nobody's.
@@ -175,13 +176,20 @@ class OwnedDataset(Dataset):
         common: Part,
         removed: Mapping[str, Mapping[str, Any]],
         size: int,
+        classes: Sequence[str] = (),
     ) -> None:
         self.store, self.source, self._clients = store, source, list(parts)
         self.parts, self._size = [*parts.values(), common], size
         here = [about for client, about in removed.items() if client in parts]
         self.removed = sum(about["train"] for about in here)
         named = [*(part.classes for part in self.parts), *(about["classes"] for about in here)]
-        self.class_names = sorted({name for names in named for name in names})
+        found = {name for names in named for name in names}
+        self.class_names = list(classes) or sorted(found)
+        if unknown := sorted(found - {*self.class_names}):
+            raise UserError(
+                f"data.root={source} has images of class {printable(unknown[0])}, which is none of "
+                f"{printable(', '.join(self.class_names))}"
+            )
         if len(self.class_names) < 2:
             raise UserError(f"data.root={source} has images of {len(self.class_names)} class: at least 2 are needed")
 
@@ -273,6 +281,7 @@ class OwnedSource:
         reading: how files become images.
         limit, test_limit: keep that many images of each client, the first of each class in equal numbers; 0 keeps all.
         skip_bad: whether to go on without files that cannot be read.
+        classes: names of all classes; none takes those of the images.
     """
 
     store: Path
@@ -282,6 +291,7 @@ class OwnedSource:
     limit: int = 0
     test_limit: int = 0
     skip_bad: bool = False
+    classes: Sequence[str] = ()
 
     @property
     def root(self) -> Path:
@@ -298,7 +308,7 @@ class OwnedSource:
         if missing:
             self._write(missing)
         found = self.opened()
-        if not len(found.test.labels):
+        if not self.classes and not len(found.test.labels):
             raise UserError(
                 f"data.root={self.root} has no images for testing: give six of a class and client, or root/test/class"
             )
@@ -308,7 +318,7 @@ class OwnedSource:
         """Open the decoded copy as it is; who has no part there has no images."""
         parts = {name: self._part(name, images) for name, images in self._wanted().items()}
         clients = {name: parts.get(name, Part()) for name in self.clients}
-        return OwnedDataset(self.store, self.root, clients, parts.get("", Part()), self.removed(), self.reading.size)
+        return self._joined(clients, parts.get("", Part()), self.removed())
 
     def in_memory(self) -> OwnedDataset:
         """Decode everything anew, what was taken out too, and write nothing."""
@@ -317,7 +327,10 @@ class OwnedSource:
         reader.conclude(skip_bad=self.skip_bad)
         opened = {name: Part(part.about, part.splits.__getitem__) for name, part in parts.items()}
         clients = {name: opened.get(name, Part()) for name in self.clients}
-        return OwnedDataset(self.store, self.root, clients, opened.get("", Part()), {}, self.reading.size)
+        return self._joined(clients, opened.get("", Part()), {})
+
+    def _joined(self, clients: Mapping[str, Part], common: Part, removed: Mapping[str, Any]) -> OwnedDataset:
+        return OwnedDataset(self.store, self.root, clients, common, removed, self.reading.size, self.classes)
 
     def removed(self) -> dict[str, dict[str, Any]]:
         """Say whose images were taken out: by name, how many and of which classes."""

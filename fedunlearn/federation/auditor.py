@@ -8,10 +8,27 @@ from fedunlearn.build import Images, fingerprints_of
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.data.selection import Portion
+from fedunlearn.errors import UserError
 from fedunlearn.federation.client import NO_PORTIONS, ClientRuntime
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.server_data import NOBODY
 from fedunlearn.nn.evaluate import Counts, Predictions, predict
+
+
+def auditor_of(config: Config) -> "Auditor | None":
+    """Give the auditor that a simulation has; where every machine has its own images there is none."""
+    return None if config.partition.is_on_nodes else Auditor(config)
+
+
+def needed_auditor(config: Config) -> "Auditor":
+    """Give the auditor of a simulation.
+
+    Raises:
+        UserError: there is none.
+    """
+    if auditor := auditor_of(config):
+        return auditor
+    raise UserError("only a simulation can measure that: here every client's images are on a machine of its own")
 
 
 class Auditor:

@@ -1,7 +1,7 @@
 """A client: one owner's images, on the machine where they are. Only client tasks are given one."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,9 @@ from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.data.store import Split
+from fedunlearn.errors import UserError
 from fedunlearn.federation.messages import Tensors, floating
+from fedunlearn.naming import name_of
 from fedunlearn.nn.client_head import embedding_statistics
 from fedunlearn.nn.evaluate import Counts, Predictions, evaluate, predict
 from fedunlearn.nn.model import Batch, TwoHeadModel
@@ -30,19 +32,24 @@ class ClientRuntime:
 
     Args:
         config: settings of the run, as every message carries them.
+        here: the clients whose images are on this machine; None for all of them.
+
+    Attributes:
+        clients: whom this process can be, by number.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, here: Sequence[int] | None = None) -> None:
+        self.config, self._here = config, here or ()
+        self.clients = list(range(config.clients)) if here is None else list(here)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dataset = build.open_dataset(config)
+        self.dataset = build.open_dataset(config, self._here)
         self.slices = build.slices_of(config, self.dataset)
         self.model = build.on_device(build.model_of(config, self.dataset), self.device)
 
     @property
     def is_current(self) -> bool:
         """Whether the images are still those of the decoded copy, of which some may have been taken out."""
-        return build.open_dataset(self.config).fingerprint == self.dataset.fingerprint
+        return build.open_dataset(self.config, self._here).fingerprint == self.dataset.fingerprint
 
     def client(
         self,
@@ -59,8 +66,18 @@ class ClientRuntime:
             round_: that its random draws depend on.
             broadcast: tensors of a model that it was sent.
             portions: by number, what was asked to be forgotten of clients; a client has what is left.
+
+        Raises:
+            UserError: its images are on another machine.
         """
+        owner = portions[number].client if number in portions else number
+        if owner not in self.clients:
+            raise UserError(f"client {name_of(owner, self.config.partition.names)} is no client of this node")
         return Client(self, number, round_, broadcast or {}, portions)
+
+    def fingerprint(self, number: int) -> str:
+        """Compute the SHA-256 of a client's images and labels."""
+        return build.fingerprint_of(self.dataset, self.slices, number)
 
     def indices(self, number: int, portions: Mapping[int, Portion]) -> np.ndarray:
         """Give the indices into the training images of a client, without its portions, or of one of them."""

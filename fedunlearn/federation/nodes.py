@@ -20,7 +20,9 @@ from fedunlearn.errors import DestroyedError, UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation import robust as averaging
 from fedunlearn.federation.band import judged
+from fedunlearn.federation.hosting import Entrance, missing, unbelieved
 from fedunlearn.federation.messages import Task, Tensors
+from fedunlearn.federation.ordered_grid import OrderedGrid
 from fedunlearn.federation.replies import (
     AstrayError,
     Expected,
@@ -38,6 +40,8 @@ from fedunlearn.nn.model import TwoHeadModel
 WAIT_SECONDS = 600
 ATTEMPTS = 3
 FEWEST = 3  # clients, of which one can have too large a share
+
+NO_IMAGES: Mapping[Any, str] = {}
 
 Refused = list[tuple[Message, ValueError]]
 
@@ -60,6 +64,7 @@ class Nodes:
         portions: of clients, by number.
         disputed: clients of which nodes say different numbers of examples.
         gpu: whether a node has one.
+        fingerprints: SHA-256 of the images of clients that have them on machines of their own.
         check_update: raises RefusedError for one client's update that is to be left out, where `robust` is on.
     """
 
@@ -70,15 +75,19 @@ class Nodes:
         self.examples: dict[int, int] = {}
         self.portions: dict[int, Portion] = {}
         self.disputed: list[int] = []
+        self.fingerprints: dict[int, str] = {}
         self.gpu = False
         self.check_update: Callable[[Results], None] = lambda one: None
 
     def identify(
         self,
-        grid: Grid,
+        grid: OrderedGrid,
         known: Mapping[int, int],
         forgotten: Collection[int] = (),
-        portions: Iterable[Portion] = (),
+        portions: Collection[Portion] = (),
+        *,
+        images: Mapping[int, str] = NO_IMAGES,
+        gone: Mapping[str, str] = NO_IMAGES,
     ) -> None:
         """Learn which clients each node can answer for, and share them out, when all nodes are there.
 
@@ -88,6 +97,8 @@ class Nodes:
 
         Args:
             known: the examples of clients, from earlier starts of the run.
+            images: SHA-256 of the images of clients that have them on machines of their own, as far as it is known.
+            gone: by SHA-256 of images and by keys that must not come back, who has forgotten them.
             forgotten: clients whose images may be gone. The others are shared out as if they were still there, since
                 sums depend in their last bits on who shares a node.
             portions: of clients that were forgotten: their files may be gone too.
@@ -96,7 +107,13 @@ class Nodes:
             UserError: no node works, or not all are connected in time.
         """
         with waiting("the nodes' first answers", limit=WAIT_SECONDS):
-            found = self._introduced(grid)
+            entrance = Entrance(self.config.partition.keys, gone, forgotten, self._name_of)
+            found = self._introduced(grid, forgotten, entrance)
+        if self.config.partition.is_on_nodes:
+            about = {"known": images, "gone": gone, "forgotten": forgotten, "name": self._name_of}
+            for node, reason in unbelieved(found, entrance=entrance, **about).items():
+                log.warning("node %s is left out: %s", node, reason)
+                del found[node]
         past = {client: known[client] for client in forgotten if client in known}
         less = without_portions(known, portions)
         claims = {}
@@ -112,6 +129,7 @@ class Nodes:
         self.nodes, self.gpu = list(claims), any(found[node].gpu for node in claims)
         self.clients_of = dict(zip(claims, assigned(list(claims.values())), strict=True))
         self.examples = {client: claims[node][client] for node, own in self.clients_of.items() for client in own}
+        self.fingerprints = {c: sha256 for node in claims for c, sha256 in found[node].fingerprints.items() if sha256}
         self.disputed = sorted(disputed(claims) - known.keys())
         if self.disputed:
             log.warning(
@@ -140,31 +158,56 @@ class Nodes:
             {number: portion.content() for number, portion in self.portions.items() if portion.client in owners}
         )
 
-    def _introduced(self, grid: Grid) -> dict[int, Introduction]:
-        """Give what every node says of itself, by Flower's id, when there are as many as most of them speak of."""
+    def _introduced(self, grid: OrderedGrid, forgotten: Collection[int], entrance: Entrance) -> dict[int, Introduction]:
+        """Give what every node says of itself, by Flower's id, when there are as many as most of them speak of.
+
+        Machines of their own speak of themselves alone. They are there when every client is that is not forgotten; who
+        does not come within `timeout` is left out.
+        """
+        if self.config.partition.is_on_nodes:
+            return self._introduced_alone(grid, forgotten, entrance)
         found: dict[int, Introduction] = {}
         failures: Counter[int] = Counter()
         expected, deadline = 1, time.monotonic() + WAIT_SECONDS
         while len(found) + sum(count == ATTEMPTS for count in failures.values()) < expected:
             if time.monotonic() > deadline:
                 raise UserError(f"{len(found)} of {expected} nodes are connected after {WAIT_SECONDS} s")
-            unknown = [node for node in grid.get_node_ids() if node not in found and failures[node] < ATTEMPTS]
-            if not unknown:
-                time.sleep(0.1)
-            content = messages.request(Task(for_clients(self.config), "identify", 0, []), {})
-            sent = [Message(content, node, "query.identify") for node in unknown]
-            patience = min(self.config.timeout, WAIT_SECONDS)
-            for node, reply in zip(unknown, grid.send_and_receive(sent, timeout=patience), strict=True):
-                try:
-                    found[node] = introduction(reply, self.config.clients)
-                except ValueError as error:
-                    failures[node] += 1
-                    log.warning("node %s, attempt %d of %d: %s", node, failures[node], ATTEMPTS, error)
+            self._ask_who(grid, grid.get_node_ids(), found, failures)
             if found:
                 expected = min(multimode(about.nodes for about in found.values()))
         if not found:
             raise UserError("no node works: the reasons are in the log above")
         return found
+
+    def _introduced_alone(
+        self, grid: OrderedGrid, forgotten: Collection[int], entrance: Entrance
+    ) -> dict[int, Introduction]:
+        found: dict[int, Introduction] = {}
+        failures: Counter[int] = Counter()
+        deadline = time.monotonic() + min(self.config.timeout, WAIT_SECONDS)
+        while absent := missing(found, self.config.clients, forgotten):
+            if time.monotonic() > deadline:
+                log.warning("clients %s are not connected: the run goes on without them", self.listed(absent))
+                break
+            self._ask_who(grid, entrance.admitted(grid.get_node_ids(), grid.public_keys()), found, failures)
+        return found
+
+    def _ask_who(
+        self, grid: OrderedGrid, nodes: Iterable[int], found: dict[int, Introduction], failures: Counter[int]
+    ) -> None:
+        """Ask the nodes that have come who they are, and note what they say."""
+        unknown = [node for node in nodes if node not in found and failures[node] < ATTEMPTS]
+        if not unknown:
+            time.sleep(0.5 if self.config.partition.is_on_nodes else 0.1)
+        content = messages.request(Task(for_clients(self.config), "identify", 0, []), {})
+        sent = [Message(content, node, "query.identify") for node in unknown]
+        patience = min(self.config.timeout, WAIT_SECONDS)
+        for node, reply in zip(unknown, grid.send_and_receive(sent, timeout=patience), strict=True):
+            try:
+                found[node] = introduction(reply, self.config.clients)
+            except ValueError as error:
+                failures[node] += 1
+                log.warning("node %s, attempt %d of %d: %s", node, failures[node], ATTEMPTS, error)
 
     def messages(
         self,
@@ -294,7 +337,10 @@ class Nodes:
 
     def listed(self, clients: Iterable[int]) -> str:
         """Give the names of clients, or their numbers, not more than can be read."""
-        return listed(name_of(client, self.config.partition.names) for client in clients)
+        return listed(map(self._name_of, clients))
+
+    def _name_of(self, client: int) -> str:
+        return name_of(client, self.config.partition.names)
 
     def query(
         self,
@@ -321,10 +367,15 @@ class Nodes:
 def for_clients(config: Config) -> str:
     """Give the settings as clients get them: who is to be forgotten, and which run it is, is nobody's business.
 
-    Of clients' names they get digests, by which a machine knows those whose images it has.
+    Of clients' names they get digests, by which a machine knows those whose images it has. Nor is where files lie on
+    the server anybody's business, where every machine has its own.
     """
-    split = config.partition.model_copy(update={"names": list(map(hidden, config.partition.names))})
-    return to_json(config.model_copy(update={"forget": Forget(), "run": "", "partition": split}))
+    names = list(map(hidden, config.partition.names))
+    update: dict[str, Any] = {"forget": Forget(), "run": ""}
+    update["partition"] = config.partition.model_copy(update={"names": names, "keys": {}})
+    if config.partition.is_on_nodes:
+        update |= {"home": "", "data": config.data.model_copy(update={"root": ""})}
+    return to_json(config.model_copy(update=update))
 
 
 def check_model_is_of_use(refused: Refused, task: ClientTask, asked: int) -> None:

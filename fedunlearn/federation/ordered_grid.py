@@ -11,6 +11,12 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.superlink.grid import HttpGrid
+
+from fedunlearn.federation.folding import fold, unfold
+
+PAUSE, REMOTE_PAUSE = 0.02, 0.5
+"""Seconds between two looks for replies. A SuperLink answers each in some 40 ms of its processor's time."""
 
 
 @dataclass
@@ -30,10 +36,12 @@ class OrderedGrid(Grid):
     the usual time only: the median of what earlier calls for the same type of message took until their last reply.
     """
 
-    def __init__(self, grid: Grid, *, window: int, pause: float = 0.02) -> None:
+    def __init__(self, grid: Grid, *, window: int, pause: float | None = None) -> None:
         self._grid = grid
         self._window = window
-        self._pause = pause
+        self._is_remote = isinstance(grid, HttpGrid)
+        usual = REMOTE_PAUSE if self._is_remote else PAUSE
+        self._pause = usual if pause is None else pause
         self._silent: set[int] = set()
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)  # of earlier calls, by type of message
 
@@ -78,7 +86,7 @@ class OrderedGrid(Grid):
                 slot.reply = _error(slot.message, f"no reply within {patience:.3g} s")
 
     def _push(self, message: Message) -> _Slot:
-        ids = list(self._grid.push_messages([message]))
+        ids = list(self._grid.push_messages([in_one_piece(message) if self._is_remote else message]))
         if ids and ids[0]:
             return _Slot(message, ids[0])
         return _Slot(message, None, _error(message, "the node is not connected"))
@@ -88,7 +96,7 @@ class OrderedGrid(Grid):
         replies = list(self._grid.pull_messages(open_slots)) if open_slots else []
         for reply in replies:
             slot = open_slots[reply.metadata.reply_to_message_id]
-            slot.reply = reply
+            slot.reply = unfolded(reply, slot.message)
             self._silent.discard(slot.message.metadata.dst_node_id)
         return bool(replies)
 
@@ -111,6 +119,14 @@ class OrderedGrid(Grid):
         """As the wrapped grid."""
         return self._grid.get_node_ids()
 
+    def public_keys(self) -> dict[int, bytes]:
+        """Give the key of every node that is connected, in PEM; none where the grid knows no keys.
+
+        A SuperLink takes nothing from a node that is not signed with its key.
+        """
+        get_nodes = getattr(self._grid, "get_nodes", None)
+        return {node.node_id: node.public_key for node in get_nodes()} if get_nodes else {}
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """As the wrapped grid."""
         return self._grid.push_messages(messages)
@@ -118,6 +134,23 @@ class OrderedGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """As the wrapped grid."""
         return self._grid.pull_messages(message_ids)
+
+
+def in_one_piece(message: Message) -> Message:
+    """Give a message to the same node with its tensors in one piece; the message itself stays as it is."""
+    about = message.metadata
+    return Message(fold(message.content), about.dst_node_id, about.message_type, ttl=about.ttl, group_id=about.group_id)
+
+
+def unfolded(reply: Message, message: Message) -> Message:
+    """Give a reply with its tensors apart; an error, where it does not say what is in it."""
+    if reply.has_error():
+        return reply
+    try:
+        reply.content = unfold(reply.content)
+    except ValueError as error:
+        return _error(message, str(error))
+    return reply
 
 
 def _error(message: Message, reason: str) -> Message:

@@ -5,6 +5,7 @@ what was asked for, or cannot be true. Nothing else of the project reads replies
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
@@ -107,11 +108,15 @@ def add_cost(costs: dict[str, Any], name: str, cost: Mapping[str, float]) -> Non
 
 
 class Introduction(NamedTuple):
-    """What a node says of itself: among how many nodes it is, whether it has a GPU, the examples by client."""
+    """What a node says of itself: among how many nodes it is, whether it has a GPU, the examples by client.
+
+    One with its own images also tells their SHA-256, by client.
+    """
 
     nodes: int
     gpu: bool
     examples: dict[int, int]
+    fingerprints: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -237,14 +242,16 @@ def introduction(reply: Message, clients: int) -> Introduction:
     """
     _refuse_errors(reply)
     try:
-        _check_records(reply.content, {"metrics": MetricRecord, "work": MetricRecord}, set())
+        _check_records(reply.content, {"metrics": MetricRecord, "work": MetricRecord}, {"fingerprints"})
         about = cast(Mapping[str, Any], reply.content["metrics"])
+        images = dict(cast(Mapping[str, Any], reply.content.get("fingerprints", {})))
         numbers = messages.clients_of(reply)
         counts = messages.counts_of(reply)
         found = Introduction(
             whole(about["nodes"], "number of nodes"),
             bool(about["gpu"]),
             {client: whole(counts[client].examples, "examples") for client in numbers},
+            {int(client): sha256(value) for client, value in images.items()},
         )
     except RefusedError:
         raise
@@ -258,6 +265,13 @@ def introduction(reply: Message, clients: int) -> Introduction:
         if not 0 <= examples <= MOST_EXAMPLES:
             raise RefusedError(f"it says that client {client} has {examples} examples")
     return found
+
+
+def sha256(value: Any) -> str:
+    """Give a SHA-256 in hexadecimal digits, or nothing, or raise RefusedError."""
+    if not isinstance(value, str) or not re.fullmatch(r"([0-9a-f]{64})?", value):
+        raise RefusedError(f"it sent {str(value)[:20]!r} in place of a SHA-256")
+    return value
 
 
 def whole(value: Any, what: str) -> int:

@@ -31,6 +31,7 @@ from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.log import ROUNDS
+from fedunlearn.runs.fingerprints import fingerprints_of, forgotten_for_good, keep_fingerprints
 from fedunlearn.runs.formats import progress
 from fedunlearn.runs.ledger import FORGOTTEN
 from fedunlearn.runs.run import Run
@@ -98,8 +99,12 @@ class Rounds(FlowerStrategy):
         self._strategy.after_request(self._run)
         grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
         nodes, ledger = self.federation.nodes, self._run.ledger
-        portions = ledger.portions(FORGOTTEN).values()
-        nodes.identify(grid, ledger.examples(), ledger.clients_in(FORGOTTEN), portions)
+        forgotten, portions = ledger.clients_in(FORGOTTEN), ledger.portions(FORGOTTEN).values()
+        owners = {portion.client for portion in portions}  # who may have deleted files
+        images = {c: sha256 for c, sha256 in fingerprints_of(self._run).items() if c not in owners}
+        known = {"images": images, "gone": forgotten_for_good(self._run)}
+        nodes.identify(grid, ledger.examples(), forgotten, portions, **known)
+        keep_fingerprints(self._run, nodes.fingerprints)
         ledger.keep_examples({c: n for c, n in nodes.examples.items() if c not in nodes.disputed})
         self.federation.split()
         self._announce()

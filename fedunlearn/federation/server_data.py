@@ -99,6 +99,16 @@ class ServerData:
         return batches(data, chosen, NOBODY, batch_size=self.config.train.batch_size, device=self.device)
 
 
+def known_to_server(config: Config) -> tuple[dict[str, str], build.Images]:
+    """Give what a server knows of images when a run starts where every machine has its own.
+
+    Returns:
+        SHA-256 of the held-out images, and of each client's nothing yet; and what the model has to know of images.
+    """
+    dataset = build.open_dataset(config)
+    return build.fingerprints_of(dataset, []), build.Images(dataset.class_names, dataset.train.images.shape[1:])
+
+
 def without_classes(data: Split, classes: Collection[int]) -> Split:
     """Give the images that are of none of some classes."""
     if not classes:

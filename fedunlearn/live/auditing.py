@@ -106,9 +106,9 @@ def plan_of(run: Run, forgotten: Sequence[int], number: int) -> Config:
 
 def check_images(run: Run, forgotten: Sequence[int]) -> None:
     """Raise UserError where nobody can measure what a model knows of forgotten clients any more."""
-    from fedunlearn.federation.auditor import Auditor
+    from fedunlearn.federation.auditor import needed_auditor
 
-    auditor = Auditor(run.config_here())
+    auditor = needed_auditor(run.config_here())
     gone = [client for client in forgotten if not auditor.has_images(client)]
     if gone:
         raise UserError(
@@ -174,9 +174,9 @@ def mia_accuracies(runs: Sequence[Run], forgotten: Sequence[int]) -> list[float]
     It is NaN where there are too few images.
     """
     from fedunlearn.audit.membership_inference import logistic_mia
-    from fedunlearn.federation.auditor import Auditor
+    from fedunlearn.federation.auditor import needed_auditor
 
-    auditor = Auditor(runs[0].config_here())
+    auditor = needed_auditor(runs[0].config_here())
     retain = [client for client in range(runs[0].config.clients) if client not in forgotten]
     found = []
     for run in runs:

@@ -182,6 +182,8 @@ def changed(run: Run, data: Mapping[str, str]) -> str:
     forgotten = {
         str(client) for request in run.ledger.requests() if request.state in FORGOTTEN for client in request.owners
     }
+    if run.config.partition.is_on_nodes:  # every machine is asked itself when it introduces itself
+        forgotten |= set(map(str, range(run.config.clients)))
     others = [name for name, sha256 in run.about()["data"].items() if data.get(name) != sha256]
     others = [run.named([int(name)]) if name.isdecimal() else name for name in others if name not in forgotten]
     more = f" and of {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
@@ -267,7 +269,8 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
     values = config.model_dump(include={"data", "partition"})
     for client in sorted(set(range(config.clients)) - set(never)):
         who = name_of(client, config.partition.names)
-        known = (data[str(client)], config.forget.keys.get(client, ""), owner(values, client))
+        own_keys = (keys.get(client, "") for keys in (config.forget.keys, config.partition.keys))
+        known = (data[str(client)], *own_keys, owner(values, client))
         names = {*known} & banned.keys()
         if names and client not in config.readmit:
             raise UserError(
@@ -350,8 +353,8 @@ def owner(config: Mapping[str, Any], client: int) -> str:
     return f"{config['data']['root']}: {names[client]}" if names else ""
 
 
-def _who_is_who(folder: Path) -> tuple[dict[int, tuple[str, str, str]], bool]:
-    """What `run.json` says of clients: fingerprint, key and owner of each, and whether they are forgotten for good.
+def _who_is_who(folder: Path) -> tuple[dict[int, tuple[str, ...]], bool]:
+    """What `run.json` says of clients: fingerprint, keys and owner of each, and whether they are forgotten for good.
 
     Where the settings are not of this version, they are.
     """
@@ -362,9 +365,13 @@ def _who_is_who(folder: Path) -> tuple[dict[int, tuple[str, str, str]], bool]:
         is_for_good = True
     try:
         config, data = about["config"], about["data"]
-        keys = config.get("forget", {}).get("keys", {})
+        keys = [config.get(group, {}).get("keys", {}) for group in ("forget", "partition")]
         known = {
-            client: (str(data[str(client)]), str(keys.get(str(client), "")), owner(config, client))
+            client: (
+                str(data[str(client)]),
+                *(str(each.get(str(client), "")) for each in keys),
+                owner(config, client),
+            )
             for client in range(config["clients"])
         }
         return known, is_for_good

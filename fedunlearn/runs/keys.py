@@ -84,10 +84,39 @@ def load(file: Path) -> PrivateKey:
 
 def id_of(key: PrivateKey) -> str:
     """Give a key's id: its public key in hexadecimal digits."""
-    if isinstance(key, Ed25519PrivateKey):
-        return key.public_key().public_bytes_raw().hex()
+    return _id_of(key.public_key())
+
+
+def _id_of(key: Ed25519PublicKey | ec.EllipticCurvePublicKey) -> str:
+    if isinstance(key, Ed25519PublicKey):
+        return key.public_bytes_raw().hex()
     point = serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint
-    return key.public_key().public_bytes(*point).hex()
+    return key.public_bytes(*point).hex()
+
+
+def public_id(data: bytes) -> str:
+    """Give the id of a public key, in PEM or as OpenSSH writes it; nothing where it is none."""
+    is_openssh = data.lstrip().startswith((b"ssh-", b"ecdsa-"))
+    read = serialization.load_ssh_public_key if is_openssh else serialization.load_pem_public_key
+    try:
+        key = read(data)
+    except (ValueError, UnsupportedAlgorithm):
+        return ""
+    found = _id_of(key) if isinstance(key, Ed25519PublicKey | ec.EllipticCurvePublicKey) else ""
+    return found if is_id(found) else ""
+
+
+def id_in(file: Path) -> str:
+    """Give the id of the key in a file, be it a public or a private one.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        found = public_id(file.read_bytes())
+    except OSError:
+        found = ""
+    return found or id_of(load(file))
 
 
 def is_id(found: object) -> TypeGuard[str]:

@@ -146,6 +146,8 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         kept.append({"what": what, "why": reason or scan.why_left(path, found, home)})
     if not look_for:
         why = "nobody could look for them: there are none to compare with, in the decoded copy or at the source"
+        if run.config.partition.is_on_nodes:
+            why = "they and their decoded copy are on a machine of their own, whose owner can delete them"
         kept.append({"what": f"perhaps images of {who}", "why": why})
     if not figures:
         kept.append({"what": f"accuracies by round of {who}", "why": "audits compare with them (forget.purge_metrics)"})
@@ -215,6 +217,8 @@ def _take_out(run: Run, clients: Collection[int]) -> tuple[int, list[str]]:
     """
     store = _store_of(run)
     if store is None:
+        return 0, []
+    if run.config.partition.is_on_nodes:
         return 0, []
     source = source_of(run.config_here())
     dataset = source.opened()

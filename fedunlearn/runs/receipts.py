@@ -153,7 +153,7 @@ def _settings(config: Config) -> dict[str, Any]:
     """The settings of a run without those that say where it lies, and what others ask for."""
     forget = config.forget.model_copy(update={"keys": {}, "schedule": {}})
     data = config.data.model_copy(update={"root": ""})
-    split = config.partition.model_copy(update={"names": [], "file": ""})
+    split = config.partition.model_copy(update={"names": [], "file": "", "keys": {}})
     others = {"home": "", "run": "", "forget": forget, "data": data, "partition": split}
     return json.loads(config.model_copy(update=others).model_dump_json())
 

@@ -38,6 +38,10 @@ def owned_by(run: Run, clients: Collection[int]) -> Owned:
         UserError: neither has them as the run was trained on them.
     """
     config, about = run.config_here(), run.about()
+    if config.partition.is_on_nodes:
+        raise UserError(
+            f"the images of {run.named(clients)} are on a machine of their own: nobody else can look for them"
+        )
     source = source_of(config)
     for dataset in _copies(run):
         slices = slices_of(config, dataset)

@@ -32,7 +32,7 @@ def drawn(name: str, home: str) -> Picture:
 def main(name: str, home: str) -> int:
     """Print the map of a run, as JSON; gives 1, and says why on stderr, where there is none."""
     from fedunlearn.build import source_of
-    from fedunlearn.federation.auditor import Auditor
+    from fedunlearn.federation.auditor import needed_auditor
     from fedunlearn.runs.figures import split_figure
     from fedunlearn.runs.ledger import TAKEN_UP
     from fedunlearn.runs.purge import known_class_counts
@@ -43,7 +43,7 @@ def main(name: str, home: str) -> int:
             config = run.config_here()
             if not source_of(config).store.is_dir():
                 raise UserError("its decoded images are not in this state folder")
-            auditor = Auditor(config)
+            auditor = needed_auditor(config)
             counts = known_class_counts(run, auditor.class_counts(portions=run.ledger.portions(TAKEN_UP)))
             names = run.names()
     except UserError as error:

@@ -1,0 +1,40 @@
+"""What is known of clients on machines of their own: the first SHA-256 that each tells is kept, in `run.json`."""
+
+from collections.abc import Mapping
+
+from fedunlearn.runs.home import forgotten_in, write_about
+from fedunlearn.runs.ledger import FORGOTTEN
+from fedunlearn.runs.run import Run
+
+
+def fingerprints_of(run: Run) -> dict[int, str]:
+    """Give the SHA-256 of the clients' images, as far as it is known."""
+    return {int(client): sha256 for client, sha256 in run.about()["data"].items() if client.isdecimal() and sha256}
+
+
+def keep_fingerprints(run: Run, found: Mapping[int, str]) -> None:
+    """Write down the SHA-256 of the images of clients of which none is known yet."""
+    about, known = run.about(), fingerprints_of(run)
+    if new := {str(client): sha256 for client, sha256 in found.items() if client not in known}:
+        write_about(run.folder, run.ledger, about | {"data": about["data"] | new})
+
+
+def forgotten_for_good(run: Run) -> dict[str, str]:
+    """Give the SHA-256 of images, and the keys, that must not come back, each with who has forgotten them.
+
+    These are what this run has forgotten, and what others of the state folder have forgotten for good. Nothing counts
+    where one machine has all images: there a run is refused before it starts.
+    """
+    if not run.config.partition.is_on_nodes:
+        return {}
+    images, keys = fingerprints_of(run), run.config.partition.keys
+
+    def known(client: int) -> set[str]:
+        return {images.get(client, ""), keys.get(client, "")} - {""}
+
+    taken_back = {name for client in run.config.readmit for name in known(client)}
+    others = {name: who for name, who in forgotten_in(run.home, but=run.name).names.items() if name not in taken_back}
+    forgotten = run.ledger.clients_in(FORGOTTEN)
+    of_others = {keys[client] for client in keys.keys() - set(forgotten)}  # a machine may have several clients
+    own = {name: f"{run.named([client])}, by this run" for client in forgotten for name in known(client) - of_others}
+    return others | own

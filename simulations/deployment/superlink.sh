@@ -1,0 +1,11 @@
+#!/bin/sh
+# Starts the SuperLink with TLS and SuperNode authentication; it runs until it is ended.
+#   superlink.sh
+. "$(dirname "$0")/settings.sh"
+certificates=$DEPLOYMENT/certificates
+exec flower-superlink --host "${HOST:-0.0.0.0}" --port "${SUPERLINK##*:}" \
+    --ssl-ca-certfile "$certificates/ca.crt" \
+    --ssl-certfile "$certificates/server.pem" \
+    --ssl-keyfile "$certificates/server.key" \
+    --enable-supernode-auth --disable-runtime-dependency-installation \
+    --database "$DEPLOYMENT/superlink.db"

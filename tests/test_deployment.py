@@ -1,0 +1,149 @@
+"""Three SuperNodes and a SuperLink on this machine, with TLS and keys: train, forget, end and start parts anew."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from benchmarks.superlink import free_ports
+from command_line import command
+from fedunlearn.runs.run import Run
+from test_owners import picture
+
+SCRIPTS = Path(__file__).parent.parent / "simulations" / "deployment"
+NAMES = ("hospital_a", "hospital_b", "hospital_c")
+QUICK = (
+    "data.image_size=8 model=small_cnn model.width=8 model.norm=none strategy=leave forget.gate=false "
+    "evaluate_every=100 timeout=100 train.client_head_by=local forget.purge=never"
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+class Deployment:
+    """Everything below one folder; processes are ended by their ids, each with those that it has started."""
+
+    def __init__(self, folder, stack):
+        self.folder, self._stack = folder, stack
+        self.port, *self._ports = free_ports(1 + len(NAMES))
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self._common = {"DEPLOYMENT": str(folder), "SUPERLINK": f"127.0.0.1:{self.port}", "HOST": "127.0.0.1"}
+        self._common |= {"PATH": path, "OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+
+    def environment(self, **others):
+        kept = {name: value for name, value in os.environ.items() if name not in ("FLWR_HOME", "FEDUNLEARN_HOME")}
+        return kept | self._common | others
+
+    def script(self, name, *words):
+        """Run a script to its end; gives what it prints."""
+        command = ["sh", str(SCRIPTS / name), *map(str, words)]
+        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=400)
+        return done.stdout + done.stderr
+
+    def start(self, name, *words, log, **environment):
+        """Start a script that runs until it is ended."""
+        with open(self.folder / f"{log}.log", "ab") as output:
+            process = subprocess.Popen(
+                ["sh", str(SCRIPTS / name), *map(str, words)],
+                env=self.environment(**environment),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        process.flower_home = Path(environment.get("FLWR_HOME", self.folder / "flwr"))
+        self._stack.callback(end, process)
+        return process
+
+    def superlink(self):
+        return self.start("superlink.sh", log="superlink")
+
+    def supernode(self, place, client=None):
+        name = NAMES[place]
+        at = {"PORT": str(self._ports[place])}
+        at |= {what: str(self.folder / "at" / name / what) for what in ("FLWR_HOME", "FEDUNLEARN_HOME")}
+        return self.start("supernode.sh", client or name, self.folder / name, log=name, **at)
+
+    def log(self, name):
+        return (self.folder / f"{name}.log").read_text()
+
+    def wait_for(self, name, text, times=1, limit=180):
+        deadline = time.monotonic() + limit
+        while not (self.folder / f"{name}.log").exists() or self.log(name).count(text) < times:
+            assert time.monotonic() < deadline, self.log(name)[-2000:]
+            time.sleep(0.2)
+
+
+def end(process):
+    """End a script and what it has started, without a word."""
+    file = process.flower_home / "supernode.pid"
+    nodes = [int(file.read_text())] if file.exists() else []
+    for group in (process.pid, *nodes):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def deployment(tmp_path):
+    with ExitStack() as stack:
+        for number, name in enumerate((*NAMES, "held-out")):
+            for k, class_ in enumerate(("no", "yes")):
+                for i in range(4):
+                    picture(tmp_path / name / class_ / f"{i}.png", 100 * number + 10 * k + i)
+        yield Deployment(tmp_path, stack)
+
+
+def messages_of(log):
+    """How many messages a SuperNode has received."""
+    return log.count("Receiving: ")
+
+
+def test_a_forgotten_hospital_gets_no_message_whatever_it_says_that_it_is(deployment, monkeypatch, capsys):
+    deployment.script("certificates.sh")
+    keys = ",".join(f"{name}:{deployment.script('key.sh', name).split()[-1]}" for name in NAMES)
+    superlink = deployment.superlink()
+    deployment.wait_for("superlink", "Uvicorn running")
+    registered = deployment.script("register.sh", *(deployment.folder / "keys" / f"{name}.pub" for name in NAMES))
+    assert registered.count("registered successfully") == 3
+    nodes = [deployment.supernode(place) for place in range(3)]
+    words = f"run=real data.root={deployment.folder / 'held-out'} partition.names=[{','.join(NAMES)}] {QUICK}"
+    words = [*words.split(), f"partition.keys={{{keys}}}"]
+    said = deployment.script("run.sh", *words, "rounds=1")
+    assert "3 clients on 3 virtual nodes" in said
+    assert re.search(r"round +1/1 ", said), said[-2000:]
+
+    monkeypatch.setenv("FEDUNLEARN_HOME", str(deployment.folder / "fedunlearn"))
+    assert command("forget", "--client", "hospital_b", "--run", "real") == 0
+    assert "the request is filed, and applied when the run is started again" in capsys.readouterr().err
+    end(nodes[2])
+    end(superlink)
+    deployment.superlink()
+    deployment.supernode(2)
+    deployment.wait_for("superlink", "Uvicorn running", times=2)
+    deployment.wait_for("hospital_c", "SuperNode ID", times=2)
+    said = deployment.script("run.sh", *words, "rounds=1")
+    run = Run.opened(deployment.folder / "fedunlearn" / "runs" / "real")
+    assert [request.state for request in run.ledger.requests()] == ["COMPLETED"], said[-2000:]
+
+    end(nodes[1])
+    before = messages_of(deployment.log("hospital_b"))
+    deployment.start(
+        "supernode.sh",
+        "hospital_b",
+        deployment.folder / "hospital_b",
+        log="again",
+        PORT=str(free_ports(1)[0]),
+        NODE_CONFIG='client="hospital_a" partition-id=0',
+        FLWR_HOME=str(deployment.folder / "at" / "again"),
+    )
+    deployment.wait_for("again", "SuperNode ID", limit=180)
+    said = deployment.script("run.sh", *words, "rounds=2")
+    assert "its key is that of a client that was forgotten" in said
+    assert [row["clients"] for row in run.metrics() if row["kind"] == "round"] == [[0, 1, 2], [0, 2]]
+    assert (before > 0, messages_of(deployment.log("again"))) == (True, 0)

@@ -1,0 +1,81 @@
+"""`fedunlearn deploy check`, against certificates and keys that the scripts made."""
+
+import os
+import ssl
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from socket import create_server
+
+import pytest
+
+from command_line import command
+from test_owners import picture
+
+SCRIPTS = Path(__file__).parent.parent / "simulations" / "deployment"
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    """A machine's folder with a certificate for localhost, and the key of hospital_b."""
+    folder = tmp_path_factory.mktemp("machine") / "deployment"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"DEPLOYMENT": str(folder), "PATH": path}
+    for script, *words in (("certificates.sh", "superlink.example.org", "192.0.2.7"), ("key.sh", "hospital_b")):
+        done = subprocess.run(["sh", SCRIPTS / script, *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(("02", "03"))
+    return folder
+
+
+@pytest.fixture
+def listening(deployment):
+    """The address of a server with the SuperLink's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(deployment / "certificates" / "server.pem", deployment / "certificates" / "server.key")
+    with create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            for _ in range(2):
+                try:
+                    context.wrap_socket(server.accept()[0], server_side=True).close()
+                except OSError:
+                    continue
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield server.getsockname()[1]
+
+
+def test_a_machine_that_has_everything_is_told_so(deployment, listening, tmp_path, capsys):
+    for name in ("no", "yes"):
+        picture(tmp_path / "b" / name / "0.png")
+    words = ["--client", "hospital_b", "--images", tmp_path / "b", "--held-out", tmp_path / "b"]
+    assert command("deploy", "check", deployment, *words, "--superlink", f"127.0.0.1:{listening}") == 0
+    out = capsys.readouterr().out
+    assert "2 images of client hospital_b (no 1, yes 1)" in out
+    assert "its certificate is by this authority" in out
+    assert (deployment / "keys" / "hospital_b").stat().st_mode & 0o077 == 0
+
+
+def test_everything_that_is_missing_is_named(deployment, tmp_path, capsys):
+    picture(tmp_path / "one" / "no" / "0.png")
+    words = ["--client", "hospital_c", "--images", tmp_path / "nowhere", "--held-out", tmp_path / "one"]
+    assert command("deploy", "check", deployment, *words, "--superlink", "127.0.0.1:1") == 1
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MISSING")]
+    for reason, line in zip(
+        ("hospital_c cannot be read", "is no folder", "has one class", "does not answer"), missing, strict=True
+    ):
+        assert reason in line
+
+
+def test_a_superlink_of_another_authority_is_not_trusted(deployment, listening, tmp_path, capsys):
+    environment = os.environ | {"DEPLOYMENT": str(tmp_path)}
+    subprocess.run(["sh", SCRIPTS / "certificates.sh"], env=environment, check=True, capture_output=True)
+    assert command("deploy", "check", tmp_path, "--superlink", f"127.0.0.1:{listening}") == 1
+    assert "MISSING  127.0.0.1" in capsys.readouterr().out
+    (tmp_path / "certificates" / "ca.crt").write_bytes((deployment / "certificates" / "ca.crt").read_bytes())
+    assert command("deploy", "check", tmp_path) == 1
+    assert "is not by the authority" in capsys.readouterr().out
+    assert command("deploy", "check", tmp_path / "nothing") == 1
+    assert "MISSING" in capsys.readouterr().out
