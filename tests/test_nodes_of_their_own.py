@@ -312,3 +312,13 @@ def test_public_and_private_keys_have_one_id(supernodes, tmp_path, capsys):
         (tmp_path / "key").write_bytes(data)
         assert command("keys", "id", tmp_path / "key") == 0
         assert capsys.readouterr().out == f"{id_of(key)}\n"
+
+
+def test_a_request_waits_until_the_run_is_started_again(federate, hospitals, capsys):
+    hospitals("rounds=1")
+    assert command("forget", "--client", "hospital_b", "--run", "test") == 0
+    assert "the request is filed, and applied when the run is started again" in capsys.readouterr().err
+    assert [request.state for request in federate.requests()] == ["RECEIVED"]
+    grid = hospitals("rounds=1")
+    assert [request.state for request in federate.requests()] == ["COMPLETED"]
+    assert "train" not in {task for task, _ in asked(grid)}
