@@ -183,7 +183,7 @@ def test_one_machine_may_have_several_clients_each_in_its_folder(federate, hospi
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"client": "hospital_d"}, "did you mean hospital_"),
+        ({"client": "hospital_d"}, "the run has no such client"),
         ({"client": "1"}, "give the client's name, not a number"),
         ({"data-root": ""}, "does not say whose images it has"),
         ({"data-root": "/nowhere"}, "data.root=/nowhere does not exist"),

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from fedunlearn.config import Config
 from fedunlearn.data.folders import revealed
-from fedunlearn.errors import UserError
-from fedunlearn.naming import number_of
+from fedunlearn.errors import UserError, printable
 
 HOW = """start its SuperNode with --node-config 'client="NAME" data-root="/path/of/its/images"'"""
 
@@ -55,12 +54,11 @@ class Machine(NamedTuple):
             ([0, 1], [1])
         """
         words = [self.client] if self.client in names else self.words
-        numbers = [number_of(word, names) for word in words]
-        if wrong := [
-            word for word, number in zip(words, numbers, strict=True) if word.isdecimal() and word not in names
-        ]:
-            raise UserError(f"this node says that it is client {wrong[0]}: give the client's name, not a number")
-        return sorted(set(numbers))
+        for word in words:
+            if word not in names:
+                hint = "give the client's name, not a number" if word.isdecimal() else "the run has no such client"
+                raise UserError(f"this node says that it is client {printable(word)}: {hint}")
+        return sorted({names.index(word) for word in words})
 
 
 def settled(config: Config, machine: Machine | None) -> tuple[Config, list[int] | None]:
