@@ -14,7 +14,7 @@ class Entrance:
     """Lets nodes in by their keys, before anything is asked of them; who is kept out gets no message.
 
     Args:
-        keys: the id of each client's key; without any everybody may come in.
+        keys: the id of each client's key; without any all nodes may come in.
         gone: by the id of a key, or the SHA-256 of images, who has forgotten its client.
         forgotten: clients that are not asked.
         name: of a client, in words.
