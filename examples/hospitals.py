@@ -4,7 +4,8 @@
     fedunlearn run digits run=hospitals data.name=folder data.root=/tmp/hospitals partition.file=clients.csv
 
 The images are those of one hospital, so that a draw says whose they are (`partition.dirichlet_partition`): some have
-more healthy children than others. The file names no patients. Here every three images of a hospital and class are one.
+more healthy children than others. The file names no patients: here every three images of a hospital and class are one.
+What is held out comes from the file's training images too, since its test images are harder.
 """
 
 import argparse
@@ -31,24 +32,18 @@ def main(words: Sequence[str] | None = None) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the draw")
     options = p.parse_args(words)
     with np.load(options.file, allow_pickle=False) as found:
-        train, test = ((found[f"{name}_images"], found[f"{name}_labels"].ravel()) for name in ("train", "test"))
-    random = np.random.default_rng(options.seed)
+        images, labels = found["train_images"], found["train_labels"].ravel()
+    order = np.random.default_rng(options.seed).permutation(len(images))[: options.images * 4 // 3]
+    train, held_out = (np.sort(places) for places in np.split(order, [options.images]))
     rows = []
-    images, labels = chosen(*train, options.images, random)
-    shares = dirichlet_partition(labels, len(HOSPITALS), dirichlet_alpha=1.0, seed=options.seed)
-    for hospital, own in zip(HOSPITALS, shares, strict=True):
+    shares = dirichlet_partition(labels[train], len(HOSPITALS), dirichlet_alpha=1.0, seed=options.seed)
+    for hospital, own in zip(HOSPITALS, (train[share] for share in shares), strict=True):
         for path, patient in written(images[own], labels[own], Path("train") / hospital, options.folder):
             rows.append((path, hospital, "train", f"{hospital}-{patient}"))
-    images, labels = chosen(*test, options.images // 3, random)
-    rows += [(path, "", "test", "") for path, _ in written(images, labels, Path("test"), options.folder)]
+    own = written(images[held_out], labels[held_out], Path("test"), options.folder)
+    rows += [(path, "", "test", "") for path, _ in own]
     with open(options.folder / "clients.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "client", "split", "patient"), *rows])
-
-
-def chosen(images: np.ndarray, labels: np.ndarray, count: int, random: np.random.Generator) -> tuple:
-    """Give some images and their labels, at random."""
-    places = np.sort(random.permutation(len(images))[:count])
-    return images[places], labels[places]
 
 
 def written(images: np.ndarray, labels: np.ndarray, place: Path, folder: Path) -> list[tuple[str, str]]:

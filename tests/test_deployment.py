@@ -23,7 +23,7 @@ QUICK = (
     "evaluate_every=100 timeout=100 train.client_head_by=local forget.purge=never"
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(900)]
 
 
 class Deployment:
