@@ -1,7 +1,7 @@
 """Five hospitals' folders of chest X-rays, made of one file of MedMNIST.
 
     python examples/hospitals.py pneumoniamnist.npz /tmp/hospitals
-    fedunlearn run digits run=hospitals data.name=folder data.root=/tmp/hospitals partition.file=clients.csv
+    fedunlearn run digits run=hospitals rounds=40 data.name=folder data.root=/tmp/hospitals partition.file=clients.csv
 
 The images are those of one hospital, so that a draw says whose they are (`partition.dirichlet_partition`): some have
 more healthy children than others. The file names no patients: here every three images of a hospital and class are one.
@@ -28,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("file", type=Path, help="pneumoniamnist.npz")
     p.add_argument("folder", type=Path, help="that is made")
-    p.add_argument("--images", type=int, default=1500, help="for training, and a third of that for testing")
+    p.add_argument("--images", type=int, default=300, help="for training, and a third of that for testing")
     p.add_argument("--seed", type=int, default=0, help="of the draw")
     options = p.parse_args(words)
     with np.load(options.file, allow_pickle=False) as found:

@@ -127,7 +127,7 @@ def test_resnet18_has_the_names_and_draws_that_it_always_had(digits):
     found = model_of("seed=3", digits)
     assert isinstance(found, TwoHeadResNet18)
     prefixes = list(dict.fromkeys(name.split(".")[0] for name in found.state_dict()))
-    assert prefixes == ["pruned", "stem", "stages", "projection", "class_head", "client_head"]
+    assert prefixes == ["pruned", "pruned_classes", "stem", "stages", "projection", "class_head", "client_head"]
     with torch.random.fork_rng():
         torch.manual_seed(build.generator_of(3).initial_seed())
         first, second = nn.Conv2d(1, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)
