@@ -119,8 +119,8 @@ class Nodes:
         claims = {}
         for node in sorted(found):
             said = found[node].examples
-            gone = {c: known[c] for c in said.keys() & less.keys() if said[c] == less[c]}
-            claims[node] = said | {client: past[client] for client in said.keys() & past.keys()} | gone
+            deleted = {c: known[c] for c in said.keys() & less.keys() if said[c] == less[c]}
+            claims[node] = said | {client: past[client] for client in said.keys() & past.keys()} | deleted
         for node, reason in (contradictions(claims, known) | too_many(claims, self.config.client_share)).items():
             log.warning("node %s is left out: %s", node, reason)
             del claims[node]
