@@ -447,7 +447,6 @@ def test_a_picture_is_drawn_in_the_same_bytes(reported):
         ("study.order=[0,0]", "names a client twice"),
         ("study.request_times=[2]", "study.request_times=[2.0] are not fractions in 0..1"),
         ("rounds=0", "rounds=0 is not in 1"),
-        ("study.only=[bg]*", "study.only=[bg]*: a value cannot be read"),
         ("search.trials=3", "search.trials is no setting"),
     ],
 )

@@ -8,14 +8,17 @@ from fedunlearn.runs.run import Run
 
 
 def fingerprints_of(run: Run) -> dict[int, str]:
-    """Give the SHA-256 of the clients' images, as far as it is known."""
+    """Give the SHA-256 of the images of clients that have them on machines of their own, as far as it is known."""
+    if not run.config.partition.is_on_nodes:
+        return {}
     return {int(client): sha256 for client, sha256 in run.about()["data"].items() if client.isdecimal() and sha256}
 
 
 def keep_fingerprints(run: Run, found: Mapping[int, str]) -> None:
     """Write down the SHA-256 of the images of clients of which none is known yet."""
-    about, known = run.about(), fingerprints_of(run)
+    known = fingerprints_of(run)
     if new := {str(client): sha256 for client, sha256 in found.items() if client not in known}:
+        about = run.about()
         write_about(run.folder, run.ledger, about | {"data": about["data"] | new})
 
 
