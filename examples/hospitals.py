@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fedunlearn.data.datasets import Owners, load
 from fedunlearn.data.partition import dirichlet_partition
 
 HOSPITALS = ("hospital_a", "hospital_b", "hospital_c", "hospital_d", "hospital_e")
@@ -56,6 +57,20 @@ def written(images: np.ndarray, labels: np.ndarray, place: Path, folder: Path) -
             Image.fromarray(image).save(folder / path)
             found.append((path.as_posix(), f"{name[0]}{number // IMAGES_OF_A_PATIENT:03d}"))
     return found
+
+
+def test_every_image_has_an_owner_or_is_held_out(tmp_path):
+    """Make the folders of a file of noise, and let the data set be read as the command above does."""
+    labels = np.arange(90) % 2
+    images = np.random.default_rng(0).integers(256, size=(90, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", train_images=images, train_labels=labels[:, None])
+    main([str(tmp_path / "noise.npz"), str(tmp_path / "made"), "--images", "60"])
+    owners = Owners("file", "clients.csv")
+    found = load("folder", cache=tmp_path / "cache", root=str(tmp_path / "made"), image_size=28, owners=owners)
+    assert found.clients == list(HOSPITALS)
+    assert [len(split.labels) for split in (found.train, found.test)] == [60, 20]
+    assert found.patients is not None
+    assert found.patients[0] == "hospital_a-n000"
 
 
 if __name__ == "__main__":
