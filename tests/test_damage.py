@@ -215,7 +215,7 @@ def test_a_request_is_taken_back_while_it_is_received(two, capsys):
     run = two.run()
     run.ledger.file([3])
     assert command("forget", "--run", "test", "--cancel", "r1") == 0
-    assert capsys.readouterr().out == "r1  CANCELLED    clients 3\n"
+    assert capsys.readouterr().out == "r1  CANCELLED    client 3\n"
     assert command("run", "digits", "run=test", *LOCAL) == 0
     assert two.requests()[0].state == "CANCELLED"
     assert two.run().metrics()[-1]["forgotten"] == {}
@@ -231,7 +231,7 @@ def test_a_dry_run_of_what_was_asked_for_before_shows_the_earlier_request(two, c
     two.run().ledger.file([3])
     assert command("forget", "--run", "test", "--client", "3", "--dry-run") == 0
     out, err = capsys.readouterr()
-    assert out == "r1  RECEIVED     clients 3\n"
+    assert out == "r1  RECEIVED     client 3\n"
     assert err == "run test: nothing is filed (--dry-run)\n"
 
 
