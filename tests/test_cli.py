@@ -63,7 +63,9 @@ def test_all_commands_of_the_design_are_there():
         "keys",
         "keys new",
         "keys id",
-        "deploy", "deploy check", "keys ask",
+        "deploy",
+        "deploy check",
+        "keys ask",
         "keys sign",
     }
 

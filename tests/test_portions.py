@@ -111,6 +111,7 @@ def test_a_class_of_everybody_takes_its_output_and_its_held_out_images_along(fed
     assert counts[4:, 7].sum() == counts[4:].sum() == 12
     assert federate.state()["pruned_classes"].tolist() == [k == 7 for k in range(10)]
     assert [row["test"]["examples"] for row in run.metrics() if row["kind"] == "round"] == [40, 40, 36]
+    assert {request.detail[when]["test"]["examples"] for when in ("before", "after")} == {36}
     assert 7 not in run.model()(torch.randn(50, 1, 8, 8)).class_logits.argmax(1)
     forgotten = request.detail["after"]["forgotten"].values()
     assert {score["class"] for score in forgotten} == {score["held_out"] for score in forgotten} == {0}

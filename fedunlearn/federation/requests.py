@@ -120,6 +120,8 @@ class Requests:
             NotNowError: a client does not reply.
         """
         federation, portions = self._federation, request.portions
+        if portions.keys() <= federation.nodes.portions.keys():
+            return ""
         found = federation.count(portions.values())
         if reason := unsuitable_portions(portions, found):
             return reason
@@ -171,9 +173,7 @@ class Requests:
         """
         federation = self._federation
         try:
-            if not request.portions.keys() <= federation.nodes.portions.keys() and (
-                reason := self._take_apart(request)
-            ):
+            if reason := self._take_apart(request):
                 return self._refused(request, reason)
         except NotNowError as error:
             return self._failed(request, str(error))

@@ -1,6 +1,6 @@
 """What the model gets right: on the retain clients' images, on those of forgotten clients, and on held-out images."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from logging import getLogger
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from fedunlearn.errors import DestroyedError
 from fedunlearn.federation import tasks
 from fedunlearn.federation.auditor import Auditor
-from fedunlearn.federation.handle import Federation
+from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.replies import MOST_LISTED, Results
 from fedunlearn.nn.evaluate import Counts, Predictions
 
 Scores = dict[str, Any]
+NOBODY = ForgetSet(())
 
 log = getLogger("fedunlearn")
 
@@ -29,8 +30,8 @@ class Scorer:
     def __init__(self, federation: Federation, auditor: Auditor | None) -> None:
         self._federation, self._auditor = federation, auditor
 
-    def now(self, forget: Iterable[int] = ()) -> Scores:
-        """Score the present model; `forget` are clients that are to be forgotten just now.
+    def now(self, forget: ForgetSet = NOBODY) -> Scores:
+        """Score the present model; `forget` says who is to be forgotten just now.
 
         Raises:
             DestroyedError: most retain clients cannot evaluate it.
@@ -52,12 +53,13 @@ class Scorer:
             federation.grid, tasks.evaluate, federation.round, federation.retain, federation.state.params
         )
 
-    def of(self, retain: Results, predictions: Predictions, forget: Iterable[int] = ()) -> Scores:
+    def of(self, retain: Results, predictions: Predictions, forget: ForgetSet = NOBODY) -> Scores:
         """Give accuracies from what retain clients counted and from predictions on held-out images.
 
         Returns:
-            `retain_clients` and `forgotten` by client, `retain` and `test`: class and client-ID accuracy, 0..1, and
-            examples; `held_out` of a forgotten client is what held-out images of its class counts get.
+            `retain_clients` and `forgotten` by client, `retain` and `test` (without classes that leave whole): class
+            and client-ID accuracy, 0..1, and examples; `held_out` of a forgotten client is what held-out images of its
+            class counts get.
         """
         each = retain.counts if len(retain.counts) <= MOST_LISTED else {}
         known = sorted({*forget, *self._federation.forgotten})
@@ -67,7 +69,7 @@ class Scorer:
             "retain_clients": {str(client): accuracies(counts) for client, counts in each.items()},
             "forgotten": {str(client): self._forgotten(client, predictions) for client in forgotten},
             "retain": accuracies(retain.total),
-            "test": accuracies(predictions.total),
+            "test": accuracies(predictions.without(forget.classes).total),
         }
 
     def _forgotten(self, client: int, predictions: Predictions) -> dict[str, float]:
