@@ -31,7 +31,7 @@ from fedunlearn.log import set_up
 from fedunlearn.naming import class_numbers
 from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, runs_folder
-from fedunlearn.runs.ledger import FAILED, TAKEN_UP, Request
+from fedunlearn.runs.ledger import FAILED, Request
 from fedunlearn.runs.overview import glance
 from fedunlearn.runs.run import last_round
 from fedunlearn.runs.signed import action_of
@@ -339,18 +339,15 @@ def report(
 ) -> int:
     """Write a run's report anew, print its summary and where it lies."""
     set_up()
-    from fedunlearn.federation.auditor import Auditor
-    from fedunlearn.federation.strategy import strategy_class
+    from fedunlearn.apps.reports import class_counts_of, write_with
+    from fedunlearn.federation.auditor import auditor_of
     from fedunlearn.runs import report as page
 
     with opened(run, home) as found:
-        config = found.config.model_copy(update={"home": home})
-        auditor = Auditor(config)
-        kind, counts = strategy_class(config.strategy), auditor.class_counts(portions=found.ledger.portions(TAKEN_UP))
-        words: dict[str, Any] = {"label": kind.label, "own_settings": kind.Settings}
+        counts = class_counts_of(found, auditor_of(found.config_here()))
         with opened(retrained, home) if retrained else nullcontext() as other:
             others = [other] if other else []
-            path = page.write(found, counts, auditor.class_names, **words, retrained=others)
+            path = write_with(found, counts, others)
             compared = page.comparison(found, others) if others else []
         print(page.summary(found, counts))
         for verdict in compared:

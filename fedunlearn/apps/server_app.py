@@ -10,6 +10,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedunlearn.apps.reports import class_counts_of, write_with
 from fedunlearn.apps.signals import ends_with_superlink
 from fedunlearn.apps.track import check_tracker, tracked
 from fedunlearn.build import decode_for_readmitted, loss_of
@@ -18,11 +19,11 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor, auditor_of
 from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.server_data import known_to_server
-from fedunlearn.federation.strategy import check_writable, completed, strategy_class
+from fedunlearn.federation.strategy import check_writable, completed
 from fedunlearn.log import set_up
 from fedunlearn.runs import purge, report
 from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
-from fedunlearn.runs.ledger import TAKEN_UP, Request
+from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run, open_ledger
 from fedunlearn.runs.statement import finite
@@ -99,9 +100,8 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
     with tracked(run):
         Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
     conclude(run)
-    kind = strategy_class(run.config.strategy)
-    counts = None if auditor is None else auditor.class_counts(portions=run.ledger.portions(TAKEN_UP))
-    page = report.write(run, counts, run.class_names(), label=kind.label, own_settings=kind.Settings)
+    counts = class_counts_of(run, auditor)
+    page = write_with(run, counts)
     log.info(report.summary(run, counts))
     log.info("report: %s", page)
     if (receipts := run.folder / FOLDER).exists():

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from fedunlearn.errors import printable
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -66,8 +68,8 @@ class Selection:
 
         Args:
             labels: their classes, [N].
-            patients: whose they are, N names; None where nobody knows.
-            examples: their names, N.
+            patients: whose they are, N names; None where nobody knows, or none is named.
+            examples: their names, N; none where none is named.
 
         Returns:
             bool [N].
@@ -88,10 +90,11 @@ class Selection:
             class_names: of the data set, where they are known.
         """
         classes = [
-            f"{k} ({class_names[k]})" if k < len(class_names) and class_names[k] != str(k) else str(k)
+            f"{k} ({printable(class_names[k])})" if k < len(class_names) and class_names[k] != str(k) else str(k)
             for k in self.classes
         ]
-        said = [_listed("class", "classes", classes), _listed("patient", "patients", self.patients)]
+        patients = list(map(printable, self.patients))
+        said = [_listed("class", "classes", classes), _listed("patient", "patients", patients)]
         if self.examples:
             said.append(f"{len(self.examples)} named image{'s' if len(self.examples) > 1 else ''}")
         return ", ".join(filter(None, said))

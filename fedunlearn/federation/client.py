@@ -93,7 +93,9 @@ class ClientRuntime:
     def _selected(self, client: int, selection: Selection) -> np.ndarray:
         """Say which of a client's images are selected, bool [N]."""
         own, dataset = self.slices[client], self.dataset
-        return selection.of(dataset.train.labels[own], dataset.patients_of(own), dataset.names_of(own))
+        patients = dataset.patients_of(own) if selection.patients else None
+        names = dataset.names_of(own) if selection.examples else []
+        return selection.of(dataset.train.labels[own], patients, names)
 
     @cached_property
     def sgd(self) -> LocalSGD:

@@ -84,7 +84,7 @@ class Requests:
         if request.state == State.RECEIVED:
             request = self._accept(request)
         if request.state == State.COLLECTING:
-            request = self._apply(request)
+            request = self._collect(request)
         if request.state == State.APPLIED:
             request = self._ledger.advance(request, State.RECOVERING)
             if until_completed:
@@ -165,6 +165,14 @@ class Requests:
         """Give the settings that a request is applied with: the run's, or others where it asks for them."""
         return self._run.config.model_copy(update=request.detail.get("how", {}))
 
+    def _collect(self, request: Request) -> Request:
+        """Take the portions out of their clients' images that a request is about, and apply it."""
+        try:
+            reason = self._take_apart(request)
+        except NotNowError as error:
+            return self._failed(request, str(error))
+        return self._refused(request, reason) if reason else self._apply(request)
+
     def _apply(self, request: Request) -> Request:
         """Let the strategy forget, and commit what passes the gate; or restore the state.
 
@@ -172,11 +180,6 @@ class Requests:
         scores comes from the weights. Of clients that were never trained on there is nothing to forget.
         """
         federation = self._federation
-        try:
-            if reason := self._take_apart(request):
-                return self._refused(request, reason)
-        except NotNowError as error:
-            return self._failed(request, str(error))
         clients = tuple(sorted(set(request.clients) - federation.never_trained))
         forget = ForgetSet(clients, request.id, frozenset(request.classes))
         state, config = federation.state, self._config_of(request)

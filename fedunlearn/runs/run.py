@@ -22,6 +22,7 @@ from fedunlearn.runs.ledger import TAKEN_UP, Ledger, Request
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.rows import check as check_row
 from fedunlearn.runs.signed import CANCEL, FORGET, SignedRequest, UnsignedError, action_of, check
+from fedunlearn.schema import check_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,6 +173,8 @@ class Run:
             UserError: there is no such client, class, or none that is left.
         """
         all_clients = set(range(self.config.clients)) - set(self.ledger.clients_in(TAKEN_UP))
+        for name in (*selection.patients, *selection.examples) if selection else ():
+            check_text(name)
         wanted = sorted(set(clients) or (all_clients if selection else set()))
         check_clients(wanted, self.config.clients)
         names = self.class_names() if selection and selection.classes else []
