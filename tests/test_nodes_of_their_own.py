@@ -142,6 +142,12 @@ def test_the_fingerprints_are_the_nodes_own_and_are_kept(federate, hospitals, tm
     assert federate.run().about()["data"] == data
 
 
+def test_the_report_is_written_anew_without_an_auditor(federate, hospitals, capsys):
+    hospitals("rounds=1 forget.schedule={1:[hospital_b]}")
+    assert command("report", "--run", "test") == 0
+    assert "retain clients" in capsys.readouterr().out
+
+
 def test_a_receipt_says_that_nobody_measured_and_where_the_images_are(federate, hospitals):
     hospitals("rounds=1 forget.schedule={1:[hospital_b]}")
     said = verified((federate.folder() / FOLDER / "r1.json").read_bytes())
