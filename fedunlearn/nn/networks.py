@@ -7,6 +7,7 @@ import pkgutil
 import typing
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -161,15 +162,15 @@ def _of_timm(name: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Mo
         raise UserError("timm is not installed: pip install 'fedunlearn[timm]', on every machine")
     if name not in _timm_names():
         raise UserError(f"timm has no model of that name{_nearest(name, _timm_names())}")
-    from timm import create_model
+    timm: Any = import_module("timm")
 
     def make(**all_: Any) -> nn.Module:
         try:
-            return create_model(name, img_size=given["image_size"], **all_)
+            return timm.create_model(name, img_size=given["image_size"], **all_)
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-        return create_model(name, **all_)  # a convolutional network, which takes images of any size
+        return timm.create_model(name, **all_)  # a convolutional network, which takes images of any size
 
     return _called(make, {"num_classes": 0, "in_chans": given["channels"], **options})
 
@@ -197,9 +198,8 @@ def _torchvision_names() -> list[str]:
 
 @cache
 def _timm_names() -> list[str]:
-    from timm import list_models
-
-    return list_models()
+    timm: Any = import_module("timm")
+    return timm.list_models()
 
 
 def _nearest(name: str, known: list[str]) -> str:
