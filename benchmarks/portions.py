@@ -8,6 +8,7 @@ draws. What is there in the folder already is not computed again.
 import argparse
 import logging
 from collections.abc import Iterable, Iterator
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ class Bench:
     def trained(self, name: str, rounds: int, *words: str) -> Run:
         """Give a run that has trained so many rounds, at least."""
         given = [*self._words, f"home={self._home}", f"run={name}", f"rounds={rounds}", *words]
-        given.append(f"train.schedule_rounds={self._rounds}")
+        given += [f"train.schedule_rounds={self._rounds}", f"evaluate_every={gcd(self._rounds, *AFTER)}"]
         config = compose(self._conf, given)
         try:
             train(LocalGrid(config.clients, client_app.app), config, given)

@@ -19,7 +19,7 @@ from fedunlearn.runs import checkpoint
 from fedunlearn.runs.page import embedded
 from fedunlearn.runs.verdicts import Level
 from fedunlearn.schema import fields_of
-from fedunlearn.study.dag.command import UNFINISHED, study_folder
+from fedunlearn.study.dag.command import UNFINISHED, study_folder, wanted
 from fedunlearn.study.federated.figures import frontier
 from fedunlearn.study.federated.plan import Case
 from fedunlearn.study.federated.report import inside
@@ -331,6 +331,13 @@ def test_by_hand_what_resurfaces_is_the_part_of_the_gap_that_has_come_back():
     )
     assert Results.resurfaced(found, row("subset", 10)) == pytest.approx([0.2, 0.0])
     assert Results.resurfaced(found, row("subset", 0)) == []
+
+
+def test_of_several_patterns_the_first_ones_tasks_come_first_and_none_twice(home):
+    chosen = FederatedStudy([*SMALL, "study.strategies=[subset,leave]", "study.only=forget/leave/* base/* */seed0"])
+    names = [task.name for task in wanted(chosen)]
+    assert names[:2] == ["forget/leave/ce_dl/at2/0/seed0", "base/ce_dl/seed0"]
+    assert sorted(names[2:]) == ["forget/subset/ce_dl/at2/0/seed0", "retrained/ce_dl/0/seed0"]
 
 
 def test_retrained_models_of_further_seeds_are_tasks_of_their_own(home):

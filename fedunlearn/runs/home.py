@@ -4,9 +4,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from logging import getLogger
 from pathlib import Path
@@ -220,6 +220,12 @@ def forked(config: Config, asked: Mapping[str, Any]) -> Config:
     return with_values(base, {"home": config.home, "run": config.run, "fork": config.fork, **asked})
 
 
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):  # a run from its sources, or one that needs no Ray
+            yield package, version(package)
+
+
 def _make(folder: Path, config: Config, data: Mapping[str, str], images: "Images") -> None:
     never = set(config.forget.schedule.get(0, []))
     if config.fork:
@@ -230,8 +236,7 @@ def _make(folder: Path, config: Config, data: Mapping[str, str], images: "Images
     if config.fork:
         with lock(base):
             _copy(base, folder)
-    versions = {package: version(package) for package in PACKAGES}
-    about = {"data": dict(data), "images": images._asdict(), "versions": versions}
+    about = {"data": dict(data), "images": images._asdict(), "versions": dict(_versions())}
     content = {"created": datetime.now(UTC).isoformat(), **about}
     ledger = Ledger(folder / "ledger.sqlite")
     try:

@@ -158,9 +158,11 @@ def run_study(study: Study, *, only_plan: bool = False) -> int:
 
 
 def wanted(study: Study) -> list[Task]:
-    """Give the tasks of the wanted stages whose names match `study.only`."""
+    """Give the tasks of the wanted stages whose names match a pattern of `study.only`, those of the first one first."""
     scope = study.settings.study
-    return [task for task in study.plan.tasks(scope.stages) if fnmatchcase(task.name, scope.only)]
+    tasks = study.plan.tasks(scope.stages)
+    found = {task.key: task for pattern in scope.only.split() for task in tasks if fnmatchcase(task.name, pattern)}
+    return list(found.values())
 
 
 def study_folder(study: Study) -> Path:

@@ -24,7 +24,11 @@ class Scope(Settings):
     name: str = Field(default="", description="of the study's folder; empty: data set and scale (and 'federated')")
     home: str = Field(default="", description="state folder; empty takes $FEDUNLEARN_HOME or ~/.fedunlearn")
     stages: list[Any] = Field(default=[], description="what to do")
-    only: str = Field(default="*", description="pattern of task names, such as retrained/ce_dl/*/seed0: do no others")
+    only: str = Field(
+        default="*",
+        description="patterns of task names, such as retrained/ce_dl/*/seed0, with blanks between: do no others, "
+        "and those of the first pattern first",
+    )
     pipelines: list[Pipeline] = Field(default=list(PIPELINES), description="which")
     order: list[int] = Field(default=[0, 1, 2], description="clients in the order of their requests")
     seeds: list[int] = Field(default=[0], description="repetitions: of weights, shuffling, augmentation and search")

@@ -31,7 +31,11 @@ class FederatedScope(Scope):
     """Says which part of the study is done, and where."""
 
     stages: list[Stage] = Field(default=list(STAGES), description="what to do")
-    only: str = Field(default="*", description="pattern of task names, such as forget/subset/*/seed0: do no others")
+    only: str = Field(
+        default="*",
+        description="patterns of task names, such as forget/subset/*/seed0, with blanks between: do no others, "
+        "and those of the first pattern first",
+    )
     pipelines: list[Pipeline] = Field(default=["ce_dl"], description="which")
     strategies: list[str] = Field(default=list(STRATEGIES), description="which; installed ones, or module:Class")
     scenarios: list[Scenario] = Field(
