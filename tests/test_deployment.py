@@ -9,6 +9,7 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.superlink import free_ports
@@ -69,14 +70,32 @@ class Deployment:
         at |= {what: str(self.folder / "at" / name / what) for what in ("FLWR_HOME", "FEDUNLEARN_HOME")}
         return self.start("supernode.sh", client or name, self.folder / name, log=name, **at)
 
+    def run(self):
+        return Run.opened(self.folder / "fedunlearn" / "runs" / "real")
+
+    def server_app(self):
+        """The id of the process of the server app, which the SuperLink has started."""
+        (found,) = (
+            process.pid
+            for process in psutil.Process(self.link.pid).children(recursive=True)
+            if "flwr-serverapp" in " ".join(process.cmdline())
+        )
+        return found
+
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
 
     def wait_for(self, name, text, times=1, limit=180):
         deadline = time.monotonic() + limit
-        while not (self.folder / f"{name}.log").exists() or self.log(name).count(text) < times:
+        while not (self.folder / f"{name}.log").exists() or len(re.findall(text, self.log(name))) < times:
             assert time.monotonic() < deadline, self.log(name)[-2000:]
             time.sleep(0.2)
+
+
+def stop(process):
+    """End a script as a service ends: the SuperNode tells the SuperLink that it goes."""
+    process.terminate()
+    process.wait(60)
 
 
 def end(process):
@@ -90,13 +109,25 @@ def end(process):
 
 
 @pytest.fixture
-def deployment(tmp_path):
+def deployment(tmp_path, monkeypatch):
+    """A SuperLink that knows three keys, and their SuperNodes."""
     with ExitStack() as stack:
         for number, name in enumerate((*NAMES, "held-out")):
             for k, class_ in enumerate(("no", "yes")):
                 for i in range(4):
                     picture(tmp_path / name / class_ / f"{i}.png", 100 * number + 10 * k + i)
-        yield Deployment(tmp_path, stack)
+        made = Deployment(tmp_path, stack)
+        made.script("certificates.sh")
+        keys = ",".join(f"{name}:{made.script('key.sh', name).split()[-1]}" for name in NAMES)
+        words = f"run=real data.root={tmp_path / 'held-out'} partition.names=[{','.join(NAMES)}] {QUICK}"
+        made.words = [*words.split(), f"partition.keys={{{keys}}}"]
+        made.link = made.superlink()
+        made.wait_for("superlink", "Uvicorn running")
+        registered = made.script("register.sh", *(tmp_path / "keys" / f"{name}.pub" for name in NAMES))
+        assert registered.count("registered successfully") == 3
+        made.nodes = [made.supernode(place) for place in range(3)]
+        monkeypatch.setenv("FEDUNLEARN_HOME", str(tmp_path / "fedunlearn"))
+        yield made
 
 
 def messages_of(log):
@@ -104,34 +135,22 @@ def messages_of(log):
     return log.count("Receiving: ")
 
 
-def test_a_forgotten_hospital_gets_no_message_whatever_it_says_that_it_is(deployment, monkeypatch, capsys):
-    deployment.script("certificates.sh")
-    keys = ",".join(f"{name}:{deployment.script('key.sh', name).split()[-1]}" for name in NAMES)
-    superlink = deployment.superlink()
-    deployment.wait_for("superlink", "Uvicorn running")
-    registered = deployment.script("register.sh", *(deployment.folder / "keys" / f"{name}.pub" for name in NAMES))
-    assert registered.count("registered successfully") == 3
-    nodes = [deployment.supernode(place) for place in range(3)]
-    words = f"run=real data.root={deployment.folder / 'held-out'} partition.names=[{','.join(NAMES)}] {QUICK}"
-    words = [*words.split(), f"partition.keys={{{keys}}}"]
-    said = deployment.script("run.sh", *words, "rounds=1")
-    assert "3 clients on 3 virtual nodes" in said
-    assert re.search(r"round +1/1 ", said), said[-2000:]
+def trained(deployment):
+    """The clients of every round that was trained."""
+    return [row["clients"] for row in deployment.run().metrics() if row["kind"] == "round"]
 
-    monkeypatch.setenv("FEDUNLEARN_HOME", str(deployment.folder / "fedunlearn"))
+
+def test_a_forgotten_hospital_gets_no_message_whatever_it_says_that_it_is(deployment):
+    deployment.start("run.sh", *deployment.words, "rounds=2", log="run")
+    deployment.wait_for("run", r"round +1/2 ")
     assert command("forget", "--client", "hospital_b", "--run", "real") == 0
-    assert "the request is filed, and applied when the run is started again" in capsys.readouterr().err
-    end(nodes[2])
-    end(superlink)
-    deployment.superlink()
-    deployment.supernode(2)
-    deployment.wait_for("superlink", "Uvicorn running", times=2)
-    deployment.wait_for("hospital_c", "SuperNode ID", times=2)
-    said = deployment.script("run.sh", *words, "rounds=1")
-    run = Run.opened(deployment.folder / "fedunlearn" / "runs" / "real")
-    assert [request.state for request in run.ledger.requests()] == ["COMPLETED"], said[-2000:]
+    deployment.wait_for("run", "report: ")
+    assert "3 clients on 3 virtual nodes" in deployment.log("run")
 
-    end(nodes[1])
+    end(deployment.link)
+    deployment.superlink()
+    deployment.wait_for("superlink", "Uvicorn running", times=2)
+    stop(deployment.nodes[1])
     before = messages_of(deployment.log("hospital_b"))
     deployment.start(
         "supernode.sh",
@@ -142,8 +161,28 @@ def test_a_forgotten_hospital_gets_no_message_whatever_it_says_that_it_is(deploy
         NODE_CONFIG='client="hospital_a" partition-id=0',
         FLWR_HOME=str(deployment.folder / "at" / "again"),
     )
-    deployment.wait_for("again", "SuperNode ID", limit=180)
-    said = deployment.script("run.sh", *words, "rounds=2")
+    deployment.wait_for("again", "SuperNode ID")
+    said = deployment.script("run.sh", *deployment.words, "rounds=3")
     assert "its key is that of a client that was forgotten" in said
-    assert [row["clients"] for row in run.metrics() if row["kind"] == "round"] == [[0, 1, 2], [0, 2]]
+    rounds = trained(deployment)
+    assert (len(rounds), rounds[0], rounds[-1]) == (3, [0, 1, 2], [0, 2])
     assert (before > 0, messages_of(deployment.log("again"))) == (True, 0)
+
+
+def test_work_goes_on_after_the_end_of_any_part(deployment):
+    deployment.start("run.sh", *deployment.words, "rounds=4", log="run")
+    deployment.wait_for("run", r"round +1/4 ")
+    os.kill(deployment.server_app(), signal.SIGKILL)
+    assert command("forget", "--client", "hospital_b", "--run", "real") == 0
+    assert [request.state for request in deployment.run().ledger.requests()] == ["RECEIVED"]
+
+    end(deployment.nodes[2])
+    end(deployment.link)
+    deployment.superlink()
+    deployment.supernode(2)
+    deployment.wait_for("superlink", "Uvicorn running", times=2)
+    deployment.wait_for("hospital_c", "SuperNode ID", times=2)
+    said = deployment.script("run.sh", *deployment.words, "rounds=4")
+    assert [request.state for request in deployment.run().ledger.requests()] == ["COMPLETED"], said[-2000:]
+    rounds = trained(deployment)
+    assert (len(rounds), rounds[0], rounds[-1]) == (4, [0, 1, 2], [0, 2])
