@@ -27,6 +27,7 @@ from fedunlearn.data.selection import Selection
 from fedunlearn.deploying import deploy_cli
 from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
+from fedunlearn.leave import leave
 from fedunlearn.log import set_up
 from fedunlearn.naming import class_numbers
 from fedunlearn.residue import purge, scan
@@ -52,6 +53,7 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cli.command()(verify)
+cli.command()(leave)
 cli.command()(purge)
 cli.command()(scan)
 cli.add_typer(keys_cli, name="keys")

@@ -244,11 +244,11 @@ class Forget(Settings):
     purge_metrics: bool = Field(
         default=False, description="whether their accuracies by round and class counts are removed then too"
     )
-    signed: bool = Field(
-        default=False, description="whether only a request counts that its clients' key has signed (forget.keys)"
-    )
+    signed: bool = Field(default=False, description="whether only a request counts that its clients' key has signed")
     keys: dict[int, str] = Field(
-        default_factory=dict, description="client, by number or name -> id of its key, as `fedunlearn keys new` says"
+        default_factory=dict,
+        description="client, by number or name -> id of its key, as `fedunlearn keys new` says; of other clients "
+        "partition.keys counts",
     )
     due_months: int = Field(
         default=1, ge=0, le=120, description="months in which a request has to be applied (GDPR, Art. 12(3))"
@@ -349,6 +349,11 @@ class Config(Settings):
         default_factory=dict, description="settings of the strategy: `fedunlearn config STRATEGY` lists them"
     )
     forget: Forget = Forget()
+
+    @property
+    def owner_keys(self) -> dict[int, str]:
+        """The id of the key that signs for each client: of `forget.keys`, else of `partition.keys`."""
+        return self.partition.keys | self.forget.keys
 
     @property
     def is_for_good(self) -> bool:

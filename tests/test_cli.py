@@ -63,6 +63,7 @@ def test_all_commands_of_the_design_are_there():
         "keys",
         "keys new",
         "keys id",
+        "leave",
         "deploy",
         "deploy check",
         "keys ask",

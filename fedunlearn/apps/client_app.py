@@ -24,6 +24,7 @@ from fedunlearn.federation.machine import Machine, settled
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.federation.tasks import tasks_of
+from fedunlearn.federation.withdrawals import carried
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.rng import drawing_from
 
@@ -57,7 +58,7 @@ def in_one_piece(message: Message, context: Context, call_next: Callable[[Messag
     return reply
 
 
-app = ClientApp(mods=[in_one_piece, measured])
+app = ClientApp(mods=[carried, in_one_piece, measured])
 
 DROPOUT = 10**6
 """Place of the draws that layers make by themselves, after any epoch's."""

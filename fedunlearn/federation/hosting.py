@@ -18,13 +18,16 @@ class Entrance:
         gone: by the id of a key, or the SHA-256 of images, who has forgotten its client.
         forgotten: clients that are not asked.
         name: of a client, in words.
+
+    Attributes:
+        key_of: the id of the key of every node that has come; nothing where nobody knows it.
     """
 
     def __init__(
         self, keys: Mapping[int, str], gone: Mapping[str, str], forgotten: Collection[int], name: Callable[[int], str]
     ) -> None:
         self._keys, self._gone, self._forgotten, self._name = keys, gone, forgotten, name
-        self._key_of: dict[int, str] = {}
+        self.key_of: dict[int, str] = {}
         self._refused: set[int] = set()
 
     def admitted(self, nodes: Iterable[int], public_keys: Mapping[int, bytes]) -> list[int]:
@@ -36,8 +39,8 @@ class Entrance:
         """
         found = []
         for node in nodes:
-            self._key_of[node] = public_id(public_keys.get(node, b""))
-            reason = self._refusal(self._key_of[node])
+            self.key_of[node] = public_id(public_keys.get(node, b""))
+            reason = self._refusal(self.key_of[node])
             if not reason:
                 found.append(node)
             elif node not in self._refused:
@@ -57,7 +60,7 @@ class Entrance:
     def check(self, node: int, said: Introduction) -> str:
         """Say which client a node says that it is and is not, by its key."""
         for client in sorted(said.examples.keys() - set(self._forgotten)):
-            if self._keys and self._keys[client] != self._key_of[node]:
+            if self._keys and self._keys[client] != self.key_of[node]:
                 return f"it says that it is client {self._name(client)}, whose key is another (partition.keys)"
         return ""
 

@@ -26,6 +26,7 @@ class Task:
         clients: for whom.
         arguments: further arguments of the client task, as JSON; tensors travel beside it.
         portions: of the clients' images that were asked to be forgotten, by number, as JSON (`data.selection.Portion`).
+        run: id of the run's key, where machines have their own images: by it a client signs what it asks for.
     """
 
     config: str
@@ -34,6 +35,7 @@ class Task:
     clients: list[int]
     arguments: str = "{}"
     portions: str = "{}"
+    run: str = ""
 
 
 def pack(tensors: Mapping[str, Tensor], dtype: str) -> ArrayRecord:
@@ -65,7 +67,8 @@ def unpack(message: Message, name: str = "arrays", *, only: str = "") -> Tensors
 
 def request(task: Task, records: Mapping[str, ArrayRecord]) -> RecordDict:
     """Make the content of a message to a node; the same `records` may be shared by many."""
-    return RecordDict({"task": ConfigRecord(asdict(task)), **records})
+    about = {name: value for name, value in asdict(task).items() if value or name != "run"}
+    return RecordDict({"task": ConfigRecord(about), **records})
 
 
 def task_of(message: Message) -> Task:

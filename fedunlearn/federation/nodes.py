@@ -33,6 +33,7 @@ from fedunlearn.federation.replies import (
     listed,
 )
 from fedunlearn.federation.tasks import ClientTask
+from fedunlearn.federation.withdrawals import Withdrawals
 from fedunlearn.log import waiting
 from fedunlearn.naming import name_of
 from fedunlearn.nn.model import TwoHeadModel
@@ -55,6 +56,7 @@ class Nodes:
         config: settings of the run.
         model: that says which shapes replies have.
         pixels: of an image.
+        run: id of the run's key, which machines with their own images are told.
 
     Attributes:
         config: settings that travel with the messages.
@@ -66,10 +68,14 @@ class Nodes:
         gpu: whether a node has one.
         fingerprints: SHA-256 of the images of clients that have them on machines of their own.
         check_update: raises RefusedError for one client's update that is to be left out, where `robust` is on.
+        withdrawals: what replies have carried of clients that ask on their own machines to be forgotten.
     """
 
-    def __init__(self, config: Config, model: TwoHeadModel, *, pixels: int) -> None:
+    def __init__(self, config: Config, model: TwoHeadModel, *, pixels: int, run: str = "") -> None:
         self.config, self._model, self._pixels = config, model, pixels
+        self._run = run if config.partition.is_on_nodes else ""
+        self._keys: dict[int, str] = {}
+        self.withdrawals = Withdrawals()
         self.nodes: list[int] = []
         self.clients_of: dict[int, list[int]] = {}
         self.examples: dict[int, int] = {}
@@ -107,10 +113,11 @@ class Nodes:
             UserError: no node works, or not all are connected in time.
         """
         with waiting("the nodes' first answers", limit=WAIT_SECONDS):
-            entrance = Entrance(self.config.partition.keys, gone, forgotten, self._name_of)
+            entrance = Entrance(self.config.partition.keys, gone, forgotten, self.name_of)
+            self._keys = entrance.key_of
             found = self._introduced(grid, forgotten, entrance)
         if self.config.partition.is_on_nodes:
-            about = {"known": images, "gone": gone, "forgotten": forgotten, "name": self._name_of}
+            about = {"known": images, "gone": gone, "forgotten": forgotten, "name": self.name_of}
             for node, reason in unbelieved(found, entrance=entrance, **about).items():
                 log.warning("node %s is left out: %s", node, reason)
                 del found[node]
@@ -199,10 +206,11 @@ class Nodes:
         unknown = [node for node in nodes if node not in found and failures[node] < ATTEMPTS]
         if not unknown:
             time.sleep(0.5 if self.config.partition.is_on_nodes else 0.1)
-        content = messages.request(Task(for_clients(self.config), "identify", 0, []), {})
+        content = messages.request(Task(for_clients(self.config), "identify", 0, [], run=self._run), {})
         sent = [Message(content, node, "query.identify") for node in unknown]
         patience = min(self.config.timeout, WAIT_SECONDS)
         for node, reply in zip(unknown, grid.send_and_receive(sent, timeout=patience), strict=True):
+            self._take_withdrawals(node, reply)
             try:
                 found[node] = introduction(reply, self.config.clients)
             except ValueError as error:
@@ -242,7 +250,8 @@ class Nodes:
         return [
             Message(
                 messages.request(
-                    Task(for_clients(self.config), task.name, round_, own, text, self._portions_of(own)), records
+                    Task(for_clients(self.config), task.name, round_, own, text, self._portions_of(own), self._run),
+                    records,
                 ),
                 node,
                 task.kind,
@@ -324,10 +333,25 @@ class Nodes:
         variances = messages.unpack(sent[0], only="running_var") if sent else {}  # the same model in all of them
         expected = Expected(task, self._model, self.config.message_dtype, self.examples, self._pixels, variances)
         for message, reply in zip(sent, replies, strict=True):
+            self._take_withdrawals(message.metadata.dst_node_id, reply)
             try:
                 yield message, expected.read(reply, message)
             except ValueError as error:
                 refused.append((message, error))
+
+    def _take_withdrawals(self, node: int, reply: Message) -> None:
+        if self.config.partition.is_on_nodes:  # in a simulation nobody may send any
+            self.withdrawals.take(node, reply)
+
+    def owners(self, node: int) -> dict[int, str]:
+        """Give the clients that a node may speak for, each with the id of the key that signs for it.
+
+        Those are the clients of the node's own key, or without `partition.keys` those that it hosts.
+        """
+        key, keys = self._keys.get(node, ""), self.config.partition.keys
+        own = [c for c, owner in keys.items() if owner == key] if keys else self.clients_of.get(node, [])
+        usual = "" if self.config.forget.signed else key
+        return {c: self.config.owner_keys.get(c, usual) for c in own if c < self.config.clients}
 
     def _refuse(self, message: Message, reason: str, is_blamed: bool) -> None:
         asked, node = messages.task_of(message), self.nodes.index(message.metadata.dst_node_id)
@@ -337,9 +361,10 @@ class Nodes:
 
     def listed(self, clients: Iterable[int]) -> str:
         """Give the names of clients, or their numbers, not more than can be read."""
-        return listed(map(self._name_of, clients))
+        return listed(map(self.name_of, clients))
 
-    def _name_of(self, client: int) -> str:
+    def name_of(self, client: int) -> str:
+        """Give a client's name as text can show it."""
         return name_of(client, self.config.partition.names)
 
     def query(

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime
 from inspect import signature
 from logging import getLogger
@@ -17,11 +18,14 @@ from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.replies import listed
 from fedunlearn.federation.scores import Scorer, Scores
 from fedunlearn.federation.strategy import Strategy, strategy_of
+from fedunlearn.federation.withdrawals import believed
 from fedunlearn.runs.formats import forgotten
 from fedunlearn.runs.ledger import OPEN, RECEIPT, Ledger, Request, State
 from fedunlearn.runs.run import Run
-from fedunlearn.runs.signed import UnsignedError, action_of, check, read
+from fedunlearn.runs.signed import SignedRequest, UnsignedError, action_of, check, read
 
+BY_ITSELF = "fedunlearn leave"
+"""Who asks, where a client has asked on its own machine."""
 PARAMETERS = {*signature(Run.commit).parameters, *signature(Ledger.commit).parameters}
 
 log = getLogger("fedunlearn")
@@ -60,12 +64,13 @@ class Requests:
         return max([rounds, *left])
 
     def serve(self, *, is_last: bool = False, no_more_rounds: bool = False) -> None:
-        """Carry every open request as far as it can be carried now, the oldest first.
+        """File what replies have carried, then carry every open request as far as it can be now, the oldest first.
 
         Args:
             is_last: the run's rounds are trained; receipts are then written by whoever removes what is left.
             no_more_rounds: requests are completed at once.
         """
+        self.file_carried()
         round_ = self._federation.round
         scheduled = set(self._settings.schedule.get(round_, []))
         asked = {c for request in self._ledger.requests() if request.state != State.CANCELLED for c in request.clients}
@@ -78,6 +83,30 @@ class Requests:
                 self._carry(request, no_more_rounds)
         if not is_last:
             self._run.write_receipts()
+
+    def file_carried(self) -> list[Request]:
+        """File what clients have signed on their own machines and replies have carried; gives the new requests.
+
+        Nothing else of it is written down: whoever may not ask cannot make the ledger long.
+        """
+        nodes, ledger, filed = self._federation.nodes, self._ledger, []
+        for node, text in nodes.withdrawals.drain():
+            about = {"run": ledger.key, "owners": nodes.owners(node), "used": ledger.nonces(), "name": nodes.name_of}
+            try:
+                if asked := believed(text, **about):
+                    filed += self._file_carried(asked)
+            except UserError as error:  # also where somebody files the same at this moment
+                nodes.withdrawals.refuse(node, str(error))
+        return filed
+
+    def _file_carried(self, asked: SignedRequest) -> list[Request]:
+        known = {request.id for request in self._ledger.requests()}
+        months, signed = self._settings.due_months, asdict(asked)
+        request = self._ledger.file(asked.clients, months=months, by=BY_ITSELF, signed=signed)[-1]
+        again = f", which is {request.state}" if request.id in known else ""
+        who = self._run.named(asked.clients, capital=True)
+        log.info("── %s asks from its own machine to be forgotten: request %s%s", who, request.id, again)
+        return [] if again else [request]
 
     def _carry(self, request: Request, no_more_rounds: bool) -> None:
         until_completed = self._settings.rounds_until_completed
@@ -141,7 +170,7 @@ class Requests:
         earlier = [
             r.detail["signed"]["nonce"] for r in self._ledger.requests() if r != request and "signed" in r.detail
         ]
-        at, owners = datetime.fromisoformat(request.received_at), self._settings.keys
+        at, owners = datetime.fromisoformat(request.received_at), self._run.config.owner_keys
         signed = request.detail.get("signed")
         try:
             asked = read(signed) if signed else None

@@ -82,7 +82,7 @@ class Rounds(FlowerStrategy):
         torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         strategy, server = strategy_of(run.config), ServerData(run.config)
         state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(server_state.BESIDE.values())))
-        nodes = Nodes(run.config, server.model, pixels=server.pixels)
+        nodes = Nodes(run.config, server.model, pixels=server.pixels, run=run.ledger.key)
         federation = Federation(run, server, nodes, state)
         federation.state = server_state.of_held_out(state, server.examples)
         scorer = Scorer(federation, auditor)
@@ -113,7 +113,7 @@ class Rounds(FlowerStrategy):
         self._clock = time.monotonic()
         result = super().start(grid, self._broadcast(), num_rounds, timeout=self._config.timeout)
         self.requests.serve(is_last=True)
-        while not self._run.ledger.finish():
+        while self.requests.file_carried() or not self._run.ledger.finish():
             self.requests.serve(is_last=True, no_more_rounds=True)
         return result
 

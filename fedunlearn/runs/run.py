@@ -207,7 +207,7 @@ class Run:
         """Raise UnsignedError where a signature is needed or given and is not good."""
         forget = self.config.forget
         if forget.signed or signed:
-            about = {"run": self.ledger.key, "owners": forget.keys, "at": datetime.now(UTC)}
+            about = {"run": self.ledger.key, "owners": self.config.owner_keys, "at": datetime.now(UTC)}
             check(signed, clients, action=action, used=self.ledger.nonces(), **about)
 
     def check_checkpoint(self) -> None:

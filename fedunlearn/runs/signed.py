@@ -143,7 +143,7 @@ def check(
         raise UnsignedError(f"what was signed is to {asked.action} clients {asked.clients}")
     for client in asked.clients:
         if owners.get(client) != asked.key:
-            raise UnsignedError(f"its key is not that of client {client} (forget.keys)")
+            raise UnsignedError(f"its key is not that of client {client} (forget.keys, partition.keys)")
     if datetime.fromisoformat(asked.issued_at) > at + timedelta(minutes=10):
         raise UnsignedError("it was signed in the future")
     if at > datetime.fromisoformat(asked.expires_at):

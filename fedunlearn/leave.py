@@ -1,0 +1,81 @@
+"""The command `fedunlearn leave`: a client asks from its own machine to be forgotten."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from unicodedata import normalize
+
+import typer
+
+from fedunlearn.commands import Home, in_one_line
+from fedunlearn.config import state_home
+from fedunlearn.errors import UserError, printable
+from fedunlearn.log import set_up
+
+if TYPE_CHECKING:
+    from fedunlearn.runs.taking_part import TakingPart
+
+DIGITS = 12
+"""Of a run's key, where a run is named."""
+
+
+@in_one_line
+def leave(
+    client: Annotated[str, typer.Option(help="The client that asks, by its name.")],
+    key: Annotated[Path, typer.Option(help="Its private key: its SuperNode's, or the one that the run names.")],
+    run: Annotated[
+        str, typer.Option(help="First digits of the key of a run; by default all that the machine takes part in.")
+    ] = "",
+    days: Annotated[float, typer.Option(min=0, help="Until it expires.")] = 30,
+    home: Home = "",
+) -> int:
+    """Ask from a client's own machine to be forgotten: its SuperNode's next reply carries what the key signs.
+
+    `--home` is the state folder of the SuperNode, as its `--node-config` or $FEDUNLEARN_HOME says.
+    """
+    set_up()
+    from fedunlearn.runs import taking_part
+    from fedunlearn.runs.signed import sign
+
+    folder = state_home(home)
+    for one, number in chosen(taking_part.noted(folder), folder, client, run):
+        asked = sign([number], run=one.run, key=key, days=days)
+        taking_part.keep(folder, asked)
+        print(f"client {printable(one.clients[number])} asks run {one.run[:DIGITS]} to be forgotten (since "
+              f"{one.since[:10]} it takes part there), until {asked.expires_at[:16]} UTC")  # fmt: skip
+    print(f"signed with the key {asked.key}: who runs the federation must know it as the client's")
+    print("The SuperNode's next reply carries it, and a live run applies it at its next round boundary.")
+    print("A run that is not live applies it when it is started again while the SuperNode is connected.")
+    print("Until then the client's images are needed. Afterwards the machine gets no message for it: delete them.")
+    return 0
+
+
+def chosen(runs: list["TakingPart"], folder: Path, client: str, key: str) -> list[tuple["TakingPart", int]]:
+    """Give the runs that a client asks, each with the client's number there.
+
+    Args:
+        runs: that the machine takes part in.
+        folder: the machine's state folder, to be named.
+        client: by its name.
+        key: how the key of the only run begins; empty for all.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not runs:
+        raise UserError(
+            f"this machine has taken part in no run ({folder}): give the state folder of its SuperNode as --home"
+        )
+    of_key = [one for one in runs if one.run.startswith(key.lower())]
+    if not of_key or (key and len(of_key) > 1):
+        known = ", ".join(one.run[:DIGITS] for one in runs)
+        raise UserError(
+            f"--run {printable(key[:80])} begins the keys of {len(of_key)} runs, not of one: there are {known}"
+        )
+    wanted = normalize("NFC", client.strip())
+    found = [(one, n) for one in of_key for n, name in one.clients.items() if normalize("NFC", name) == wanted]
+    if not found:
+        names = ", ".join(sorted({printable(name) for one in of_key for name in one.clients.values()}))
+        raise UserError(
+            f"no client {printable(client[:80])!r} takes part from this machine: there is {names or 'none'}"
+        )
+    return found
