@@ -56,7 +56,7 @@ class Nodes:
         config: settings of the run.
         model: that says which shapes replies have.
         pixels: of an image.
-        run: id of the run's key, which machines with their own images are told.
+        run: id of the run's key, where machines with their own images are told it.
 
     Attributes:
         config: settings that travel with the messages.
@@ -73,7 +73,7 @@ class Nodes:
 
     def __init__(self, config: Config, model: TwoHeadModel, *, pixels: int, run: str = "") -> None:
         self.config, self._model, self._pixels = config, model, pixels
-        self._run = run if config.partition.is_on_nodes else ""
+        self._run = run
         self._keys: dict[int, str] = {}
         self.withdrawals = Withdrawals()
         self.nodes: list[int] = []

@@ -82,7 +82,8 @@ class Rounds(FlowerStrategy):
         torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         strategy, server = strategy_of(run.config), ServerData(run.config)
         state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(server_state.BESIDE.values())))
-        nodes = Nodes(run.config, server.model, pixels=server.pixels, run=run.ledger.key)
+        key = run.ledger.key if run.config.partition.is_on_nodes else ""
+        nodes = Nodes(run.config, server.model, pixels=server.pixels, run=key)
         federation = Federation(run, server, nodes, state)
         federation.state = server_state.of_held_out(state, server.examples)
         scorer = Scorer(federation, auditor)
