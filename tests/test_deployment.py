@@ -173,8 +173,8 @@ def test_work_goes_on_after_the_end_of_any_part(deployment):
     deployment.start("run.sh", *deployment.words, "rounds=4", log="run")
     deployment.wait_for("run", r"round +1/4 ")
     os.kill(deployment.server_app(), signal.SIGKILL)
-    assert command("forget", "--client", "hospital_b", "--run", "real") == 0
-    assert [request.state for request in deployment.run().ledger.requests()] == ["RECEIVED"]
+    key, home = deployment.folder / "keys" / "hospital_b", deployment.folder / "at" / "hospital_b" / "FEDUNLEARN_HOME"
+    assert command("leave", "--client", "hospital_b", "--key", str(key), "--home", str(home)) == 0
 
     end(deployment.nodes[2])
     end(deployment.link)
@@ -183,6 +183,7 @@ def test_work_goes_on_after_the_end_of_any_part(deployment):
     deployment.wait_for("superlink", "Uvicorn running", times=2)
     deployment.wait_for("hospital_c", "SuperNode ID", times=2)
     said = deployment.script("run.sh", *deployment.words, "rounds=4")
-    assert [request.state for request in deployment.run().ledger.requests()] == ["COMPLETED"], said[-2000:]
+    (request,) = deployment.run().ledger.requests()
+    assert (request.state, request.detail["asked_by"]) == ("COMPLETED", "fedunlearn leave"), said[-2000:]
     rounds = trained(deployment)
     assert (len(rounds), rounds[0], rounds[-1]) == (4, [0, 1, 2], [0, 2])
