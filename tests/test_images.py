@@ -35,7 +35,7 @@ def old_way(path, size):
         return np.asarray(opened.convert("RGB").resize((size, size)))
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.webp", "a.tif", "a.ppm"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.webp", "a.tif", "a.ppm", "a.gif", "a.jp2", "a.j2k"])
 def test_plain_images_have_the_bits_they_always_had(tmp_path, name):
     path = saved(tmp_path, name, COLOURED)
     assert (read_image(path, 9) == old_way(path, 9)).all()

@@ -7,7 +7,8 @@ import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from fedunlearn.data.images import ENDINGS, OF_SYSTEMS
+from fedunlearn.data.dicom import OF_PILLOW
+from fedunlearn.data.images import OF_SYSTEMS
 from fedunlearn.errors import UserError, printable
 
 UTF_8 = 0x800
@@ -94,7 +95,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(_is_shown(name) and name.lower().endswith(ENDINGS) for name in os.listdir(folder))
+    return any(_is_shown(name) and name.lower().endswith(OF_PILLOW) for name in os.listdir(folder))
 
 
 def _is_shown(name: str) -> bool:

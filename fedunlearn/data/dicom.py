@@ -9,6 +9,12 @@ from fedunlearn.data.scaling import UnreadableError, Window, scaled
 from fedunlearn.errors import UserError, printable
 
 ENDINGS = (".dcm", ".dicom")
+OF_PILLOW = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".j2k",
+)  # fmt: skip
+"""Endings of the image files that Pillow reads, in small letters."""
+OTHERS = (*OF_PILLOW, ".txt", ".csv", ".json", ".xml")
+"""Endings of files that are not looked into."""
 MAGIC, PLACE = b"DICM", 128
 
 
@@ -23,10 +29,6 @@ def is_dicom(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(PLACE + len(MAGIC))[PLACE:] == MAGIC
-
-
-OTHERS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".txt", ".csv", ".json", ".xml")
-"""Endings of files that are not looked into."""
 
 
 def read_dicom(path: Path, window: Window = ()) -> np.ndarray:

@@ -14,15 +14,12 @@ from unicodedata import normalize
 
 import numpy as np
 
-from fedunlearn.data.dicom import is_dicom, read_dicom
+from fedunlearn.data.dicom import OF_PILLOW, is_dicom, read_dicom
 from fedunlearn.data.scaling import OutOfRangeError, UnreadableError, Window, scaled
 from fedunlearn.errors import UserError, printable
 
 if TYPE_CHECKING:
     from PIL import Image
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Of the image files that Pillow reads, in small letters; `is_dicom` knows those of DICOM."""
 
 OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini")
 """Files and folders that operating systems put beside images."""
@@ -117,7 +114,7 @@ def _kind(entry: os.DirEntry, within: Sequence[tuple[int, int]]) -> str:
             return "loop of links" if (stat.st_dev, stat.st_ino) in within else "folder"
         if entry.is_file():
             ending = os.path.splitext(entry.name)[1].lower()
-            return "image" if ending in ENDINGS or is_dicom(Path(entry)) else ending or "no ending"
+            return "image" if ending in OF_PILLOW or is_dicom(Path(entry)) else ending or "no ending"
     except OSError:  # a link of links that never ends
         return "dangling link"
     return "dangling link" if entry.is_symlink() else "neither file nor folder"
