@@ -22,7 +22,7 @@ from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.client import ClientRuntime
 from fedunlearn.federation.local_grid import LocalGrid
-from fedunlearn.runs.ledger import Ledger
+from fedunlearn.runs.home import file_first
 from fedunlearn.runs.run import Run
 
 SIMULATIONS = Path(__file__).parent.parent / "simulations"
@@ -117,14 +117,10 @@ class Bench:
     def _file_first(self, name: str, asked: Asked) -> None:
         """File the request before the run exists: then what it names is never trained on."""
         folder, base = self._home / "runs" / name, Run.opened(self._home / "runs" / "base")
-        if folder.exists():
-            return
-        folder.mkdir(parents=True)
-        ledger = Ledger(folder / "ledger.sqlite")
-        clients = asked.clients or list(range(base.config.clients))
-        about: dict[str, Any] = {"all_clients": not asked.clients, "first_portion": base.config.clients}
-        ledger.file(clients, selection=asked.selection, **about)
-        ledger.close()
+        if not folder.exists():
+            clients, every = base.config.clients, not asked.clients
+            owners = range(clients) if every else asked.clients
+            file_first(folder, owners, asked.selection, clients=clients, all_clients=every)
 
 
 def scores_of(run: Run, detail: dict[str, Any], round_: int, *, at_once: bool) -> dict[str, Any] | None:

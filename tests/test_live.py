@@ -20,6 +20,7 @@ import torch
 import fedunlearn as fu
 from fedunlearn.apps.simulate import app_folder
 from fedunlearn.config import Config, compose
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.live import auditing, background, frames
@@ -204,6 +205,24 @@ def test_an_audit_compares_with_a_run_that_never_had_the_client(story):
     (verdict,) = audit.verdicts
     assert audit.verdict == verdict.title
     assert "a model that was retrained without client 3 gets" in audit.text
+
+
+def test_an_audit_is_about_some_images_of_a_client_too(federate, home):
+    federate("rounds=2 strategy=leave")
+    ours = federate.run()
+    chosen = Selection.by(classes=[int(Auditor(ours.config).class_counts([1])[0].argmax())])
+    ours.request([1], selection=chosen)
+    ours.ledger.close()
+    federate("rounds=3 strategy=leave")
+    audit = fu.open_run("test", home=str(home), engine="local").audit(retrained=1)
+    (name,) = audit.retrained
+    retrained = federate.run(name)
+    (request,) = retrained.ledger.requests()
+    assert (request.owners, request.selection, request.state) == ([1], chosen, State.COMPLETED)
+    examples = [row["examples"] for row in retrained.metrics() if row["kind"] == "round"]
+    assert examples == [row["examples"] for row in federate.run().metrics() if row["kind"] == "round"][-1:] * 3
+    assert audit.table["mia_accuracy"].between(0, 1).all()
+    assert "of client 1 gets" in audit.text
 
 
 def test_the_same_audit_trains_nothing_again(story, monkeypatch):

@@ -58,11 +58,16 @@ class Auditor:
         model.load_state_dict(params)
         return self._runtime.client(client, 0, portions=portions).evaluate(model)
 
-    def predictions(self, params: Tensors, clients: Sequence[int], *, most: int) -> Predictions:
-        """Give a model's predictions on the clients' images: on all, or on `most` at random, always the same."""
+    def predictions(
+        self, params: Tensors, clients: Sequence[int], *, most: int, portions: Mapping[int, Portion] = NO_PORTIONS
+    ) -> Predictions:
+        """Give a model's predictions on the images of clients, and of portions of some.
+
+        They are on all images, or on `most` at random, always the same.
+        """
         runtime = self._runtime
         runtime.model.load_state_dict(params)
-        places = np.concatenate([runtime.slices[client] for client in clients])
+        places = np.concatenate([runtime.indices(client, portions) for client in clients])
         chosen = np.sort(np.random.default_rng(0).permutation(places)[:most])
         size = evaluation_batch(runtime.config.train.batch_size, runtime.device)
         images = batches(runtime.dataset.train, chosen, NOBODY, batch_size=size, device=runtime.device)

@@ -16,7 +16,7 @@ from fedunlearn.live.frames import frame, scores_of
 from fedunlearn.live.handle import BUSY, LiveRun, RunState, options_of
 from fedunlearn.live.words import words_of
 from fedunlearn.runs.formats import duration
-from fedunlearn.runs.home import OPERATIONAL, RETRAINED, is_finished
+from fedunlearn.runs.home import OPERATIONAL, RETRAINED, file_first, is_finished
 from fedunlearn.runs.ledger import FORGOTTEN
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.verdicts import Level, Verdict
@@ -79,9 +79,6 @@ def audit(live: LiveRun, retrained: int) -> Audit:
         forgotten = ours.ledger.clients_in(FORGOTTEN)
         if not forgotten:
             raise UserError(f"run {live.name} has forgotten nobody: there is nothing to audit")
-        if portions := [number for number in forgotten if number >= ours.config.clients]:
-            request = next(r for r in ours.ledger.requests() if portions[0] in r.clients)
-            raise UserError(f"request {request.id} is about some images of clients: an audit compares whole clients")
         check_images(ours, forgotten)
         plans = [plan_of(ours, forgotten, number) for number in range(1, retrained + 1)]
         handles = [LiveRun(_name_of(ours, plan), live.home, live.resources) for plan in plans]
@@ -89,19 +86,34 @@ def audit(live: LiveRun, retrained: int) -> Audit:
         if missing:
             _say(announcement(ours, forgotten, len(missing)))
         for number, (handle, plan) in enumerate(missing, start=1):
+            without_portions(ours, handle)
             train(handle, plan, f"retrained model {number} of {len(missing)}: ")
         with _all_opened(handles) as others:
             return compared(ours, others, forgotten)
 
 
 def plan_of(run: Run, forgotten: Sequence[int], number: int) -> Config:
-    """Give the settings of a retrained model: the run's, with another seed, and without the forgotten clients."""
-    config = run.config
+    """Give the settings of a retrained model: the run's, with another seed, and without the forgotten clients.
+
+    Portions of clients are no settings (`runs.home.file_first`).
+    """
+    config, whole = run.config, [client for client in forgotten if client < run.config.clients]
     forget = config.forget.model_copy(
-        update={"schedule": {0: list(forgotten)}, "purge": "never", "signed": False, "keys": {}}
+        update={"schedule": {0: whole} if whole else {}, "purge": "never", "signed": False, "keys": {}}
     )
     others = {"run": "", "home": "", "fork": "", "seed": config.seed + number, "strategy": "leave", "unlearn": {}}
     return config.model_copy(update={**others, "forget": forget})
+
+
+def without_portions(run: Run, retrained: LiveRun) -> None:
+    """Ask a retrained run that has not begun for what requests about some images of clients have asked the run."""
+    if (retrained.folder / "run.json").exists():
+        return
+    for request in run.ledger.requests():
+        if request.state in FORGOTTEN and request.selection:
+            all_clients = request.detail.get("all_clients", False)
+            clients = {"clients": run.config.clients, "all_clients": all_clients}
+            file_first(retrained.folder, request.owners, request.selection, **clients)
 
 
 def check_images(run: Run, forgotten: Sequence[int]) -> None:
@@ -109,7 +121,8 @@ def check_images(run: Run, forgotten: Sequence[int]) -> None:
     from fedunlearn.federation.auditor import needed_auditor
 
     auditor = needed_auditor(run.config_here())
-    gone = [client for client in forgotten if not auditor.has_images(client)]
+    portions = run.ledger.portions(FORGOTTEN)
+    gone = [number for number in forgotten if not auditor.has_images(number, portions)]
     if gone:
         raise UserError(
             f"the images of {run.named(gone)} are gone (forget.purge): what a model knows of them cannot be measured"
@@ -176,12 +189,13 @@ def mia_accuracies(runs: Sequence[Run], forgotten: Sequence[int]) -> list[float]
     from fedunlearn.audit.membership_inference import logistic_mia
     from fedunlearn.federation.auditor import needed_auditor
 
-    auditor = needed_auditor(runs[0].config_here())
+    auditor, portions = needed_auditor(runs[0].config_here()), runs[0].ledger.portions(FORGOTTEN)
     retain = [client for client in range(runs[0].config.clients) if client not in forgotten]
     found = []
     for run in runs:
         params = run.model().state_dict()
-        probs = [auditor.predictions(params, clients, most=IMAGES).features() for clients in (retain, forgotten)]
+        both = [auditor.predictions(params, clients, most=IMAGES, portions=portions) for clients in (retain, forgotten)]
+        probs = [predictions.features() for predictions in both]
         try:
             found.append(logistic_mia(*(each.nan_to_num().numpy() for each in probs)) / 100)
         except ValueError:
@@ -203,9 +217,10 @@ def _latest(run: Run) -> dict[str, Any]:
 
 def _name_of(run: Run, plan: Config) -> str:
     """Name a retrained run by its settings and its data, so that it is found again."""
-    forgotten = {str(client) for client in plan.forget.schedule[0]}
+    forgotten = {str(client) for client in plan.forget.schedule.get(0, [])}
     data = {name: sha256 for name, sha256 in run.about()["data"].items() if name not in forgotten}
-    content = json.dumps([settings_of(plan), data], sort_keys=True)
+    portions = {number: portion.content() for number, portion in run.ledger.portions(FORGOTTEN).items()}
+    content = json.dumps([settings_of(plan), data, *([portions] if portions else [])], sort_keys=True)
     return f"{RETRAINED}{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedunlearn.config import Config, check, state_home, stored, values_of
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.naming import name_of
 from fedunlearn.runs.events import EarlierVersionError
@@ -218,6 +219,26 @@ def forked(config: Config, asked: Mapping[str, Any]) -> Config:
     if asked.get("strategy", base.strategy) != base.strategy:
         base = base.model_copy(update={"unlearn": {}})
     return with_values(base, {"home": config.home, "run": config.run, "fork": config.fork, **asked})
+
+
+def file_first(
+    folder: Path, owners: Iterable[int], selection: Selection, *, clients: int, all_clients: bool = False
+) -> None:
+    """Ask a run that does not exist yet to forget some images of clients: it never trains on them.
+
+    Args:
+        folder: of the run that will begin there.
+        owners: clients whose images are meant.
+        selection: which of them.
+        clients: C.
+        all_clients: whether `owners` are all that there are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(folder / "ledger.sqlite")
+    try:
+        ledger.file(owners, selection=selection, all_clients=all_clients, first_portion=clients)
+    finally:
+        ledger.close()
 
 
 def _versions() -> Iterator[tuple[str, str]]:
