@@ -1,14 +1,16 @@
 """A process that stays on a machine between messages: to import torch and read images takes longer than most work.
 
-Whoever has a message looks for the process in a file that says where it listens, on this machine alone, and with which
-key. It ends with the process that starts apps on this machine, and when nobody has asked anything for a while.
+Whoever has a message finds the process by a folder that its owner alone can write to. A lock there says whether it
+lives, and a file by which socket it listens. It ends with the process that starts apps on this machine, and when nobody
+has asked anything for a while.
 """
 
 import hashlib
 import json
 import os
 import pkgutil
-import secrets
+import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,9 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from logging import getLogger
-from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from tempfile import mkdtemp
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -27,11 +29,14 @@ from flwr.clientapp import ClientApp
 from fedunlearn.errors import UserError
 from fedunlearn.log import set_up
 from fedunlearn.runs.files import write_atomically
-from fedunlearn.runs.lock import lock
+from fedunlearn.runs.lock import ELSEWHERE, LockedError, is_locked, lock
 
 IDLE_SECONDS = 900.0
 START_SECONDS = 120.0
-LOOPBACK = "127.0.0.1"
+PATIENCE = (0.0, 0.5)
+"""By attempt, for how many seconds one that lives must keep its lock: that outlasts its sockets a little."""
+SOCKET = "socket"
+"""Name of the file that says where a process listens, and of what it listens at."""
 
 log = getLogger("fedunlearn")
 
@@ -42,50 +47,76 @@ _started: list[subprocess.Popen] = []
 def answer(message: Message, context: Context, app: str, folder: Path, *, idle: float = IDLE_SECONDS) -> Message:
     """Have a message answered by the process of an app on this machine; it is started where there is none.
 
+    Where the process is ended before it has answered, another one is asked once: a client's work can be repeated.
+
     Args:
         app: the client app, as `module:name`.
-        folder: where its file is.
+        folder: where the processes of this machine are found.
         idle: seconds without a message after which a process that is started now ends.
 
     Raises:
-        UserError: the process could not be started, ended before it had answered, or the app has failed.
+        UserError: others can write to the folder, no process could be started, each has ended before it had answered,
+            or the app has failed.
     """
     parent = os.getppid()
-    about = json.dumps([app, sys.path, parent])  # apps of other folders have other modules
-    file = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
-    with _connection(file, [app, str(parent), str(idle)]) as connection:
-        connection.send((message, context))
+    about = json.dumps([app, sys.path, parent, platform.node()])  # apps of other folders have other modules
+    place = private(folder) / hashlib.sha256(about.encode()).hexdigest()[:16]
+    for patience in PATIENCE:
+        _start_if_needed(place, [app, str(parent), str(idle)], patience)
         try:
-            answered = connection.recv()
-        except EOFError:
-            raise UserError("the process that works on this machine's messages ended before it had answered") from None
-    if isinstance(answered, UserError):
-        raise answered
-    return answered
+            with Client(os.fsdecode((place / SOCKET).read_bytes())) as connection:
+                connection.send((message, context))
+                answered = connection.recv()
+        except (OSError, EOFError):
+            log.warning("the process that works on this machine's messages ended before it had answered")
+            continue
+        if isinstance(answered, UserError):
+            raise answered
+        return answered
+    raise UserError("two processes ended before they had answered: see the lines above, or is memory short?")
 
 
-def _connection(file: Path, arguments: list[str]) -> Connection:
-    """Connect to the process of a file, and start it where there is none."""
-    while True:
-        with lock(file.with_suffix(""), patience=START_SECONDS):
-            if not file.exists():
-                _start(file, arguments)
-        try:
-            listens = json.loads(file.read_bytes())
-            os.kill(listens["pid"], 0)
-            return Client((LOOPBACK, listens["port"]), authkey=bytes.fromhex(listens["key"]))
-        except (OSError, EOFError, AuthenticationError):  # it was killed, and another process may have its number
-            file.unlink(missing_ok=True)
+def private(folder: Path) -> Path:
+    """Give a folder, made where it is missing: what is found by it is unpickled, so nobody else may write there.
+
+    Raises:
+        UserError: somebody may, or it cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.lstat()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used ({error.strerror}): {ELSEWHERE}") from error
+    if about.st_uid != os.geteuid() or about.st_mode & 0o022:  # as that of a link is too
+        raise UserError(f"{folder} is not used, since others can write there, or it is a link: remove it")
+    return folder
 
 
-def _start(file: Path, arguments: list[str]) -> None:
+def _start_if_needed(place: Path, arguments: list[str], patience: float) -> None:
+    if not _is_there(place, patience):
+        with lock(place.parent, patience=START_SECONDS):
+            if not _is_there(place, patience):
+                _start(place, arguments)
+
+
+def _is_there(place: Path, patience: float) -> bool:
+    return is_locked(place, patience=patience) and (place / SOCKET).exists()
+
+
+def _start(place: Path, arguments: list[str]) -> None:
+    """Start a process and wait until it listens; what ended ones have left goes."""
+    for other in place.parent.iterdir():
+        if other.is_dir() and not is_locked(other, patience=0):
+            shutil.rmtree(other)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-m", __name__, str(file), *arguments]
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-P", "-m", __name__, str(place), *arguments]
+    # what ends everything at this terminal leaves it to the process that starts apps to end
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     _started.append(process)
     deadline = time.monotonic() + START_SECONDS
-    while not file.exists():
-        if process.poll() is not None or time.monotonic() > deadline:
+    while not (place / SOCKET).exists():
+        is_starting = process.poll() is None or is_locked(place, patience=0)  # one whose starter was killed
+        if not is_starting or time.monotonic() > deadline:
             process.kill()
             raise UserError("the process that works on this machine's messages does not start: see the lines above")
         time.sleep(0.05)
@@ -98,17 +129,17 @@ def app_of(reference: str) -> ClientApp:
 
 
 class Watch(threading.Thread):
-    """Ends this process, and removes its file, when nobody can want anything of it any more.
+    """Ends this process when nobody can want anything of it any more.
 
     Args:
-        file: that says where this process listens.
+        folder: of the socket, which is removed.
         parent: id of the process with which this one ends.
         idle: seconds without a message after which it ends.
     """
 
-    def __init__(self, file: Path, parent: int, idle: float) -> None:
+    def __init__(self, folder: str, parent: int, idle: float) -> None:
         super().__init__(daemon=True)
-        self._file, self._parent, self._idle = file, parent, idle
+        self._folder, self._parent, self._idle = folder, parent, idle
         self._asker: Connection | None = None
         self._since = time.monotonic()
         self._lock = threading.Lock()
@@ -130,7 +161,7 @@ class Watch(threading.Thread):
         """Look once a second."""
         while self._is_wanted():
             time.sleep(1)
-        self._file.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(0)
 
     def _is_wanted(self) -> bool:
@@ -144,27 +175,28 @@ class Watch(threading.Thread):
                 return False
 
 
-def main(file: str, app: str, parent: str, idle: str) -> None:
-    """Answer messages, one after another."""
+def main(place: str, app: str, parent: str, idle: str) -> None:
+    """Answer messages, one after another; where another process of the place lives, do nothing."""
     set_up()
-    answers, key = app_of(app), secrets.token_bytes(32)
-    with Listener((LOOPBACK, 0), backlog=64, authkey=key) as listener:
-        watch = Watch(Path(file), int(parent), float(idle))
-        watch.start()
-        about = {"pid": os.getpid(), "port": listener.address[1], "key": key.hex()}
-        write_atomically(Path(file), json.dumps(about).encode())  # for its owner alone
-        while True:
-            with suppress(OSError, EOFError, AuthenticationError), listener.accept() as asker:
-                message, context = asker.recv()
-                with watch.busy(asker):
-                    asker.send(_answer(answers, message, context))
+    with suppress(LockedError), lock(Path(place)):
+        answers, folder = app_of(app), mkdtemp(prefix="fedunlearn-")  # paths of sockets must be short
+        with Listener(f"{folder}/{SOCKET}", backlog=64) as listener:
+            watch = Watch(folder, int(parent), float(idle))
+            watch.start()
+            write_atomically(Path(place) / SOCKET, os.fsencode(listener.address))
+            while True:
+                with suppress(OSError, EOFError), listener.accept() as asker:
+                    message, context = asker.recv()
+                    with watch.busy(asker):
+                        answered = _answer(answers, message, context)
+                    asker.send(answered)
 
 
 def _answer(app: ClientApp, message: Message, context: Context) -> Message | UserError:
     try:
         return app(message, context)
     except UserError as error:
-        return error
+        return UserError(str(error))  # others cannot always be pickled
     except Exception as error:
         log.exception("the client app failed")
         return UserError(f"{type(error).__name__}: {error}")
