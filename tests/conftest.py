@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def quiet_flower():
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    logging.getLogger("fedunlearn").propagate = False  # as commands leave it: so `caplog` hears the first test too
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from command_line import command
 from fedunlearn.errors import UserError
@@ -264,14 +265,31 @@ def test_a_server_that_ends_before_it_files_loses_nothing(three, monkeypatch):
 
 def test_asked_twice_is_one_request(three, warnings):  # noqa: F811
     three("rounds=1")
+    three.federate.run().request([1])
     assert (three.leave(), three.leave()) == (0, 0)
-    three.carry[1] = listed(three.signed(1), three.signed(1))
     three("rounds=2")
     assert [(r.id, r.state) for r in three.federate.requests()] == [("r1", "COMPLETED")]
     assert "request r1, which is RECEIVED" in warnings()
     run = three.federate.run()
-    assert len(run.ledger.nonces()) == 2
+    assert len(run.ledger.nonces()) == 1
     assert [event["asked_again"] for event in run.ledger.events() if "asked_again" in event] == [[1]]
+
+
+def test_a_client_that_signs_anew_all_the_time_is_heard_once_a_round(three, monkeypatch):
+    three("rounds=1")
+
+    def anew(self, request):
+        node = list(self._federation.nodes.nodes)[1]
+        self._federation.nodes.withdrawals._texts = {node: [text_of(three.signed(1)) for _ in range(MOST)]}
+        return self._not_taken(request, {"passed": False, "reason": "it knows too little"})
+
+    monkeypatch.setattr(Requests, "_apply", anew)
+    assert three.leave() == 0
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        three("rounds=2")
+    events = three.federate.run().ledger.events()
+    assert [event["request"] for event in events if event.get("state") == "RECEIVED"] == ["r1", "r2"]
+    assert not [event for event in events if "asked_again" in event]
 
 
 def test_the_same_in_other_characters_is_the_same(three):
@@ -337,6 +355,7 @@ def test_nothing_is_filed_of_what_is_not_right_and_it_is_said_once(three, warnin
 
 
 def answer(record):
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     found = Message(RecordDict({"task": ConfigRecord({})}), 7, "query")
     return Message(RecordDict({"metrics": MetricRecord({}), RECORD: record}), reply_to=found)
 
@@ -387,8 +406,10 @@ def test_what_is_kept_and_what_is_said_of_a_node_is_bounded(caplog):
     [
         "", "null", "[]", "{}", "[" * 1900, "1" * 1999, '"\ud800"', "\x00", "NaN",
         '{"run":1,"action":1,"clients":{},"issued_at":1,"expires_at":1,"nonce":[],"key":1,"signature":{}}',
+        '{"run":"","action":"","clients":[-1],"issued_at":"2026-01-01T00:00Z","expires_at":"2026-01-01T00:00Z",'
+        '"nonce":"","key":"","signature":""}',
     ],
-    ids=range(10),
+    ids=range(11),
 )  # fmt: skip
 def test_no_text_of_whatever_form_raises_anything_else(text):
     with pytest.raises(UnsignedError, match="no signed request"):

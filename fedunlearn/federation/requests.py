@@ -55,6 +55,7 @@ class Requests:
         self._federation, self._strategy, self._scorer, self._on_commit = federation, strategy, scorer, on_commit
         self._last_round: int | None = None  # of this process's training, where it trains
         self._scores: Scores = {}  # of the model that was applied last, while it is the present one
+        self._carried_at: dict[int, int] = {}  # by client, the round at which what it has signed was filed last
 
     def expect_rounds(self, rounds: int) -> int:
         """Learn how many rounds this process is to train; returns how many it takes to complete every open request."""
@@ -87,13 +88,16 @@ class Requests:
     def file_carried(self) -> list[Request]:
         """File what clients have signed on their own machines and replies have carried; gives the new requests.
 
-        Nothing else of it is written down: whoever may not ask cannot make the ledger long.
+        Nothing else of it is written down: whoever may not ask cannot make the ledger long. Whoever may is heard once a
+        round: else a client whose request the gate sets aside could ask anew without end.
         """
-        nodes, ledger, filed = self._federation.nodes, self._ledger, []
+        nodes, ledger, round_, filed = self._federation.nodes, self._ledger, self._federation.round, []
         for node, text in nodes.withdrawals.drain():
             about = {"run": ledger.key, "owners": nodes.owners(node), "used": ledger.nonces(), "name": nodes.name_of}
             try:
-                if asked := believed(text, **about):
+                asked = believed(text, **about)
+                if asked and self._carried_at.get(asked.clients[0]) != round_:
+                    self._carried_at[asked.clients[0]] = round_
                     filed += self._file_carried(asked)
             except UserError as error:  # also where somebody files the same at this moment
                 nodes.withdrawals.refuse(node, str(error))

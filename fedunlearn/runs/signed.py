@@ -100,7 +100,7 @@ def read(data: bytes | Mapping[str, Any]) -> SignedRequest:
     try:
         content = dict(data) if isinstance(data, Mapping) else json.loads(data)
         asked = SignedRequest(**content)
-        is_sound = all(type(client) is int and client < 2**32 for client in asked.clients)
+        is_sound = all(type(client) is int and 0 <= client < 2**32 for client in asked.clients)
         is_sound &= all(isinstance(value, str) for name, value in content.items() if name != "clients")
         for time in (asked.issued_at, asked.expires_at):
             is_sound &= datetime.fromisoformat(time).tzinfo is not None
