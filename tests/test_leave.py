@@ -166,6 +166,18 @@ def test_all_runs_are_asked_or_the_one_that_is_named(supernodes, tmp_path):  # n
     assert [kept(tmp_path, run)[0].clients for run in (OTHER_RUN, "cd" * 32)] == [[0], [1]]
 
 
+def test_what_another_user_has_asked_can_be_read_and_what_cannot_be_written_is_said(supernodes, tmp_path, capsys):  # noqa: F811
+    taking_part.note(tmp_path, OTHER_RUN, {1: "hospital_b"})
+    about = ("leave", "--client", "hospital_b", "--key", written(tmp_path / "key", supernodes[0][1]))
+    assert command(*about, "--home", tmp_path) == 0
+    (file,) = (tmp_path / taking_part.FOLDER).glob("*-1.json")
+    assert file.stat().st_mode & 0o044
+    file.unlink()
+    file.mkdir()
+    assert command(*about, "--home", tmp_path) == 2
+    assert "-1.json cannot be written (Is a directory): ask as the user of the SuperNode" in capsys.readouterr().err
+
+
 def test_what_has_expired_or_is_damaged_is_not_carried_and_the_newest_is_first(supernodes, tmp_path, caplog):  # noqa: F811
     key = written(tmp_path / "key", supernodes[0][1])
     taking_part.note(tmp_path, OTHER_RUN, {1: "hospital_b"})
@@ -175,7 +187,7 @@ def test_what_has_expired_or_is_damaged_is_not_carried_and_the_newest_is_first(s
         (tmp_path / taking_part.FOLDER / name).write_text(content)
     assert [one.clients for one in kept(tmp_path, OTHER_RUN)] == [[6], [5]]
     assert [one.run for one in noted(tmp_path)] == [OTHER_RUN]
-    assert f"{'cd' * 32}.json is damaged" in caplog.text
+    assert f"{'cd' * 32}.json cannot be read" in caplog.text
 
 
 def test_a_run_whose_name_is_a_path_is_not_written_down(three, tmp_path):

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from logging import getLogger
 from pathlib import Path
 
-from fedunlearn.errors import UNREADABLE
+from fedunlearn.errors import UNREADABLE, UserError
 from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.keys import is_id
 from fedunlearn.runs.signed import SignedRequest, UnsignedError, read
@@ -55,18 +55,26 @@ def note(home: Path, run: str, clients: Mapping[int, str]) -> None:
 
 
 def noted(home: Path) -> list[TakingPart]:
-    """List the runs that this machine takes part in, the earliest first; damaged files are passed over and named."""
+    """List the runs that this machine takes part in, the earliest first; files that are none are passed over and named."""
     files = [file for file in (home / FOLDER).glob("*.json") if is_id(file.stem)]
     found = {file: _read_note(file) for file in files}
     for file in (file for file, one in found.items() if one is None):
-        log.warning("%s is damaged and passed over: the next start of the run writes it anew", file)
+        log.warning("%s cannot be read, or is damaged: the next start of the run writes it anew", file)
     return sorted((one for one in found.values() if one), key=lambda one: (one.since, one.run))
 
 
 def keep(home: Path, asked: SignedRequest) -> Path:
-    """Put what a client has signed where the replies to its run carry it; an earlier one of the client is replaced."""
+    """Put what a client has signed where the replies to its run carry it; an earlier one of the client is replaced.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
     file = home / FOLDER / f"{asked.run}-{asked.clients[0]}.json"
-    write_atomically(file, json.dumps(asdict(asked), indent=2).encode())
+    try:
+        write_atomically(file, json.dumps(asdict(asked), indent=2).encode())
+        file.chmod(0o644)  # who asks may be another user than the one who runs the SuperNode
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}): ask as the user of the SuperNode") from error
     return file
 
 
