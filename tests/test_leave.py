@@ -233,6 +233,19 @@ def test_a_client_that_asked_on_its_machine_is_forgotten_at_the_next_boundary(th
     assert len(three.federate.requests()) == 1
 
 
+def test_a_run_that_cannot_hear_it_any_more_says_how_it_forgets_the_client_too(three, warnings):  # noqa: F811
+    three("rounds=1")
+    three("run=other fork=test rounds=2")
+    assert three.leave() == 0
+    three("rounds=2")
+    three("run=other rounds=3")
+    assert three.federate.requests("other") == []
+    assert "(run test (request r1)): `fedunlearn forget --client hospital_b` has this run forget it too" in warnings()
+    assert command("forget", "--run", "other", "--client", "hospital_b") == 0
+    three("run=other rounds=4")
+    assert [(r.state, r.clients) for r in three.federate.requests("other")] == [("COMPLETED", [1])]
+
+
 def test_a_live_run_takes_it_after_the_round_in_which_it_was_asked(three):
     three.while_training = lambda round_: three.leave() if round_ == 2 and not list(three.asked_files()) else None
     three("rounds=3")

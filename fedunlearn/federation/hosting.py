@@ -50,7 +50,9 @@ class Entrance:
 
     def _refusal(self, key: str) -> str:
         if key in self._gone:
-            return f"its key is that of a client that was forgotten ({self._gone[key]})"
+            here = [client for client, owner in self._keys.items() if owner == key and client not in self._forgotten]
+            way_on = f": `fedunlearn forget --client {self._name(here[0])}` has this run forget it too" if here else ""
+            return f"its key is that of a client that was forgotten ({self._gone[key]}){way_on}"
         if not self._keys:
             return ""
         if not key:

@@ -55,7 +55,7 @@ def note(home: Path, run: str, clients: Mapping[int, str]) -> None:
 
 
 def noted(home: Path) -> list[TakingPart]:
-    """List the runs that this machine takes part in, the earliest first; files that are none are passed over and named."""
+    """List the runs that this machine takes part in, the earliest first; files that say none are named."""
     files = [file for file in (home / FOLDER).glob("*.json") if is_id(file.stem)]
     found = {file: _read_note(file) for file in files}
     for file in (file for file, one in found.items() if one is None):
