@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,6 +31,8 @@ def in_one_line(command: Callable[..., int]) -> Callable[..., NoReturn]:
 
     @wraps(command)
     def guarded(*arguments: Any, **options: Any) -> NoReturn:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does with what a terminal cannot show
         try:
             check_typed(options.values())
             status = command(*arguments, **options)

@@ -1,6 +1,7 @@
 """`fedunlearn leave`: a client asks from its own machine, its node carries what it has signed, the server files it."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -166,16 +167,27 @@ def test_all_runs_are_asked_or_the_one_that_is_named(supernodes, tmp_path):  # n
     assert [kept(tmp_path, run)[0].clients for run in (OTHER_RUN, "cd" * 32)] == [[0], [1]]
 
 
-def test_what_another_user_has_asked_can_be_read_and_what_cannot_be_written_is_said(supernodes, tmp_path, capsys):  # noqa: F811
-    taking_part.note(tmp_path, OTHER_RUN, {1: "hospital_b"})
-    about = ("leave", "--client", "hospital_b", "--key", written(tmp_path / "key", supernodes[0][1]))
-    assert command(*about, "--home", tmp_path) == 0
-    (file,) = (tmp_path / taking_part.FOLDER).glob("*-1.json")
-    assert file.stat().st_mode & 0o044
-    file.unlink()
-    file.mkdir()
-    assert command(*about, "--home", tmp_path) == 2
-    assert "-1.json cannot be written (Is a directory): ask as the user of the SuperNode" in capsys.readouterr().err
+def test_a_name_that_the_terminal_cannot_show_keeps_nobody_from_asking(supernodes, tmp_path):  # noqa: F811
+    taking_part.note(tmp_path, OTHER_RUN, {1: "Süd, 病院"})
+    words = [
+        "leave",
+        "--client",
+        "Su\u0308d, 病院",
+        "--key",
+        written(tmp_path / "key", supernodes[0][1]),
+        "--home",
+        tmp_path,
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fedunlearn", *words], env=environment, timeout=120, capture_output=True
+    )
+    assert (done.returncode, b"client S\\xfcd, \\u75c5\\u9662 asks run" in done.stdout) == (0, True)
+
+
+def test_what_root_has_asked_can_be_read_by_the_user_of_the_supernode(supernodes, tmp_path):  # noqa: F811
+    key = written(tmp_path / "key", supernodes[0][1])
+    assert taking_part.keep(tmp_path, sign([1], run=OTHER_RUN, key=key)).stat().st_mode & 0o044 == 0o044
 
 
 def test_what_has_expired_or_is_damaged_is_not_carried_and_the_newest_is_first(supernodes, tmp_path, caplog):  # noqa: F811

@@ -180,10 +180,11 @@ def main(place: str, app: str, parent: str, idle: str) -> None:
     set_up()
     with suppress(LockedError), lock(Path(place)):
         answers, folder = app_of(app), mkdtemp(prefix="fedunlearn-")  # paths of sockets must be short
-        with Listener(f"{folder}/{SOCKET}", backlog=64) as listener:
+        address = f"{folder}/{SOCKET}"
+        with Listener(address, backlog=64) as listener:
             watch = Watch(folder, int(parent), float(idle))
             watch.start()
-            write_atomically(Path(place) / SOCKET, os.fsencode(listener.address))
+            write_atomically(Path(place) / SOCKET, os.fsencode(address))
             while True:
                 with suppress(OSError, EOFError), listener.accept() as asker:
                     message, context = asker.recv()
