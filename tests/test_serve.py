@@ -240,6 +240,24 @@ def test_a_request_is_asked_for_twice_before_a_live_run_has_it(finished, page):
     assert not (page.home / "logs").exists()
 
 
+def test_a_request_that_was_not_taken_up_can_be_taken_back(finished, page):
+    with held(finished):
+        page.post("/runs/test/requests")
+        link = re.search(r'href="(/runs/test/requests/r2/cancel)"', page.get("/runs/test").text)[1]
+        assert "Take request r2 back?" in page.get(link).text
+        assert finished.requests()[-1].state == State.RECEIVED
+        assert page.post(link, {}, token="").status_code == 403
+        done = page.post(link, {})
+        assert (done.status_code, done.headers["location"]) == (303, "/runs/test")
+    assert finished.requests()[-1].state == State.CANCELLED
+    assert "/cancel" not in page.get("/runs/test").text
+    for late, status in (("r1", 422), ("r2", 303)):  # what is taken back stays so
+        assert "Only a request that is RECEIVED can be taken back" in page.get(link.replace("r2", late)).text
+        assert page.post(link.replace("r2", late), {}).status_code == status
+    assert page.get(link.replace("r2", "r9")).status_code == 422
+    assert [request.state for request in finished.requests()] == [State.COMPLETED, State.CANCELLED]
+
+
 def test_of_a_run_that_nobody_holds_the_page_says_which_command_it_would_start(finished, page):
     text = page.post("/runs/test/ask", {"clients": "1, 2", "by": "A & B"}).text
     assert "Run test (digits, strategy=ssd, idle, after round 3 of 3) is to forget client 1" in text

@@ -1,4 +1,4 @@
-"""The site: which address shows what. No GET changes anything, and one POST does: the one that files a request."""
+"""The site: which address shows what. No GET changes anything; POSTs file a request, and take one back."""
 
 import asyncio
 import json
@@ -74,10 +74,13 @@ class Site:
             "/runs/{name}/map": self.map,
             "/runs/{name}/report": self.report,
             "/runs/{name}/receipts/{file}": self.receipt,
+            "/runs/{name}/requests/{request_id}/cancel": self.reconsider,
         }.items():
             app.add_api_route(path, answer, methods=["GET"], response_model=None)
         app.add_api_route("/runs/{name}/ask", self.confirm, methods=["POST"], response_model=None)
         app.add_api_route("/runs/{name}/requests", self.file, methods=["POST"], response_model=None)
+        cancel = "/runs/{name}/requests/{request_id}/cancel"
+        app.add_api_route(cancel, self.cancel, methods=["POST"], response_model=None)
         for error, answer in {HTTPException: _refused, 404: _refused, 405: _refused, UserError: _put_right}.items():
             app.add_exception_handler(error, answer)
         app.add_exception_handler(RequestValidationError, _put_right)
@@ -172,6 +175,20 @@ class Site:
                 ask.file(run, asked, self._jobs)
             except UserError as error:
                 return _form(request, run, asked, str(error))
+        return RedirectResponse(f"/runs/{name}", 303)
+
+    def reconsider(self, request: Request, name: str, request_id: str) -> Response:
+        """Ask whether a request is to be taken back."""
+        with self._opened(name) as run:
+            found = run.ledger.request(request_id)
+            words = {"run": run, "asked": found, "whom": ask.whom(run, found.owners, found.selection)}
+            return _page(request, "cancel.html.jinja", **words)
+
+    def cancel(self, request: Request, name: str, request_id: str, token: Typed = "") -> Response:
+        """Take a request back."""
+        _check_form(request, token)
+        with self._opened(name) as run:
+            run.cancel(request_id)
         return RedirectResponse(f"/runs/{name}", 303)
 
     # ----------------------------------------------------------------------------------------------------------------
