@@ -335,7 +335,9 @@ def through_link_to_data(home, monkeypatch):
     (home / "data").symlink_to("big")
 
 
-@pytest.mark.parametrize("moved", [through_link_to_home, through_link_to_data])
+@pytest.mark.parametrize(
+    "moved", [pytest.param(through_link_to_home, marks=pytest.mark.thorough), through_link_to_data]
+)
 def test_copies_that_another_run_needs_stay_where_the_state_folder_is_reached_through_a_link(
     federate, tree, monkeypatch, moved
 ):
