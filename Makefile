@@ -1,7 +1,9 @@
 # These targets need nothing but Python 3.11 or newer; the first of them installs everything into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# One more than there are cores, since many tests wait for processes of their own
+WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo check test thorough lint docs lock clean
 
