@@ -14,7 +14,8 @@
 # crops and flips: a fifth of that a round, five minutes by estimate.
 #
 # `together MINUTES` does what results/ has of small models, all at once on 16 cores: the pipeline's study, then one of
-# 10,000 images, beside other networks than ResNet-18 and requests about some images. IMAGES is a folder here.
+# 10,000 images, beside other networks than ResNet-18 and requests about some images. IMAGES is a folder here,
+# and runs and logs go to the folder PORTIONS (by default ./portions). Call it again to go on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
