@@ -13,7 +13,8 @@ import torch
 
 from benchmarks import timing
 from benchmarks.local import federation
-from fedunlearn.config import Config, compose
+from fedunlearn.composing import compose
+from fedunlearn.config import Config
 
 SIMULATIONS = Path(__file__).parent.parent / "simulations"
 

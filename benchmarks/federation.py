@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks import superlink, timing
 from fedunlearn.build import open_dataset
-from fedunlearn.config import compose
+from fedunlearn.composing import compose
 from fedunlearn.runs.home import runs_folder
 from fedunlearn.runs.run import Run
 

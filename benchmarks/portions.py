@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import timing
 from fedunlearn.apps import client_app
 from fedunlearn.apps.server_app import train
-from fedunlearn.config import compose
+from fedunlearn.composing import compose
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.client import ClientRuntime

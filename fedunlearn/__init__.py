@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from fedunlearn.config import Config, Settings, compose
+    from fedunlearn.composing import compose
+    from fedunlearn.config import Config, Settings
     from fedunlearn.errors import NotNowError, UserError
     from fedunlearn.federation.client import Client
     from fedunlearn.federation.handle import Federation, ForgetSet
@@ -32,7 +33,7 @@ _PUBLIC = {
     "Update": "fedunlearn.federation.tasks",
     "UserError": "fedunlearn.errors",
     "client_task": "fedunlearn.federation.tasks",
-    "compose": "fedunlearn.config",
+    "compose": "fedunlearn.composing",
     "open_run": "fedunlearn.live.starting",
     "run": "fedunlearn.live.starting",
 }

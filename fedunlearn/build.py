@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedunlearn.config import Config, place_of
+from fedunlearn.composing import place_of
+from fedunlearn.config import Config
 from fedunlearn.data import datasets, partition
 from fedunlearn.data.folders import revealed
 from fedunlearn.data.owned import OwnedDataset, OwnedSource

@@ -22,7 +22,8 @@ from typer.core import TyperCommand
 from fedunlearn import __version__
 from fedunlearn.apps.signals import GAVE_UP, stopped_by_signals
 from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened, read_names
-from fedunlearn.config import Config, compose, state_home, writable_home
+from fedunlearn.composing import compose
+from fedunlearn.config import Config, state_home, writable_home
 from fedunlearn.data.selection import Selection
 from fedunlearn.deploying import deploy_cli
 from fedunlearn.errors import UserError

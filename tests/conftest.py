@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedunlearn.apps.server_app import server_app
-from fedunlearn.config import compose
+from fedunlearn.composing import compose
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.runs.home import write_about

@@ -11,10 +11,12 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
 from fedunlearn import config
+from fedunlearn.composing import compose
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import completed, settings_for, strategy_class, strategy_names, strategy_of
-from fedunlearn.schema import fields_of, validated
+from fedunlearn.schema import fields_of, name_of, validated
 from fedunlearn.study.pooled.settings import load
+from fedunlearn.words import split_words
 
 REPOSITORY = Path(__file__).parent.parent
 APPS = sorted((REPOSITORY / "simulations").glob("*/conf"))
@@ -26,13 +28,13 @@ quick = hypothesis(deadline=None, max_examples=60, suppress_health_check=[Health
 
 @pytest.mark.parametrize("conf", APPS, ids=lambda conf: conf.parent.name)
 def test_every_app_composes_and_survives_json(conf):
-    composed = completed(config.compose(conf))
+    composed = completed(compose(conf))
     assert config.from_json(config.to_json(composed)) == composed
 
 
 def test_words_of_all_kinds():
     text = "rounds=40 unlearn.ridge=inf train.flip=true forget.schedule={6: [3], 7:[1, 2]} run=a.b-c"
-    composed = completed(config.compose(DIGITS, text))
+    composed = completed(compose(DIGITS, text))
     assert (composed.rounds, composed.unlearn["ridge"], composed.train.flip) == (40, float("inf"), True)
     assert composed.forget.schedule == {6: [3], 7: [1, 2]}
     assert composed.run == "a.b-c"
@@ -88,13 +90,13 @@ def test_words_of_all_kinds():
 def test_bad_words_get_one_line(app, words, message):
     strategy = [] if "strategy=" in words else ["strategy=ssd"]
     with pytest.raises(UserError, match=message) as caught:
-        completed(config.compose(REPOSITORY / "simulations" / app / "conf", [*strategy, *config.split_words(words)]))
+        completed(compose(REPOSITORY / "simulations" / app / "conf", [*strategy, *split_words(words)]))
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_no_app_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} has no config.yaml: is .* an app such as simulations/digits"):
-        config.compose(tmp_path)
+        compose(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +104,12 @@ def test_a_folder_that_is_no_app_is_named(tmp_path):
     ["1.10", "007", "null", "true", "/x/é=1", "/a b", r"C:\images", "${HOME}", "a\\", 'a"b', "[1", "", "a\nb", "#x"],
 )
 def test_text_is_taken_as_it_is_typed(text):
-    assert config.compose(DIGITS, [f"data.root={text}"]).data.root == text
-    assert config.compose(DIGITS, [f"data.root='{text}'"]).data.root == text  # for a shell within a shell
+    assert compose(DIGITS, [f"data.root={text}"]).data.root == text
+    assert compose(DIGITS, [f"data.root='{text}'"]).data.root == text  # for a shell within a shell
 
 
 def test_a_name_that_looks_like_a_number_stays_text():
-    composed = config.compose(DIGITS, "run=1.10 rounds=3 data.root=/x y/z home=/é=1")
+    composed = compose(DIGITS, "run=1.10 rounds=3 data.root=/x y/z home=/é=1")
     assert (composed.run, composed.rounds) == ("1.10", 3)
     assert (composed.data.root, composed.home) == ("/x y/z", "/é=1")
 
@@ -115,7 +117,7 @@ def test_a_name_that_looks_like_a_number_stays_text():
 LOOK_LIKE_SOMETHING_ELSE = ["1.10", "1e3", "1_000", "695e0514", "true", "null", "007", "0x1f", "猫 $x$", "a=b", "${x}"]
 
 
-@pytest.mark.parametrize("read", [lambda words: config.compose(DIGITS, words), lambda words: load(words)])
+@pytest.mark.parametrize("read", [lambda words: compose(DIGITS, words), lambda words: load(words)])
 def test_text_in_lists_stays_as_it_is_typed_in_runs_and_in_studies(read):
     texts = [form for text in LOOK_LIKE_SOMETHING_ELSE for form in (text, f"'{text}'", f'"{text}, b"')]
     found = read([f"data.columns=[{', '.join(texts)}]", "data.label=1.10"])
@@ -126,9 +128,9 @@ def test_text_in_lists_stays_as_it_is_typed_in_runs_and_in_studies(read):
 def test_keys_that_look_like_numbers_stay_text():
     key = "695e0514" * 8
     words = [f"forget.keys={{3: {key}, 0: '{key}'}}", f"forget.keys.1={key}"]
-    assert config.compose(DIGITS, words).forget.keys == {3: key, 0: key, 1: key}
-    assert config.compose(DIGITS, " ".join(words)).forget.keys == {3: key, 0: key, 1: key}
-    assert config.compose(DIGITS, [f"forget={{keys: {{3: {key}}}, budget: 0.5}}"]).forget.keys == {3: key}
+    assert compose(DIGITS, words).forget.keys == {3: key, 0: key, 1: key}
+    assert compose(DIGITS, " ".join(words)).forget.keys == {3: key, 0: key, 1: key}
+    assert compose(DIGITS, [f"forget={{keys: {{3: {key}}}, budget: 0.5}}"]).forget.keys == {3: key}
 
 
 @pytest.mark.parametrize(
@@ -145,17 +147,17 @@ def test_keys_that_look_like_numbers_stay_text():
 )
 def test_lists_that_are_none_are_named(word, message):
     if message is None:
-        assert config.compose(DIGITS, [word]).data.columns == ["'a'b"]
+        assert compose(DIGITS, [word]).data.columns == ["'a'b"]
         return
     with pytest.raises(UserError, match=message):
-        config.compose(DIGITS, [word])
+        compose(DIGITS, [word])
 
 
 def test_text_of_a_strategy_needs_quotes_where_it_looks_like_a_number_and_the_line_says_so():
     class Own(config.Settings):
         which: str = ""
 
-    unquoted, quoted = (config.compose(DIGITS, [f"unlearn.which={text}"]).unlearn for text in ("1.10", '"1.10"'))
+    unquoted, quoted = (compose(DIGITS, [f"unlearn.which={text}"]).unlearn for text in ("1.10", '"1.10"'))
     with pytest.raises(UserError, match=r"unlearn\.which=1\.1 is not text: in quotes within quotes it stays"):
         validated(Own, unquoted, prefix="unlearn.")
     assert validated(Own, quoted, prefix="unlearn.").which == "1.10"
@@ -164,20 +166,20 @@ def test_text_of_a_strategy_needs_quotes_where_it_looks_like_a_number_and_the_li
 @pytest.mark.parametrize("quote", "'\"")
 def test_a_quoted_text_may_have_what_looks_like_a_setting(quote):
     words = f"rounds=3 data.root={quote}/my data x=1/b{quote} run=a"
-    found = config.compose(DIGITS, words)
+    found = compose(DIGITS, words)
     assert (found.rounds, found.data.root, found.run) == (3, "/my data x=1/b", "a")
 
 
 def test_groups_may_be_given_as_mappings():
     words = ["train={lr: 0.5, epochs: 3}", "unlearn={alpha: 3}", "forget={schedule: {3: [1]}}", "data={limit: 9}"]
-    composed = config.compose(DIGITS, [*words, "train.epochs=4"])
+    composed = compose(DIGITS, [*words, "train.epochs=4"])
     assert (composed.train.lr, composed.train.epochs, composed.train.batch_size) == (0.5, 4, 16)
     assert (composed.unlearn, composed.forget.schedule) == ({"alpha": 3}, {3: [1]})
     assert (composed.data.limit, composed.data.mirror) == (9, False)
 
 
 def test_the_last_of_several_values_counts():
-    composed = config.compose(DIGITS, "rounds=3 run=a rounds=4 run=b")
+    composed = compose(DIGITS, "rounds=3 run=a rounds=4 run=b")
     assert (composed.rounds, composed.run) == (4, "b")
 
 
@@ -186,9 +188,9 @@ def test_scale_auto_is_laptop_without_a_gpu_and_full_with_one(monkeypatch):
     for gpu, scale, width in ((False, "laptop", 16), (True, "full", 64)):
         monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
         for words in ("", "scale=auto"):
-            composed = config.compose(conf, words)
+            composed = compose(conf, words)
             assert (composed.scale, composed.model.width) == (scale, width)
-    assert config.compose(conf, "scale=laptop model.width=32").model.width == 32
+    assert compose(conf, "scale=laptop model.width=32").model.width == 32
 
 
 def test_a_setting_that_is_no_more_is_named():
@@ -207,7 +209,7 @@ def test_the_papers_values_are_the_defaults():
     loss = config.Config().loss.model_dump()
     paper = {"class_weight": 1, "client_weight": 1, "disentangle_weight": 0.1, "pull": 1, "push": 1, "margin": 1}
     assert paper.items() <= loss.items()
-    composed = config.compose(REPOSITORY / "simulations/cifar100/conf", "scale=full")
+    composed = compose(REPOSITORY / "simulations/cifar100/conf", "scale=full")
     assert (composed.rounds, composed.model.width, composed.data.limit) == (200, 64, 0)
     assert composed.loss.warmup * composed.rounds == 20
 
@@ -283,14 +285,14 @@ VALUES = st.text(string.ascii_letters + string.digits + "/.:,é ", max_size=12).
 @given(st.lists(st.tuples(NAMES, VALUES)), st.sampled_from([" ", "  ", "\t", "\n"]))
 def test_words_that_are_joined_are_split_again(pairs, gap):
     words = [f"{name}={value}" for name, value in pairs]
-    assert config.split_words(gap.join(words)) == words
-    assert [config.name_of(word) for word in words] == [name.lstrip("+") for name, _ in pairs]
+    assert split_words(gap.join(words)) == words
+    assert [name_of(word) for word in words] == [name.lstrip("+") for name, _ in pairs]
 
 
 @quick
 @given(st.text())
 def test_splitting_loses_nothing_but_space(text):
-    words = config.split_words(text)
+    words = split_words(text)
     assert "".join("".join(words).split()) == "".join(text.split())
     assert all(word.strip() for word in words)
 
@@ -298,7 +300,7 @@ def test_splitting_loses_nothing_but_space(text):
 @hypothesis(deadline=None, max_examples=10)
 @given(st.text().filter(lambda text: text[:1] not in ("'", '"')))
 def test_any_text_arrives(text):
-    assert config.compose(DIGITS, [f"data.root={text}"]).data.root == text
+    assert compose(DIGITS, [f"data.root={text}"]).data.root == text
 
 
 # --- what a look at the ledger must not wait for ------------------------------------------------------------------

@@ -7,7 +7,8 @@ import pytest
 from conftest import DIGITS, rewrite
 from fedunlearn import open_run
 from fedunlearn.build import learning_rate_of
-from fedunlearn.config import compose, from_json
+from fedunlearn.composing import compose
+from fedunlearn.config import from_json
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.runs.home import all_runs, find_run, forked, is_finished

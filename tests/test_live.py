@@ -19,7 +19,8 @@ import torch
 
 import fedunlearn as fu
 from fedunlearn.apps.simulate import app_folder
-from fedunlearn.config import Config, compose
+from fedunlearn.composing import compose
+from fedunlearn.config import Config
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor

@@ -11,7 +11,8 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from command_line import command
 from fedunlearn.apps.client_app import app, resident
-from fedunlearn.config import Config, compose
+from fedunlearn.composing import compose
+from fedunlearn.config import Config
 from fedunlearn.data.datasets import Owners, load
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages

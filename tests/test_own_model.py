@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import factories
 from fedunlearn import build, config
 from fedunlearn.apps import client_app, server_app
+from fedunlearn.composing import compose
 from fedunlearn.errors import UserError
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.nn.model import TwoHeadModel, TwoHeadResNet18
@@ -30,7 +31,7 @@ def of(name, shape=DIGIT, **options):
 
 def model_of(words, digits, shape=DIGIT):
     images = build.Images([str(k) for k in range(10)], shape)
-    return build.model_of(config.compose(digits, words), images)
+    return build.model_of(compose(digits, words), images)
 
 
 # --- networks ------------------------------------------------------------------------------------------------------
@@ -168,11 +169,11 @@ def test_the_first_weights_are_asked_of_the_model(name, first, digits):
 
 
 def test_a_group_alone_names_what_it_is_about(digits):
-    found = config.compose(digits, "model=small_cnn partition=iid data=random model.width=16")
+    found = compose(digits, "model=small_cnn partition=iid data=random model.width=16")
     assert (found.model.name, found.partition.kind, found.data.name) == ("small_cnn", "iid", "random")
     assert found.model.width == 16
-    assert config.compose(digits, "model='timm:x y'").model.name == "timm:x y"
-    mapped = config.compose(digits, "model={name: small_cnn, width: 12}")
+    assert compose(digits, "model='timm:x y'").model.name == "timm:x y"
+    mapped = compose(digits, "model={name: small_cnn, width: 12}")
     assert (mapped.model.name, mapped.model.width) == ("small_cnn", 12)
     assert config.from_json(config.to_json(found)) == found
 
@@ -182,14 +183,14 @@ def test_what_changes_nothing_of_a_model_is_refused(digits):
         with pytest.raises(
             UserError, match=rf"{setting.split('=')[0]} changes nothing of model.name=mobilenet_v3_small"
         ):
-            config.compose(digits, f"model=mobilenet_v3_small {setting}")
+            compose(digits, f"model=mobilenet_v3_small {setting}")
     with pytest.raises(UserError, match=r"resnet18 has model\.width and model\.norm, and no options"):
         model_of("model.options={depth:3}", digits)
 
 
 def test_options_are_asked_for_one_by_one(digits):
     words = ["model=factories:TinyTransformer", "model.options.dim=12"]
-    asked = server_app.asked_for(words, config.compose(digits, words))
+    asked = server_app.asked_for(words, compose(digits, words))
     assert asked == {"model.name": "factories:TinyTransformer", "model.options.dim": 12}
     assert model_of(words, digits).network.cls_token.shape == (1, 1, 12)
 
@@ -247,7 +248,7 @@ def test_dropout_draws_the_same_whoever_hosts_a_client(federate):
 
 def test_nothing_drops_out_of_the_servers_loss(home, digits):
     words = "model=factories:TinyTransformer model.options={dropout:0.9} data.limit=40 data.test_limit=40"
-    server = ServerData(config.compose(digits, words))
+    server = ServerData(compose(digits, words))
     assert server.loss(server.model, 20) == server.loss(server.model, 20) > 0
 
 

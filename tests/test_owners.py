@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fedunlearn import build
-from fedunlearn.config import compose
+from fedunlearn.composing import compose
 from fedunlearn.data.datasets import Choices, Owners, load, source_of
 from fedunlearn.data.folders import of_folders, of_table
 from fedunlearn.data.owned import Joined

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import reference
 from fedunlearn.build import learning_rate_of
-from fedunlearn.config import compose
+from fedunlearn.composing import compose
 from fedunlearn.federation import messages
 from fedunlearn.federation.handle import SERVER
 from fedunlearn.federation.rounds import Rounds

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import DIGITS, small
 from fedunlearn.apps.client_app import app
-from fedunlearn.config import compose
+from fedunlearn.composing import compose
 from fedunlearn.federation import messages, replies, tasks
 from fedunlearn.federation.nodes import Nodes, assigned, contradictions, disputed, for_clients, too_many
 from fedunlearn.federation.server_data import ServerData

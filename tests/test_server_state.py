@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from fedunlearn.config import compose
+from fedunlearn.composing import compose
 from fedunlearn.federation import server_state
 from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.server_state import ServerState

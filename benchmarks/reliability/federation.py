@@ -15,7 +15,8 @@ from benchmarks.reliability.damages import copied
 from fedunlearn.apps.client_app import app
 from fedunlearn.apps.server_app import asked_for, prepared
 from fedunlearn.apps.simulate import app_folder
-from fedunlearn.config import Config, compose
+from fedunlearn.composing import compose
+from fedunlearn.config import Config
 from fedunlearn.federation import messages
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.local_grid import LocalGrid

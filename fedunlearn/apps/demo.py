@@ -11,7 +11,8 @@ from pathlib import Path
 
 from fedunlearn.apps import reports
 from fedunlearn.apps.simulate import Resources, app_folder, simulate
-from fedunlearn.config import compose, state_home
+from fedunlearn.composing import compose
+from fedunlearn.config import state_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.log import ROUNDS

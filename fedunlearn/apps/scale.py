@@ -22,7 +22,8 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedunlearn.config import Settings, compose, to_json
+from fedunlearn.composing import compose
+from fedunlearn.config import Settings, to_json
 from fedunlearn.errors import UserError
 from fedunlearn.runs.home import runs_folder
 from fedunlearn.runs.run import Run

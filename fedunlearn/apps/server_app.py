@@ -14,7 +14,8 @@ from fedunlearn.apps.reports import class_counts_of, write_with
 from fedunlearn.apps.signals import ends_with_superlink
 from fedunlearn.apps.track import check_tracker, tracked
 from fedunlearn.build import decode_for_readmitted, loss_of
-from fedunlearn.config import OURS, Config, compose, spelled_out, state_home, values_of, writable_home
+from fedunlearn.composing import compose, spelled_out
+from fedunlearn.config import OURS, Config, state_home, values_of, writable_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor, auditor_of
 from fedunlearn.federation.rounds import Rounds

@@ -86,7 +86,7 @@ def _checked(app: str, words: list[str]) -> Config:
     """Give the settings of a run, after every check that needs no data."""
     from fedunlearn.apps.server_app import asked_for, prepared
     from fedunlearn.apps.simulate import app_folder
-    from fedunlearn.config import compose
+    from fedunlearn.composing import compose
 
     config = compose(app_folder(app) / "conf", words)
     return prepared(config, asked_for(words, config))

@@ -12,7 +12,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedunlearn.config import Config, check, state_home, stored, values_of
+from fedunlearn.composing import check
+from fedunlearn.config import Config, state_home, stored, values_of
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.naming import name_of

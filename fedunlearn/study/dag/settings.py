@@ -6,7 +6,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field
 
-from fedunlearn.config import Data, Loss, Model, Partition, Scale, Settings, check_clients, settings, spelled_out
+from fedunlearn.composing import spelled_out
+from fedunlearn.config import Data, Loss, Model, Partition, Scale, Settings, check_clients, settings
 from fedunlearn.errors import UserError
 from fedunlearn.schema import check_names, fields_of, name_of, validated
 from fedunlearn.words import put, texts_of
