@@ -1,6 +1,8 @@
 """`fedunlearn deploy check`, against certificates and keys that the scripts made."""
 
 import os
+import re
+import shlex
 import ssl
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 from socket import create_server
 
 import pytest
+import yaml
 
 from command_line import command
 from test_owners import picture
@@ -79,3 +82,22 @@ def test_a_superlink_of_another_authority_is_not_trusted(deployment, listening, 
     assert "is not by the authority" in capsys.readouterr().out
     assert command("deploy", "check", tmp_path / "nothing") == 1
     assert "MISSING" in capsys.readouterr().out
+
+
+def test_in_containers_only_scripts_and_services_that_there_are_get_called():
+    services = yaml.safe_load((SCRIPTS / "compose.yaml").read_text())["services"]
+    (block,) = re.findall(r"```sh\n(.*?)```", (SCRIPTS / "README.md").read_text(), re.DOTALL)
+    lines = [shlex.split(line.removeprefix("docker compose ")) for line in block.splitlines()]
+    inside = [shlex.join(words[words.index("superlink") + 1 :]) for words in lines if "superlink" in words]
+    started = [service["command"] for service in services.values()]
+    scripts = {text.split()[0] for text in [*inside, *started] if text.startswith("./")}
+    assert scripts == {"./certificates.sh", "./key.sh", "./register.sh", "./run.sh", "./superlink.sh", "./supernode.sh"}
+    assert all(os.access(SCRIPTS / script, os.X_OK) for script in scripts)
+    clients = {name for name in services if name != "superlink"}
+    assert clients == set(re.findall(r"hospital_\w", block))
+    for name in clients:
+        sources = [volume.partition(":")[0] for volume in services[name]["volumes"]]
+        of_others = [source for source in sources if any(other in source for other in clients - {name})]
+        assert f"./{name}" in sources
+        assert not of_others
+        assert not any(source.endswith((".key", "/deployment", "/held-out")) for source in sources)
