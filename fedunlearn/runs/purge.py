@@ -108,7 +108,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
             owned = scan.owned_by(run, clients)
             look_for = scan.wanted(owned)
         except UserError as error:
-            log.warning("nobody can look for images of %s: %s", who, error)
+            log.warning("no image is looked for: %s", error)
             owned, look_for = None, None
         try:
             gone, needed_by = _take_out(run, clients)
