@@ -89,6 +89,31 @@ def wants_larger_images() -> nn.Module:
     return nn.Sequential(nn.LazyConv2d(4, 11), nn.Flatten())
 
 
+def changes_in_place() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(inplace=True), nn.Hardswish(inplace=True))
+
+
+def is_complex() -> nn.Module:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+    network.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    return network
+
+
+def keeps_words() -> nn.Module:
+    class Named(nn.Flatten):
+        def get_extra_state(self):
+            return {"version": 2}
+
+    return Named()
+
+
+def shared() -> nn.Module:
+    """One layer under two names, and two layers with one matrix."""
+    layer, first, second = nn.Linear(16, 16), nn.Linear(64, 16), nn.Linear(16, 16)
+    second.weight = layer.weight
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), layer, nn.Tanh(), layer, nn.Tanh(), second)
+
+
 def has_idle_batch_norm() -> nn.Module:
     class Idle(nn.Flatten):
         def __init__(self):

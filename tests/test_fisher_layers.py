@@ -240,6 +240,16 @@ class Tied(nn.Module):
         return self.two(torch.tanh(self.one(self.inward(x.flatten(1)))))
 
 
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inward, self.one = nn.Linear(48, 4), nn.Linear(4, 4)
+        self.two = nn.Sequential(self.one, nn.Tanh())
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(self.inward(x.flatten(1)))))
+
+
 class UsedBeside(nn.Module):
     """A layer runs once, and its weights are used once more, turned around."""
 
@@ -299,6 +309,7 @@ OTHERS = {
     "examples that are split": reshaped,
     "a layer that runs twice": Twice,
     "weights of two layers": Tied,
+    "a layer of two names": TwoNames,
     "weights that are used beside their layer": UsedBeside,
     "recomputed": Recomputed,
     "depends on values": DependsOnValues,
@@ -314,6 +325,15 @@ OTHERS = {
 @pytest.mark.parametrize("body", OTHERS.values(), ids=OTHERS)
 def test_all_else_equals_one_backward_pass_an_example(body):
     assert_exact(made(body, channels_last=body in [OTHERS[name] for name in ("sequence first", "rms")]))
+
+
+@pytest.mark.parametrize("body", [TwoNames, Tied])
+def test_a_model_is_the_same_afterwards(body):
+    model = made(body)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    diagonal_fisher(model, batches())
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is p and p.requires_grad for name, p in before.items())
 
 
 @pytest.mark.parametrize(

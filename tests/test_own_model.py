@@ -90,6 +90,9 @@ def test_a_factory_gets_what_it_declares_and_options():
         ("factories:mixes_examples", "depend on the other images of a batch"),
         ("factories:in_double", "scale is not of finite numbers in fp32"),
         ("factories:wants_larger_images", "RuntimeError on images [4, 1, 8, 8]"),
+        ("factories:changes_in_place", "RuntimeError where its gradients are computed: one of the variables"),
+        ("factories:is_complex", "phase is not of finite numbers in fp32"),
+        ("factories:keeps_words", "_extra_state is no tensor"),
         ("factories:has_idle_batch_norm", "BatchNorm layer aside sees 0 values of an image of 64 pixels"),
         ("factories:without_batch_norm(8)", "(is its folder in PYTHONPATH"),
         ("mobilenet_v3_smal", "there is no such network: did you mean mobilenet_v3_small?"),
@@ -193,6 +196,29 @@ def test_options_are_asked_for_one_by_one(digits):
     asked = server_app.asked_for(words, compose(digits, words))
     assert asked == {"model.name": "factories:TinyTransformer", "model.options.dim": 12}
     assert model_of(words, digits).network.cls_token.shape == (1, 1, 12)
+
+
+def test_weights_that_several_layers_share_travel_once_and_arrive_everywhere(digits):
+    model = model_of("model=factories:shared", digits)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert {name for name, _ in model.named_parameters()} == {name for name in state if not name.startswith("pruned")}
+    assert not {"network.5.weight", "network.5.bias", "network.7.weight"} & state.keys()
+    model.load_state_dict(state | {"network.3.weight": state["network.3.weight"] + 1})
+    for layer in (3, 5, 7):
+        assert torch.equal(model.get_submodule(f"network.{layer}").weight, state["network.3.weight"] + 1)
+
+
+def test_momentum_of_the_server_moves_weights_that_layers_share(federate):
+    states = []
+    for rounds in (1, 2):
+        federate(
+            f"model=factories:shared strategy=leave data.limit=40 rounds={rounds} train.server_momentum=0.9", nodes=1
+        )
+        states.append(federate.server_state())
+    first, second = states
+    name = "network.3.weight"
+    assert_close(second.params[name] - first.params[name], second.momentum[name], rtol=1e-3, atol=1e-6)
+    assert second.momentum[name].abs().max() > 1e-5
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------

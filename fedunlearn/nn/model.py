@@ -94,6 +94,10 @@ class TwoHeadModel(nn.Module):
         self.client_head = Head(size, num_clients) if num_clients else None
         self.register_buffer("pruned", torch.zeros(num_clients, dtype=torch.bool))
         self.register_buffer("pruned_classes", torch.zeros(num_classes, dtype=torch.bool))
+        self._further_names = further_names(self)
+        if self._further_names:
+            self.register_state_dict_post_hook(_once)
+            self.register_load_state_dict_pre_hook(_everywhere)
 
     def forward(self, images: Tensor) -> Outputs:
         """Compute class logits, client logits and the embedding of images [N, channels, H, W]."""
@@ -152,6 +156,32 @@ class TwoHeadResNet18(TwoHeadModel):
             num_clients=num_clients,
             head_size=head_size,
         )
+
+
+def further_names(model: nn.Module) -> dict[str, str]:
+    """Give the first name of every tensor of a model that has several, by each of the others.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> further_names(nn.Sequential(layer, nn.ReLU(), layer))
+        {'2.weight': '0.weight'}
+    """
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    return {name: known for name, tensor in tensors if (known := first.setdefault(id(tensor), name)) != name}
+
+
+def _once(model: TwoHeadModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Leave out of a state what it has under another name: who changes one of two would change none."""
+    for name in model._further_names:
+        state.pop(prefix + name, None)  # buffers need not be in it
+
+
+def _everywhere(model: TwoHeadModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give what a state has under the first name of a tensor under all of its names."""
+    state |= {
+        prefix + name: state[prefix + first] for name, first in model._further_names.items() if prefix + first in state
+    }
 
 
 def first_of(output: Any) -> Any:

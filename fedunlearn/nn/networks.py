@@ -237,8 +237,12 @@ def examined(network: nn.Module, shape: tuple[int, int, int]) -> Network:
                 "its features of an image depend on the other images of a batch, or on chance, in eval mode"
             )
         _check_batch_norm(network, images)
+        _check_gradients(network, images)
     for name, value in network.state_dict().items():
-        if value.is_floating_point() and not (value.dtype == torch.float32 and value.isfinite().all()):
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name} is no tensor: a model that travels has tensors alone")
+        is_number = value.is_floating_point() or value.is_complex()
+        if is_number and not (value.dtype == torch.float32 and value.isfinite().all()):
             raise UserError(f"{name} is not of finite numbers in fp32 (buffers that are none: persistent=False)")
     return Network(network, found.shape[1], plain)
 
@@ -274,6 +278,18 @@ def _check_features(found: Any, count: int) -> None:
         raise UserError(f"of {count} images it gives {found.dtype} {list(found.shape)}, and not features [{count}, f]")
     if not found.isfinite().all():
         raise UserError("it gives features that are not finite")
+
+
+def _check_gradients(network: nn.Module, images: Tensor) -> None:
+    """Raise UserError where nothing can be learned from what the network gives."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    try:
+        with torch.enable_grad():
+            features = first_of(network(images))
+            if features.requires_grad:
+                torch.autograd.grad(features.sum(), trained, allow_unused=True)
+    except Exception as error:
+        raise UserError(f"{type(error).__name__} where its gradients are computed: {error}") from error
 
 
 def _check_batch_norm(network: nn.Module, images: Tensor) -> None:

@@ -163,6 +163,7 @@ class _PerExample:
     def __init__(self, model: nn.Module, sums: dict[str, Tensor], loss_head: str, precision: str) -> None:
         self.model, self.sums, self.loss_head, self.precision = model, sums, loss_head, precision
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.places = _places(model)
         self.rules: dict[str, Rule] | None = None
         self.idle: set[str] = set()  # layers that do not run
         self.in_batches = True  # whether passes over single examples can be made many at once
@@ -238,8 +239,10 @@ class _PerExample:
 
     def _gradients_at_once(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
         def loss_of(chosen: dict[str, Tensor], *example: Tensor) -> Tensor:
+            everywhere = {place: value for name, value in chosen.items() for place in self.places[name]}
+
             def run(images: Tensor) -> Outputs:
-                return functional_call(self.model, chosen, (images,))
+                return functional_call(self.model, everywhere, (images,), tie_weights=False)
 
             one = tuple(part[None] for part in example)
             return head_loss(run, one, self.loss_head, self.precision, reduction="sum")  # type: ignore[arg-type]
@@ -257,6 +260,18 @@ class _PerExample:
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 self.sums[name] += at_least_fp32(gradient).square()
+
+
+def _places(model: nn.Module) -> dict[str, list[str]]:
+    """Give the names under which each parameter is found, by the first of them; a module of several names has one.
+
+    `functional_call` with all names of a module would put back what it has put there itself.
+    """
+    names: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, p in module.named_parameters(module_name, recurse=False, remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+    return {found[0]: found for found in names.values()}
 
 
 @contextmanager
