@@ -263,6 +263,65 @@ def test_folders_of_images_with_and_without_metadata(tmp_path, metadata):
     assert len(found.test.labels) == 12
 
 
+def hub_folder(tmp_path, text, name="metadata.csv"):
+    """Twelve images beside a metadata file."""
+    (tmp_path / "data").mkdir()
+    for i, image in enumerate(images(12, 8, 8, 3)):
+        Image.fromarray(image).save(tmp_path / "data" / f"{i}.png")
+    (tmp_path / "data" / name).write_bytes(text.encode())
+    return tmp_path / "data"
+
+
+ROWS = [{"file_name": f"{i}.png", "label": "ab"[i % 2], "note": "one\u2028line"} for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.jsonl", "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
+        ("metadata.csv", "\n".join(["file_name;label;note", *(f'{i}.png;{"ab"[i % 2]};"1\n2"' for i in range(12))])),
+    ],
+)
+def test_rows_of_metadata_end_where_they_end(tmp_path, name, text):
+    found = decoded("hf", hub_folder(tmp_path, text, name), tmp_path)
+    assert (found.class_names, len(found.train.labels), len(found.test.labels)) == (["a", "b"], 10, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metadata.csv", "file_name,label\n0.png,a\n./0.png,b\n", "0.png has two rows of metadata"),
+        ("metadata.csv", "file_name,label\n../other.png,a\n", "other.png is outside of data.root"),
+        ("metadata.csv", "file_name,label\n/etc/hostname,a\n", "/etc/hostname is outside of data.root"),
+        ("metadata.csv", 'file_name,label\n"0.png,a\n', "a quote not closed"),
+        ("metadata.jsonl", "[1]\n", "a line is no row of values by name"),
+    ],
+)
+def test_metadata_that_nobody_can_follow_is_named(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        load("hf", hub_folder(tmp_path, text, name), tmp_path)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), " "])
+def test_images_without_a_client_are_nobodys_client(tmp_path, missing):
+    pa, write_table = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet").write_table
+    clients = [1.0, missing] if isinstance(missing, float) else ["a", missing]
+    cells = [{"bytes": b"", "path": ""}] * 12
+    write_table(pa.table({"image": cells, "label": [0, 1] * 6, "site": clients * 6}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="6 of 12 examples have no site"):
+        load("hf", tmp_path / "x.parquet", tmp_path, Choices(client="site"))
+
+
+@pytest.mark.parametrize(
+    ("clients", "names"),
+    [([1.0, 2.0], ["1", "2"]), ([b"a", b"b"], ["a", "b"]), (["\xe9", "e\u0301"], ["\xe9"]), (["x ", " x"], ["x"])],
+)
+def test_one_client_has_one_name(tmp_path, clients, names):
+    about = {"images": images(24, 8, 8), "labels": np.arange(24) // 2 % 2, "clients": np.array(clients * 12)}
+    np.savez(tmp_path / "x.npz", **about)
+    assert sorted(set(decoded("npz", tmp_path / "x.npz", tmp_path).clients)) == names
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [("data/train-00000-of-00001.parquet", "train"), ("val.parquet", "validation"), ("contest.parquet", "train")],
@@ -322,13 +381,31 @@ def test_missing_values_are_refused_or_their_rows_left_out(tmp_path, caplog):
     assert "leaves these rows out" in caplog.text
 
 
+def test_tables_of_spreadsheets_are_read(tmp_path):
+    text = TABLE.replace(",", "\t ").replace("\n", " \r\n") + "\r\n\t\t\t\t\r\n"
+    found, plain = (
+        decoded("table", table_file(tmp_path, each, name), tmp_path, Choices(label="outcome"))
+        for name, each in (("x.csv", text), ("y.csv", TABLE))
+    )
+    assert (found.train.images == plain.train.images).all()
+
+
+@pytest.mark.parametrize("odd", ["<20", "20,5", "1e99"])
+def test_a_number_that_makes_its_column_one_of_categories_is_named(tmp_path, caplog, odd):
+    load("table", table_file(tmp_path, TABLE.replace("20,m", f'"{odd}",m')), tmp_path, Choices(label="outcome"))
+    assert f"column age: {odd} is no number that fp32 holds" in caplog.text
+    caplog.clear()
+    load("table", table_file(tmp_path, TABLE, "y.csv"), tmp_path, Choices(label="outcome"))
+    assert "is no number" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "choices", "message"),
     [
         (TABLE, Choices(), "data.label=... says which column is the class; there are age, sex"),
         (TABLE, Choices(label="out"), "has no column out: there are age"),
         (TABLE, Choices(label="outcome", columns=("agee",)), "has no column agee"),
-        (TABLE + "\n1,2", Choices(label="outcome"), "row 32: 2 values in 5 columns"),
+        (TABLE + "\n1,2", Choices(label="outcome"), "line 32: 2 values in 5 columns"),
         (TABLE.replace("age,sex", "age,age"), Choices(label="outcome"), "a name of its own for every column"),
         (
             "\n".join(["id,outcome", *(f"p{i},{i % 2}" for i in range(200))]),

@@ -123,6 +123,24 @@ def test_exif_turns_only_if_asked_and_the_log_says_so(tmp_path, caplog):
     assert "1 images are turned by EXIF alone" in caplog.text
 
 
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0\0\0\0\0"])
+def test_damaged_exif_data_turn_nothing(tmp_path, caplog, exif):
+    caplog.set_level(logging.INFO, logger="fedunlearn")
+    path = saved(tmp_path, "a.webp", COLOURED, exif=exif, lossless=True)
+    assert (read_image(path, 9, exif=True) == old_way(path, 9)).all()
+    reader = ImageReader(Reading(9), total=1)
+    reader.read([path])
+    reader.conclude()
+    assert "EXIF" not in caplog.text
+
+
+def test_an_image_of_which_padding_leaves_nothing_is_refused(tmp_path):
+    path = saved(tmp_path, "a.png", np.full((3, 1000, 3), 200, np.uint8))
+    with pytest.raises(UnreadableError, match=r"1000 x 3 pixels data\.fit=pad would leave nothing"):
+        read_image(path, 8, fit="pad")
+    assert (read_image(path, 8, fit="stretch") == 200).all()
+
+
 def test_fit_stretches_crops_or_pads(tmp_path):
     wide = np.zeros((8, 16, 3), np.uint8)
     wide[:, 4:12] = 200

@@ -195,6 +195,31 @@ c/no/0.png;;sick;test
     assert data.test.labels[:].tolist() == [1, 0]
 
 
+def test_a_table_is_read_as_spreadsheets_write_it(tree):
+    rows = [f"a/no/{i}.png\t{name}\r\n" for i, name in enumerate(["\xe9", "e\u0301 ", "\xe9"])]
+    rows += [f"{tree / 'b' / 'yes'}/{i}.png\tz\r\n" for i in range(6)] + ["\t\r\n"]
+    link = tree.parent / "link"
+    link.symlink_to(tree)
+    data = opened(link, "file", file=table(tree, "".join(["path\tclient\r\n", *rows])))
+    assert (data.clients, [len(own) for own in data.slices]) == (["z", "\xe9"], [5, 3])
+
+
+def test_a_quote_that_is_not_closed_is_named(tree):
+    text = 'path,client\n"a/no/0.png,x\n' + "b/no/0.png,y\n" * 20_000
+    with pytest.raises(UserError, match=r"clients\.csv cannot be read: line \d+: .* is a quote not closed"):
+        opened(tree, "file", file=table(tree, text))
+
+
+def test_an_archive_may_have_its_table_beside_the_one_folder_of_images(tree):
+    rows = [f"images/{c}/no/{i}.png,{c}" for c in "ab" for i in range(6)] + ["images/c/yes/0.png,b"]
+    outer = tree.parent / "outer"
+    shutil.copytree(tree, outer / "images")
+    table(outer, "\n".join(["path,client", *rows]))
+    archive = shutil.make_archive(str(tree.parent / "sent"), "zip", outer)
+    about = place(tree, "file", file="clients.csv") | {"root": archive}
+    assert [len(own) for own in load("folder", **about).slices] == [5, 6]
+
+
 def test_all_mistakes_of_a_table_are_in_one_list(tree):
     rows = ["a/no/0.png,x,train", "a/no/0.png,y,train", "a/no/99.png,x,train", "../other.png,x,train"]
     rows += ["a/no/1.png,,train", "a/no/2.png,x,validate", "clients.csv,x,train", "a/no/3.png,x,train,more"]

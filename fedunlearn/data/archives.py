@@ -74,7 +74,7 @@ def _name_of(entry: zipfile.ZipInfo) -> str:
     return name.replace("\\", "/") if entry.create_system == FAT else name
 
 
-def entered(folder: Path) -> Path:
+def entered(folder: Path, beside: str = "") -> Path:
     """Enter the one folder that is around everything else, if there is one, and the one in that.
 
     Hidden entries, those of operating systems and single files such as a README are not counted. A folder that holds
@@ -82,12 +82,14 @@ def entered(folder: Path) -> Path:
 
     Args:
         folder: to begin with.
+        beside: a file that the folder sought has in it, where there is one; relative.
     """
-    while True:
+    while not (beside and (folder / beside).is_file()):
         folders = _folders(folder)
         if len(folders) != 1 or _has_images(folder) or not _folders(folders[0]):
-            return folder
+            break
         folder = folders[0]
+    return folder
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -173,7 +173,8 @@ def source_of(
     if owners.kind in KINDS:
         if name != "folder":
             raise UserError(f"partition.kind={owners.kind} is for image files: data.name=folder, not {name}")
-        source, options = _unpacked(_existing(root), cache), [image_size, limit, test_limit, *choices.key]
+        source = _unpacked(_existing(root), cache, owners.file)
+        options = [image_size, limit, test_limit, *choices.key]
         found = owned(source, owners.kind, owners.file, owners.here)
         store = cache / f"owners-{digest_of([str(source), owners.kind, owners.file, *options])[:16]}"
         names, reading = list(owners.names or found.images), choices.reading(image_size)
@@ -306,8 +307,8 @@ def _existing(root: str) -> Path:
     return path
 
 
-def _unpacked(path: Path, cache: Path) -> Path:
-    """Give the folder itself, or the folder that an archive is unpacked to, once."""
+def _unpacked(path: Path, cache: Path, beside: str = "") -> Path:
+    """Give the folder itself, or the folder that an archive is unpacked to, once; `beside` as in `entered`."""
     if path.is_dir():
         return path
     stat = path.stat()
@@ -316,7 +317,7 @@ def _unpacked(path: Path, cache: Path) -> Path:
         log.info("unpacking %s (once)", printable(str(path)))
         with new_folder(target) as folder:
             extract(path, folder)
-    return entered(target)
+    return entered(target, beside)
 
 
 def _decode_file(name: str, source: Path, choices: Choices, size: int, limit: int, test_limit: int) -> Decoded:

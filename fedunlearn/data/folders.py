@@ -1,16 +1,16 @@
 """Images whose owners are known: a tree with a folder for each client, or a table of paths and clients."""
 
-import csv
 import difflib
 import hashlib
-import io
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from fedunlearn.data.images import OF_SYSTEMS, class_name, find_images
+from fedunlearn.data.separated import NoTableError, read_rows
 from fedunlearn.errors import UserError, printable
 
 SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"))
@@ -248,7 +248,7 @@ def of_table(root: Path, table: Path) -> Owned:
 
     Args:
         root: the folder that paths are relative to.
-        table: a CSV file, in UTF-8, with commas or semicolons.
+        table: a CSV file, in UTF-8, with commas, semicolons or tabs.
 
     Raises:
         UserError: the table cannot be read, or names of columns, paths or splits are wrong: all of them in one list.
@@ -283,27 +283,35 @@ def of_table(root: Path, table: Path) -> Owned:
 
 def _relative(root: Path, text: str, known: Mapping[str, str]) -> str:
     """Give a path of a table relative to the folder, with slashes as they are here."""
-    path = os.path.normpath(os.path.relpath(text, root) if os.path.isabs(text) else text)
+    path = os.path.normpath(_below(root, text) if os.path.isabs(text) else text)
     slashed = os.path.normpath(text.replace("\\", "/"))
     return class_name(slashed if class_name(path) not in known else path)
+
+
+def _below(root: Path, text: str) -> str:
+    """Give an absolute path relative to the folder, of which either may be written through a link."""
+    path = os.path.relpath(text, root)
+    if not path.startswith(".."):
+        return path
+    folder, name = os.path.split(text)
+    return os.path.relpath(os.path.join(os.path.realpath(folder), name), os.path.realpath(root))
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Give the lines of a table with their numbers; every value is without blanks around it."""
     try:
-        text = table.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not in UTF-8"
+        rows = read_rows(table)
+    except (OSError, NoTableError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"partition.file={_shown(table)} cannot be read: {reason}") from error
-    header = text.partition("\n")[0]
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter=";" if ";" in header and "," not in header else ","
-    )
-    names = [(name or "").strip() for name in reader.fieldnames or ()]
+    names = rows[0][1] if rows else []
     _check_columns(table, names)
-    for row in reader:
-        values = [(row.get(name) or "").strip() for name in reader.fieldnames or ()]
-        yield reader.line_num, dict(zip(names, values, strict=True)) | ({"": "more"} if None in row else {})
+    for number, row in rows[1:]:
+        yield number, dict(zip_longest(names, row[: len(names)], fillvalue="")) | _beyond(row, names)
+
+
+def _beyond(row: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    return {"": "more"} if any(row[len(names) :]) else {}
 
 
 def _check_columns(table: Path, names: Sequence[str]) -> None:

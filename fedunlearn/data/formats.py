@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -56,6 +57,7 @@ def decode_medmnist(file: Path) -> Decoded:
     )
     known = re.match(r"[a-z]+mnist", file.name.lower())
     names = MEDMNIST.get(known[0] if known else "", "").split("; ")
+    check_shapes(train.images, test.images, file)
     (labels, test_labels), class_names = classes([train.labels, test.labels], names if names[0] else None, file)
     if "val_images" in arrays:
         log.info("%s: its %d validation images are left out", printable(file.name), len(arrays["val_images"]))
@@ -78,10 +80,11 @@ def decode_npz(file: Path, window: Window = ()) -> Decoded:
     """
     arrays = read_arrays(file)
     images, labels = pixels(_of(arrays, "images", file), file, window), _of(arrays, "labels", file)
-    names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
+    names = names_of(arrays["class_names"].tolist(), "name", file) if "class_names" in arrays else None
     owners = clients_of(arrays["clients"], len(images), file) if "clients" in arrays else []
     if "test_images" in arrays:
         test_images = pixels(arrays["test_images"], file, window)
+        check_shapes(images, test_images, file)
         (own, held_out), class_names = classes([labels, _of(arrays, "test_labels", file)], names, file)
         _check_lengths(file, images=images, labels=own)
         _check_lengths(file, test_images=test_images, test_labels=held_out)
@@ -89,6 +92,13 @@ def decode_npz(file: Path, window: Window = ()) -> Decoded:
     (own,), class_names = classes([labels], names, file)
     _check_lengths(file, images=images, labels=own)
     return split_off(Decoded(Split(images, own), Split(images[:0], own[:0]), class_names, about_of(file), [], owners))
+
+
+def check_shapes(images: np.ndarray, test_images: np.ndarray, file: Path) -> None:
+    """Raise UserError where images to train with and to test with are of different forms."""
+    if images.shape[1:] != test_images.shape[1:]:
+        form, other = (" x ".join(map(str, each.shape[1:])) for each in (images, test_images))
+        raise UserError(f"{printable(str(file))} has images of {form} for training and of {other} for testing")
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
@@ -158,6 +168,9 @@ def classes(parts: Sequence[np.ndarray], names: Sequence[str] | None, file: Path
     """
     where = printable(str(file))
     flat = [part[:, 0] if part.ndim == 2 and part.shape[1] == 1 else part for part in parts]
+    flat = [_as_text(part, file) if part.dtype.kind in "SUO" else part for part in flat]
+    if names is not None and len(set(names)) < len(names):
+        raise UserError(f"{where} has a name of two classes: {printable(', '.join(names))}")
     for labels in flat:
         if labels.ndim != 1:
             raise UserError(
@@ -176,6 +189,10 @@ def classes(parts: Sequence[np.ndarray], names: Sequence[str] | None, file: Path
     return [np.searchsorted(known, labels) for labels in flat], [str(name) for name in known.tolist()]
 
 
+def _as_text(labels: np.ndarray, file: Path) -> np.ndarray:
+    return np.array(names_of(labels.reshape(-1).tolist(), "class", file), str).reshape(labels.shape)
+
+
 def clients_of(clients: np.ndarray, count: int, file: Path) -> list[str]:
     """Give the name of every image's client: numbers as text.
 
@@ -184,7 +201,37 @@ def clients_of(clients: np.ndarray, count: int, file: Path) -> list[str]:
     """
     if clients.shape not in ((count,), (count, 1)):
         raise UserError(f"{printable(str(file))} has clients of shape {list(clients.shape)} for {count} images")
-    return [str(name) for name in clients.reshape(-1).tolist()]
+    return names_of(clients.reshape(-1).tolist(), "client", file)
+
+
+def names_of(values: Sequence[Any], what: str, file: Path) -> list[str]:
+    """Give the text that each value stands for: whole numbers without a point, bytes as UTF-8, composed characters.
+
+    Args:
+        values: texts, bytes or numbers.
+        what: they name.
+        file: that they are from.
+
+    Raises:
+        UserError: one is missing, which files also write as NaN.
+
+    Example:
+        >>> names_of(["h 1 ", b"h2", 3.0, 3.5], "client", Path("x"))
+        ['h 1', 'h2', '3', '3.5']
+    """
+    found = [_name_of(value) for value in values]
+    if missing := found.count(""):
+        raise UserError(f"{printable(str(file))}: {missing} of {len(found)} examples have no {what}")
+    return found
+
+
+def _name_of(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if value is None or value != value:
+        return ""
+    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+    return normalize("NFC", text.strip())
 
 
 def split_off(decoded: Decoded) -> Decoded:

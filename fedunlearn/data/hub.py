@@ -1,8 +1,8 @@
 """Read data sets as Hugging Face stores them: parquet files, saved data sets, and folders of images."""
 
-import csv
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedunlearn.data.formats import about_of, classes, split_off
+from fedunlearn.data.formats import about_of, classes, names_of, split_off
 from fedunlearn.data.images import Content, ImageReader, Reading, class_name, find_images
+from fedunlearn.data.separated import read_rows
 from fedunlearn.data.store import Decoded, Split, first_per_class
 from fedunlearn.errors import UserError, printable
 
@@ -141,7 +142,7 @@ def _of_tables(files: list[Path], root: Path, label: str, client: str) -> Part:
     if missing:
         raise UserError(f"{printable(str(files[0]))}: {missing} images have no {printable(label)}: leave them out")
     cells = [_content(cell, f"{files[0].name}, row {row + 1}", root) for row, cell in enumerate(columns[image])]
-    clients = [str(name) for name in columns[client]] if client else []
+    clients = names_of(columns[client], printable(client), files[0]) if client else []
     return Part(cells, np.array(labels), clients, names)
 
 
@@ -150,8 +151,20 @@ def _content(cell: Any, name: str, root: Path) -> Any:
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     path = cell.get("path") if isinstance(cell, dict) else None
     if data is None and path:
-        return root / path
+        return _below(root, root / path)
     return Content(f"{name} ({path})" if path else name, data or b"")
+
+
+def _below(root: Path, file: Path) -> Path:
+    """Give the path of a file that somebody has named, without `..` in it.
+
+    Raises:
+        UserError: it would lie outside of a folder.
+    """
+    file = Path(os.path.normpath(file))
+    if not file.is_relative_to(root):
+        raise UserError(f"{printable(str(file))} is outside of data.root={printable(str(root))}")
+    return file
 
 
 def arrow_table(file: Path) -> Any:
@@ -210,13 +223,17 @@ def _of_folders(root: Path, label: str, client: str) -> dict[str, Part]:
     """Give the images of folders, with the labels that a metadata file or the folders' names give."""
     rows = list(_metadata(root))
     by_split: dict[str, list[tuple[Path, str, str]]] = {}
+    seen: set[Path] = set()
     if rows:
         columns = list(dict.fromkeys(name for _, row in rows for name in row if name != "file_name"))
         column = label or _label_column(root, columns, {})
         for folder, row in rows:
             if missing := [name for name in filter(None, ("file_name", column, client)) if row.get(name) in (None, "")]:
                 raise UserError(f"{printable(str(folder))}: a row of its metadata has no {printable(missing[0])}")
-            file = folder / str(row["file_name"])
+            file = _below(root, folder / str(row["file_name"]))
+            if file in seen:
+                raise UserError(f"{printable(str(file))} has two rows of metadata: whose is it?")
+            seen.add(file)
             split = split_of(str(file.parent.relative_to(root)))
             by_split.setdefault(split, []).append((file, str(row[column]), str(row[client]) if client else ""))
     elif client:
@@ -235,8 +252,19 @@ def _metadata(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Give every row of the metadata files below a folder, each with the folder that it is in."""
     for file in sorted(file for name in METADATA for file in root.rglob(name)):
         try:
-            text = file.read_text("utf-8-sig")
-            rows = csv.DictReader(text.splitlines()) if file.suffix == ".csv" else map(json.loads, text.splitlines())
-            yield from ((file.parent, row) for row in rows)
-        except (ValueError, csv.Error) as error:
+            rows = _separated(file) if file.suffix == ".csv" else _json_lines(file)
+        except ValueError as error:
             raise UserError(f"{printable(str(file))} cannot be read ({printable(str(error))})") from error
+        yield from ((file.parent, row) for row in rows)
+
+
+def _separated(file: Path) -> list[dict[str, Any]]:
+    (_, header), *rows = read_rows(file) or [(0, [])]
+    return [dict(zip(header, row, strict=False)) for _, row in rows]
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in file.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is no row of values by name")
+    return rows

@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -340,16 +340,23 @@ def _of_pillow(opened: "Image.Image", how: Reading) -> tuple[np.ndarray, _Seen]:
     if frames > 1 and opened.format != "MPO":  # of those that phones make, the first is the image
         raise UnreadableError(f"it has {frames} frames: save each as an image of its own")
     opened.load()
-    orientation = opened.getexif().get(ORIENTATION, 1)
-    image = ImageOps.exif_transpose(opened) if how.exif else opened
-    seen = _Seen(image.size, orientation != 1)
+    is_turned = _is_turned(opened)
+    image = ImageOps.exif_transpose(opened) if how.exif and is_turned else opened
+    seen = _Seen(image.size, is_turned)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _of_many_bits(np.asarray(image), how, seen)
     return _fitted(_rgb(image), how), seen
 
 
 ORIENTATION = 0x0112
-"""EXIF's tag of how an image is turned; 1 is as stored."""
+"""EXIF's tag of how an image is turned: 2 to 8; 1 is as stored."""
+
+
+def _is_turned(opened: "Image.Image") -> bool:
+    """Say whether EXIF data turn an image; damaged ones, which each decoder names in a way of its own, do not."""
+    with suppress(Exception):
+        return opened.getexif().get(ORIENTATION) in range(2, 9)
+    return False
 
 
 def _of_many_bits(values: np.ndarray, how: Reading, seen: _Seen) -> tuple[np.ndarray, _Seen]:
@@ -377,6 +384,8 @@ def _fitted(image: "Image.Image", how: Reading) -> np.ndarray:
     if how.fit == "crop":
         return np.asarray(ImageOps.fit(image, square, Image.Resampling.BICUBIC))
     if how.fit == "pad":
+        if 2 * how.size * min(image.size) <= max(image.size):
+            raise UnreadableError(f"of {image.width} x {image.height} pixels data.fit=pad would leave nothing")
         return np.asarray(ImageOps.pad(image, square, Image.Resampling.BICUBIC, "black"))
     return np.asarray(image.resize(square))
 

@@ -1,6 +1,5 @@
 """Read tables: a row becomes an image of one pixel, whose channels are the row's numbers, in fp32."""
 
-import csv
 import logging
 import math
 from collections import Counter
@@ -12,6 +11,7 @@ import numpy as np
 
 from fedunlearn.data.formats import about_of, classes, split_off
 from fedunlearn.data.hub import arrow_table
+from fedunlearn.data.separated import NoTableError, read_rows
 from fedunlearn.data.store import Decoded, Split
 from fedunlearn.errors import UserError, printable
 
@@ -95,19 +95,16 @@ def _table(file: Path, label: str, client: str, chosen: Sequence[str]) -> tuple[
 
 def _comma_separated(file: Path) -> Columns:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            first = opened.readline()
-            opened.seek(0)
-            rows = list(csv.reader(opened, delimiter=max(",;\t", key=first.count)))
-    except (UnicodeDecodeError, csv.Error) as error:
+        rows = read_rows(file)
+    except NoTableError as error:
         raise UserError(f"{printable(str(file))} is no table in UTF-8 ({error})") from error
-    if not rows or len(set(rows[0])) != len(rows[0]):
+    header = rows[0][1] if rows else []
+    if not header or len(set(header)) != len(header):
         raise UserError(f"{printable(str(file))} has no first line with a name of its own for every column")
-    header, content = rows[0], [row for row in rows[1:] if row]
-    for number, row in enumerate(content, 2):
+    for number, row in rows[1:]:
         if len(row) != len(header):
-            raise UserError(f"{printable(str(file))}, row {number}: {len(row)} values in {len(header)} columns")
-    return {name: [row[place].strip() for row in content] for place, name in enumerate(header)}
+            raise UserError(f"{printable(str(file))}, line {number}: {len(row)} values in {len(header)} columns")
+    return {name: [row[place] for _, row in rows[1:]] for place, name in enumerate(header)}
 
 
 def _parquet(file: Path) -> Columns:
@@ -159,6 +156,12 @@ def _encoder(name: str, values: Sequence[str]) -> Callable[[Sequence[str]], np.n
             "names the columns to learn from"
         )
     known = sorted(words)
+    if 2 * sum(_is_number(word.replace(",", ".", 1)) for word in values) > len(values):
+        odd = next(word for word in values if not _is_number(word))
+        log.warning(
+            "column %s: %s is no number that fp32 holds, so its %d different values are categories, and no numbers",
+            printable(name), printable(odd), len(words),
+        )  # fmt: skip
     return lambda texts: np.array([[text == word for word in known] for text in texts], np.float32)
 
 
