@@ -84,9 +84,10 @@ def read_names(file: Path) -> list[str]:
         UserError: there are none, or the file cannot be read.
     """
     try:
-        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        lines = file.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--examples {file} cannot be read ({error})") from error
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise UserError(f"--examples {file} names no image")
     return names

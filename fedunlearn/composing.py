@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.config import OURS, RUN_NAME, Config, Data, Partition, check_clients, state_home
+from fedunlearn.config import LONGEST_NAME, OURS, RUN_NAME, Config, Data, Partition, check_clients, state_home
 from fedunlearn.errors import UserError
 from fedunlearn.naming import name_of as client_name
 from fedunlearn.owners import named_settings, settled
@@ -115,6 +115,8 @@ def check(config: Config) -> Config:
     """
     if config.run and not re.fullmatch(RUN_NAME, config.run):
         raise UserError(f"run={config.run!r} is no name: a letter or digit, then also '.', '_' and '-'")
+    if len(config.run.encode()) > LONGEST_NAME:
+        raise UserError(f"run={config.run[:20]}... is longer than {LONGEST_NAME} bytes: files are named after it")
     for round_, clients in config.forget.schedule.items():
         if not 0 <= round_ <= config.rounds:
             raise UserError(f"forget.schedule: round {round_} is not in 0..{config.rounds}")

@@ -27,6 +27,7 @@ OURS = ("resnet18", "small_cnn")
 OPTIONAL = ("file", "names", "classes", "keys")
 """Settings of a partition that earlier versions did not have."""
 RUN_NAME = r"\w[\w.-]*"
+LONGEST_NAME = 200
 
 
 class Settings(BaseModel):

@@ -180,7 +180,12 @@ def class_numbers(texts: Iterable[str], names: Sequence[str]) -> list[int]:
         >>> class_numbers(["frog", "0"], ["cat", "frog"])
         [1, 0]
     """
-    return [names.index(text) if text in names else _class_number(text, names) for text in texts]
+    return [names.index(text) if text in names else _class_number(text, names) for text in map(composed, texts)]
+
+
+def composed(text: str) -> str:
+    """Give a text in composed characters, as names of classes are."""
+    return normalize("NFC", text)
 
 
 def _class_number(text: str, names: Sequence[str]) -> int:

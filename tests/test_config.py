@@ -83,6 +83,7 @@ def test_words_of_all_kinds():
         ("data=null data.root=/x", "data"),
         ("run=../elsewhere", "is no name"),
         ("run=..", "is no name"),
+        ("run=" + "x" * 201, "is longer than 200 bytes"),
         ("unlearn.loss_head=client model.client_head=false", "unlearn.loss_head=client needs model.client_head=true"),
     ],
 )

@@ -58,7 +58,7 @@ def test_a_model_of_timm_gets_what_it_takes():
     pytest.importorskip("timm")
     network = of("timm:vit_tiny_patch16_224", (32, 32, 1), depth=1)
     assert (network.features, network.module.pos_embed.shape[1]) == (192, 5)
-    assert of("test_efficientnet", (32, 32, 3)).features == 256  # which takes no img_size
+    assert of("test_efficientnet.r160_in1k", (32, 32, 3)).features == 256  # which takes no img_size
 
 
 def test_without_timm_its_names_say_what_to_install(monkeypatch):

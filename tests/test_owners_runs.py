@@ -11,6 +11,7 @@ from fedunlearn.config import from_json
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
+from fedunlearn.live.starting import open_run
 from fedunlearn.runs import scan
 from fedunlearn.runs.receipts import FOLDER, write
 from fedunlearn.runs.verifying import verified
@@ -102,6 +103,7 @@ def test_a_name_that_looks_like_a_number_wins_over_the_number(federate, hosted, 
     assert "client 3  " in capsys.readouterr().out
     assert command("forget", "--client", "amt", "--run", "test") == 2
     assert "no client is called 'amt': did you mean amt <1>?" in capsys.readouterr().err
+    assert open_run("test").request([3]).requests()[0].clients == [NUMBERS["3"]]
 
 
 def test_a_client_that_comes_later_changes_no_run(federate, hosted, tree):

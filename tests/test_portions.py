@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from fedunlearn.apps.reports import class_counts_of
+from fedunlearn.apps.serve.ask import Asked
 from fedunlearn.cli import main as cli
+from fedunlearn.commands import read_names
 from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.client import ClientRuntime
+from fedunlearn.naming import class_numbers
 from fedunlearn.runs import keys
 from fedunlearn.runs.ledger import Ledger, State
+from fedunlearn.runs.purge import known_class_counts
 from fedunlearn.runs.report import comparison
 from fedunlearn.runs.signed import read
 from fedunlearn.runs.verifying import verified
@@ -149,6 +154,62 @@ def test_what_is_not_there_is_refused_and_changes_nothing(federate, clients, sel
     assert request.state == State.REFUSED
     assert reason in request.detail["reason"]
     assert all(torch.equal(value, before[name]) for name, value in federate.state().items())
+
+
+def test_a_refused_request_moves_no_class_counts_and_ends_no_later_one(federate, capsys):
+    federate("rounds=1 strategy=leave")
+    class_ = int(counts_of(federate)[1].argmax())
+    ask(federate, [], Selection.by(patients=["p9"]))
+    ask(federate, [1], Selection.by(classes=[class_]))
+    with pytest.raises(UserError, match="REFUSED"):
+        federate("rounds=1 strategy=leave")
+    run = federate.run()
+    counts = class_counts_of(run, Auditor(run.config))
+    assert counts.shape == (4 + 4 + 1, 10)
+    assert counts[4:8].sum() == 0
+    assert counts[8].tolist() == [counts[8].sum() if k == class_ else 0 for k in range(10)]
+    run.ledger.keep_purge(run.ledger.requests()[1], deleted=[], kept=[])
+    assert known_class_counts(run, counts).tolist() == counts.tolist()
+
+
+def test_a_class_that_clients_forget_one_after_the_other_leaves_with_the_last(federate):
+    federate("rounds=1 strategy=leave")
+    for clients in ([0], [1, 2], [3]):
+        ask(federate, clients, Selection.by(classes=[7]))
+    federate("rounds=1 strategy=leave")
+    ask(federate, [0, 1, 2, 3], Selection.by(classes=[6]))
+    federate("rounds=1 strategy=leave")
+    assert [sorted(request.classes) for request in federate.requests()] == [[], [], [7], [6]]
+    assert federate.state()["pruned_classes"].tolist() == [k in (6, 7) for k in range(10)]
+
+
+def test_the_last_images_of_the_last_client_stay(federate):
+    federate("rounds=1 strategy=leave forget.schedule={1:[0,1,2]}")
+    ask(federate, [3], Selection.by(classes=range(10)))
+    with pytest.raises(UserError, match="REFUSED"):
+        federate("rounds=1 strategy=leave forget.schedule={1:[0,1,2]}")
+    assert federate.requests()[-1].detail["reason"] == "no client would be left"
+
+
+@pytest.mark.parametrize("patient", ["", " "])
+def test_nobody_is_no_patient(federate, patient):
+    federate.shared("rounds=1 strategy=leave", name="test")
+    with pytest.raises(UserError, match="a patient has no name"):
+        federate.run().request([], selection=Selection.by(patients=[patient]))
+
+
+def test_files_of_ids_are_read_as_windows_writes_them(tmp_path):
+    (tmp_path / "ids.txt").write_bytes("\ufeff.\\a\\1.png\r\n\r\ncafe\u0301/2.png \r\na/1.png\r\n".encode())
+    selection = Selection.by(examples=read_names(tmp_path / "ids.txt"), patients=["Ame\u0301lie ", "Am\xe9lie"])
+    assert selection.examples == ("a/1.png", "caf\xe9/2.png")
+    assert selection.patients == ("Am\xe9lie",)
+
+
+def test_a_class_that_was_chosen_by_its_number_is_named_by_its_name():
+    names = ["1", "10", "2"]
+    (option,) = Asked(class_="1").options(names)
+    assert class_numbers([option.removeprefix("--class=")], names) == [1]
+    assert class_numbers(["e\u0301"], ["a", "\xe9"]) == [1]
 
 
 def test_the_same_portion_again_is_the_same_request(federate):

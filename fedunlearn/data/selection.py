@@ -2,10 +2,13 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from posixpath import normpath
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
+from fedunlearn.data.images import class_name
 from fedunlearn.errors import printable
 
 
@@ -33,8 +36,9 @@ class Selection:
     def by(
         cls, classes: Collection[int] = (), patients: Collection[str] = (), examples: Collection[str] = ()
     ) -> "Selection":
-        """Make a selection of names in any order, each as often as it is there."""
-        return cls(tuple(sorted(set(classes))), tuple(sorted(set(patients))), tuple(sorted(set(examples))))
+        """Make a selection of names in any order, each as often as it is there, and in any spelling."""
+        whose, which = {normalize("NFC", name.strip()) for name in patients}, set(map(image_name, examples))
+        return cls(tuple(sorted(set(classes))), tuple(sorted(whose)), tuple(sorted(which)))
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "Selection":
@@ -129,6 +133,16 @@ class Portion:
     def content(self) -> dict[str, Any]:
         """Give all but the number, for JSON."""
         return {"client": self.client, **self.selection.content()}
+
+
+def image_name(path: str) -> str:
+    """Give the name of an image: its path with slashes, without detours, in composed characters.
+
+    Example:
+        >>> image_name(".\\\\a\\\\1.png"), image_name("b//2.png"), image_name("17")
+        ('a/1.png', 'b/2.png', '17')
+    """
+    return class_name(normpath(path.replace("\\", "/")))
 
 
 def _among(names: Sequence[str], wanted: Collection[str]) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedunlearn.data.images import image_paths
+from fedunlearn.data.selection import image_name
 from fedunlearn.errors import UserError
 
 REMOVED_FILES = "files-to-delete.txt"
@@ -152,7 +153,7 @@ class Dataset:
         files = self.files
         if not files:
             return [str(number) for number in chosen]
-        return [(self.source / files[number]).relative_to(self.source).as_posix() for number in chosen]
+        return [image_name((self.source / files[number]).relative_to(self.source).as_posix()) for number in chosen]
 
     def patients_of(self, chosen: np.ndarray) -> list[str] | None:
         """Say whose training images are, where the data set knows it."""

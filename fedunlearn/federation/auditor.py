@@ -79,8 +79,19 @@ class Auditor:
         """Count the images of each class that clients have, [C, K].
 
         Args:
-            clients: and portions of clients; by default all clients, without their portions, and then all portions.
+            clients: and portions of clients; by default all clients, without their portions, and then all portions, so
+                that each is in the row of its number. A number that no portion has, as of a request that was refused,
+                has no images.
             portions: of clients, by number, from C on.
         """
-        wanted = [*range(len(self._runtime.slices)), *sorted(portions)] if clients is None else clients
-        return np.stack([self._runtime.client(client, 0, portions=portions).class_counts.numpy() for client in wanted])
+        known = len(self._runtime.slices)
+        wanted = range(max([known - 1, *portions]) + 1) if clients is None else clients
+        none = np.zeros(len(self._runtime.dataset.class_names), np.int64)
+        return np.stack(
+            [
+                self._runtime.client(client, 0, portions=portions).class_counts.numpy()
+                if client < known or client in portions
+                else none
+                for client in wanted
+            ]
+        )

@@ -20,7 +20,7 @@ from fedunlearn.federation.scores import Scorer, Scores
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.federation.withdrawals import believed
 from fedunlearn.runs.formats import forgotten
-from fedunlearn.runs.ledger import OPEN, RECEIPT, Ledger, Request, State
+from fedunlearn.runs.ledger import FORGOTTEN, OPEN, RECEIPT, TAKEN_UP, Ledger, Request, State
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.signed import SignedRequest, UnsignedError, action_of, check, read
 
@@ -128,9 +128,23 @@ class Requests:
                 self._complete(request)
 
     def _accept(self, request: Request) -> Request:
-        if not (reason := self._unsuitable(request)):
-            return self._ledger.advance(request, State.COLLECTING)
-        return self._refused(request, reason)
+        if reason := self._unsuitable(request):
+            return self._refused(request, reason)
+        about = {"all_clients": True} if self._takes_the_last(request) else {}
+        return self._ledger.advance(request, State.COLLECTING, **about)
+
+    def _takes_the_last(self, request: Request) -> bool:
+        """Say whether nobody has images of a request's classes beside it, since all others have forgotten them."""
+        selection, ledger = request.selection, self._ledger
+        if not (selection and selection.is_of_classes):
+            return False
+        earlier = {
+            portion.client
+            for portion in ledger.portions(FORGOTTEN).values()
+            if portion.selection.is_of_classes and set(selection.classes) <= set(portion.selection.classes)
+        }
+        without = {*request.owners, *earlier, *ledger.clients_in(TAKEN_UP)}
+        return without.issuperset(range(self._run.config.clients))
 
     def _refused(self, request: Request, reason: str) -> Request:
         log.warning("── request %s is refused: %s", request.id, reason)
@@ -158,9 +172,10 @@ class Requests:
         found = federation.count(portions.values())
         if reason := unsuitable_portions(portions, found):
             return reason
-        left = {client: federation.nodes.examples[client] for client in federation.trainable}
+        stay = federation.retain + [portion.client for portion in portions.values()]
+        left = {client: federation.nodes.examples[client] for client in stay}
         for number, portion in portions.items():
-            left[portion.client] = left.get(portion.client, 0) - found[number]
+            left[portion.client] -= found[number]
         if max(left.values()) < 2:
             return "no client would be left"
         self._ledger.keep_examples(found)
@@ -336,7 +351,8 @@ def unsuitable_portions(portions: Mapping[int, Portion], examples: Mapping[int, 
     if not total:
         return f"no client that was asked has an image of {selection.in_words()} that is not forgotten"
     if total < len(selection.examples):
-        return f"of the {len(selection.examples)} named images {len(selection.examples) - total} were not found"
+        missing = len(selection.examples) - total
+        return f"of the {len(selection.examples)} named images {missing} were not found, or are forgotten already"
     return ""
 
 

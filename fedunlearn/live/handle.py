@@ -286,7 +286,7 @@ class LiveRun:
             UserError: there is no such client, or the run has no sound checkpoint to forget from.
         """
         found = Run.opened(self.folder)
-        return found.request(found.numbers_of(clients), by=by, right=right)
+        return found.request(map(str, clients), by=by, right=right)  # as in a command, a name wins over a number
 
     def receipts(self) -> "list[Receipt]":
         """Give the last receipt of every request that has ended."""

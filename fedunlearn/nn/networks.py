@@ -108,7 +108,7 @@ def _made(name: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Modul
         return _of_torchvision(rest, given, options) if library == "torchvision" else _of_timm(rest, given, options)
     if name in _torchvision_names():
         return _of_torchvision(name, given, options)
-    if _has_timm() and name in _timm_names():
+    if _has_timm() and _without_tag(name) in _timm_names():
         return _of_timm(name, given, options)
     known = ["resnet18", "small_cnn", *SHORT, *_torchvision_names(), *(_timm_names() if _has_timm() else [])]
     raise UserError(f"there is no such network{_nearest(name, known)} (one of your own is module:factory)")
@@ -160,7 +160,7 @@ def _with_channels(layer: nn.Conv2d, channels: int) -> nn.Conv2d:
 def _of_timm(name: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     if not _has_timm():
         raise UserError("timm is not installed: pip install 'fedunlearn[timm]', on every machine")
-    if name not in _timm_names():
+    if _without_tag(name) not in _timm_names():
         raise UserError(f"timm has no model of that name{_nearest(name, _timm_names())}")
     timm: Any = import_module("timm")
 
@@ -183,6 +183,11 @@ def _called(factory: Any, arguments: dict[str, Any]) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise UserError(f"what was made is no torch.nn.Module but {type(network).__name__}")
     return network
+
+
+def _without_tag(name: str) -> str:
+    """Give the architecture in a name of timm's, which may go on with that of trained weights: `vit_tiny.augreg`."""
+    return name.partition(".")[0]
 
 
 def _has_timm() -> bool:

@@ -364,11 +364,15 @@ def keep_class_counts(run: Run, request: Request, class_counts: Mapping[str, lis
 
 
 def known_class_counts(run: Run, class_counts: np.ndarray | None) -> np.ndarray | None:
-    """Give class counts with those that were kept when images were removed, zeros where figures were removed too."""
+    """Give class counts with those that were kept when images were removed, zeros where figures were removed too.
+
+    Of portions of clients no image was removed.
+    """
     if class_counts is None:
         return None
     counts = class_counts.copy()
-    counts[sorted({client for request in run.ledger.purged() for client in request.clients})] = 0
+    purged = [request for request in run.ledger.purged() if not request.portions]
+    counts[sorted({client for request in purged for client in request.clients})] = 0
     for row in run.metrics():
         if row["kind"] == PURGE:
             for client, own in row["class_counts"].items():

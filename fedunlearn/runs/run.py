@@ -175,6 +175,8 @@ class Run:
         all_clients = set(range(self.config.clients)) - set(self.ledger.clients_in(TAKEN_UP))
         for name in (*selection.patients, *selection.examples) if selection else ():
             check_text(name)
+            if not name:
+                raise UserError("a patient has no name: who is not named is nobody")
         wanted = sorted(set(clients) or (all_clients if selection else set()))
         check_clients(wanted, self.config.clients)
         names = self.class_names() if selection and selection.classes else []

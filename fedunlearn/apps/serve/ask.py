@@ -66,9 +66,13 @@ class Asked:
         """Read what the clients' key has signed, if anything was."""
         return read(self.signed.encode()) if self.signed.strip() else None
 
-    def options(self) -> list[str]:
-        """Give the same as options of `fedunlearn forget`, which reads what was signed from stdin."""
-        named = {"client": self.clients, "class": self.class_, "patient": self.patient}
+    def options(self, class_names: Sequence[str]) -> list[str]:
+        """Give the same as options of `fedunlearn forget`, which reads what was signed from stdin.
+
+        There a class has its name: a number may be the name of another one.
+        """
+        class_ = class_names[int(self.class_)] if self.class_ else ""
+        named = {"client": self.clients, "class": class_, "patient": self.patient}
         named |= {"by": self.by, "right": self.right, "signed": self.signed and "/dev/stdin"}
         return [f"--{name}={text}" for name, text in named.items() if text]
 
@@ -108,7 +112,7 @@ def file(run: Run, asked: Asked, jobs: Jobs) -> None:
         run.request(clients, by=asked.by, right=asked.right, signed=asked.signature(), selection=selection)
         if is_taken(run) or run.config.forget.signed:  # what was signed can be filed once: the next start takes it up
             return
-    jobs.start(run.name, asked.options(), given=asked.signed)
+    jobs.start(run.name, asked.options(run.class_names()), given=asked.signed)
 
 
 def whom(run: Run, clients: Sequence[int], selection: Selection | None) -> str:

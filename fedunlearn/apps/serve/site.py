@@ -156,7 +156,7 @@ class Site:
                 words = ask.outlook(run, asked)
             except UserError as error:
                 return _form(request, run, asked, str(error))
-            command = shlex.join(["fedunlearn", *self._jobs.words(name, asked.options())])
+            command = shlex.join(["fedunlearn", *self._jobs.words(name, asked.options(run.class_names()))])
             return _page(request, "confirm.html.jinja", run=run, asked=asked, command=command, **words)
 
     def file(
