@@ -3,6 +3,8 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any
 from unicodedata import normalize
 
 from fedunlearn.data.selection import Portion
@@ -121,6 +123,16 @@ def _clients(clients: Sequence[int], names: Sequence[str], most: int) -> str:
 
 def _together(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def listed(values: Any) -> list[Any]:
+    """Give a list of names or numbers, also where there is one alone: a text is one name, and not its letters.
+
+    Example:
+        >>> listed("12"), listed(3), listed(("a", "b"))
+        (['12'], [3], ['a', 'b'])
+    """
+    return [values] if isinstance(values, str | Integral) else list(values)
 
 
 def numbers_of(texts: Iterable[str], names: Sequence[str] = ()) -> list[int]:

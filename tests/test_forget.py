@@ -286,6 +286,7 @@ def test_the_door_refuses_what_cannot_be_asked(finished):
         with pytest.raises(UserError, match=message):
             run.request(clients)
     assert run.ledger.requests() == []
+    assert (run.numbers_of("12"), run.numbers_of("1,2"), run.numbers_of(3)) == ([12], [1, 2], [3])
 
 
 def test_a_handle_follows_a_request_through_its_states(finished):

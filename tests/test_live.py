@@ -27,7 +27,7 @@ from fedunlearn.federation.auditor import Auditor
 from fedunlearn.live import auditing, background, frames
 from fedunlearn.live.handle import RunState
 from fedunlearn.live.receipt import Receipt
-from fedunlearn.live.words import words_of
+from fedunlearn.live.words import options_for, words_of
 from fedunlearn.runs.home import runs_folder
 from fedunlearn.runs.ledger import Request, State
 from fedunlearn.runs.lock import lock
@@ -301,6 +301,11 @@ def test_clients_with_names_are_called_by_them():
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_one_client_is_a_client_and_not_its_digits():
+    assert options_for({"client": "12", "class": 10}) == ["--client=12", "--class=10"]
+    assert options_for({"client": np.int64(3), "patient": [""]}) == ["--client=3", "--patient="]
 
 
 def test_settings_become_words():

@@ -17,7 +17,8 @@ from fedunlearn.errors import UserError
 from fedunlearn.live import frames
 from fedunlearn.live.background import POLL_SECONDS, Background, Lines, followed, last_words
 from fedunlearn.live.cards import Page, card, shown
-from fedunlearn.live.words import words_of
+from fedunlearn.live.words import options_for, words_of
+from fedunlearn.naming import listed
 from fedunlearn.runs.home import log_of, runs_folder
 from fedunlearn.runs.lock import is_locked, owner
 from fedunlearn.runs.run import Run, last_round
@@ -225,10 +226,10 @@ class LiveRun:
 
     def forget(
         self,
-        clients: Sequence[int | str] = (),
+        clients: int | str | Sequence[int | str] = (),
         *,
-        classes: Sequence[int | str] = (),
-        patients: Sequence[str] = (),
+        classes: int | str | Sequence[int | str] = (),
+        patients: str | Sequence[str] = (),
         examples: str | Path = "",
         by: str = "",
         right: str = "",
@@ -243,8 +244,8 @@ class LiveRun:
         of its own applies it now.
 
         Args:
-            clients: their numbers, or names where they have some. With one of the next three, none means all clients
-                that have such images.
+            clients: their numbers, or names where they have some; one alone needs no list. With one of the next three,
+                none means all clients that have such images.
             classes: images of these classes alone, by name or number.
             patients: images of these patients alone.
             examples: file with the names of the images that alone are meant, one a line.
@@ -270,14 +271,14 @@ class LiveRun:
 
         deadline = None if timeout is None else time.monotonic() + timeout
         self._until_trained(deadline)
-        several = {"client": clients, "class": classes, "patient": patients}
-        options = {"examples": examples, "by": by, "right": right, "key": key}
-        words = [f"--{name}={value}" for name, values in several.items() for value in values] + words_of(settings)
-        words += [f"--{name}={value}" for name, value in options.items() if value]
+        about = {"client": clients, "class": classes, "patient": patients}
+        options = {"examples": str(examples), "by": by, "right": right, "key": str(key)}
+        about |= {name: value for name, value in options.items() if value}
+        words = [*options_for(about), *words_of(settings)]
         requests = self._command(["forget", *words, "--wait", "--json"], deadline=deadline, quiet=quiet)
         return Receipt(self._receipt_of(requests[-1]["id"]))
 
-    def request(self, clients: Sequence[int | str], *, by: str = "", right: str = "") -> "RequestHandle":
+    def request(self, clients: int | str | Sequence[int | str], *, by: str = "", right: str = "") -> "RequestHandle":
         """Ask for clients to be forgotten, and go on at once; `follow()` of the result waits.
 
         A live run takes the request at its next round boundary. Else nobody does, until somebody serves the run.
@@ -286,7 +287,9 @@ class LiveRun:
             UserError: there is no such client, or the run has no sound checkpoint to forget from.
         """
         found = Run.opened(self.folder)
-        return found.request(map(str, clients), by=by, right=right)  # as in a command, a name wins over a number
+        return found.request(
+            map(str, listed(clients)), by=by, right=right
+        )  # as in a command, a name wins over a number
 
     def receipts(self) -> "list[Receipt]":
         """Give the last receipt of every request that has ended."""

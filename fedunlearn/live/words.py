@@ -6,6 +6,7 @@ from typing import Any
 
 from fedunlearn.config import Config
 from fedunlearn.errors import UserError
+from fedunlearn.naming import listed
 from fedunlearn.schema import nearest_of, setting_names
 
 
@@ -29,6 +30,16 @@ def words_of(settings: Mapping[str, Any], *, options: tuple[str, ...] = ()) -> l
         if name not in known and not name.startswith("unlearn."):
             raise UserError(f"{name} is no setting{nearest_of(name, [*known, *options])}")
     return [f"{name}={_text(value, quoted=name.startswith('unlearn.'))}" for name, value in pairs]
+
+
+def options_for(about: Mapping[str, Any]) -> list[str]:
+    """Write what a request is about as options of a command.
+
+    Example:
+        >>> options_for({"client": [3, 5], "class": "frog", "patient": ()})
+        ['--client=3', '--client=5', '--class=frog']
+    """
+    return [f"--{name}={value}" for name, values in about.items() for value in listed(values)]
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

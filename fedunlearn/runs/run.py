@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
-from fedunlearn.naming import MOST_NAMED, named, numbers_of, with_portions
+from fedunlearn.naming import MOST_NAMED, listed, named, numbers_of, with_portions
 from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.events import TamperedError
 from fedunlearn.runs.files import named_in_errors, sync
@@ -104,7 +104,9 @@ class Run:
             UserError: nobody has such a name.
         """
         names = self.config.partition.names
-        numbers = (c for one in clients for c in (numbers_of([one], names) if isinstance(one, str) else [int(one)]))
+        numbers = (
+            c for one in listed(clients) for c in (numbers_of([one], names) if isinstance(one, str) else [int(one)])
+        )
         return list(dict.fromkeys(numbers))
 
     # For whoever asks from outside -------------------------------------------------------------------------------
