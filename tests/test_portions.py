@@ -139,7 +139,7 @@ def test_one_image_is_forgotten_and_then_the_whole_client(federate, memorised):
 @pytest.mark.parametrize(
     ("clients", "selection", "reason"),
     [
-        ([], Selection.by(patients=["p9"]), "no client that was asked has an image of patient p9"),
+        ([], Selection.by(patients=["p9"]), "no client that was asked trains on an image of patient p9"),
         ([], Selection.by(examples=["1", "5000"]), "of the 2 named images 1 were not found"),
         ([], Selection.by(classes=range(10)), "no client would be left"),
     ],

@@ -349,7 +349,7 @@ def unsuitable_portions(portions: Mapping[int, Portion], examples: Mapping[int, 
     """
     selection, total = next(iter(portions.values())).selection, sum(examples.values())
     if not total:
-        return f"no client that was asked has an image of {selection.in_words()} that is not forgotten"
+        return f"no client that was asked trains on an image of {selection.in_words()} that is not forgotten"
     if total < len(selection.examples):
         missing = len(selection.examples) - total
         return f"of the {len(selection.examples)} named images {missing} were not found, or are forgotten already"
