@@ -183,6 +183,28 @@ def test_a_class_that_clients_forget_one_after_the_other_leaves_with_the_last(fe
     assert federate.state()["pruned_classes"].tolist() == [k in (6, 7) for k in range(10)]
 
 
+def test_an_image_stays_forgotten_when_the_images_of_another_client_are_removed(federate, tmp_path):
+    own = np.random.default_rng(0).integers(0, 256, (72, 8, 8), np.uint8)
+    np.savez(tmp_path / "own.npz", images=own, labels=np.arange(72) % 2, clients=np.repeat(["a", "b", "c"], 24))
+    words = f"clients=3 data.name=npz data.root={tmp_path / 'own.npz'} data.limit=0 data.test_limit=0"
+    words += " partition.kind=column strategy=leave"
+    federate(f"{words} rounds=1")
+    runtime = ClientRuntime(federate.run().config)
+    place = runtime.slices[2][3]
+    image = np.array(runtime.dataset.train.images[place])
+    ask(federate, ["c"], Selection.by(examples=runtime.dataset.names_of(runtime.slices[2][3:4])))
+    ask(federate, ["a"], None)
+    federate(f"{words} rounds=2")
+    run = federate.run()
+    assert [request.state for request in run.ledger.requests()] == [State.COMPLETED] * 2
+    federate(f"{words} rounds=3")
+    runtime = ClientRuntime(run.config)
+    assert runtime.dataset.removed == 20
+    portion, rest = (runtime.dataset.train.images[runtime.indices(c, run.ledger.portions())] for c in (3, 2))
+    assert np.array_equal(portion, image[None])
+    assert not (rest == image).all((1, 2, 3)).any()
+
+
 def test_the_last_images_of_the_last_client_stay(federate):
     federate("rounds=1 strategy=leave forget.schedule={1:[0,1,2]}")
     ask(federate, [3], Selection.by(classes=range(10)))

@@ -145,15 +145,20 @@ class Dataset:
         return sorted(set(self.owners))
 
     def names_of(self, chosen: np.ndarray) -> list[str]:
-        """Name training images: by their files within the source; without files by their numbers.
+        """Name training images: by their files within the source, or by their numbers before any was taken out.
 
         Args:
             chosen: their indices.
         """
         files = self.files
         if not files:
-            return [str(number) for number in chosen]
+            return [str(number) for number in self._numbers[chosen]]
         return [image_name((self.source / files[number]).relative_to(self.source).as_posix()) for number in chosen]
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        file = self.store / f"{self._train}_numbers.npy"
+        return mapped(file) if file.exists() else np.arange(len(self.train.labels))
 
     def patients_of(self, chosen: np.ndarray) -> list[str] | None:
         """Say whose training images are, where the data set knows it."""
@@ -207,6 +212,8 @@ class Dataset:
             left = [place[owned[kept[owned]]] for owned in slices]
             cuts = np.cumsum([len(owned) for owned in left])[:-1]
             np.savez(self.store / f"{name}_{deal}.npz", indices=np.concatenate(left), cuts=cuts)
+        if not self.files:
+            np.save(self.store / f"{name}_numbers.npy", self._numbers[kept])
         if self.owners:
             left = [owner for owner, is_kept in zip(self.owners, kept, strict=True) if is_kept]
             (self.store / f"{name}_clients.json").write_text(json.dumps(left))

@@ -463,6 +463,10 @@ class Ledger(EventLog[Standing]):
         """Give the requests after which what was left of their clients was removed."""
         return [request for request in self.requests() if request.id in self.found().purged]
 
+    def purged_clients(self) -> set[int]:
+        """Give the clients whose images were removed; of a portion of a client's none is."""
+        return {c for request in self.purged() for c in request.clients if c not in request.portions}
+
     def is_told(self, request: Request) -> bool:
         """Say whether the last receipt of a request that has ended is about how it stands now."""
         about = self.receipts(request.id)

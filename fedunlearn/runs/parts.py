@@ -85,7 +85,7 @@ def _needed(run: Run, clients: Collection[int], sharing: Iterable[Run]) -> Mappi
     """By client's name, the runs that need its images."""
     needed: dict[str, list[str]] = {}
     for other in sharing:
-        without = {client for request in other.ledger.purged() for client in request.clients}
+        without = other.ledger.purged_clients()
         without |= set(clients) if other.folder == run.folder else set()
         for client, name in enumerate(other.config.partition.names):
             if client not in without:

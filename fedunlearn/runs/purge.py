@@ -177,7 +177,7 @@ def _users(store: Path, run: Run, clients: Collection[int]) -> list[User]:
     """The runs that use a copy; `run` does without `clients` from now on."""
     users = []
     for other in _sharing(store, run):
-        without = {client for request in other.ledger.purged() for client in request.clients}
+        without = other.ledger.purged_clients()
         without |= set(clients) if other.folder == run.folder else set()
         config = other.config_here()
         users.append(User(other.name, deal_of(config), slices_of(config, Dataset(store)), without))
@@ -371,8 +371,7 @@ def known_class_counts(run: Run, class_counts: np.ndarray | None) -> np.ndarray 
     if class_counts is None:
         return None
     counts = class_counts.copy()
-    purged = [request for request in run.ledger.purged() if not request.portions]
-    counts[sorted({client for request in purged for client in request.clients})] = 0
+    counts[sorted(run.ledger.purged_clients())] = 0
     for row in run.metrics():
         if row["kind"] == PURGE:
             for client, own in row["class_counts"].items():
