@@ -213,6 +213,19 @@ def test_the_last_images_of_the_last_client_stay(federate):
     assert federate.requests()[-1].detail["reason"] == "no client would be left"
 
 
+def test_of_images_that_are_named_again_the_others_are_forgotten(federate):
+    federate("rounds=1 strategy=leave")
+    first, second, third = map(str, ClientRuntime(federate.run().config).slices[2][:3])
+    for names in ([first, second], [second, third], [second, "99999"]):
+        ask(federate, [], Selection.by(examples=names))
+    with pytest.raises(UserError, match="REFUSED"):
+        federate("rounds=1 strategy=leave")
+    requests = federate.requests()
+    assert [request.state for request in requests] == [State.COMPLETED, State.COMPLETED, State.REFUSED]
+    left = [{s["examples"] for s in r.detail["before"]["forgotten"].values()} for r in requests[:2]]
+    assert left == [{2}, {1}]
+
+
 @pytest.mark.parametrize("patient", ["", " "])
 def test_nobody_is_no_patient(federate, patient):
     federate.shared("rounds=1 strategy=leave", name="test")

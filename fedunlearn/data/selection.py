@@ -64,6 +64,11 @@ class Selection:
         """Whether classes alone are named."""
         return bool(self.classes) and not self.patients and not self.examples
 
+    @property
+    def is_of_examples(self) -> bool:
+        """Whether single images alone are named."""
+        return bool(self.examples) and not self.classes and not self.patients
+
     def __bool__(self) -> bool:
         return bool(self.classes or self.patients or self.examples)
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import asdict
 from datetime import datetime
 from inspect import signature
@@ -170,7 +170,7 @@ class Requests:
         if portions.keys() <= federation.nodes.portions.keys():
             return ""
         found = federation.count(portions.values())
-        if reason := unsuitable_portions(portions, found):
+        if reason := unsuitable_portions(portions, found, self._named_before()):
             return reason
         stay = federation.retain + [portion.client for portion in portions.values()]
         left = {client: federation.nodes.examples[client] for client in stay}
@@ -181,6 +181,11 @@ class Requests:
         self._ledger.keep_examples(found)
         federation.split()
         return ""
+
+    def _named_before(self) -> set[str]:
+        """Give the names of images that earlier requests have named, found and forgotten, whatever else they are."""
+        portions = self._ledger.portions(FORGOTTEN).values()
+        return {name for portion in portions if portion.selection.is_of_examples for name in portion.selection.examples}
 
     def _unsigned(self, request: Request) -> str:
         """Say why a request does not have the signature that the run asks for; nothing where it has."""
@@ -340,18 +345,20 @@ def check_result(strategy: Strategy, result: Any) -> None:
         raise UserError(f"{name}.forget returned what a receipt cannot hold: {error}") from None
 
 
-def unsuitable_portions(portions: Mapping[int, Portion], examples: Mapping[int, int]) -> str:
+def unsuitable_portions(
+    portions: Mapping[int, Portion], examples: Mapping[int, int], before: Set[str] = frozenset()
+) -> str:
     """Say why portions of clients cannot be forgotten; nothing where they can.
 
     Args:
         portions: by number, all of one selection.
         examples: that each has.
+        before: names of images that were forgotten before.
     """
     selection, total = next(iter(portions.values())).selection, sum(examples.values())
     if not total:
         return f"no client that was asked trains on an image of {selection.in_words()} that is not forgotten"
-    if total < len(selection.examples):
-        missing = len(selection.examples) - total
+    if (missing := len(set(selection.examples) - before) - total) > 0:
         return f"of the {len(selection.examples)} named images {missing} were not found, or are forgotten already"
     return ""
 
