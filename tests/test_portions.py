@@ -45,6 +45,13 @@ def test_a_selection_means_what_fits_in_every_respect(selection, expected):
     assert Selection.read(json.loads(json.dumps(selection.content()))) == selection
 
 
+def test_classes_are_called_as_commands_take_them():
+    names = ["1", "10", "frog", "3"]
+    assert Selection.by(classes=range(4)).in_words(names) == "classes 1, 10, 2 (frog), 3"
+    assert class_numbers(["1", "10", "2", "3"], names) == [0, 1, 2, 3]
+    assert Selection.by(classes=[7]).in_words() == "class 7"
+
+
 def test_without_patients_nobody_is_meant():
     assert not Selection.by(patients=["p1"]).of(LABELS, None, NAMES).any()
 

@@ -93,13 +93,14 @@ class Selection:
         return meant
 
     def in_words(self, class_names: Sequence[str] = ()) -> str:
-        """Say what is meant, as `class 5 (frog)`.
+        """Say what is meant, as `class 5 (frog)`; a class whose name is a number has its name alone, as in commands.
 
         Args:
             class_names: of the data set, where they are known.
         """
+        names = {k: class_names[k] for k in self.classes if k < len(class_names)}
         classes = [
-            f"{k} ({printable(class_names[k])})" if k < len(class_names) and class_names[k] != str(k) else str(k)
+            f"{k} ({printable(names[k])})" if k in names and not names[k].isdecimal() else names.get(k, str(k))
             for k in self.classes
         ]
         patients = list(map(printable, self.patients))

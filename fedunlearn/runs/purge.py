@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -407,7 +408,8 @@ def check_purgeable(run: Run, clients: Collection[int]) -> list[Request]:
     requests = [r for r in run.ledger.requests() if r.state in FORGOTTEN and set(r.clients) & set(clients)]
     forgotten = {client for request in requests if request.state == State.COMPLETED for client in request.clients}
     if missing := sorted(set(clients) - forgotten):
+        (name,) = run.client_names(missing[:1]) or [str(missing[0])]
         raise UserError(
-            f"{run.named(missing[:1])} is not forgotten in run {run.name}: fedunlearn forget --client {missing[0]}"
+            f"{run.named(missing[:1])} is not forgotten in run {run.name}: fedunlearn forget --client {quote(name)}"
         )
     return requests
