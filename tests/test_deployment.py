@@ -145,7 +145,7 @@ def test_a_forgotten_hospital_gets_no_message_whatever_it_says_that_it_is(deploy
     deployment.wait_for("run", r"round +1/2 ")
     assert command("forget", "--client", "hospital_b", "--run", "real") == 0
     deployment.wait_for("run", "report: ")
-    assert "3 clients on 3 virtual nodes" in deployment.log("run")
+    assert "3 clients on 3 machines of their own" in deployment.log("run")
 
     end(deployment.link)
     deployment.superlink()

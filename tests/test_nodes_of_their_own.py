@@ -272,10 +272,14 @@ def test_a_node_that_says_it_is_somebody_else_is_not_believed(federate, hospital
     hospitals(f"rounds=1 {setting}", keys=[keys[0], keys[2], keys[1]])
     assert "it says that it is client hospital_b, whose key is another (partition.keys)" in warnings()
     assert federate.run().metrics()[-1]["clients"] == [0]
+    assert "1 clients on 1 machines of their own\n" in warnings()
 
 
-def test_a_forgotten_key_gets_no_message_whatever_it_says_it_is(federate, hospitals, supernodes, tmp_path, warnings):
-    keys, setting = supernodes
+@pytest.mark.parametrize("are_named", [True, False])
+def test_a_forgotten_key_gets_no_message_whatever_it_says_it_is(
+    federate, hospitals, supernodes, tmp_path, warnings, are_named
+):
+    keys, setting = supernodes[0], supernodes[1] if are_named else ""
     hospitals(f"rounds=1 {setting} forget.schedule={{1:[hospital_b]}}", keys=keys)
     assert federate.requests()[0].state == "COMPLETED"
     other_images = hospitals.machine("hospital_a", classes(tmp_path / "new", 8), "new")
@@ -295,6 +299,30 @@ def test_another_run_knows_a_forgotten_key_too(hospitals, supernodes, warnings):
     grid = hospitals("run=third rounds=1 forget.schedule={0:[hospital_b]}", keys=keys)
     assert list(grid.nodes)[1] not in {message.metadata.dst_node_id for message in grid.sent}
     assert "its key is that of a client that was forgotten (run test (request r1))" in warnings()
+
+
+@pytest.mark.parametrize("are_named", [True, False])
+def test_who_is_taken_back_trains_again_on_its_own_machine(federate, hospitals, supernodes, are_named):
+    keys, setting = supernodes[0], supernodes[1] if are_named else ""
+    hospitals(f"rounds=1 {setting} forget.schedule={{1:[hospital_b,hospital_c]}}", keys=keys)
+    hospitals(f"run=second rounds=1 {setting} readmit=[hospital_b] forget.schedule={{0:[hospital_c]}}", keys=keys)
+    assert federate.run("second").metrics()[-1]["clients"] == [0, 1]
+
+
+def test_of_two_clients_of_one_machine_the_other_takes_part_in_further_runs(hospitals, supernodes, federate, tmp_path):
+    keys = supernodes[0][:2]
+    ids = dict(zip("abc", (id_of(keys[0]), *map(id_of, keys)), strict=True))
+    for number, name in enumerate("ab"):
+        classes(tmp_path / "two" / name, number)
+    c, both = hospitals.machine("c", classes(tmp_path / "c", 2)), hospitals.machine("a, b", tmp_path / "two", "two")
+
+    def run(words, machine, names):
+        named = ",".join(f"{name}:{ids[name]}" for name in names)
+        hospitals(f"rounds=1 clients={len(names)} partition.keys={{{named}}} {words}", [machine, c], names, keys)
+
+    run("forget.schedule={1:[a]}", both, "abc")
+    run("run=second", hospitals.machine("b", tmp_path / "two" / "b", "two"), "bc")
+    assert federate.run("second").metrics()[-1]["clients"] == [0, 1]
 
 
 def test_a_simulation_knows_no_keys_and_asks_nobody_then(hospitals, supernodes, warnings):

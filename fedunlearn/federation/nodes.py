@@ -67,14 +67,14 @@ class Nodes:
         disputed: clients of which nodes say different numbers of examples.
         gpu: whether a node has one.
         fingerprints: SHA-256 of the images of clients that have them on machines of their own.
+        keys: ids of the keys of these machines, by client; empty where nobody knows one.
         check_update: raises RefusedError for one client's update that is to be left out, where `robust` is on.
         withdrawals: what replies have carried of clients that ask on their own machines to be forgotten.
     """
 
     def __init__(self, config: Config, model: TwoHeadModel, *, pixels: int, run: str = "") -> None:
-        self.config, self._model, self._pixels = config, model, pixels
-        self._run = run
-        self._keys: dict[int, str] = {}
+        self.config, self._model, self._pixels, self._run = config, model, pixels, run
+        self.keys, self._key_of = dict[int, str](), dict[int, str]()
         self.withdrawals = Withdrawals()
         self.nodes: list[int] = []
         self.clients_of: dict[int, list[int]] = {}
@@ -114,7 +114,7 @@ class Nodes:
         """
         with waiting("the nodes' first answers", limit=WAIT_SECONDS):
             entrance = Entrance(self.config.partition.keys, gone, forgotten, self.name_of)
-            self._keys = entrance.key_of
+            self._key_of = entrance.key_of
             found = self._introduced(grid, forgotten, entrance)
         if self.config.partition.is_on_nodes:
             about = {"known": images, "gone": gone, "forgotten": forgotten, "name": self.name_of}
@@ -137,6 +137,9 @@ class Nodes:
         self.clients_of = dict(zip(claims, assigned(list(claims.values())), strict=True))
         self.examples = {client: claims[node][client] for node, own in self.clients_of.items() for client in own}
         self.fingerprints = {c: sha256 for node in claims for c, sha256 in found[node].fingerprints.items() if sha256}
+        self.keys = {
+            c: self._key_of[node] for node, own in self.clients_of.items() for c in own if node in self._key_of
+        }
         self.disputed = sorted(disputed(claims) - known.keys())
         if self.disputed:
             log.warning(
@@ -348,7 +351,7 @@ class Nodes:
 
         Those are the clients of the node's own key, or without `partition.keys` those that it hosts.
         """
-        key, keys = self._keys.get(node, ""), self.config.partition.keys
+        key, keys = self._key_of.get(node, ""), self.config.partition.keys
         own = [c for c, owner in keys.items() if owner == key] if keys else self.clients_of.get(node, [])
         usual = "" if self.config.forget.signed else key
         return {c: self.config.owner_keys.get(c, usual) for c in own if c < self.config.clients}

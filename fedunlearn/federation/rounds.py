@@ -31,7 +31,7 @@ from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.log import ROUNDS
-from fedunlearn.runs.fingerprints import fingerprints_of, forgotten_for_good, keep_fingerprints
+from fedunlearn.runs.fingerprints import fingerprints_of, forgotten_for_good, keep_fingerprints, keep_keys
 from fedunlearn.runs.formats import progress
 from fedunlearn.runs.ledger import FORGOTTEN
 from fedunlearn.runs.run import Run
@@ -106,6 +106,7 @@ class Rounds(FlowerStrategy):
         known = {"images": images, "gone": forgotten_for_good(self._run)}
         nodes.identify(grid, ledger.examples(), forgotten, portions, **known)
         keep_fingerprints(self._run, nodes.fingerprints)
+        keep_keys(self._run, nodes.keys)
         ledger.keep_examples({c: n for c, n in nodes.examples.items() if c not in nodes.disputed})
         self.federation.split()
         self._announce()
@@ -222,15 +223,26 @@ class Rounds(FlowerStrategy):
         self._run.commit(self.federation.state.tensors(), self.federation.round)
 
     def _announce(self) -> None:
-        clients, nodes = self._config.clients, self.federation.nodes
-        few = len(nodes.nodes) < clients
-        more = f'; one each: --nodes {clients}, of flwr run --federation-config "num-supernodes={clients}"'
-        log.info("%d clients on %d virtual nodes%s", clients, len(nodes.nodes), more if few else "")
+        nodes = self.federation.nodes
+        log.info("%s", hosts(self._config, len(nodes.nodes), len(nodes.examples.keys() - nodes.portions.keys())))
         if torch.cuda.is_available() and not nodes.gpu:
             share = '--gpus 0.1, of flwr run --federation-config "client-resources-num-gpus=0.1"'
             log.info("clients run on CPUs; GPU fractions: %s", share)
         for client in sorted(nodes.examples.keys() - nodes.portions.keys() - self.federation.trainable):
-            log.info("client %d has %d examples: it takes no part", client, nodes.examples[client])
+            log.info("client %s has %d examples: it takes no part", nodes.name_of(client), nodes.examples[client])
+
+
+def hosts(config: Config, nodes: int, clients: int) -> str:
+    """Say on how many nodes the clients are, and in a simulation how each has a node of its own.
+
+    Args:
+        nodes: that take part.
+        clients: that they have.
+    """
+    if config.partition.is_on_nodes:
+        return f"{clients} clients on {nodes} machines of their own"
+    more = f'; one each: --nodes {config.clients}, of flwr run --federation-config "num-supernodes={config.clients}"'
+    return f"{config.clients} clients on {nodes} virtual nodes{more if nodes < config.clients else ''}"
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""What is known of clients on machines of their own: the first SHA-256 that each tells is kept, in `run.json`."""
+"""What is known of clients on machines of their own: the SHA-256 that each first tells, and its key, in `run.json`."""
 
 from collections.abc import Mapping
 
-from fedunlearn.runs.home import forgotten_in, write_about
+from fedunlearn.runs.home import forgotten_in, owner, write_about
 from fedunlearn.runs.ledger import FORGOTTEN
 from fedunlearn.runs.run import Run
 
@@ -22,6 +22,24 @@ def keep_fingerprints(run: Run, found: Mapping[int, str]) -> None:
         write_about(run.folder, run.ledger, about | {"data": about["data"] | new})
 
 
+def keys_of(run: Run) -> dict[int, str]:
+    """Give the ids of the keys of clients' machines: those of the settings, else those that were last seen."""
+    return run.config.partition.keys or {int(client): key for client, key in run.about().get("keys", {}).items()}
+
+
+def keep_keys(run: Run, found: Mapping[int, str]) -> None:
+    """Write down the keys of the machines that clients came from, where the settings name none.
+
+    By it a client is known again once it was forgotten: then the key that was written down stays.
+    """
+    known, forgotten = keys_of(run), run.ledger.clients_in(FORGOTTEN)
+    keys = known | {
+        client: key for client, key in found.items() if key and not (client in forgotten and client in known)
+    }
+    if keys != known and not run.config.partition.keys:
+        write_about(run.folder, run.ledger, run.about() | {"keys": {str(client): key for client, key in keys.items()}})
+
+
 def forgotten_for_good(run: Run) -> dict[str, str]:
     """Give the SHA-256 of images, and the keys, that must not come back, each with who has forgotten them.
 
@@ -30,13 +48,13 @@ def forgotten_for_good(run: Run) -> dict[str, str]:
     """
     if not run.config.partition.is_on_nodes:
         return {}
-    images, keys = fingerprints_of(run), run.config.partition.keys
+    images, keys, values = fingerprints_of(run), keys_of(run), run.config.model_dump(include={"data", "partition"})
 
     def known(client: int) -> set[str]:
         return {images.get(client, ""), keys.get(client, "")} - {""}
 
-    taken_back = {name for client in run.config.readmit for name in known(client)}
-    others = {name: who for name, who in forgotten_in(run.home, but=run.name).names.items() if name not in taken_back}
+    taken_back = {name for client in run.config.readmit for name in known(client) | {owner(values, client)}}
+    others = forgotten_in(run.home, but=run.name, taken_back=taken_back).names
     forgotten = run.ledger.clients_in(FORGOTTEN)
     of_others = {keys[client] for client in keys.keys() - set(forgotten)}  # a machine may have several clients
     own = {name: f"{run.named([client])}, by this run" for client in forgotten for name in known(client) - of_others}

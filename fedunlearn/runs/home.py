@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from fedunlearn.config import Config, state_home, stored, values_of
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.naming import name_of
+from fedunlearn.owners import ON_NODES
 from fedunlearn.runs.events import EarlierVersionError
 from fedunlearn.runs.files import delete_unfinished, write_atomically
 from fedunlearn.runs.ledger import FORGOTTEN, Ledger
@@ -319,7 +321,7 @@ class Banned(NamedTuple):
     """Whom the runs of a state folder have forgotten for good.
 
     Attributes:
-        names: by fingerprint, and by key, run and request.
+        names: by fingerprint, key and owner, run and request.
         unknown: the runs of which nobody knows whom they have forgotten, each with the reason.
     """
 
@@ -327,14 +329,20 @@ class Banned(NamedTuple):
     unknown: dict[str, str]
 
 
-def forgotten_in(home: Path, *, but: str = "") -> Banned:
-    """Give whom the runs of a state folder, but one, have forgotten for good, as far as their files can be read."""
+def forgotten_in(home: Path, *, but: str = "", taken_back: Collection[str] = ()) -> Banned:
+    """Give whom the runs of a state folder, but one, have forgotten for good, as far as their files can be read.
+
+    Args:
+        home: the state folder.
+        but: a run that does not count.
+        taken_back: fingerprints, keys and owners of clients that may come back with all that is known of them.
+    """
     names: dict[str, str] = {}
     unknown: dict[str, str] = {}
     files = chain(*(runs_folder(home).glob(f"*/{file}") for file in ("run.json", "ledger.sqlite")))
     for folder in sorted({file.parent for file in files if file.parent.name != but}, key=created_of):
         try:
-            names = _forgotten_by(folder) | names
+            names = _forgotten_by(folder, frozenset(taken_back)) | names
         except EarlierVersionError as error:  # it forgot nobody for good
             log.warning("run %s is passed over: %s", folder.name, error)
         except UserError as error:
@@ -342,7 +350,7 @@ def forgotten_in(home: Path, *, but: str = "") -> Banned:
     return Banned(names, unknown)
 
 
-def _forgotten_by(folder: Path) -> dict[str, str]:
+def _forgotten_by(folder: Path, taken_back: frozenset[str]) -> dict[str, str]:
     """Whom one run has forgotten for good, by its ledger; `run.json` says who that is.
 
     Raises:
@@ -364,24 +372,47 @@ def _forgotten_by(folder: Path) -> dict[str, str]:
     finally:
         ledger.close()
     known, is_for_good = _who_is_who(folder)
-    return {
-        name: f"run {folder.name} (request {request.id})"
+    gone = {
+        client: f"run {folder.name} (request {request.id})"
         for request in reversed(requests)
         if request.id in purged or is_for_good
-        for client in request.clients
-        for name in known.get(client, ())  # who is asked for a portion trains on
-        if name
+        for client in known.keys() & set(request.clients)  # who is asked for a portion trains on
+    }
+    of_others = {key for client in known.keys() - gone.keys() for key in known[client].keys}
+    keys = Counter(key for who in known.values() for key in who.keys)  # a machine may have several clients
+    return {
+        name: request
+        for client, request in gone.items()
+        if taken_back.isdisjoint({name for name in known[client].names if keys[name] <= 1})
+        for name in known[client].names - of_others - taken_back
     }
 
 
 def owner(config: Mapping[str, Any], client: int) -> str:
-    """Name a client and the folder of its images, where clients have names: the same owner in any run."""
-    names = config.get("partition", {}).get("names") or []
-    return f"{config['data']['root']}: {names[client]}" if names else ""
+    """Name a client, where clients have names: the same owner in any run.
+
+    The folder of the images is part of it, but for machines of their own: there the server knows no such folder.
+    """
+    split = config.get("partition", {})
+    names = split.get("names") or []
+    place = split["kind"] if split.get("kind") == ON_NODES else config["data"]["root"]
+    return f"{place}: {names[client]}" if names else ""
 
 
-def _who_is_who(folder: Path) -> tuple[dict[int, tuple[str, ...]], bool]:
-    """What `run.json` says of clients: fingerprint, keys and owner of each, and whether they are forgotten for good.
+class _Who(NamedTuple):
+    """By what a client is known again: the fingerprint of its images, its keys, its name."""
+
+    images: str
+    keys: frozenset[str]
+    owner: str
+
+    @property
+    def names(self) -> frozenset[str]:
+        return (self.keys | {self.images, self.owner}) - {""}
+
+
+def _who_is_who(folder: Path) -> tuple[dict[int, _Who], bool]:
+    """What `run.json` says of its clients, and whether they are forgotten for good.
 
     Where the settings are not of this version, they are.
     """
@@ -392,11 +423,11 @@ def _who_is_who(folder: Path) -> tuple[dict[int, tuple[str, ...]], bool]:
         is_for_good = True
     try:
         config, data = about["config"], about["data"]
-        keys = [config.get(group, {}).get("keys", {}) for group in ("forget", "partition")]
+        keys = [*(config.get(group, {}).get("keys", {}) for group in ("forget", "partition")), about.get("keys", {})]
         known = {
-            client: (
+            client: _Who(
                 str(data[str(client)]),
-                *(str(each.get(str(client), "")) for each in keys),
+                frozenset(str(each.get(str(client), "")) for each in keys) - {""},
                 owner(config, client),
             )
             for client in range(config["clients"])
