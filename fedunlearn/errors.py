@@ -1,5 +1,6 @@
 """Errors that are meant for somebody."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,16 @@ UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 class UserError(Exception):
     """What a person can put right: shown as one line, without a traceback, and ends a command with status 2."""
+
+
+class OneLine(logging.Filter):
+    """Lets others log a UserError as the line that it is, without a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Drop the traceback of a UserError; every record passes."""
+        if record.exc_info and isinstance(record.exc_info[1], UserError):
+            record.msg, record.args, record.exc_info = str(record.exc_info[1]), (), None
+        return True
 
 
 class NotNowError(Exception):

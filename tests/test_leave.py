@@ -223,6 +223,18 @@ def test_what_runs_on_the_node_for_it_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
+def test_on_the_node_what_a_person_can_put_right_is_logged_in_one_line_and_all_else_in_full():
+    code = """
+import logging, sys, fedunlearn.apps.node_app
+from fedunlearn.errors import UserError
+for error in (UserError("no such folder"), KeyError("ours")):
+    logging.getLogger("flwr").error("it has failed", exc_info=error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    out = said.stdout + said.stderr
+    assert ("no such folder" in out, "UserError" in out, "KeyError: 'ours'" in out) == (True, False, True)
+
+
 # --- from its reply to its receipt --------------------------------------------------------------------------------
 
 
@@ -350,7 +362,7 @@ def test_without_keys_in_the_settings_the_key_that_the_superlink_knows_counts(ho
     hospitals("rounds=1", keys=three.keys)
     assert three.leave(key=three.files[2]) == 0
     hospitals("rounds=2", keys=three.keys)
-    assert warnings().count("its key is not that of client 1") == 1
+    assert warnings().count("its key is not that of client hospital_b") == 1
     assert three.federate.requests() == []
     assert three.leave() == 0
     hospitals("rounds=3", keys=three.keys)
@@ -382,7 +394,7 @@ def test_nothing_is_filed_of_what_is_not_right_and_it_is_said_once(three, warnin
         "this is no signed request",
         "its signature is not valid",
         "it was signed for another run",
-        "its key is not that of client 1",
+        "its key is not that of client hospital_b",
         "it has expired on 2026-01-01",
         "what was signed is to cancel r1 clients [1]",
         "it is no list of signed requests",
@@ -510,7 +522,7 @@ def test_a_key_that_is_named_for_requests_counts_in_place_of_the_supernodes(thre
     assert three.leave() == 0
     three(f"rounds=2 {words}")
     assert three.federate.requests() == []
-    assert warnings().count("its key is not that of client 1 (forget.keys, partition.keys)") == 1
+    assert warnings().count("its key is not that of client hospital_b (forget.keys, partition.keys)") == 1
     assert three.leave(key=own) == 0
     three(f"rounds=3 {words}")
     assert [request.state for request in three.federate.requests()] == ["COMPLETED"]
@@ -521,4 +533,4 @@ def test_with_forget_signed_a_key_that_only_the_superlink_knows_does_not_count(h
     assert three.leave() == 0
     hospitals("rounds=2", keys=three.keys)
     assert three.federate.requests() == []
-    assert "its key is not that of client 1" in warnings()
+    assert "its key is not that of client hospital_b" in warnings()

@@ -13,7 +13,8 @@ from conftest import DIGITS, small
 from fedunlearn.apps.client_app import app
 from fedunlearn.composing import compose
 from fedunlearn.federation import messages, replies, tasks
-from fedunlearn.federation.nodes import Nodes, assigned, contradictions, disputed, for_clients, too_many
+from fedunlearn.federation.claims import contradictions, disputed, too_many
+from fedunlearn.federation.nodes import Nodes, assigned, for_clients
 from fedunlearn.federation.server_data import ServerData
 from local_grid import LocalGrid
 from strategies.ssd import SelectiveDampening
@@ -229,6 +230,14 @@ def test_an_error_that_says_nothing_is_an_error(talk, caplog, reason):
     reply = Message(Error(0, reason), reply_to=talk.sent["train"])
     assert not talk.results("train", reply).counts
     assert "is left out: unknown error" in caplog.text
+
+
+def test_what_a_nodes_person_can_put_right_is_said_whole_and_without_the_class(talk, caplog):
+    said = "2 files are not readable images:\n  a.png: cut off\n  b.png: empty\ndata.skip_bad=true goes on without"
+    for kind, text in (("fedunlearn.errors.UserError", said), ("RuntimeError", "first\nlast")):
+        talk.results("train", Message(Error(0, f"<class '{kind}'>:<'{text}'>"), reply_to=talk.sent["train"]))
+    assert "is left out: 2 files are not readable images: a.png: cut off b.png: empty data.skip_bad" in caplog.text
+    assert "is left out: last'>" in caplog.text
 
 
 @given(st.lists(st.one_of(st.integers(), st.floats()), min_size=1, max_size=4), st.sampled_from(["client", "weight"]))

@@ -3,14 +3,19 @@
 Flower starts a process for every message to a real machine. There the client app is in a process that stays.
 """
 
+import logging
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedunlearn.apps import resident
 from fedunlearn.config import state_home
+from fedunlearn.errors import OneLine
 from fedunlearn.federation.machine import Machine
 
 CLIENT_APP = "fedunlearn.apps.client_app:app"
+
+logging.getLogger("flwr").addFilter(OneLine())
 
 app = ClientApp()
 

@@ -16,7 +16,7 @@ from fedunlearn.apps.track import check_tracker, tracked
 from fedunlearn.build import decode_for_readmitted, loss_of
 from fedunlearn.composing import compose, spelled_out
 from fedunlearn.config import OURS, Config, state_home, values_of, writable_home
-from fedunlearn.errors import UserError
+from fedunlearn.errors import OneLine, UserError
 from fedunlearn.federation.auditor import Auditor, auditor_of
 from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.server_data import known_to_server
@@ -34,15 +34,6 @@ from fedunlearn.words import split_words
 log = getLogger("fedunlearn")
 
 
-class _OneLine(logging.Filter):
-    """Lets Flower log a UserError as the line that it is, without a traceback."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], UserError):
-            record.msg, record.args, record.exc_info = str(record.exc_info[1]), (), None
-        return True
-
-
 def server_app(conf: Path) -> ServerApp:
     """Make the ServerApp of the Hydra configuration folder `conf`; its run config has one string, `overrides`."""
     from fedunlearn.apps import retrying_actor
@@ -53,7 +44,7 @@ def server_app(conf: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        logging.getLogger("flwr").addFilter(_OneLine())
+        logging.getLogger("flwr").addFilter(OneLine())
         words = split_words(str(context.run_config.get("overrides", "")))
         ends_with_superlink("the SuperLink that had started this run has ended, and the run with it: start it again")
         failed = train(grid, compose(conf, words), words)

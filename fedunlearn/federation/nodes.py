@@ -20,6 +20,7 @@ from fedunlearn.errors import DestroyedError, UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation import robust as averaging
 from fedunlearn.federation.band import judged
+from fedunlearn.federation.claims import contradictions, disputed, too_many
 from fedunlearn.federation.hosting import Entrance, missing, unbelieved
 from fedunlearn.federation.messages import Task, Tensors
 from fedunlearn.federation.ordered_grid import OrderedGrid
@@ -40,7 +41,6 @@ from fedunlearn.nn.model import TwoHeadModel
 
 WAIT_SECONDS = 600
 ATTEMPTS = 3
-FEWEST = 3  # clients, of which one can have too large a share
 
 NO_IMAGES: Mapping[Any, str] = {}
 
@@ -84,6 +84,7 @@ class Nodes:
         self.fingerprints: dict[int, str] = {}
         self.gpu = False
         self.check_update: Callable[[Results], None] = lambda one: None
+        self._patience = min(config.timeout, WAIT_SECONDS)
 
     def identify(
         self,
@@ -112,11 +113,12 @@ class Nodes:
         Raises:
             UserError: no node works, or not all are connected in time.
         """
-        with waiting("the nodes' first answers", limit=WAIT_SECONDS):
+        is_alone = self.config.partition.is_on_nodes
+        with waiting("the nodes' first answers", limit=self._patience if is_alone else WAIT_SECONDS):
             entrance = Entrance(self.config.partition.keys, gone, forgotten, self.name_of)
             self._key_of = entrance.key_of
             found = self._introduced(grid, forgotten, entrance)
-        if self.config.partition.is_on_nodes:
+        if is_alone:
             about = {"known": images, "gone": gone, "forgotten": forgotten, "name": self.name_of}
             for node, reason in unbelieved(found, entrance=entrance, **about).items():
                 log.warning("node %s is left out: %s", node, reason)
@@ -194,10 +196,11 @@ class Nodes:
     ) -> dict[int, Introduction]:
         found: dict[int, Introduction] = {}
         failures: Counter[int] = Counter()
-        deadline = time.monotonic() + min(self.config.timeout, WAIT_SECONDS)
+        deadline = time.monotonic() + self._patience
         while absent := missing(found, self.config.clients, forgotten):
             if time.monotonic() > deadline:
-                log.warning("clients %s are not connected: the run goes on without them", self.listed(absent))
+                way_on = "the run goes on without them until it is started again"
+                log.warning("clients %s are not connected: %s", self.listed(absent), way_on)
                 break
             self._ask_who(grid, entrance.admitted(grid.get_node_ids(), grid.public_keys()), found, failures)
         return found
@@ -211,8 +214,7 @@ class Nodes:
             time.sleep(0.5 if self.config.partition.is_on_nodes else 0.1)
         content = messages.request(Task(for_clients(self.config), "identify", 0, [], run=self._run), {})
         sent = [Message(content, node, "query.identify") for node in unknown]
-        patience = min(self.config.timeout, WAIT_SECONDS)
-        for node, reply in zip(unknown, grid.send_and_receive(sent, timeout=patience), strict=True):
+        for node, reply in zip(unknown, grid.send_and_receive(sent, timeout=self._patience), strict=True):
             self._take_withdrawals(node, reply)
             try:
                 found[node] = introduction(reply, self.config.clients)
@@ -427,55 +429,6 @@ def without_portions(known: Mapping[int, int], portions: Iterable[Portion]) -> d
         if portion.client in known and portion.number in known:
             left[portion.client] = left.get(portion.client, known[portion.client]) - known[portion.number]
     return left
-
-
-def contradictions(claims: Mapping[int, Mapping[int, int]], known: Mapping[int, int]) -> dict[int, str]:
-    """Say which nodes are not believed, and why; where no number is that of most, nobody knows who is wrong.
-
-    Args:
-        claims: by node, the examples of the clients that it says it can answer for.
-        known: the examples of clients that are certain.
-    """
-    said = _said(claims)
-    sure = {client: most_said(values) for client, values in said.items()} | dict(known)
-    found = {}
-    for node, claim in claims.items():
-        wrong = {client: examples for client, examples in claim.items() if sure[client] not in (None, examples)}
-        for client, examples in list(wrong.items())[:1]:
-            found[node] = f"it says that client {client} has {examples} examples, and the client has {sure[client]}"
-    return found
-
-
-def disputed(claims: Mapping[int, Mapping[int, int]]) -> set[int]:
-    """Give the clients of which nodes say different numbers of examples."""
-    return {client for client, values in _said(claims).items() if len(set(values)) > 1}
-
-
-def _said(claims: Mapping[int, Mapping[int, int]]) -> dict[int, list[int]]:
-    said: dict[int, list[int]] = {}
-    for claim in claims.values():
-        for client, examples in claim.items():
-            said.setdefault(client, []).append(examples)
-    return said
-
-
-def too_many(claims: Mapping[int, Mapping[int, int]], share: float) -> dict[int, str]:
-    """Say which nodes claim more examples for a client than that share of all: no other client would count."""
-    examples = {client: max(values) for client, values in _said(claims).items()}
-    most = share * sum(examples.values())
-    large = [client for client, count in examples.items() if count > most and len(examples) >= FEWEST]
-    return {
-        node: f"it says that client {client} has {examples[client]} examples, more than {share:g} of all (client_share)"
-        for node, claim in claims.items()
-        for client in large
-        if claim.get(client) == examples[client]
-    }
-
-
-def most_said(values: list[int]) -> int | None:
-    """Give what more than half of them are; None where nothing is."""
-    value, times = Counter(values).most_common(1)[0]
-    return value if 2 * times > len(values) else None
 
 
 def assigned(claims: list[Mapping[int, int]]) -> list[list[int]]:

@@ -21,6 +21,8 @@ from fedunlearn.federation.tasks import ROUNDING, ClientTask, Sent
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadModel
 
+MOST_SAID = 1000
+"""Characters of what a node says of an error."""
 MOST_LISTED = 100
 MOST_EXAMPLES = 10**8  # of one client
 MOST = 1e30  # of a number that is added up: sums stay finite
@@ -302,9 +304,11 @@ def listed(values: Iterable[Any]) -> str:
 
 
 def reason(reply: Message) -> str:
-    """Give the innermost line of an error reply that says something."""
-    lines = [line for line in map(str.strip, (reply.error.reason or "").splitlines()) if line]
-    return lines[-1] if lines else "unknown error"
+    """Give what a node's person can put right, in one line, else the innermost line of an error that says something."""
+    text = reply.error.reason or ""
+    by_hand = re.fullmatch(r"<class '[\w.]*\bUserError'>:<'(.*)'>", text, re.DOTALL)  # as Flower puts exceptions
+    lines = [line for line in map(str.strip, (by_hand[1] if by_hand else text).splitlines()) if line]
+    return " ".join(lines if by_hand else lines[-1:])[:MOST_SAID] or "unknown error"
 
 
 def _refuse_errors(reply: Message) -> None:

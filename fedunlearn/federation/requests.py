@@ -201,7 +201,8 @@ class Requests:
             # of the clients some may be covered by an earlier request
             clients = asked.clients if asked and set(request.owners) <= set(asked.clients) else request.owners
             action = action_of(request.selection)
-            check(asked, clients, run=self._ledger.key, owners=owners, at=at, used=earlier, action=action)
+            about = {"run": self._ledger.key, "owners": owners, "at": at, "used": earlier, "action": action}
+            check(asked, clients, **about, name=self._federation.nodes.name_of)
         except UnsignedError as error:
             return str(error)
         return ""

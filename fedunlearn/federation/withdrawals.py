@@ -118,5 +118,5 @@ def believed(
     (client,) = asked.clients
     if client not in owners:
         raise UnsignedError(f"it is about client {name(client)}, for whom this node does not speak")
-    check(asked, [client], run=run, owners=owners, at=datetime.now(UTC), used=used)
+    check(asked, [client], run=run, owners=owners, at=datetime.now(UTC), used=used, name=name)
     return asked

@@ -6,7 +6,7 @@ request cannot be changed, kept for later, repeated or taken to another run.
 
 import json
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -121,6 +121,7 @@ def check(
     at: datetime,
     used: Collection[str],
     action: str = FORGET,
+    name: Callable[[int], str] = str,
 ) -> None:
     """Raise UnsignedError unless somebody who may asks for exactly this, in time, for the first time.
 
@@ -132,6 +133,7 @@ def check(
         at: when the request was filed.
         used: nonces of earlier requests.
         action: that is asked for.
+        name: of a client, in words.
     """
     if asked is None:
         raise UnsignedError("it is not signed (forget.signed): --key, or --signed with what a client has signed")
@@ -143,10 +145,11 @@ def check(
         raise UnsignedError(f"what was signed is to {asked.action} clients {asked.clients}")
     for client in asked.clients:
         if owners.get(client) != asked.key:
-            raise UnsignedError(f"its key is not that of client {client} (forget.keys, partition.keys)")
+            raise UnsignedError(f"its key is not that of client {name(client)} (forget.keys, partition.keys)")
     if datetime.fromisoformat(asked.issued_at) > at + timedelta(minutes=10):
-        raise UnsignedError("it was signed in the future")
+        clocks = f"at {asked.issued_at[:16]}, when it was {at.isoformat()[:16]} here: set the clocks, and sign anew"
+        raise UnsignedError(f"it was signed in the future, {clocks}")
     if at > datetime.fromisoformat(asked.expires_at):
-        raise UnsignedError(f"it has expired on {asked.expires_at}")
+        raise UnsignedError(f"it has expired on {asked.expires_at[:16]}: sign anew")
     if asked.nonce in used:
         raise UnsignedError("it was filed before")

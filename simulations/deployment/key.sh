@@ -3,6 +3,7 @@
 #   key.sh hospital_b
 # The server needs keys/hospital_b.pub. The file keys/hospital_b stays here.
 . "$(dirname "$0")/settings.sh"
+[ $# -eq 1 ] || usage
 file=$DEPLOYMENT/keys/$1
 mkdir -p "$DEPLOYMENT/keys"
 [ -e "$file" ] || ssh-keygen -q -t ecdsa -b 384 -N "" -C "$1" -f "$file"

@@ -3,6 +3,7 @@
 #   superlink.sh
 . "$(dirname "$0")/settings.sh"
 certificates=$DEPLOYMENT/certificates
+[ -e "$certificates/server.pem" ] || { echo "$certificates/server.pem is not here: certificates.sh makes it" >&2; exit 1; }
 exec flower-superlink --host "${HOST:-0.0.0.0}" --port "${SUPERLINK##*:}" \
     --ssl-ca-certfile "$certificates/ca.crt" \
     --ssl-certfile "$certificates/server.pem" \
