@@ -121,7 +121,7 @@ class Nodes:
         if is_alone:
             about = {"known": images, "gone": gone, "forgotten": forgotten, "name": self.name_of}
             for node, reason in unbelieved(found, entrance=entrance, **about).items():
-                log.warning("node %s is left out: %s", node, reason)
+                log.warning("%s is left out: %s", self._called(node), reason)
                 del found[node]
         past = {client: known[client] for client in forgotten if client in known}
         less = without_portions(known, portions)
@@ -220,7 +220,13 @@ class Nodes:
                 found[node] = introduction(reply, self.config.clients)
             except ValueError as error:
                 failures[node] += 1
-                log.warning("node %s, attempt %d of %d: %s", node, failures[node], ATTEMPTS, error)
+                log.warning("%s, attempt %d of %d: %s", self._called(node), failures[node], ATTEMPTS, error)
+
+    def _called(self, node: int) -> str:
+        """Give a node's number in Flower, and whose key it has where `partition.keys` says that."""
+        keys = self.config.partition.keys
+        whose = [client for client, key in keys.items() if key == self._key_of.get(node)]
+        return f"node {node} (key of {self.listed(whose)})" if whose else f"node {node}"
 
     def messages(
         self,

@@ -240,7 +240,8 @@ def hosts(config: Config, nodes: int, clients: int) -> str:
         clients: that they have.
     """
     if config.partition.is_on_nodes:
-        return f"{clients} clients on {nodes} machines of their own"
+        where = f"{nodes} machines of their own" if nodes != 1 else "one machine of its own"
+        return f"{clients} clients on {where}" if clients != 1 else f"one client on {where}"
     more = f'; one each: --nodes {config.clients}, of flwr run --federation-config "num-supernodes={config.clients}"'
     return f"{config.clients} clients on {nodes} virtual nodes{more if nodes < config.clients else ''}"
 
