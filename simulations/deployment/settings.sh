@@ -6,7 +6,7 @@ case $DEPLOYMENT in /*) ;; *) DEPLOYMENT=$PWD/$DEPLOYMENT ;; esac
 export FLWR_HOME=${FLWR_HOME:-$DEPLOYMENT/flwr}
 export FEDUNLEARN_HOME=${FEDUNLEARN_HOME:-$DEPLOYMENT/fedunlearn}
 export FLWR_TELEMETRY_ENABLED=${FLWR_TELEMETRY_ENABLED:-0}
-mkdir -p "$DEPLOYMENT" "$FLWR_HOME" "$FEDUNLEARN_HOME"
+mkdir -p "$DEPLOYMENT/certificates" "$FLWR_HOME" "$FEDUNLEARN_HOME"
 
 # Prints how the script is called, from its own first lines, and ends it.
 usage() {
