@@ -210,7 +210,7 @@ def test_a_script_that_is_called_without_words_says_how_it_is_called(machine, na
 def test_a_supernode_that_lacks_something_is_not_started_and_says_what(machine):
     machine.program("flower-supernode", "echo started")
     status, said = machine.script("supernode.sh", "hospital_b", "data/b")
-    assert (status, "started" in said) == (1, False)
+    assert (status, "started" in said) == (1, False), said
     for reason in ("ca.crt is not here", "`key.sh hospital_b` makes it", f"no absolute path: {machine.folder}/data/b?"):
         assert reason in said
 
