@@ -29,9 +29,9 @@ from fedunlearn.unlearning.distill import distill
 from fedunlearn.unlearning.fisher import diagonal_fisher, with_drawn_labels
 from fedunlearn.unlearning.soft_labels import assign_soft_labels, augmented_views
 
-MOST_HALVINGS = 5  # of a learning rate at which relabelling diverges
 MEMORISED = 0.25  # of what held-out images get wrong: where more is right, further rounds would bring it back
 KNOWN = 0.95  # of the loss that the retrained model is estimated to have: with less, images are known better
+MISSED = 2.0  # standard errors above the estimated accuracy: with more, there is another round
 
 log = getLogger("fedunlearn")
 
@@ -236,12 +236,25 @@ class Relabelling(Guided):
             le=10**6,
             description="of relabelling by the forget clients, each with a repair by the rest",
         )
-        epochs: int = Field(default=4, ge=1, le=1000, description="of the forget clients in such a round")
+        most_rounds: int = Field(
+            default=6,
+            ge=1,
+            le=10**6,
+            description="how many there are at most, where clients are still known better than after retraining",
+        )
+        epochs: int = Field(default=4, ge=1, le=1000, description="of the forget clients in a pass")
+        passes: int = Field(
+            default=8,
+            ge=1,
+            le=1000,
+            description="how many a round has at most: each at twice the rate of the one before, until no more images "
+            "are right than soft labels are",
+        )
         lr: float = Field(
             default=0.06,
             ge=0,
             le=100,
-            description="learning rate of the forget clients, up to twice that while the schedule's has still to fall",
+            description="learning rate of the first pass, up to twice that while the schedule's has still to fall",
         )
 
     @client_task(kind="train", trains=True, dtype="bf16", compared=False)
@@ -259,7 +272,8 @@ class Relabelling(Guided):
     ) -> Update:
         """Its model's update after fine-tuning on soft labels for its images, and how many of these it gets right.
 
-        Where that diverges, it begins again at half of the learning rate.
+        It goes on, each time at twice the rate, until no more images are right than soft labels are. Where a pass
+        diverges, the next one takes a quarter of the rate instead, from where that one began.
 
         Args:
             predictions: estimated of the retrained model on held-out images, [T, K].
@@ -270,31 +284,35 @@ class Relabelling(Guided):
         correct = correct_fraction[str(client.id)]
         soft_labels = soft_labels_of(client, model, predictions, prediction_labels, correct_fraction=correct)
         guiding = kronecker.symmetric({name: p.float().to(client.device) for name, p in guide.items()})
-        for halvings in range(MOST_HALVINGS):
-            model.load_state_dict(client.broadcast())
-            epochs = range(settings.epochs)
+        right = float((soft_labels.argmax(1).cpu() == client.labels).float().mean())
+        kept, found = client.broadcast(), None
+        for number in range(settings.passes):
+            model.load_state_dict(kept)
+            epochs = range(number * settings.epochs, (number + 1) * settings.epochs)
             distill(
                 model,
                 (((x, soft_labels[i]) for x, i in client.own_batches(client.generator(epoch))) for epoch in epochs),
-                lr=lr / 2**halvings,
+                lr=lr,
                 momentum=client.config.train.momentum,
                 precision=client.precision,
                 guide=guiding,
             )
-            if all(bool(p.isfinite().all()) for p in model.parameters()):
+            if not all(bool(p.isfinite().all()) for p in model.parameters()):
+                lr /= 4
+                continue
+            kept, found = {name: value.clone() for name, value in model.state_dict().items()}, client.evaluate(model)
+            if errors_above(found, right) <= 1:
                 break
-        return Update(client.changes(model), 1, client.evaluate(model))
+            lr *= 2
+        model.load_state_dict(kept)
+        return Update(client.changes(model), 1, found or client.evaluate(model))
 
     def relabel_known(self, federation: Federation, goal: Goal) -> None:
         """Relabel and repair, in rounds; each corrects what the one before it missed."""
-        rounds, guide = self.settings.rounds, self.guide(federation)
+        settings, guide = self.settings, self.guide(federation)
         correct = dict.fromkeys(goal.known, 1.0)
-        for number in range(1, rounds + 1):
-            log.info("── relabelling, round %d of %d: clients' images towards %.3f", number, rounds, goal.total)
-            if number > 1:
-                federation.held_out_batch_norm()
-                found = federation.evaluate(goal.known)
-                correct = {c: corrected(correct[c], goal.accuracy[c], found[c].class_accuracy) for c in goal.known}
+        for number in range(1, max(settings.rounds, settings.most_rounds) + 1):
+            log.info("── relabelling, round %d: clients' images towards %.3f", number, goal.total)
             results = federation.run(
                 self.relabel,
                 on=goal.known,
@@ -306,7 +324,18 @@ class Relabelling(Guided):
                 lr=self.relabel_lr(federation.config, federation.round),
             )
             federation.apply(results.sum())
-            self.repair_round(federation, number, last=number == rounds)
+            self.repair_round(federation, number, last=number >= settings.rounds)
+            federation.held_out_batch_norm()
+            found = federation.evaluate(goal.known)
+            missed = [c for c in goal.known if errors_above(found[c], goal.accuracy[c]) > MISSED]
+            if number >= settings.rounds and not missed:
+                return
+            correct = {c: corrected(correct[c], goal.accuracy[c], found[c].class_accuracy) for c in goal.known}
+        log.warning(
+            "%s is still known better than the retrained model is estimated to know it: after %d rounds of relabelling "
+            "%.3f of the images are right, not %.3f (unlearn.most_rounds, unlearn.lr)",
+            federation.named(missed), number, sum(found.values(), Counts()).class_accuracy, goal.total,
+        )  # fmt: skip
 
     def relabel_lr(self, config: Config, round_: int) -> float:
         """Give `lr`, up to twice of it where the schedule's rate has still to fall by as much.
@@ -359,8 +388,19 @@ def is_known_better(found: Counts, predicted: float, predicted_loss: float) -> b
 
     The loss is well below the estimated one, and the accuracy above it by more than a standard error of so many images.
     """
+    return found.mean_loss < KNOWN * predicted_loss and errors_above(found, predicted) > 1
+
+
+def errors_above(found: Counts, predicted: float) -> float:
+    """Give how many standard errors an accuracy is above a predicted one.
+
+    Example:
+        >>> errors_above(Counts(100, class_correct=60), 0.5)
+        2.0
+    """
     error = math.sqrt(predicted * (1 - predicted) / found.examples)
-    return found.mean_loss < KNOWN * predicted_loss and found.class_accuracy > predicted + error
+    above = found.class_accuracy - predicted
+    return above / error if error else math.copysign(math.inf, above) if above else 0.0
 
 
 def corrected(correct: float, aim: float, found: float) -> float:

@@ -57,6 +57,9 @@ class Pooled:
         return self.server.predict(self.model)
 
 
+ONCE = "unlearn.passes=1 unlearn.most_rounds=1"  # relabelling goes on no further, whatever came of it
+
+
 def settings_of(strategy, more=""):
     """Settings of a run of two rounds and its strategy."""
     return f"{SETTINGS} strategy={strategy} {UNLEARN.get(strategy, '')} {more}"

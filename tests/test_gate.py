@@ -198,7 +198,14 @@ def test_who_takes_it_says_so_and_asks_for_nothing_else(trained, capsys, words):
     assert "--accept ID goes with --by NAME" in capsys.readouterr().err
 
 
-OTHERWISE = ("strategy=relabel", "unlearn.epochs=1", "unlearn.guide_images=30", "unlearn.rounds=1")
+OTHERWISE = (
+    "strategy=relabel",
+    "unlearn.epochs=1",
+    "unlearn.passes=1",
+    "unlearn.most_rounds=1",
+    "unlearn.guide_images=30",
+    "unlearn.rounds=1",
+)
 
 
 def test_what_was_set_aside_can_be_asked_for_again_with_another_strategy_and_other_settings(trained, memorised):

@@ -21,6 +21,7 @@ from fedunlearn.runs.keys import id_of
 from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.verifying import verified
 from local_grid import LocalGrid, asked
+from naive import ONCE
 from test_owners import picture
 
 NAMES = ["hospital_a", "hospital_b", "hospital_c"]
@@ -109,7 +110,8 @@ def test_a_run_trains_forgets_and_reports_with_every_image_on_its_own_machine(fe
 
 def test_the_default_strategy_needs_no_more(federate, hospitals):
     hospitals(
-        "rounds=1 strategy=subset unlearn.epochs=1 forget.gate=true forget.budget=1 forget.schedule={1:[hospital_b]}"
+        f"rounds=1 strategy=subset unlearn.epochs=1 {ONCE} forget.gate=true forget.budget=1 "
+        "forget.schedule={1:[hospital_b]}"
     )
     (request,) = federate.requests()
     assert request.state == "COMPLETED"

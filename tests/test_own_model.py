@@ -20,6 +20,7 @@ from fedunlearn.nn.networks import network_of
 from fedunlearn.nn.sgd import LocalSGD
 from fedunlearn.runs.ledger import State
 from local_grid import LocalGrid, equal
+from naive import ONCE
 
 DIGIT = (8, 8, 1)
 
@@ -224,7 +225,7 @@ def test_momentum_of_the_server_moves_weights_that_layers_share(federate):
 # --- runs ----------------------------------------------------------------------------------------------------------
 
 QUICK = {
-    "subset": "strategy=subset unlearn.rounds=1 unlearn.epochs=1 unlearn.epsilon=0.01 unlearn.guide_images=20",
+    "subset": f"strategy=subset unlearn.rounds=1 unlearn.epochs=1 {ONCE} unlearn.epsilon=0.01 unlearn.guide_images=20",
     "ssd": "strategy=ssd unlearn.tune=fixed unlearn.alpha=1 unlearn.lambda_=0.5",
     "negate": "strategy=negate unlearn.repair_rounds=0",
     "gradients": "strategy=gradients unlearn.steps=1 unlearn.guide_images=20",

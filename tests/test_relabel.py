@@ -20,8 +20,20 @@ from fedunlearn.unlearning import batch_norm
 from fedunlearn.unlearning.kronecker import zero_factors
 from fedunlearn.unlearning.soft_labels import assign_soft_labels, augmented_views
 from local_grid import LocalGrid, asked, kinds
-from naive import FORGETS, SETTINGS, assert_same, average, before, estimated, forgotten, pruned, settings_of, trained
-from strategies.relabel import Relabelling, corrected, is_known_better
+from naive import (
+    FORGETS,
+    ONCE,
+    SETTINGS,
+    assert_same,
+    average,
+    before,
+    estimated,
+    forgotten,
+    pruned,
+    settings_of,
+    trained,
+)
+from strategies.relabel import Relabelling, corrected, errors_above, is_known_better
 
 pytestmark = pytest.mark.usefixtures("memorised")
 
@@ -79,7 +91,7 @@ def telling(counts, forget):
 @pytest.mark.parametrize("forget", [[3], [1, 3]])
 def test_rounds_of_relabelling_correct_each_other(federate, monkeypatch, forget):
     training = "loss.disentangle_weight=0"  # of hinges: last bits of one round decide in the next
-    settings = "unlearn.rounds=2 unlearn.epochs=1 unlearn.repair_fraction=1 unlearn.guide_images=30"
+    settings = f"unlearn.rounds=2 unlearn.epochs=1 {ONCE} unlearn.repair_fraction=1 unlearn.guide_images=30"
     settings += " unlearn.ridge=0.1 unlearn.lr=0.005"
     pooled = before(federate, training)
     found = {
@@ -122,7 +134,7 @@ def test_the_estimate_is_from_predictions_since_the_first_round(federate, monkey
     monkeypatch.setattr(
         "fedunlearn.federation.handle.estimate_retrained", lambda *given: estimates.append(given) or given[0][2]
     )
-    _, detail = forgotten(federate, "relabel", "unlearn.rounds=1 unlearn.epochs=1")
+    _, detail = forgotten(federate, "relabel", f"unlearn.rounds=1 unlearn.epochs=1 {ONCE}")
     ((predictions, labels, counts_before, counts_after),) = estimates
     assert predictions.keys() == {1, 2}
     assert detail["stored_bytes"] == 2 * 40 * 10 * 2  # rounds, images, classes, bytes
@@ -154,7 +166,9 @@ def test_whoever_was_set_aside_was_trained_on_all_the_same(federate, monkeypatch
 
 @pytest.mark.slow
 def test_relabelling_and_repair_have_their_rates(federate):
-    settings = "unlearn.rounds=2 unlearn.epochs=1 unlearn.lr=0.03 unlearn.repair_lr=0.1 unlearn.freeze_fraction=0"
+    settings = (
+        f"unlearn.rounds=2 unlearn.epochs=1 {ONCE} unlearn.lr=0.03 unlearn.repair_lr=0.1 unlearn.freeze_fraction=0"
+    )
     grid = LocalGrid(1)
     forgotten(federate, "relabel", settings, grid=grid)
     rates = {
@@ -167,7 +181,7 @@ def test_relabelling_and_repair_have_their_rates(federate):
 
 @pytest.mark.slow
 def test_batchnorm_statistics_are_estimated_by_clients_before_a_request_and_in_the_end(federate):
-    settings = "unlearn.rounds=2 unlearn.epochs=1 batch_norm_fraction=0.4"
+    settings = f"unlearn.rounds=2 unlearn.epochs=1 {ONCE} batch_norm_fraction=0.4"
     grid = LocalGrid(1)
     forgotten(federate, "relabel", settings, grid=grid)
     fractions = [messages.arguments_of(message)["fraction"] for message in grid.sent_for("batch_norm_statistics")]
@@ -183,10 +197,10 @@ def test_every_round_corrects_by_what_all_before_it_missed(federate):
     pooled = before(federate)
     estimate, state = estimated(federate, pooled, [3]), federate.state("before")
     predicted, examples = estimate.expected_accuracy(pooled.class_counts([3])), pooled.examples(3)
-    hits = [round(examples * predicted) + 4, round(examples * predicted) + 2, 0]
+    hits = [round(examples * predicted) + 4, round(examples * predicted) + 2, 0, 0]
     found = iter(hits)
     grid = telling(lambda client: Counts(examples, 1.0, next(found), 0), [3])
-    forgotten(federate, "relabel", "unlearn.rounds=3 unlearn.epochs=1", grid=grid)
+    forgotten(federate, "relabel", f"unlearn.rounds=3 unlearn.epochs=1 {ONCE}", grid=grid)
     sent = grid.sent_for("relabel")
     assert_same(messages.unpack(sent[0]), state)
     second = 1 - (hits[1] / examples - predicted) / (2 * predicted)
@@ -215,7 +229,7 @@ def test_of_clients_that_are_forgotten_together_only_memorised_ones_are_relabell
     examples = federate.pooled(SETTINGS).examples(3)
     monkeypatch.setattr("strategies.relabel.is_known_better", lambda found, *other: found.examples == examples)
     grid = LocalGrid(1)
-    settings = "unlearn.rounds=1 unlearn.epochs=1"
+    settings = f"unlearn.rounds=1 unlearn.epochs=1 {ONCE}"
     forgotten(federate, "relabel", settings, forgets="forget.schedule={2:[1,3]}", grid=grid)
     assert {client for task, client in asked(grid) if task == "relabel"} == {3}
     assert "client 1 is not relabelled" in capsys.readouterr().err
@@ -243,7 +257,12 @@ def test_rates_of_unlearning_follow_the_schedule(digits, schedule, round_, relab
 @pytest.mark.parametrize("guide", ["inputs", "kronecker", "diagonal"])
 def test_the_guide_travels_to_forget_clients_alone_in_half_precision(federate, guide):
     grid = LocalGrid(2)
-    forgotten(federate, "relabel", f"unlearn.rounds=1 unlearn.epochs=1 unlearn.guide={guide}", grid=grid)
+    forgotten(
+        federate,
+        "relabel",
+        f"unlearn.rounds=1 unlearn.epochs=1 {ONCE} unlearn.guide={guide}",
+        grid=grid,
+    )
     (message,) = [sent for sent in grid.sent if "guide" in messages.arguments_of(sent)]
     assert (messages.task_of(message).name, messages.task_of(message).clients) == ("relabel", [3])
     sent = messages.arguments_of(message)["guide"]
@@ -278,7 +297,11 @@ def test_a_client_that_is_known_no_better_than_held_out_images_is_not_relabelled
 def test_weights_freeze_only_where_something_was_memorised(federate, monkeypatch, memorised, frozen):
     monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: True)
     monkeypatch.setattr("strategies.relabel.memorised_fraction", lambda *found: memorised)
-    _, detail = forgotten(federate, "relabel", "unlearn.rounds=1 unlearn.epochs=1 unlearn.freeze_fraction=0.5")
+    _, detail = forgotten(
+        federate,
+        "relabel",
+        f"unlearn.rounds=1 unlearn.epochs=1 {ONCE} unlearn.freeze_fraction=0.5",
+    )
     masks = torch.cat([mask.flatten() for mask in federate.server_state("forgets").frozen.values()])
     assert detail["frozen"] == frozen
     assert float(masks.double().mean()) == pytest.approx(frozen, abs=0.02)
@@ -296,7 +319,7 @@ def test_where_nobody_is_relabelled_the_client_head_is_trained_anew_all_the_same
 @pytest.mark.slow
 def test_a_repair_works_with_statistics_of_held_out_images_and_the_last_one_trains_the_client_head(federate):
     training = "train.client_head_by=server batch_norm_fraction=0.4"
-    settings = "unlearn.rounds=2 unlearn.epochs=1 unlearn.repair_lr=0.001 unlearn.freeze_fraction=0"
+    settings = f"unlearn.rounds=2 unlearn.epochs=1 {ONCE} unlearn.repair_lr=0.001 unlearn.freeze_fraction=0"
     grid = LocalGrid(1)
     found, _ = forgotten(federate, "relabel", settings, training=training, grid=grid)
     first, last = grid.sent_for("repair")
@@ -316,27 +339,27 @@ def test_a_repair_works_with_statistics_of_held_out_images_and_the_last_one_trai
 
 
 @pytest.mark.slow
-def test_the_forget_client_gets_no_message_after_it_has_relabelled(federate):
+def test_the_forget_client_gets_no_message_after_it_has_said_what_came_of_it(federate):
     grid = LocalGrid(1)
-    settings = settings_of("relabel", "unlearn.rounds=2 unlearn.epochs=1")
+    settings = settings_of("relabel", f"unlearn.rounds=2 unlearn.epochs=1 {ONCE}")
     federate(f"{settings} rounds=3 {FORGETS}", grid=grid)
     assert [round_ for task, round_ in kinds(grid, client=3) if task == "train"] == [1, 2]
-    assert kinds(grid, client=3)[-1][0] == "relabel"
-    last = grid.sent.index(grid.sent_for("relabel")[-1])
-    assert {messages.task_of(message).name for message in grid.sent[last + 1 :]} >= {"repair", "train"}
+    assert [task for task, _ in kinds(grid, client=3)[-2:]] == ["relabel", "evaluate"]
+    last = max(place for place, message in enumerate(grid.sent) if 3 in messages.task_of(message).clients)
+    assert "train" in {messages.task_of(message).name for message in grid.sent[last + 1 :]}
 
 
 @pytest.mark.slow
 def test_clients_of_three_images_repair_and_give_statistics(federate):
     training = "clients=10 data.limit=30 partition.kind=iid"
-    settings = "unlearn.epochs=1 unlearn.repair_fraction=0.3 batch_norm_fraction=0.1"
+    settings = f"unlearn.epochs=1 {ONCE} unlearn.repair_fraction=0.3 batch_norm_fraction=0.1"
     grid = LocalGrid(1)
     _, detail = forgotten(federate, "relabel", settings, training=training, grid=grid)
     assert detail.get("attempts") is None
     assert {client for task, client in asked(grid) if task == "batch_norm_statistics"} == {*range(10)} - {3}
 
 
-def test_relabelling_that_diverges_begins_again_at_half_the_rate(federate, monkeypatch):
+def test_a_pass_that_diverges_is_followed_by_one_of_a_quarter_of_its_rate(federate, monkeypatch):
     rates = []
 
     def diverging(model, batches, *, lr, **others):
@@ -346,9 +369,51 @@ def test_relabelling_that_diverges_begins_again_at_half_the_rate(federate, monke
 
     monkeypatch.setattr("strategies.relabel.distill", diverging)
     pooled = before(federate)
-    settings = "unlearn.rounds=1 unlearn.lr=0.04 unlearn.repair_lr=0 train.lr=0 unlearn.freeze_fraction=0"
+    settings = "unlearn.rounds=1 unlearn.most_rounds=1 unlearn.lr=0.04 unlearn.freeze_fraction=0"
+    settings += " unlearn.repair_lr=0 train.lr=0"
     found, detail = forgotten(federate, "relabel", settings)
-    assert rates == pytest.approx([0.04, 0.02, 0.01])
+    assert rates[:3] == pytest.approx([0.04, 0.01, 0.0025])
     assert_close(found["projection.bias"], torch.full_like(found["projection.bias"], 0.5), rtol=0.01, atol=0)
     assert_close(found["stem.0.weight"], pooled.state()["stem.0.weight"])
     assert detail["relabelled"] == [3]
+
+
+def test_a_round_has_passes_at_twice_the_rate_until_no_more_images_are_right_than_soft_labels(federate, monkeypatch):
+    rates, aims, above = [], [], iter([9.0, 1.01, 1.0, 0.0])
+    monkeypatch.setattr("strategies.relabel.distill", lambda *given, lr, **others: rates.append(lr))
+    monkeypatch.setattr("strategies.relabel.errors_above", lambda found, aim: aims.append(aim) or next(above))
+    monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: True)
+    settings = "unlearn.rounds=1 unlearn.most_rounds=1 unlearn.lr=0.04"
+    pooled = before(federate)
+    client, estimate = pooled.client(3), estimated(federate, pooled, [3])
+    forgotten(federate, "relabel", settings)
+    assert rates == pytest.approx([0.04, 0.08, 0.16])
+    labels = assign_soft_labels(
+        views_of(pooled, 3), client.labels, estimate.class_probs, estimate.class_labels, generator=generator_of(0, 3)
+    )
+    assert aims[:3] == pytest.approx([float((labels.argmax(1) == client.labels).float().mean())] * 3)
+
+
+def test_rounds_go_on_until_clients_are_known_no_better_than_estimated(federate, capsys):
+    pooled = before(federate)
+    predicted = estimated(federate, pooled, [3]).expected_accuracy(pooled.class_counts([3]))
+    examples = pooled.examples(3)
+    limit = predicted + 2 * math.sqrt(predicted * (1 - predicted) / examples)
+    above, below = math.floor(limit * examples) + 1, math.floor(limit * examples)
+    settings = "unlearn.rounds=2 unlearn.epochs=1 unlearn.passes=1 unlearn.most_rounds="
+    for most, hits, rounds in ((5, [above, above, below], 3), (5, [above, below], 2), (3, [above] * 3, 3)):
+        found, grid = iter([examples, *hits]), None
+        grid = telling(lambda client, found=found: Counts(examples, 1.0, next(found), 0), [3])
+        forgotten(federate, "relabel", f"{settings}{most}", run=f"{most}-{len(hits)}", grid=grid)
+        sent = grid.sent_for("repair")
+        assert len(grid.sent_for("relabel")) == rounds
+        trained = [messages.arguments_of(message)["embeddings"] for message in sent[:: len(sent) // rounds]]
+        assert trained == [False] + [True] * (rounds - 1)
+        assert ("still known better" in capsys.readouterr().err) == (hits[-1] == above)
+
+
+@pytest.mark.parametrize(
+    ("hits", "predicted", "expected"), [(60, 0.5, 2.0), (40, 0.5, -2.0), (0, 0.0, 0.0), (1, 0.0, math.inf)]
+)
+def test_by_hand_standard_errors_above_an_estimate(hits, predicted, expected):
+    assert errors_above(Counts(100, class_correct=hits), predicted) == pytest.approx(expected)

@@ -21,7 +21,10 @@ SCHEDULE = (
     "clients=2 data.limit=60 data.test_limit=20 train.client_head_steps=5 rounds=3 train.server_momentum=0.5 "
     "forget.schedule={1:[1]}"
 )
-STRATEGIES = {"ssd": "strategy=ssd unlearn.tune=fixed", "subset": "strategy=subset unlearn.rounds=1"}
+STRATEGIES = {
+    "ssd": "strategy=ssd unlearn.tune=fixed",
+    "subset": "strategy=subset unlearn.rounds=1 unlearn.most_rounds=1",
+}
 
 
 class Killed:

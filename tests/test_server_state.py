@@ -12,7 +12,7 @@ from fedunlearn.federation.server_state import ServerState
 from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.run import Run
 from local_grid import equal
-from naive import SETTINGS, settings_of
+from naive import ONCE, SETTINGS, settings_of
 
 
 def test_updates_add_up_and_names_that_they_lack_stay():
@@ -144,7 +144,7 @@ def test_frozen_weights_move_while_the_learning_rate_has_to_fall(home, digits, t
 
 @pytest.mark.usefixtures("memorised")
 def test_the_weights_that_unlearning_changed_most_are_frozen_also_after_a_restart(federate):
-    settings = settings_of("subset", "unlearn.rounds=1 unlearn.epochs=1 unlearn.freeze_fraction=0.5")
+    settings = settings_of("subset", f"unlearn.rounds=1 unlearn.epochs=1 {ONCE} unlearn.freeze_fraction=0.5")
     settings += " train.schedule=constant loss.warmup=0 forget.schedule={2:[3]}"
     federate(f"{settings} rounds=2")
     applied = federate.server_state()

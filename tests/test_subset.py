@@ -7,11 +7,11 @@ import reference
 from fedunlearn.federation import messages
 from fedunlearn.unlearning.dampening import dampening_cost, largest_alpha
 from local_grid import LocalGrid, asked, equal
-from naive import before, forgotten, pruned
+from naive import ONCE, before, forgotten, pruned
 from strategies.relabel import Relabelling
 from strategies.subset import SubsetUnlearning
 
-QUICK = "unlearn.rounds=1 unlearn.epochs=1"
+QUICK = f"unlearn.rounds=1 unlearn.epochs=1 {ONCE}"
 
 
 def softened_fisher(pooled, clients, temperature):

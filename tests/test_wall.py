@@ -16,7 +16,7 @@ from fedunlearn.federation.strategy import strategy_names
 from fedunlearn.runs.ledger import State
 from fedunlearn.runs.run import Run
 from local_grid import LocalGrid
-from naive import SETTINGS, settings_of
+from naive import ONCE, SETTINGS, settings_of
 
 REPOSITORY = Path(__file__).parent.parent
 CLIENTS_FILES = ("train_images.npy", "train_labels.npy")
@@ -79,8 +79,8 @@ def machines(federate, monkeypatch):
 def test_every_strategy_forgets_without_the_clients_images_and_without_an_auditor(federate, machines, strategy):
     more = {
         "federaser": "unlearn.every=1",
-        "subset": "unlearn.epochs=1",
-        "relabel": "unlearn.epochs=1",
+        "subset": f"unlearn.epochs=1 {ONCE}",
+        "relabel": f"unlearn.epochs=1 {ONCE}",
         "ssd": "unlearn.tune=auto",
     }
     settings = settings_of(strategy, more.get(strategy, ""))

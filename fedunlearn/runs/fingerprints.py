@@ -24,6 +24,8 @@ def keep_fingerprints(run: Run, found: Mapping[int, str]) -> None:
 
 def keys_of(run: Run) -> dict[int, str]:
     """Give the ids of the keys of clients' machines: those of the settings, else those that were last seen."""
+    if not run.config.partition.is_on_nodes:
+        return {}
     return run.config.partition.keys or {int(client): key for client, key in run.about().get("keys", {}).items()}
 
 
@@ -32,6 +34,8 @@ def keep_keys(run: Run, found: Mapping[int, str]) -> None:
 
     By it a client is known again once it was forgotten: then the key that was written down stays.
     """
+    if not run.config.partition.is_on_nodes:
+        return
     known, forgotten = keys_of(run), run.ledger.clients_in(FORGOTTEN)
     keys = known | {
         client: key for client, key in found.items() if key and not (client in forgotten and client in known)
