@@ -208,13 +208,14 @@ class Guided(Strategy):
 
 
 class Relabelling(Guided):
-    """theta += sum of (theta_f - theta), then theta += mean of (theta_r - theta), `rounds` times.
+    """theta += sum of (theta_f - theta), then theta += mean of (theta_r - theta), until D_f is as estimated.
 
     The server estimates what the retrained model would predict on its held-out images. Each forget client f matches
     these predictions to its own images as soft labels. It fine-tunes the model on them, guided by the Fisher F: its
     steps are -(F + damping)^-1 g, so that predictions on other images stay almost as they were. The retain clients r
     repair the rest by a little training. Both steps bring back some of what was right before. So the next round has
-    fewer correct soft labels (`corrected`).
+    fewer correct soft labels (`corrected`). How many passes and rounds that takes depends on the network: each goes on
+    while the forget client's accuracy is above what it should be by more than chance.
 
     D_f ends with the predictions that unseen data would get, no fewer right and no surer, while the loss on D_r stays
     near zero. No gradient is left that would bring the old predictions back when training goes on. In the end, where
