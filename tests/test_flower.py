@@ -47,13 +47,13 @@ def flwr_command(words, federation="num-supernodes=2"):
 def flwr_run(environment, words, federation="num-supernodes=2"):
     """Its output, when it has ended."""
     command = flwr_command(words, federation)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550).stdout
 
 
 def fedunlearn_run(*words):
     """`fedunlearn run digits`, to its end. A person's lines are on stderr."""
     command = [sys.executable, "-m", "fedunlearn", "run", "digits", *SMALL.split(), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=550)
 
 
 def checkpoint(home, run):
