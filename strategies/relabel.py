@@ -245,7 +245,7 @@ class Relabelling(Guided):
         )
         epochs: int = Field(default=4, ge=1, le=1000, description="of the forget clients in a pass")
         passes: int = Field(
-            default=8,
+            default=5,
             ge=1,
             le=1000,
             description="how many a round has at most: each at twice the rate of the one before, until no more images "
@@ -273,8 +273,8 @@ class Relabelling(Guided):
     ) -> Update:
         """Its model's update after fine-tuning on soft labels for its images, and how many of these it gets right.
 
-        It goes on, each time at twice the rate, until no more images are right than soft labels are. Where a pass
-        diverges, the next one takes a quarter of the rate instead, from where that one began.
+        It goes on, each time at twice the rate, until no more images are right than soft labels are. A pass that comes
+        no nearer to the soft labels is undone, and the next one takes a quarter of its rate.
 
         Args:
             predictions: estimated of the retrained model on held-out images, [T, K].
@@ -285,8 +285,7 @@ class Relabelling(Guided):
         correct = correct_fraction[str(client.id)]
         soft_labels = soft_labels_of(client, model, predictions, prediction_labels, correct_fraction=correct)
         guiding = kronecker.symmetric({name: p.float().to(client.device) for name, p in guide.items()})
-        right = float((soft_labels.argmax(1).cpu() == client.labels).float().mean())
-        kept, found = client.broadcast(), None
+        kept, (_, loss) = client.broadcast(), fit(client, model, soft_labels)
         for number in range(settings.passes):
             model.load_state_dict(kept)
             epochs = range(number * settings.epochs, (number + 1) * settings.epochs)
@@ -298,15 +297,16 @@ class Relabelling(Guided):
                 precision=client.precision,
                 guide=guiding,
             )
-            if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            above, reached = fit(client, model, soft_labels)
+            if not reached < loss:
                 lr /= 4
                 continue
-            kept, found = {name: value.clone() for name, value in model.state_dict().items()}, client.evaluate(model)
-            if errors_above(found, right) <= 1:
+            kept, loss = {name: value.clone() for name, value in model.state_dict().items()}, reached
+            if above <= 1:
                 break
             lr *= 2
         model.load_state_dict(kept)
-        return Update(client.changes(model), 1, found or client.evaluate(model))
+        return Update(client.changes(model), 1, client.evaluate(model))
 
     def relabel_known(self, federation: Federation, goal: Goal) -> None:
         """Relabel and repair, in rounds; each corrects what the one before it missed."""
@@ -370,6 +370,20 @@ def soft_labels_of(
     return soft_labels.to(client.device)
 
 
+def fit(client: Client, model: TwoHeadModel, soft_labels: Tensor) -> tuple[float, float]:
+    """Say how a model fits soft labels for a client's images, [N, K].
+
+    Returns:
+        By how many standard errors more images are right than soft labels are, and the cross-entropy with these.
+    """
+    labels, probs = client.labels, client.predict(model, client.images).class_probs.cpu()
+    soft_labels = soft_labels.cpu()
+    found = Counts(len(labels), class_correct=int((probs.argmax(1) == labels).sum()))
+    right = float((soft_labels.argmax(1) == labels).float().mean())
+    loss = -(soft_labels * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(1).mean()
+    return errors_above(found, right), float(loss)
+
+
 def memorised_fraction(right: float, held_out: float) -> float:
     """Give the memorisation gap as a fraction of the largest that there can be.
 
@@ -393,15 +407,14 @@ def is_known_better(found: Counts, predicted: float, predicted_loss: float) -> b
 
 
 def errors_above(found: Counts, predicted: float) -> float:
-    """Give how many standard errors an accuracy is above a predicted one.
+    """Give how many standard errors an accuracy is above a predicted one, whose variance is never taken for zero.
 
     Example:
         >>> errors_above(Counts(100, class_correct=60), 0.5)
         2.0
     """
-    error = math.sqrt(predicted * (1 - predicted) / found.examples)
-    above = found.class_accuracy - predicted
-    return above / error if error else math.copysign(math.inf, above) if above else 0.0
+    variance = max(predicted * (1 - predicted), 1 / found.examples)
+    return (found.class_accuracy - predicted) / math.sqrt(variance / found.examples)
 
 
 def corrected(correct: float, aim: float, found: float) -> float:

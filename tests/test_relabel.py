@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import reference
+import strategies.relabel
 from fedunlearn.build import learning_rate_of
 from fedunlearn.composing import compose
 from fedunlearn.federation import messages
@@ -33,7 +34,7 @@ from naive import (
     settings_of,
     trained,
 )
-from strategies.relabel import Relabelling, corrected, errors_above, is_known_better
+from strategies.relabel import Relabelling, corrected, errors_above, fit, is_known_better
 
 pytestmark = pytest.mark.usefixtures("memorised")
 
@@ -359,39 +360,49 @@ def test_clients_of_three_images_repair_and_give_statistics(federate):
     assert {client for task, client in asked(grid) if task == "batch_norm_statistics"} == {*range(10)} - {3}
 
 
-def test_a_pass_that_diverges_is_followed_by_one_of_a_quarter_of_its_rate(federate, monkeypatch):
-    rates = []
+def test_a_pass_that_comes_no_nearer_is_undone_and_followed_by_one_of_a_quarter_of_its_rate(federate, monkeypatch):
+    rates, real = [], strategies.relabel.distill
 
-    def diverging(model, batches, *, lr, **others):
+    def failing(model, batches, *, lr, **others):
         rates.append(lr)
-        with torch.no_grad():
-            model.projection.bias.fill_(math.nan if len(rates) < 3 else 0.5)
+        if len(rates) < 3:
+            value = math.nan if len(rates) == 1 else 0.0  # it diverges, and says the same of all images
+            with torch.no_grad():
+                model.class_head.out.weight.fill_(value)
+                model.class_head.out.bias.copy_(torch.tensor([9.0] + [0.0] * 9))
+        else:
+            real(model, batches, lr=lr, **others)
 
-    monkeypatch.setattr("strategies.relabel.distill", diverging)
+    monkeypatch.setattr("strategies.relabel.distill", failing)
+    monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: True)
     pooled = before(federate)
-    settings = "unlearn.rounds=1 unlearn.most_rounds=1 unlearn.lr=0.04 unlearn.freeze_fraction=0"
-    settings += " unlearn.repair_lr=0 train.lr=0"
-    found, detail = forgotten(federate, "relabel", settings)
-    assert rates[:3] == pytest.approx([0.04, 0.01, 0.0025])
-    assert_close(found["projection.bias"], torch.full_like(found["projection.bias"], 0.5), rtol=0.01, atol=0)
-    assert_close(found["stem.0.weight"], pooled.state()["stem.0.weight"])
+    settings = "unlearn.rounds=1 unlearn.most_rounds=1 unlearn.passes=3 unlearn.lr=0.04 unlearn.freeze_fraction=0"
+    found, detail = forgotten(federate, "relabel", f"{settings} unlearn.repair_lr=0 train.lr=0")
+    assert rates == pytest.approx([0.04, 0.01, 0.0025])
+    start, end = (state["class_head.out.weight"] for state in (pooled.state(), found))
+    assert 0 < float((end - start).norm()) < 0.1 * float(start.norm())
     assert detail["relabelled"] == [3]
 
 
 def test_a_round_has_passes_at_twice_the_rate_until_no_more_images_are_right_than_soft_labels(federate, monkeypatch):
-    rates, aims, above = [], [], iter([9.0, 1.01, 1.0, 0.0])
+    rates, fits = [], iter([(9.0, 4.0), (9.0, 3.0), (1.01, 2.0), (1.0, 1.0)])
     monkeypatch.setattr("strategies.relabel.distill", lambda *given, lr, **others: rates.append(lr))
-    monkeypatch.setattr("strategies.relabel.errors_above", lambda found, aim: aims.append(aim) or next(above))
+    monkeypatch.setattr("strategies.relabel.fit", lambda *given: next(fits))
     monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: True)
-    settings = "unlearn.rounds=1 unlearn.most_rounds=1 unlearn.lr=0.04"
-    pooled = before(federate)
-    client, estimate = pooled.client(3), estimated(federate, pooled, [3])
-    forgotten(federate, "relabel", settings)
+    forgotten(federate, "relabel", "unlearn.rounds=1 unlearn.most_rounds=1 unlearn.lr=0.04")
     assert rates == pytest.approx([0.04, 0.08, 0.16])
-    labels = assign_soft_labels(
-        views_of(pooled, 3), client.labels, estimate.class_probs, estimate.class_labels, generator=generator_of(0, 3)
-    )
-    assert aims[:3] == pytest.approx([float((labels.argmax(1) == client.labels).float().mean())] * 3)
+
+
+def test_how_a_model_fits_soft_labels_equals_a_naive_count(federate):
+    pooled = before(federate)
+    client, soft_labels = pooled.client(3), torch.randn(pooled.examples(3), 10).softmax(1)
+    probs = client.predict(pooled.model, client.images).class_probs
+    labels = client.labels.tolist()
+    right = sum(int(p.argmax()) == k for p, k in zip(probs, labels, strict=True)) / len(probs)
+    aim = sum(int(t.argmax()) == k for t, k in zip(soft_labels, labels, strict=True)) / len(probs)
+    loss = -sum(float(t @ p.log()) for t, p in zip(soft_labels, probs, strict=True)) / len(probs)
+    error = math.sqrt(max(aim * (1 - aim), 1 / len(probs)) / len(probs))
+    assert fit(client, pooled.model, soft_labels) == pytest.approx(((right - aim) / error, loss), rel=1e-4, abs=1e-6)
 
 
 def test_rounds_go_on_until_clients_are_known_no_better_than_estimated(federate, capsys):
@@ -413,7 +424,7 @@ def test_rounds_go_on_until_clients_are_known_no_better_than_estimated(federate,
 
 
 @pytest.mark.parametrize(
-    ("hits", "predicted", "expected"), [(60, 0.5, 2.0), (40, 0.5, -2.0), (0, 0.0, 0.0), (1, 0.0, math.inf)]
+    ("hits", "predicted", "expected"), [(60, 0.5, 2.0), (40, 0.5, -2.0), (0, 0.0, 0.0), (2, 0.0, 2.0), (98, 1.0, -2.0)]
 )
 def test_by_hand_standard_errors_above_an_estimate(hits, predicted, expected):
     assert errors_above(Counts(100, class_correct=hits), predicted) == pytest.approx(expected)
