@@ -111,6 +111,7 @@ def test_settings_reach_the_server_and_a_mistake_in_them_ends_with_one_line(home
     assert not (home / "runs").exists()
 
 
+@pytest.mark.thorough
 def test_fedunlearn_run_on_one_ray_actor_gives_the_bits_of_one_process(home, local):
     """Flower's and Ray's lines are not among a person's."""
     done = fedunlearn_run("run=ray", "--engine", "ray", "--nodes", "4", "--workers", "1")
