@@ -311,16 +311,17 @@ class Relabelling(Guided):
     def relabel_known(self, federation: Federation, goal: Goal) -> None:
         """Relabel and repair, in rounds; each corrects what the one before it missed."""
         settings, guide = self.settings, self.guide(federation)
-        correct = dict.fromkeys(goal.known, 1.0)
+        missed, correct = goal.known, dict.fromkeys(goal.known, 1.0)
         for number in range(1, max(settings.rounds, settings.most_rounds) + 1):
             log.info("── relabelling, round %d: clients' images towards %.3f", number, goal.total)
+            asked = goal.known if number <= settings.rounds else missed
             results = federation.run(
                 self.relabel,
-                on=goal.known,
+                on=asked,
                 at_round=federation.round + number,
                 predictions=goal.estimate.class_probs,
                 prediction_labels=goal.estimate.class_labels,
-                correct_fraction={str(client): fraction for client, fraction in correct.items()},
+                correct_fraction={str(client): correct[client] for client in asked},
                 guide=guide,
                 lr=self.relabel_lr(federation.config, federation.round),
             )

@@ -423,6 +423,18 @@ def test_rounds_go_on_until_clients_are_known_no_better_than_estimated(federate,
         assert ("still known better" in capsys.readouterr().err) == (hits[-1] == above)
 
 
+def test_further_rounds_are_of_those_alone_who_are_still_known_better(federate, monkeypatch):
+    examples, grid = federate.pooled(SETTINGS).examples(3), LocalGrid(1)
+    monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: True)
+    monkeypatch.setattr("strategies.relabel.errors_above", lambda found, aim: 9.0 * (found.examples == examples))
+    settings = "unlearn.rounds=1 unlearn.most_rounds=2 unlearn.epochs=1 unlearn.passes=1"
+    forgotten(federate, "relabel", settings, forgets="forget.schedule={2:[1,3]}", grid=grid)
+    clients = {3: set(), 4: set()}
+    for task in map(messages.task_of, grid.sent_for("relabel")):
+        clients[task.round] |= {*task.clients}
+    assert clients == {3: {1, 3}, 4: {3}}
+
+
 @pytest.mark.parametrize(
     ("hits", "predicted", "expected"), [(60, 0.5, 2.0), (40, 0.5, -2.0), (0, 0.0, 0.0), (2, 0.0, 2.0), (98, 1.0, -2.0)]
 )
