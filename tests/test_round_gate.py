@@ -175,6 +175,7 @@ def test_who_would_destroy_a_model_in_a_request_is_named_alone_and_the_rest_repa
     assert equal(federate.state("lied"), federate.state("silent"))
 
 
+@pytest.mark.thorough
 def test_who_alone_cannot_use_a_model_gone_astray_is_not_blamed(federate, capsys, monkeypatch):
     def ruin(strategy, federation, forget):
         with federation.editing() as model:

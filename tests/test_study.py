@@ -124,6 +124,7 @@ def check_cells(report, tasks):
     assert float(cells(18)["DeepClean, 0.2, heads fixed", "test"]["ours"]) == pytest.approx(np.mean(pruned), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_pieces_give_the_same_as_one_go(tmp_path, monkeypatch, capsys):
     words = [*SHORT, "study.stages=[train,retrain,unlearn]", "study.pipelines=[ce_dl]", "learning.epochs=2"]
     words += ["search.trials=2", "finetuning.epochs=2", "data.limit=240", "data.test_limit=100"]

@@ -165,6 +165,7 @@ def test_the_base_is_the_run_of_the_app_and_stores_every_second_update(home):
     assert any((value != initial[name]).any() for name, value in state.params.items())
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_requests_in_turn_and_at_once_and_in_pieces_of_time(home):
     words = [*SMALL, "study.strategies=[leave]", "study.scenarios=[sequential,together,request_times]"]
