@@ -4,8 +4,8 @@ For each network there is a federated study: a base of all clients, the retraine
 `subset` and `leave` make of the base. Printed are class accuracies, right after the request and some rounds later. A
 study keeps what it has done, so that the same command goes on where it was stopped; `study.minutes=30` stops it.
 
-The images are few and the steps many, so that all three networks learn the training images by heart: else there is
-nothing to forget (results/own_models.md).
+The images are few and the steps many, so that the CNN learns the training images by heart: else there is nothing to
+forget. The transformer needs more steps than these (results/own_models.md).
 """
 
 import argparse

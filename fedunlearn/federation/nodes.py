@@ -125,13 +125,9 @@ class Nodes:
                 del found[node]
         past = {client: known[client] for client in forgotten if client in known}
         less = without_portions(known, portions)
-        claims = {}
-        for node in sorted(found):
-            said = found[node].examples
-            deleted = {c: known[c] for c in said.keys() & less.keys() if said[c] == less[c]}
-            claims[node] = said | {client: past[client] for client in said.keys() & past.keys()} | deleted
+        claims = {node: as_before(found[node].examples, known, past, less) for node in sorted(found)}
         for node, reason in (contradictions(claims, known) | too_many(claims, self.config.client_share)).items():
-            log.warning("node %s is left out: %s", node, reason)
+            log.warning("%s is left out: %s", self._called(node), reason)
             del claims[node]
         if not claims:
             raise UserError("no node works: the reasons are in the log above")
@@ -435,6 +431,21 @@ def without_portions(known: Mapping[int, int], portions: Iterable[Portion]) -> d
         if portion.client in known and portion.number in known:
             left[portion.client] = left.get(portion.client, known[portion.client]) - known[portion.number]
     return left
+
+
+def as_before(
+    said: Mapping[int, int], known: Mapping[int, int], past: Mapping[int, int], less: Mapping[int, int]
+) -> dict[int, int]:
+    """Give what a node says of clients' examples, as if nothing that was forgotten had been deleted.
+
+    Args:
+        said: examples by client.
+        known: from earlier starts of the run.
+        past: the same of forgotten clients alone.
+        less: what is left of clients of which a portion was forgotten.
+    """
+    deleted = {client: known[client] for client in said.keys() & less.keys() if said[client] == less[client]}
+    return {**said, **{client: past[client] for client in said.keys() & past.keys()}, **deleted}
 
 
 def assigned(claims: list[Mapping[int, int]]) -> list[list[int]]:
