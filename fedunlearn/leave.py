@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DIGITS = 12
 """Of a run's key, where a run is named."""
+SHOWN = 16
+"""Digits of a client's key in a message."""
 
 
 @in_one_line
@@ -37,12 +39,15 @@ def leave(
     from fedunlearn.runs.signed import sign
 
     folder = state_home(home)
-    for one, number in chosen(taking_part.noted(folder), folder, client, run):
-        asked = sign([number], run=one.run, key=key, days=days)
+    wanted = chosen(taking_part.noted(folder), folder, client, run)
+    signed = [sign([number], run=one.run, key=key, days=days) for one, number in wanted]
+    for (one, number), asked in zip(wanted, signed, strict=True):
+        check_signer(one, number, asked.key)
+    for (one, number), asked in zip(wanted, signed, strict=True):
         taking_part.keep(folder, asked)
         print(f"client {printable(one.clients[number])} asks run {one.run[:DIGITS]} to be forgotten (since "
               f"{one.since[:10]} it takes part there), until {asked.expires_at[:16]} UTC")  # fmt: skip
-    print(f"signed with the key {asked.key}: who runs the federation must know it as the client's")
+    print(f"signed with the key {asked.key}")
     print("The SuperNode's next reply carries it, and a live run applies it at its next round boundary.")
     print("A run that is not live applies it when it is started again while the SuperNode is connected.")
     print("Until then the client's images are needed. Afterwards the machine gets no message for it: delete them.")
@@ -79,3 +84,20 @@ def chosen(runs: list["TakingPart"], folder: Path, client: str, key: str) -> lis
             f"no client {printable(client[:80])!r} takes part from this machine: there is {names or 'none'}"
         )
     return found
+
+
+def check_signer(one: "TakingPart", client: int, key: str) -> None:
+    """Raise UserError where a run has said that it believes another key than the one that signs for a client.
+
+    Args:
+        one: what the machine knows of the run; nothing is said of a run that did not say whom it believes.
+        client: that asks.
+        key: id of the key that signs.
+    """
+    believed = one.signers.get(client, key)
+    about = f"run {one.run[:DIGITS]}, for client {printable(one.clients[client])},"
+    if not believed:
+        raise UserError(f"{about} believes no key, as it has forget.signed and no forget.keys: ask who runs it")
+    if believed != key:
+        keys = f"believes the key {believed[:SHOWN]}…, and --key has {key[:SHOWN]}…"
+        raise UserError(f"{about} {keys}: nothing was asked")

@@ -63,6 +63,10 @@ class Hospitals:
         about = ("--client", NAMES[place], "--key", key or self.files[place], "--home", self.home(place))
         return command("leave", *about, *words)
 
+    def leave_unchecked(self, key):
+        """Hospital b's machine carries what this key has signed, whatever the run will believe."""
+        taking_part.keep(self.home(), sign([1], run=self.federate.run().ledger.key, key=key))
+
     def signed(self, place, number=None, **others):
         """What a hospital signs, with some values replaced and signed again."""
         run = others.pop("run", self.federate.run().ledger.key)
@@ -147,7 +151,7 @@ def test_the_command_says_what_will_happen(three, capsys):
 )
 def test_what_cannot_be_asked_gets_one_line(supernodes, tmp_path, capsys, words, message):  # noqa: F811
     for run in (OTHER_RUN, "a1" * 32):
-        taking_part.note(tmp_path, run, {1: "hospital_b"})
+        taking_part.note(tmp_path, run, {1: "hospital_b"}, {})
     key = written(tmp_path / "key", supernodes[0][1])
     usual = {"--client": "hospital_b", "--key": key, "--home": tmp_path} | dict([words])
     assert command("leave", *(part for pair in usual.items() for part in pair)) == 2
@@ -158,7 +162,7 @@ def test_what_cannot_be_asked_gets_one_line(supernodes, tmp_path, capsys, words,
 
 def test_all_runs_are_asked_or_the_one_that_is_named(supernodes, tmp_path):  # noqa: F811
     for number, run in enumerate((OTHER_RUN, "cd" * 32)):
-        taking_part.note(tmp_path, run, {number: "hospital_b"})
+        taking_part.note(tmp_path, run, {number: "hospital_b"}, {})
     key = written(tmp_path / "key", supernodes[0][1])
     about = ("leave", "--client", " hospital_b", "--key", key, "--home", tmp_path)
     assert command(*about, "--run", "CD") == 0
@@ -167,8 +171,39 @@ def test_all_runs_are_asked_or_the_one_that_is_named(supernodes, tmp_path):  # n
     assert [kept(tmp_path, run)[0].clients for run in (OTHER_RUN, "cd" * 32)] == [[0], [1]]
 
 
+def test_a_key_that_the_run_will_not_believe_is_refused_on_the_machine(three, capsys):
+    three("rounds=1")
+    run = three.federate.run().ledger.key
+    assert three.leave(key=three.files[2]) == 2
+    right, wrong = keys.id_of(three.keys[1]), keys.id_of(three.keys[2])
+    assert (
+        f"for client hospital_b, believes the key {right[:16]}…, and --key has {wrong[:16]}…" in capsys.readouterr().err
+    )
+    assert kept(three.home(), run) == []
+    assert three.leave() == 0
+
+
+def test_who_signs_is_known_without_partition_keys_too(hospitals, supernodes, federate, tmp_path):  # noqa: F811
+    hospitals("rounds=1", keys=supernodes[0])
+    signers = [noted(tmp_path / f"at_{name}")[0].signers for name in NAMES]
+    assert signers == [{place: keys.id_of(key)} for place, key in enumerate(supernodes[0])]
+    hospitals("rounds=1 run=signed forget.signed=true", keys=supernodes[0])
+    assert noted(tmp_path / "at_hospital_b")[-1].signers == {1: ""}
+    about = ("--client", "hospital_b", "--home", tmp_path / "at_hospital_b", "--run", federate.run("signed").ledger.key)
+    assert command("leave", *about, "--key", written(tmp_path / "key", supernodes[0][1])) == 2
+
+
+@pytest.mark.parametrize("said", ["", "[]", "{", '{"b": "key"}', "1"])
+def test_of_a_server_that_does_not_say_whom_it_believes_nothing_is_expected(three, said):
+    three("rounds=1")
+    task = messages.Task("{}", "identify", 0, [], run=OTHER_RUN, signers=said)
+    assert withdrawals._signers_of(asdict(task)) == {}
+    taking_part.note(three.home(), OTHER_RUN, {1: "hospital_b"}, {})
+    assert three.leave("--run", OTHER_RUN, key=three.files[2]) == 0
+
+
 def test_a_name_that_the_terminal_cannot_show_keeps_nobody_from_asking(supernodes, tmp_path):  # noqa: F811
-    taking_part.note(tmp_path, OTHER_RUN, {1: "Süd, 病院"})
+    taking_part.note(tmp_path, OTHER_RUN, {1: "Süd, 病院"}, {})
     words = [
         "leave",
         "--client",
@@ -192,7 +227,7 @@ def test_what_root_has_asked_can_be_read_by_the_user_of_the_supernode(supernodes
 
 def test_what_has_expired_or_is_damaged_is_not_carried_and_the_newest_is_first(supernodes, tmp_path, caplog):  # noqa: F811
     key = written(tmp_path / "key", supernodes[0][1])
-    taking_part.note(tmp_path, OTHER_RUN, {1: "hospital_b"})
+    taking_part.note(tmp_path, OTHER_RUN, {1: "hospital_b"}, {})
     for client, days in ((4, 0), (5, 1), (6, 2)):
         taking_part.keep(tmp_path, sign([client], run=OTHER_RUN, key=key, days=days))
     for name, content in ((f"{OTHER_RUN}-7.json", "{}"), (f"{'cd' * 32}.json", "[1"), ("other.json", "1")):
@@ -360,7 +395,7 @@ def test_a_machine_that_is_left_out_since_its_images_have_changed_may_still_ask(
 
 def test_without_keys_in_the_settings_the_key_that_the_superlink_knows_counts(hospitals, three, warnings):  # noqa: F811
     hospitals("rounds=1", keys=three.keys)
-    assert three.leave(key=three.files[2]) == 0
+    three.leave_unchecked(three.files[2])
     hospitals("rounds=2", keys=three.keys)
     assert warnings().count("its key is not that of client hospital_b") == 1
     assert three.federate.requests() == []
@@ -519,7 +554,7 @@ def test_a_key_that_is_named_for_requests_counts_in_place_of_the_supernodes(thre
     own = tmp_path / "own.pem"
     words = f"forget.signed=true forget.keys={{hospital_b:{keys.new_key(own)}}}"
     three(f"rounds=1 {words}")
-    assert three.leave() == 0
+    three.leave_unchecked(three.files[1])
     three(f"rounds=2 {words}")
     assert three.federate.requests() == []
     assert warnings().count("its key is not that of client hospital_b (forget.keys, partition.keys)") == 1
@@ -530,7 +565,8 @@ def test_a_key_that_is_named_for_requests_counts_in_place_of_the_supernodes(thre
 
 def test_with_forget_signed_a_key_that_only_the_superlink_knows_does_not_count(hospitals, three, warnings):  # noqa: F811
     hospitals("rounds=1 forget.signed=true", keys=three.keys)
-    assert three.leave() == 0
+    assert three.leave() == 2
+    three.leave_unchecked(three.files[1])
     hospitals("rounds=2", keys=three.keys)
     assert three.federate.requests() == []
     assert "its key is not that of client hospital_b" in warnings()

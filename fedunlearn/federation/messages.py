@@ -27,6 +27,7 @@ class Task:
         arguments: further arguments of the client task, as JSON; tensors travel beside it.
         portions: of the clients' images that were asked to be forgotten, by number, as JSON (`data.selection.Portion`).
         run: id of the run's key, where machines have their own images: by it a client signs what it asks for.
+        signers: the id of the key that must sign for each client, as JSON; a machine of its own is told at the start.
     """
 
     config: str
@@ -36,6 +37,7 @@ class Task:
     arguments: str = "{}"
     portions: str = "{}"
     run: str = ""
+    signers: str = ""
 
 
 def pack(tensors: Mapping[str, Tensor], dtype: str) -> ArrayRecord:
@@ -67,7 +69,7 @@ def unpack(message: Message, name: str = "arrays", *, only: str = "") -> Tensors
 
 def request(task: Task, records: Mapping[str, ArrayRecord]) -> RecordDict:
     """Make the content of a message to a node; the same `records` may be shared by many."""
-    about = {name: value for name, value in asdict(task).items() if value or name != "run"}
+    about = {name: value for name, value in asdict(task).items() if value or name not in ("run", "signers")}
     return RecordDict({"task": ConfigRecord(about), **records})
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from logging import getLogger
 from statistics import multimode
 from typing import Any
@@ -208,8 +209,11 @@ class Nodes:
         unknown = [node for node in nodes if node not in found and failures[node] < ATTEMPTS]
         if not unknown:
             time.sleep(0.5 if self.config.partition.is_on_nodes else 0.1)
-        content = messages.request(Task(for_clients(self.config), "identify", 0, [], run=self._run), {})
-        sent = [Message(content, node, "query.identify") for node in unknown]
+        task = Task(for_clients(self.config), "identify", 0, [], run=self._run)
+        tasks = [replace(task, signers=self._signers(node)) for node in unknown]
+        sent = [
+            Message(messages.request(one, {}), node, "query.identify") for one, node in zip(tasks, unknown, strict=True)
+        ]
         for node, reply in zip(unknown, grid.send_and_receive(sent, timeout=self._patience), strict=True):
             self._take_withdrawals(node, reply)
             try:
@@ -357,8 +361,19 @@ class Nodes:
         """
         key, keys = self._key_of.get(node, ""), self.config.partition.keys
         own = [c for c, owner in keys.items() if owner == key] if keys else self.clients_of.get(node, [])
-        usual = "" if self.config.forget.signed else key
-        return {c: self.config.owner_keys.get(c, usual) for c in own if c < self.config.clients}
+        return {c: self._signer(c, key) for c in own if c < self.config.clients}
+
+    def _signers(self, node: int) -> str:
+        """Say as JSON whose signature is believed of the clients that a machine of its own may have."""
+        if not self.config.partition.is_on_nodes:
+            return ""
+        key, keys = self._key_of.get(node, ""), self.config.partition.keys
+        own = [c for c in range(self.config.clients) if not keys or keys.get(c) == key]
+        return json.dumps({c: self._signer(c, key) for c in own})
+
+    def _signer(self, client: int, key: str) -> str:
+        """Give the id of the key that must sign for a client of a node with this key; empty where none would do."""
+        return self.config.owner_keys.get(client, "" if self.config.forget.signed else key)
 
     def _refuse(self, message: Message, reason: str, is_blamed: bool) -> None:
         asked, node = messages.task_of(message), self.nodes.index(message.metadata.dst_node_id)

@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message
 
 from fedunlearn.config import from_json, state_home
-from fedunlearn.errors import UserError, printable
+from fedunlearn.errors import UNREADABLE, UserError, printable
 from fedunlearn.federation.machine import Machine, settled
 from fedunlearn.runs import taking_part
 from fedunlearn.runs.keys import is_id
@@ -46,12 +46,20 @@ def carried(message: Message, context: Context, call_next: Callable[[Message, Co
         home, run = state_home(machine.home), task["run"]
         if task.get("name") == "identify":
             config, numbers = settled(from_json(task["config"]), machine)
-            taking_part.note(home, run, {number: config.partition.names[number] for number in numbers or ()})
+            names = {number: config.partition.names[number] for number in numbers or ()}
+            taking_part.note(home, run, names, _signers_of(task))
         if texts := [json.dumps(asdict(asked)) for asked in taking_part.kept(home, run)[:MOST]]:
             reply.content[RECORD] = ConfigRecord({SIGNED: texts})
     except (OSError, UserError) as error:
         log.warning("what this machine's clients have signed cannot be carried (%s)", error)
     return reply
+
+
+def _signers_of(task: Mapping[str, Any]) -> dict[int, str]:
+    try:
+        return {int(client): str(key) for client, key in json.loads(task["signers"]).items()}
+    except UNREADABLE:
+        return {}  # of a server that does not say it
 
 
 def _task_of(message: Message) -> dict[str, Any]:

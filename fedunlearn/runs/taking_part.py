@@ -5,7 +5,7 @@ It lies in the folder `taking-part` of the machine's own state folder. A machine
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from logging import getLogger
 from pathlib import Path
@@ -32,25 +32,28 @@ class TakingPart:
         run: id of the run's key.
         clients: names of the machine's clients, by the numbers that they have in the run.
         since: when that was written down.
+        signers: by client, the id of the key whose signature the run believes; empty where it believes none.
     """
 
     run: str
     clients: dict[int, str]
     since: str
+    signers: dict[int, str] = field(default_factory=dict)
 
 
-def note(home: Path, run: str, clients: Mapping[int, str]) -> None:
+def note(home: Path, run: str, clients: Mapping[int, str], signers: Mapping[int, str]) -> None:
     """Write down for which clients this machine takes part in a run, where it is not written there yet.
 
     Args:
         home: the machine's own state folder.
         run: id of the run's key.
         clients: names by number.
+        signers: the id of the key that must sign, by client; of others than `clients` none is kept.
     """
-    file = home / FOLDER / f"{run}.json"
+    file, now = home / FOLDER / f"{run}.json", datetime.now(UTC).isoformat()
+    found = TakingPart(run, dict(clients), now, {client: signers[client] for client in clients if client in signers})
     known = _read_note(file)
-    if known is None or known.clients != dict(clients):
-        found = TakingPart(run, dict(clients), datetime.now(UTC).isoformat())
+    if known is None or replace(known, since=now) != found:
         write_atomically(file, json.dumps(asdict(found), indent=2).encode())
 
 
@@ -82,9 +85,10 @@ def kept(home: Path, run: str) -> list[SignedRequest]:
 def _read_note(file: Path) -> TakingPart | None:
     try:
         found = TakingPart(**json.loads(file.read_bytes()))
-        clients = {int(number): name for number, name in found.clients.items()}
-        if found.run == file.stem and all(isinstance(text, str) for text in (found.since, *clients.values())):
-            return TakingPart(found.run, clients, found.since)
+        clients, signers = ({int(number): text for number, text in of.items()} for of in (found.clients, found.signers))
+        texts = (found.since, *clients.values(), *signers.values())
+        if found.run == file.stem and all(isinstance(text, str) for text in texts):
+            return TakingPart(found.run, clients, found.since, signers)
     except (OSError, *UNREADABLE):
         pass
     return None
