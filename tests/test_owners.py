@@ -173,13 +173,40 @@ def table(tree, text, name="clients.csv"):
 
 
 def test_a_table_says_whose_images_are(tree):
-    rows = [f"b/no/{i}.png,Bergen,p{i // 2}" for i in range(6)] + [f"a/yes/{i}.png,Aachen," for i in range(3)]
-    data = opened(tree, "file", file=table(tree, "\n".join(["path,client,patient", *rows])))
+    rows = [f"b/no/{i}.png,Bergen,p{i // 2},{i == 5}" for i in range(6)]
+    rows += [f"a/yes/{i}.png,Aachen,,False" for i in range(3)]
+    lines = [row.replace("False", "train").replace("True", "test") for row in rows]
+    data = opened(tree, "file", file=table(tree, "\n".join(["path,client,patient,split", *lines])))
     assert data.clients == ["Aachen", "Bergen"]
     assert [len(own) for own in data.slices] == [3, 5]
     assert data.patients == ["", "", "", "p0", "p0", "p1", "p1", "p2"]
     assert own_files(data)["Aachen"] == ["a/yes/0.png", "a/yes/1.png", "a/yes/2.png"]
     assert data.train.labels[:].tolist() == [1] * 3 + [0] * 5
+
+
+def held_out(tree, rows):
+    """The patients that are trained on, and those that are held out, and how many images are."""
+    data = opened(tree, "file", file=table(tree, "\n".join(["path,client,patient", *rows])))
+    trained = set(data.patients)
+    return trained, {row.split(",")[2] for row in rows} - trained, len(data.test.labels)
+
+
+def test_a_patient_is_held_out_with_all_images_or_with_none_and_stays_there_when_others_go(tree):
+    def rows(patients):
+        files = [f"{client}/{name}/{i}.png,{client}" for client in "abc" for name in ("no", "yes") for i in range(6)]
+        return [f"{file},p{place % 12}" for place, file in enumerate(files) if place % 12 in patients]
+
+    trained, test, images = held_out(tree, rows(range(12)))
+    assert (len(trained | test), trained & test, images) == (12, set(), 3 * len(test))
+    assert 1 <= len(test) <= 4
+    without = min(trained)
+    assert held_out(tree, rows(set(range(12)) - {int(without[1:])})) == (trained - {without}, test, images)
+
+
+def test_where_a_patient_is_not_known_each_image_is_held_out_alone(tree):
+    files = [f"{client}/{name}/{i}.png,{client}," for client in "abc" for name in ("no", "yes") for i in range(6)]
+    data = opened(tree, "file", file=table(tree, "\n".join(["path,client,patient", *files])))
+    assert (len(data.train.labels), len(data.test.labels)) == (33, 3)
 
 
 def test_a_table_may_say_classes_and_splits_too(tree):

@@ -238,12 +238,25 @@ def _held_out(images: Sequence[Listed]) -> list[Listed]:
     return [image._replace(is_test=place % HELD_OUT_EVERY == last) for place, image in enumerate(images)]
 
 
+def _held_out_patients(images: Iterable[Listed]) -> list[Listed]:
+    """Hold about one in six patients out with all images. One without a patient counts as of a patient of its own.
+
+    The name alone decides. So a patient is held out at all clients or at none, and nobody moves where others go.
+    """
+    return [image._replace(is_test=_is_one_in_six(image.patient or class_name(image.file))) for image in images]
+
+
+def _is_one_in_six(name: str) -> bool:
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8]) % HELD_OUT_EVERY == 0
+
+
 def of_table(root: Path, table: Path) -> Owned:
     """List the images that a table of paths and clients names.
 
     Its columns are `path` (relative to the folder) and `client`, and if they are there `class` (else the name of the
-    folder that an image is in), `split` (`train` or `test`; else every sixth of a client and class is held out) and
-    `patient`.
+    folder that an image is in), `patient`, and `split` (`train` or `test`). Without `split` about one in six patients
+    is held out, or without patients every sixth of a client and class.
     A held-out image without a client is nobody's. Images that have no row are passed over.
 
     Args:
@@ -256,7 +269,8 @@ def of_table(root: Path, table: Path) -> Owned:
     found = find_images(root)
     known = {class_name(str(file)): str(file) for file in found.files}
     rows = list(_rows(table))
-    has_split = bool(rows) and "split" in rows[0][1]
+    columns = rows[0][1] if rows else {}
+    hold_out = list if "split" in columns else _held_out_patients if "patient" in columns else _held_out
     by_class: dict[tuple[str, str], list[Listed]] = defaultdict(list)
     common, wrong, seen = [], [], Counter()
     for number, row in rows:
@@ -274,8 +288,7 @@ def of_table(root: Path, table: Path) -> Owned:
         raise UserError(f"partition.file={_shown(table)} has {len(wrong)} wrong lines:{lines}{more}")
     images: dict[str, list[Listed]] = {client: [] for _, row in rows if (client := row["client"])}
     for (client, _), own in sorted(by_class.items()):
-        own = sorted(own)
-        images[client].extend(own if has_split else _held_out(own))
+        images[client].extend(hold_out(sorted(own)))
     without = len(known) - len(seen)
     passed_over = {**found.passed_over, **({"image without a line in the table": without} if without else {})}
     return Owned(root, dict(sorted(images.items())), sorted(common), passed_over)
