@@ -30,7 +30,13 @@ class Mark(NamedTuple):
 
 
 def split_figure(counts: np.ndarray, class_names: list[str], clients: Sequence[str] = ()) -> "Figure":
-    """Draw a heat map of examples, clients x classes (the paper's Figure 4); `clients` are their names, if any."""
+    """Draw a heat map of examples, clients x classes (the paper's Figure 4).
+
+    Args:
+        counts: training images of each client by class, [C, K].
+        class_names: K names.
+        clients: names by number, if there are any; those beyond C, as of refused requests, are left out.
+    """
     from matplotlib.figure import Figure
 
     with drawing():
@@ -41,7 +47,7 @@ def split_figure(counts: np.ndarray, class_names: list[str], clients: Sequence[s
         axes.set(xlabel="class", ylabel="client")
         names = [shortened(literal(name)) for name in class_names] if few else []
         axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-        called = [shortened(literal(name)) for name in clients] if few and clients else None
+        called = [shortened(literal(name)) for name in clients[: len(counts)]] if few and clients else None
         axes.set_yticks(range(len(counts)) if few else [], called)
         axes.spines[:].set_visible(False)
         if few:
