@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from command_line import command
 from fedunlearn.apps.reports import class_counts_of
 from fedunlearn.apps.serve.ask import Asked
 from fedunlearn.cli import main as cli
@@ -161,7 +160,6 @@ def test_what_is_not_there_is_refused_and_changes_nothing(federate, clients, sel
     (request,) = federate.requests()
     assert request.state == State.REFUSED
     assert reason in request.detail["reason"]
-    assert command("report", "--run", "test") == 0
     assert all(torch.equal(value, before[name]) for name, value in federate.state().items())
 
 

@@ -444,6 +444,12 @@ def test_figures_show_every_group_and_mark_the_request(forgot):
     assert report.split_figure(counts, auditor.class_names).axes[0].images[0].get_array().shape == (4, 10)
 
 
+def test_the_map_leaves_names_out_of_what_a_refused_request_was_about():
+    names = ["a", "b", "patient p9 of a", "patient p9 of b"]
+    (axes, _) = report.split_figure(np.ones((2, 3)), ["x", "y", "z"], names).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
 def test_the_dashed_line_is_what_held_out_images_get_in_the_clients_colour(forgot):
     rows = forgot.metrics()
     lines = {line.get_label(): line for line in report.accuracy_figure(rows).axes[0].lines}
