@@ -53,7 +53,8 @@ class Data(Settings):
     )
     root: str = Field(
         default="",
-        description="absolute path of images of your own: a folder or an archive of one for folder, else a file",
+        description="absolute path of your own images: a folder or an archive of one; a file for medmnist and npz; "
+        "either for hf and table",
     )
     limit: int = Field(
         default=0,
@@ -94,7 +95,8 @@ class Partition(Settings):
     )
     file: str = Field(
         default="",
-        description="CSV table of path, client, and perhaps class, split, patient; a path is relative to data.root",
+        description="CSV table of path, client, and perhaps class, split, patient; a path is relative to data.root, or "
+        "absolute",
     )
     names: list[str] = Field(
         default=[],

@@ -97,7 +97,9 @@ def check_signer(one: "TakingPart", client: int, key: str) -> None:
     believed = one.signers.get(client, key)
     about = f"run {one.run[:DIGITS]}, for client {printable(one.clients[client])},"
     if not believed:
-        raise UserError(f"{about} believes no key, as it has forget.signed and no forget.keys: ask who runs it")
+        raise UserError(
+            f"{about} believes no key, as it has forget.signed without forget.keys or partition.keys: ask who runs it"
+        )
     if believed != key:
         keys = f"believes the key {believed[:SHOWN]}…, and --key has {key[:SHOWN]}…"
         raise UserError(f"{about} {keys}: nothing was asked")

@@ -37,7 +37,10 @@ def test_a_good_model_passes():
     ("change", "reason"),
     [
         ({"retain": fraction(0.84, MANY)}, "accuracy on the retain clients' images is 0.840, to be 0.900"),
-        ({"test": fraction(0.1, MANY)}, r"accuracy on held-out images is 0.100, to be 0.600 \(forget.budget=0.05\)"),
+        (
+            {"test": fraction(0.1, MANY)},
+            r"accuracy on held-out images is 0.100, to be 0.550 at least \(forget.budget=0.05\)",
+        ),
         ({"gap": fraction(0.97, MANY) - fraction(0.6, MANY)}, r"grows from \+0.350 to \+0.370"),
         ({"gap": BEFORE.gap}, r"nothing is forgotten: the memorisation gap was \+0.350, and is \+0.350"),
         ({"gap": fraction(0.93, MANY) - fraction(0.6, MANY)}, "nothing is forgotten"),

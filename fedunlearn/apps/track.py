@@ -27,7 +27,7 @@ from fedunlearn.runs.run import Run
 
 PROJECT = "fedunlearn"
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}  # that `track` needs to be there
-NOT_SENT = ("home", "data.root", "partition.file", "partition.names", "forget.keys", "track")
+NOT_SENT = ("home", "data.root", "partition.file", "partition.names", "partition.keys", "forget.keys", "track")
 
 log = getLogger("fedunlearn")
 

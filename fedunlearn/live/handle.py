@@ -209,7 +209,10 @@ class LiveRun:
             return found.model()
 
     def predict(self, images: "np.ndarray") -> "Tensor":
-        """Predict class probabilities [N, K] of images, uint8 [N, H, W, channels], with the current model.
+        """Predict class probabilities [N, K] with the current model.
+
+        Args:
+            images: uint8 [N, H, W, channels], or of a table fp32 rows [N, 1, 1, features].
 
         Raises:
             UserError: images of another form, or there is no sound checkpoint.

@@ -55,7 +55,7 @@ def refusal(
         ("held-out images", expected, after.test.value, test_fall),
     ):
         if old - new > budget and fall.value > fall.error:
-            return f"accuracy on {who} is {new:.3f}, to be {old:.3f} (forget.budget={budget:g})"
+            return f"accuracy on {who} is {new:.3f}, to be {old - budget:.3f} at least (forget.budget={budget:g})"
     if loss > most_loss:
         return f"the loss on held-out images is {loss:.3g}, to be {most_loss:.3g} at most (round_band)"
     if (after.gap - before.gap).is_above_zero:

@@ -137,9 +137,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         *([f"accuracies by round and class counts of {who}, in metrics and report"] if figures else []),
     ]
     if look_for and not left:
-        deleted.append(
-            f"images of {who}: none was found in data/ and in the run's folder ({look_for.unknown} not told apart)"
-        )
+        deleted.append(f"images of {who}: none was found in data/ and in the run's folder{_apart(look_for.unknown)}")
     for path, found in left:
         what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
         is_own_copy = _store_of(run) in path.resolve().parents
@@ -349,7 +347,7 @@ def _looked_up_in_model(run: Run, request: Request) -> tuple[list[str], list[dic
     whole = [client for client in request.clients if client not in request.portions]
     if len(pruned) and whole and all(bool(pruned[client]) for client in whole):
         deleted.append("the output neurons of the clients: the model marks them as pruned")
-        kept.append({"what": "that mark", "why": "the model's output has the place of every client"})
+        kept.append({"what": "the mark of pruned neurons", "why": "the model's output has the place of every client"})
     rounds = [name.partition(".")[2] for name in tensors if name.startswith("predictions.")]
     if all(int(round_) >= request.detail["round"] for round_ in rounds):
         deleted.append("predictions on held-out images of models before the request: there are none")
@@ -357,6 +355,10 @@ def _looked_up_in_model(run: Run, request: Request) -> tuple[list[str], list[dic
         if any(name.startswith(beside) for name in tensors):
             kept.append({"what": what, "why": "training goes on with it"})
     return deleted, kept
+
+
+def _apart(unknown: int) -> str:
+    return f" ({unknown} of them cannot be told from other images)" if unknown else ""
 
 
 def keep_class_counts(run: Run, request: Request, class_counts: Mapping[str, list[int]]) -> None:
