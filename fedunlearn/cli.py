@@ -53,10 +53,6 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cli.command()(verify)
-cli.command()(leave)
-cli.command()(purge)
-cli.command()(scan)
 cli.add_typer(keys_cli, name="keys")
 cli.add_typer(deploy_cli, name="deploy")
 study_cli = typer.Typer(help="Compare unlearning with retraining: a table, figures, a report.", no_args_is_help=True)
@@ -464,6 +460,10 @@ def config(
         print("\nWhat a client shares when it is asked for:")
         table(shares)
     return 0
+
+
+for command in (verify, purge, scan, leave):
+    cli.command()(command)
 
 
 def is_asked(setting: str, name: str) -> bool:

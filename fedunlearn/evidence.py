@@ -83,8 +83,12 @@ def in_words(said: "Receipt", title: str) -> Iterator[str]:
     late = ", LATE" if said.is_late else ""
     yield f"{title}: request {said.request} of run {said.run}, {said.who}: {said.state}{late}"
     yield f"received {said.received_at[:19]}, due {said.due_at[:19]}, ended {said.ended_at[:19]} (UTC)"
+    if said.asked_by:
+        yield f"asked by {said.asked_by}{f', by right of {said.right}' if said.right else ''}"
     if said.reason:
         yield f"reason: {said.reason}"
+    if said.accepted_by:
+        yield f"taken by {said.accepted_by}, although the gate had refused it"
     if said.strategy:
         yield f"forgotten by strategy {said.strategy}, applied {(said.applied_at or '')[:19]}"
     for one in said.figures:

@@ -520,6 +520,7 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "is valid: request r1 of run one, client 3: COMPLETED" in done.stdout
+    assert "\nasked by " in done.stdout
 
 
 def test_verify_of_a_run_looks_at_the_key_and_the_head_that_somebody_has_kept(run, federate, tmp_path, capsys):
