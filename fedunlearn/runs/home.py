@@ -92,6 +92,11 @@ def log_of(home: Path, name: str) -> Path:
     return home / "logs" / f"{name}.log"
 
 
+def is_run(home: Path, name: str) -> bool:
+    """Say whether a name is that of a run, and no way to another folder."""
+    return name in {path.parent.name for path in runs_folder(home).glob("*/run.json")}
+
+
 def all_runs(home: Path) -> list[Path]:
     """List the folders of all runs: damaged ones first, then by age, the oldest first."""
     return sorted((path.parent for path in runs_folder(home).glob("*/run.json")), key=created_of)

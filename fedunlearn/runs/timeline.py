@@ -1,10 +1,10 @@
 """The states of a request in words, with their times."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from fedunlearn.runs.ledger import Request, State
+from fedunlearn.runs.ledger import VOID, Request, State
 
 ABOUT_STATES = {
     State.RECEIVED: "the request is in the ledger",
@@ -28,12 +28,21 @@ def timeline(request: Request, events: Iterable[dict[str, Any]]) -> list[tuple[s
     return found
 
 
-def what_follows(request: Request) -> str:
-    """Say what happens next to a request that was set aside, refused or applied; nothing for others."""
+def what_follows(request: Request, later: Sequence[Request] = ()) -> str:
+    """Say what happens next to a request that was set aside, refused, taken back or applied; nothing for others.
+
+    Args:
+        request: as it stands.
+        later: requests that cover the same clients, and are not void.
+    """
     several = len(request.clients) > 1
+    if request.state in VOID and later:
+        return f"Request {later[0].id} has taken its place, and is {later[0].state}."
     if request.state == State.QUARANTINED:
-        return f"{'Its clients stay' if several else 'Its client stays'} out of training. You may ask again."
-    if request.state == State.REFUSED:
+        out = f"{'Its clients stay' if several else 'Its client stays'} out of training. You may ask again"
+        taken = f": `fedunlearn forget --accept {request.id} --by NAME` takes its model all the same"
+        return f"{out}, or answer for it by name{taken}." if "gate" in request.detail else f"{out}."
+    if request.state in (State.REFUSED, State.CANCELLED):
         return "Nothing has changed. You may ask again."
     if request.state in (State.APPLIED, State.RECOVERING):
         return f"The retain clients train on. The request is completed after round {request.detail['completes_at']}."
