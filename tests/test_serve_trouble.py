@@ -11,15 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedunlearn.apps.serve import ask
+from command_line import command
+from fedunlearn.apps.serve import ask, class_map
 from fedunlearn.apps.serve.charts import MOST_POINTS, chart, thinned
 from fedunlearn.apps.serve.jobs import Jobs
 from fedunlearn.apps.serve.look import Look
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs import rows
 from fedunlearn.runs.figures import split_figure
-from fedunlearn.runs.ledger import Request, State
+from fedunlearn.runs.ledger import Ledger, Request, State
 from fedunlearn.runs.lock import lock
+from fedunlearn.runs.page import Picture
 from fedunlearn.runs.timeline import what_follows
 from test_serve import finished, held, page  # noqa: F401
 
@@ -158,6 +161,10 @@ def test_a_double_click_starts_one_command_and_no_other_beside_it(home):
     second.process.wait()
 
 
+def test_a_port_that_there_is_not_is_not_taken_for_another(home):
+    assert command("serve", "--port", "99999", "--engine", "local") == 2
+
+
 # --- what came of a request -----------------------------------------------------------------------------------------
 
 
@@ -190,6 +197,37 @@ def test_what_was_asked_for_already_is_not_asked_for_once_more(finished, page): 
     assert "<form" in page.post("/runs/test/ask", {"clients": "1"}).text  # so that a process goes on with it
     with held(finished):
         assert "<form" not in page.post("/runs/test/ask", {"clients": "1"}).text
+
+
+def test_what_is_taken_back_twice_is_taken_back_once(finished):  # noqa: F811
+    run = finished.run()
+    (asked,) = run.request([1]).requests()
+    for _ in range(2):
+        run.cancel(asked.id)
+    states = [event["state"] for event in run.ledger.events() if event.get("request") == asked.id]
+    assert states == ["RECEIVED", "CANCELLED"]
+
+
+def test_a_map_is_drawn_anew_where_others_are_meant_and_for_another_run_of_the_name(finished, page, monkeypatch):  # noqa: F811
+    drawn = []
+    monkeypatch.setattr(class_map, "drawn", lambda name, home: drawn.append(name) or Picture("data:,a", "data:,b"))
+
+    def looks():
+        assert page.get("/runs/test/map").status_code == 200
+        return len(drawn)
+
+    assert [looks(), looks()] == [1, 1]
+    ledger = finished.run().ledger
+    (asked,) = ledger.file([1], selection=Selection((5,)), first_portion=4)
+    assert looks() == 1
+    ledger.advance(asked, State.COLLECTING)
+    assert looks() == 2
+    shutil.copytree(finished.folder(), finished.folder("other"))
+    finished.run("other").ledger.copy_to(Ledger(finished.folder("copy") / "ledger.sqlite"))  # with a key of its own
+    for file in ("ledger.sqlite", "lock"):
+        shutil.copy(finished.folder("copy" if file == "ledger.sqlite" else "other") / file, finished.folder())
+    (page.home / "heads" / "test.json").unlink()
+    assert looks() == 3
 
 
 def set_aside(finished):  # noqa: F811

@@ -337,7 +337,8 @@ class Ledger(EventLog[Standing]):
             request = self.request(request_id)
             if request.state not in (State.RECEIVED, State.CANCELLED):
                 raise UserError(f"request {request_id} is {request.state}: only a RECEIVED one can be taken back")
-            self._advance(request, State.CANCELLED, {"cancelled": dict(signed)} if signed else {})
+            if signed or request.state != State.CANCELLED:
+                self._advance(request, State.CANCELLED, {"cancelled": dict(signed)} if signed else {})
         return self.request(request_id)
 
     def accept(self, request_id: str, by: str) -> Request:

@@ -12,6 +12,7 @@ ABOUT_STATES = {
     State.APPLIED: "the new model has replaced the older one",
     State.RECOVERING: "the retain clients train on",
     State.COMPLETED: "accuracies were measured",
+    State.CANCELLED: "taken back before anything was done",
 }
 
 

@@ -90,7 +90,7 @@ def outlook(run: Run, asked: Asked) -> dict[str, Any]:
     clients, selection = asked.numbers(run), asked.selection()
     meant = run.meant(clients, selection)
     run.would_take(asked.signature(), meant, action=action_of(selection))
-    earlier = run.ledger.covering(meant, selection)
+    earlier, months = run.ledger.covering(meant, selection), run.config.forget.due_months
     return {
         "whom": whom(run, clients, selection),
         "is_whole": not selection,
@@ -98,7 +98,7 @@ def outlook(run: Run, asked: Asked) -> dict[str, Any]:
         "earlier": earlier,
         "is_done": bool(earlier) and (is_taken(run) or all(request.state not in OPEN for request in earlier)),
         "is_taken": is_taken(run),
-        "due": readable(due(now(), run.config.forget.due_months)),
+        "due": readable(min((one.detail["due_at"] for one in earlier), default=due(now(), months))),
     }
 
 

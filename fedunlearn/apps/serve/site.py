@@ -26,6 +26,7 @@ from fedunlearn.apps.serve.jobs import Jobs
 from fedunlearn.apps.serve.look import PACKAGE, Look, Parts, can_be_accepted, gate_of, stamp
 from fedunlearn.errors import UserError
 from fedunlearn.runs.figures import COLOURS
+from fedunlearn.runs.ledger import TAKEN_UP
 from fedunlearn.runs.overview import Glance
 from fedunlearn.runs.page import IN_THE_DARK, Picture, encoded, rendered
 from fedunlearn.runs.receipts import FOLDER
@@ -63,7 +64,7 @@ class Site:
         self._home, self._jobs, self._look = home, jobs, Look(home, jobs)
         self._listeners = 0
         self._drawing = Lock()
-        self._maps: dict[tuple[str, int], Picture] = {}
+        self._maps: dict[tuple[object, ...], Picture] = {}
 
     def app(self) -> FastAPI:
         """Make the application."""
@@ -90,7 +91,13 @@ class Site:
             "/runs/{name}/requests/{request_id}/accept": self.accept,
         }.items():
             app.add_api_route(path, answer, methods=["POST"], response_model=None)
-        for error, answer in {HTTPException: _refused, 400: _refused, 404: _refused, 405: _refused, UserError: _put_right}.items():
+        for error, answer in {
+            HTTPException: _refused,
+            400: _refused,
+            404: _refused,
+            405: _refused,
+            UserError: _put_right,
+        }.items():
             app.add_exception_handler(error, answer)
         app.add_exception_handler(RequestValidationError, _put_right)
         app.add_exception_handler(Exception, _failed)
@@ -123,7 +130,7 @@ class Site:
     def map(self, request: Request, name: str) -> Response:
         """Show who has what: images by client and class."""
         with self._opened(name) as run:
-            key = (name, len(run.ledger.purged()))
+            key = (run.ledger.key, len(run.ledger.purged()), *run.ledger.portions(TAKEN_UP))
         if key not in self._maps:
             if not self._drawing.acquire(blocking=False):
                 raise HTTPException(503, "A map is being drawn: load this page again in a moment.")
