@@ -256,7 +256,9 @@ def test_a_model_that_the_gate_has_refused_is_taken_where_somebody_answers_for_i
         assert (done.status_code, done.headers["location"]) == (303, "/runs/test")
     taken = finished.requests()[-1]
     assert (taken.state, taken.detail["accepted_by"]) == (State.COLLECTING, "Ada")
-    assert path not in page.get("/runs/test").text
+    text = page.get("/runs/test").text
+    assert "Ada answers for it" in text
+    assert path not in text
     again = page.post(path, {"by": "Ada"})
     assert "request r2 is not needed any more: r2 is COLLECTING" in again.text
     assert "Only a model that the gate has refused can be taken" in page.get(path).text

@@ -1,9 +1,10 @@
 """The states of a request in words, with their times."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from fedunlearn.errors import printable
 from fedunlearn.runs.ledger import VOID, Request, State
 
 ABOUT_STATES = {
@@ -21,12 +22,15 @@ def timeline(request: Request, events: Iterable[dict[str, Any]]) -> list[tuple[s
     found = []
     for event in events:
         if event.get("request") == request.id:
-            reason = event.get("reason", "")
-            attempt = f"attempt {event['attempts']}: " if "attempts" in event else ""
-            found.append(
-                (event["state"], readable(event["at"]), attempt + reason or ABOUT_STATES.get(event["state"], ""))
-            )
+            found.append((event["state"], readable(event["at"]), _remark(event)))
     return found
+
+
+def _remark(event: Mapping[str, Any]) -> str:
+    if "accepted_by" in event:
+        return f"made again and to be taken whatever the gate finds; {printable(event['accepted_by'])} answers for it"
+    attempt = f"attempt {event['attempts']}: " if "attempts" in event else ""
+    return attempt + event.get("reason", "") or ABOUT_STATES.get(event["state"], "")
 
 
 def what_follows(request: Request, later: Sequence[Request] = ()) -> str:
