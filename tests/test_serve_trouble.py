@@ -18,7 +18,7 @@ from fedunlearn.apps.serve.jobs import Jobs
 from fedunlearn.apps.serve.look import Look
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
-from fedunlearn.runs import rows
+from fedunlearn.runs import rows, verifying
 from fedunlearn.runs.figures import split_figure
 from fedunlearn.runs.ledger import Ledger, Request, State
 from fedunlearn.runs.lock import lock
@@ -281,6 +281,23 @@ def test_a_request_about_some_images_that_was_refused_spoils_no_map():
     counts = np.ones((4, 2), int)
     figure = split_figure(counts, ["a", "b"], [*"0123", "patient p17 of client 0"])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [*"0123"]
+
+
+def test_a_receipt_is_checked_once_as_long_as_it_is_the_same(finished, home, monkeypatch):  # noqa: F811
+    checked, check = [], verifying.check_of_run
+    monkeypatch.setattr(
+        verifying, "check_of_run", lambda run, data, key: checked.append(key) or check(run, data, key=key)
+    )
+    look = Look(home, Jobs(home, []))
+    number = look.run("test")["requests"].count("valid, signed by this run")
+    assert len(checked) == number > 0
+    finished.run().request([1])
+    assert look.run("test")["requests"].count("valid, signed by this run") == number
+    assert len(checked) == number
+    file = finished.folder() / "receipts" / "r1.json"
+    file.write_bytes(file.read_bytes()[:-2])
+    finished.run().request([0])
+    assert "NOT valid" in look.run("test")["requests"]
 
 
 # --- long runs ------------------------------------------------------------------------------------------------------

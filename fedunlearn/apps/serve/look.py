@@ -30,6 +30,7 @@ OVERDUE_SECONDS = 3600  # after which a request that is overdue shows at the lat
 FIXED_COLOURS = {"retain clients": 0, "test": 1}
 
 Parts = dict[str, str]
+Valid = set[tuple[str, str]]
 T = TypeVar("T")
 
 
@@ -53,6 +54,7 @@ class Look:
         self.home, self.jobs = home, jobs
         self._seen: dict[tuple[str, str], tuple[object, Any]] = {}
         self._locks: dict[tuple[str, str], Lock] = {}
+        self._valid: Valid = set()
 
     def folder(self, name: str) -> Path:
         """Find the folder of a run.
@@ -76,7 +78,7 @@ class Look:
             UserError: there is none of that name.
         """
         folder = self.folder(name)
-        return self._once("run", folder, lambda folder: _parts(folder, self.jobs.of(name)), _damaged_parts)
+        return self._once("run", folder, lambda folder: _parts(folder, self.jobs.of(name), self._valid), _damaged_parts)
 
     def _once(self, what: str, folder: Path, read: Callable[[Path], T], unread: Callable[[Glance], T]) -> T:
         """Read something of a run again only where its files, or what is at work on it, have changed.
@@ -143,7 +145,7 @@ def _row(folder: Path) -> dict[str, Any]:
     return row | {"accuracy": now.scores["test"]["class"] if now else None}
 
 
-def _parts(folder: Path, job: Job | None) -> Parts:
+def _parts(folder: Path, job: Job | None, valid: Valid) -> Parts:
     found = glance(folder)
     if found.error:
         return _damaged_parts(found)
@@ -158,7 +160,7 @@ def _parts(folder: Path, job: Job | None) -> Parts:
             "has_report": (folder / "report" / "index.html").is_file(),
             "measured": now.round if now else 0,
             "charts": charts(run, rows, requests),
-            "cards": cards(run, rows, requests),
+            "cards": cards(run, rows, requests, valid),
         }
     return {part: rendered(PACKAGE, f"{part}.html.jinja", **words) for part in ("now", "said", "curves", "requests")}
 
@@ -184,8 +186,15 @@ def charts(run: Run, rows: list[dict[str, Any]], requests: list[Request]) -> lis
     ]
 
 
-def cards(run: Run, rows: list[dict[str, Any]], requests: list[Request]) -> list[dict[str, Any]]:
-    """Gather what the page says of each request, the newest first."""
+def cards(run: Run, rows: list[dict[str, Any]], requests: list[Request], valid: Valid) -> list[dict[str, Any]]:
+    """Gather what the page says of each request, the newest first.
+
+    Args:
+        run: that is open.
+        rows: of its metrics.
+        requests: of its ledger.
+        valid: receipts that are known to be, as for `receipts`.
+    """
     events, late = run.ledger.events(), {request.id for request in run.ledger.overdue()}
     found = verdicts(requests, rows, label=run.config.strategy, names=run.names())
     said = {verdict.request: verdict for verdict in found}
@@ -201,7 +210,7 @@ def cards(run: Run, rows: list[dict[str, Any]], requests: list[Request]) -> list
             "can_be_accepted": can_be_accepted(run, request),
             "gate": gate_of(request.detail.get("gate", {})),
             "timeline": timeline(request, events),
-            "receipts": receipts(run, request, events),
+            "receipts": receipts(run, request, events, valid),
         }
         for request in reversed(requests)
     ]
@@ -225,18 +234,28 @@ def gate_of(gate: Mapping[str, Any]) -> str:
     return f"{verdict}. Memorisation gap {gap[0]:+.3f} before, {gap[1]:+.3f} after, as the forget clients say."
 
 
-def receipts(run: Run, request: Request, events: list[dict[str, Any]]) -> list[Receipt]:
-    """Check every receipt of a request against its signatures and the ledger."""
+def receipts(run: Run, request: Request, events: list[dict[str, Any]], valid: Valid) -> list[Receipt]:
+    """Check every receipt of a request against its signatures and the ledger.
+
+    Args:
+        run: that is open.
+        request: of its ledger.
+        events: of its ledger.
+        valid: receipts that were checked before, by the ledger's key and their SHA-256; what is found to be valid is
+            added. The events that they are about never change.
+    """
     own = [event for event in events if event.get("of") == request.id and "receipt" in event]
-    return [Receipt(event["receipt"], _wrong_with(run, event["receipt"], event["sha256"])) for event in own]
+    return [Receipt(event["receipt"], _wrong_with(run, event["receipt"], event["sha256"], valid)) for event in own]
 
 
-def _wrong_with(run: Run, name: str, sha256: str) -> str:
+def _wrong_with(run: Run, name: str, sha256: str, valid: Valid) -> str:
     try:
         data = (run.folder / FOLDER / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
             return "it is not the one that was written"
-        verifying.check_of_run(run, data, key=run.ledger.key)
+        if (run.ledger.key, sha256) not in valid:
+            verifying.check_of_run(run, data, key=run.ledger.key)
+            valid.add((run.ledger.key, sha256))
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     except UserError as error:
