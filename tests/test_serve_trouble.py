@@ -16,10 +16,12 @@ from fedunlearn.apps.serve import ask, class_map
 from fedunlearn.apps.serve.charts import MOST_POINTS, chart, thinned
 from fedunlearn.apps.serve.jobs import Jobs
 from fedunlearn.apps.serve.look import Look
+from fedunlearn.build import open_dataset
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs import rows, verifying
 from fedunlearn.runs.figures import split_figure
+from fedunlearn.runs.home import find_run
 from fedunlearn.runs.ledger import Ledger, Request, State
 from fedunlearn.runs.lock import lock
 from fedunlearn.runs.page import Picture
@@ -275,6 +277,24 @@ def test_of_an_idle_run_the_page_starts_the_command_that_takes_it(finished, page
     assert started == [["forget", "--run=test", "--accept=r2", "--by=Ada", "--engine=local"]]
     with pytest.raises(UserError, match="r1 is not needed any more"):
         ask.accept(finished.run(), "r1", "Ada", Noted(page.home, []))
+
+
+def test_a_model_that_is_taken_where_the_gate_is_off_has_a_receipt_that_is_valid(finished, page):  # noqa: F811
+    set_aside(finished)
+    open_dataset(finished.run().config_here())
+    assert command("forget", "--accept", "r2", "--by", "Ada", "--run", "test", "--engine", "local") == 0
+    assert finished.requests()[-1].state == State.COMPLETED
+    assert "NOT valid" not in page.get("/runs/test").text
+
+
+def test_a_run_that_is_not_there_is_answered_with_the_newest_twenty(home):
+    for number in range(30):
+        folder = home / "runs" / f"run{number:02}"
+        folder.mkdir(parents=True)
+        about = {"data": {}, "images": {}, "versions": {}, "config": {}, "created": f"2026-01-{number + 1:02}"}
+        (folder / "run.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"there are run29, run28, .*run10, 10 more$"):
+        find_run(home, "nope")
 
 
 def test_a_request_about_some_images_that_was_refused_spoils_no_map():
