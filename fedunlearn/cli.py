@@ -360,7 +360,7 @@ def report(
 @cli.command()
 @in_one_line
 def serve(
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Others than 127.0.0.1 can be reached from elsewhere, with a token.")] = (
         "127.0.0.1"
     ),

@@ -126,12 +126,14 @@ def _together(words: Sequence[str]) -> str:
 
 
 def listed(values: Any) -> list[Any]:
-    """Give a list of names or numbers, also where there is one alone: a text is one name, and not its letters.
+    """Give a list of names or numbers, also where there is one alone, or None: a text is one name, not its letters.
 
     Example:
-        >>> listed("12"), listed(3), listed(("a", "b"))
-        (['12'], [3], ['a', 'b'])
+        >>> listed("12"), listed(3), listed(("a", "b")), listed(None)
+        (['12'], [3], ['a', 'b'], [])
     """
+    if values is None:
+        return []
     return [values] if isinstance(values, str | Integral) else list(values)
 
 

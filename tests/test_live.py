@@ -305,7 +305,7 @@ def test_clients_with_names_are_called_by_them():
 
 def test_one_client_is_a_client_and_not_its_digits():
     assert options_for({"client": "12", "class": 10}) == ["--client=12", "--class=10"]
-    assert options_for({"client": np.int64(3), "patient": [""]}) == ["--client=3", "--patient="]
+    assert options_for({"client": np.int64(3), "patient": [""], "class": None}) == ["--client=3", "--patient="]
 
 
 def test_settings_become_words():
@@ -317,6 +317,10 @@ def test_settings_become_words():
         "rounds=8", "model.width=8", "model.client_head=false", "train.lr=0.001", "run=a b",
         "forget.schedule={6:[3,1]}", r"forget.keys={0:'a\'b'}", "unlearn.tune='1.10'", "unlearn.alpha=2", "readmit=[]",
     ]  # fmt: skip
+
+
+def test_none_is_no_setting_and_not_the_name_of_a_run():
+    assert words_of({"run": None, "model": {"width": None}, "unlearn": {"guide": None}}) == ["unlearn.guide=null"]
 
 
 def test_every_setting_can_be_given_and_means_the_same():

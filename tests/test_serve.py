@@ -303,7 +303,7 @@ def test_a_client_that_was_forgotten_is_not_asked_for_again(finished, page):
     ("form", "reason"),
     [
         ({"clients": "4"}, "client 4 is not in 0..3"),
-        ({"clients": ""}, "is not a whole number"),
+        ({"clients": ""}, "say whom: a client, or a class or a patient"),
         ({"clients": "1;2"}, "is not a whole number"),
         ({"clients": "--accept=r1"}, "is not a whole number"),
         ({"clients": "1", "class": "10"}, "class 10 is not in 0..9"),

@@ -11,6 +11,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from fedunlearn.runs.ledger import State
 from test_serve import finished, page  # noqa: F401
+from test_serve_trouble import set_aside
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 pytestmark = pytest.mark.skipif(
@@ -112,11 +113,12 @@ def _done(text):
 
 def test_on_a_narrow_screen_nothing_has_to_be_scrolled_sideways(finished, page, browser):  # noqa: F811
     shutil.copytree(finished.folder(), finished.folder("damaged-run-with-a-very-long-name-" + "x" * 60))
-    finished.run().request([1], by="A" * 200, right="Art. 17 GDPR")
+    finished.run().request([0], by="A" * 200, right="Art. 17 GDPR")
+    accept = set_aside(finished)
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     )
-    for path in ("/", "/runs/test", "/runs/test/ask", "/runs/nope", "/runs/test/receipts/r1.html"):
+    for path in ("/", "/runs/test", "/runs/test/ask", "/runs/nope", "/runs/test/receipts/r1.html", accept):
         browser.get(f"{page.url}{path}")
         width = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
         assert width == [390, 390], path

@@ -8,6 +8,7 @@ import pytest
 
 from fedunlearn.apps import track
 from fedunlearn.config import Config
+from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
 
 TINY = "model.width=8 train.client_head_steps=5 data.limit=60 clients=3"
@@ -125,6 +126,11 @@ def test_the_names_of_a_rounds_numbers_by_hand():
     assert track.numbers_of(row) == {
         "forget/r1/seconds": 2.0, "forget/r1/megabytes": 4.0, "forget/r1/client_seconds": 1.0,
         "forget/r1/gate_passed": 1.0, "forget/r1/before/test/accuracy": 0.5, "forget/r1/after/test/accuracy": 0.5,
+    }  # fmt: skip
+    portion = {4: Portion(4, 1, Selection((5,)))}
+    row = {"kind": "round", "round": 3, "test": SCORE, "forgotten": {"3": SCORE, "4": SCORE}}
+    assert track.numbers_of(row, portion) == {
+        "test/accuracy": 0.5, "forget/client_3/accuracy": 0.5, "forget/client_1_part_4/accuracy": 0.5,
     }  # fmt: skip
     assert track.numbers_of({"kind": "purge", "round": 3}) == {}
     assert track.numbers_of({"kind": "round", "round": 3}) == {}

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from fedunlearn.config import Config, values_of
+from fedunlearn.data.selection import Portion
 from fedunlearn.errors import UserError
 from fedunlearn.runs.figures import accuracy_figure, curves
 from fedunlearn.runs.ledger import OPEN, Request
@@ -94,7 +95,7 @@ class Sending:
         """Send what a row has."""
         with self._forgiven():
             if self._tracker:
-                if values := numbers_of(row):
+                if values := numbers_of(row, self._run.ledger.portions()):
                     self._tracker.numbers(values, row.get("completed_round", row["round"]))
                 self._requests(self._tracker)
 
@@ -137,8 +138,12 @@ class Sending:
             self._tracker = None
 
 
-def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
+def numbers_of(row: Mapping[str, Any], portions: Mapping[int, Portion] | None = None) -> dict[str, float]:
     """Give the numbers of a row of `metrics.jsonl` under the names that they have at a tracker.
+
+    Args:
+        row: that was recorded.
+        portions: of clients that requests were about, by number.
 
     Example:
         >>> numbers_of({"kind": "round", "round": 3, "loss": 0.5, "test": {"class": 0.9, "client_id": 0.0}})
@@ -148,24 +153,29 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
         names = {"loss": "train/loss", "class_accuracy": "train/accuracy", "client_accuracy": "train/client_accuracy"}
         found = {name: row[key] for key, name in (names | {"seconds": "time/round_seconds"}).items() if key in row}
         if "test" in row:
-            found |= accuracies(row, "")
+            found |= accuracies(row, "", portions or {})
     elif row["kind"] == FORGET:
         found = costs_of(row)
         for when in ("before", "after"):
-            found |= accuracies(row[when], f"forget/{row['request']}/{when}/")
+            found |= accuracies(row[when], f"forget/{row['request']}/{when}/", portions or {})
     else:
         return {}
     return {name: float(value) for name, value in found.items() if isfinite(value)}
 
 
-def accuracies(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Give the accuracies on held-out, retain and forgotten clients' images."""
+def accuracies(scores: Mapping[str, Any], prefix: str, portions: Mapping[int, Portion]) -> dict[str, float]:
+    """Give the accuracies on held-out, retain and forgotten clients' images.
+
+    Some images of client 1 that a request is about are `client_1_part_12`: which ones is nobody else's business.
+    """
     found = {f"{prefix}test/accuracy": scores["test"]["class"]}
     if "retain" in scores:
         found[f"{prefix}retain/accuracy"] = scores["retain"]["class"]
         found[f"{prefix}retain/client_accuracy"] = scores["retain"]["client_id"]
     for client, own in scores.get("forgotten", {}).items():
-        name = f"{prefix or 'forget/'}client_{client}"
+        portion = portions.get(int(client))
+        who = f"client_{portion.client}_part_{client}" if portion else f"client_{client}"
+        name = f"{prefix or 'forget/'}{who}"
         found[f"{name}/accuracy"] = own["class"]
         if "held_out" in own:
             found[f"{name}/memorisation_gap"] = own["class"] - own["held_out"]

@@ -244,8 +244,9 @@ class Requests:
             federation.recalibrate_batch_norm()
             before = self._scorer.now(forget)
             with federation.applying(forget, config):
-                # a model that nobody has trained knows nobody
-                gate = Gate(federation, forget, before, committed) if self._settings.gate and federation.round else None
+                # a model that nobody has trained knows nobody; who takes a refused one is told what is wrong with it
+                is_asked = (self._settings.gate or "accepted_by" in request.detail) and federation.round
+                gate = Gate(federation, forget, before, committed) if is_asked else None
                 federation.costs, started = {}, time.monotonic()
                 result = self._unlearn(strategy, request, forget)
                 costs, seconds = federation.costs, time.monotonic() - started

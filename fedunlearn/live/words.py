@@ -14,7 +14,8 @@ def words_of(settings: Mapping[str, Any], *, options: tuple[str, ...] = ()) -> l
     """Write settings as words `name=value`.
 
     Args:
-        settings: by name; those of a group are a mapping of their own, or have dotted names.
+        settings: by name; those of a group are a mapping of their own, or have dotted names. What is None is left out;
+            a setting of a strategy may be None.
         options: what else there is to name, for a hint at what was meant.
 
     Raises:
@@ -29,7 +30,8 @@ def words_of(settings: Mapping[str, Any], *, options: tuple[str, ...] = ()) -> l
     for name, _ in pairs:
         if name not in known and not name.startswith("unlearn."):
             raise UserError(f"{name} is no setting{nearest_of(name, [*known, *options])}")
-    return [f"{name}={_text(value, quoted=name.startswith('unlearn.'))}" for name, value in pairs]
+    given = [(name, value) for name, value in pairs if value is not None or name.startswith("unlearn.")]
+    return [f"{name}={_text(value, quoted=name.startswith('unlearn.'))}" for name, value in given]
 
 
 def options_for(about: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fedunlearn.composing import check
 from fedunlearn.config import Config, state_home, stored, values_of
 from fedunlearn.data.selection import Selection
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UserError, printable
 from fedunlearn.naming import name_of
 from fedunlearn.owners import ON_NODES
 from fedunlearn.runs.events import EarlierVersionError
@@ -34,6 +34,7 @@ log = getLogger("fedunlearn")
 OPERATIONAL = ("timeout", "window", "track")  # they change no result: a run may be resumed with others
 SAME = ("clients", "data.", "partition.", "model.")  # settings that a fork must share with the run it goes on from
 RETRAINED = "retrained-"  # how names of runs begin that only serve to be compared with
+MOST_LISTED = 20  # runs in an error
 MOST_NAMED = 5  # clients whose images have changed
 PACKAGES = ("fedunlearn", "flwr", "ray", "torch", "torchvision", "numpy")
 
@@ -65,7 +66,7 @@ def find_run(home: Path, name: str | None) -> Path:
     if name:
         folder = runs_folder(home) / name
         if not (folder / "run.json").exists():
-            raise UserError(f"no run {name} in {runs_folder(home)}: there are {_names(all_runs(home))}")
+            raise UserError(f"no run {name} in {runs_folder(home)}: there are {_names(all_runs(home)[::-1])}")
         return folder
     newest_first = [
         folder for folder in all_runs(home)[::-1] if created_of(folder) and not folder.name.startswith(RETRAINED)
@@ -90,6 +91,11 @@ def runs_folder(home: Path) -> Path:
 def log_of(home: Path, name: str) -> Path:
     """Say where a process in the background writes its lines about a run to."""
     return home / "logs" / f"{name}.log"
+
+
+def is_run(home: Path, name: str) -> bool:
+    """Say whether a name is that of a run, and no way to another folder."""
+    return name in {path.parent.name for path in runs_folder(home).glob("*/run.json")}
 
 
 def all_runs(home: Path) -> list[Path]:
@@ -488,4 +494,6 @@ def write_about(folder: Path, ledger: Ledger, content: dict[str, Any]) -> None:
 
 
 def _names(folders: list[Path]) -> str:
-    return ", ".join(folder.name for folder in folders) or "none"
+    names = [printable(folder.name) for folder in folders]
+    more = [f"{len(names) - MOST_LISTED} more"] if len(names) > MOST_LISTED else []
+    return ", ".join([*names[:MOST_LISTED], *more]) or "none"

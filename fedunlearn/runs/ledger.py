@@ -337,31 +337,31 @@ class Ledger(EventLog[Standing]):
             request = self.request(request_id)
             if request.state not in (State.RECEIVED, State.CANCELLED):
                 raise UserError(f"request {request_id} is {request.state}: only a RECEIVED one can be taken back")
-            self._advance(request, State.CANCELLED, {"cancelled": dict(signed)} if signed else {})
+            if signed or request.state != State.CANCELLED:
+                self._advance(request, State.CANCELLED, {"cancelled": dict(signed)} if signed else {})
         return self.request(request_id)
 
     def accept(self, request_id: str, by: str) -> Request:
-        """Have a request applied once more, and its model taken whatever the gate says; a finite one it must be.
+        """Have an `acceptable` request applied once more, and its model taken whatever the gate says, if it is finite.
 
         Args:
             by: who answers for that.
-
-        Raises:
-            UserError: there is no such request, it is not one that the gate has set aside, or others cover some of
-                its clients.
         """
         check_text(by)
         with self.transaction():
-            request = self.request(request_id)
-            if later := self.covering(request.clients):
-                raise UserError(f"request {request_id} is not needed any more: {later[0].id} is {later[0].state}")
-            if request.state != State.QUARANTINED or "gate" not in request.detail:
-                raise UserError(
-                    f"request {request_id} is {request.state}: the gate has set nothing aside to be accepted"
-                )
-            self._check_apart(request)
-            self._advance(request, State.COLLECTING, {"accepted_by": by, "accepted_at": now(), "attempts": 0})
+            about = {"accepted_by": by, "accepted_at": now(), "attempts": 0}
+            self._advance(self.acceptable(request_id), State.COLLECTING, about)
         return self.request(request_id)
+
+    def acceptable(self, request_id: str) -> Request:
+        """Give a request that somebody may `accept`; raise UserError where it is none."""
+        request = self.request(request_id)
+        if later := self.covering(request.clients):
+            raise UserError(f"request {request_id} is not needed any more: {later[0].id} is {later[0].state}")
+        if request.state != State.QUARANTINED or "gate" not in request.detail:
+            raise UserError(f"request {request_id} is {request.state}: the gate has set nothing aside to be accepted")
+        self._check_apart(request)
+        return request
 
     def commit(
         self, round_: int, checkpoint: str, sha256: str, *, request: Request | None = None, **detail: Any

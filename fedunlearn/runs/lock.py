@@ -40,12 +40,18 @@ def lock(folder: Path, *, patience: float = 0.5) -> Iterator[None]:
 
 
 def is_locked(folder: Path, *, patience: float = 0.5) -> bool:
-    """Say whether a process has the folder's lock, and keeps it for `patience` seconds."""
+    """Say whether a process has the folder's lock, and keeps it for `patience` seconds.
+
+    Raises:
+        UserError: nobody can say.
+    """
     try:
         with open(folder / "lock") as file:
             return not _try(file, fcntl.LOCK_SH, patience=patience)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise UserError(f"{folder / 'lock'} cannot be read ({error.strerror})") from error
 
 
 def owner(folder: Path) -> str:

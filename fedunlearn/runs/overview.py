@@ -4,12 +4,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UNREADABLE, UserError
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.run import open_ledger, read_about
 
 LIVE, IDLE, DAMAGED = "live", "idle", "damaged"
+UNUSABLE = (UserError, OSError, *UNREADABLE)
+"""What looking at a damaged run raises."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,6 @@ class Glance:
 def glance(folder: Path) -> Glance:
     """Look at a run; nothing is written, and nobody who holds it is disturbed."""
     try:
-        if not (folder / "ledger.sqlite").exists():  # opening would make one
-            raise UserError(f"{folder / 'ledger.sqlite'} is missing: put back a copy of it, or remove the folder")
         about = read_about(folder)
         with closing(open_ledger(folder)) as ledger:
             current = ledger.current()
@@ -60,5 +60,12 @@ def glance(folder: Path) -> Glance:
                 requests=ledger.requests(),
                 overdue=ledger.overdue(),
             )
-    except (UserError, KeyError, TypeError) as error:
-        return Glance(folder.name, error=str(error))
+    except UNUSABLE as error:
+        return damaged(folder, error)
+
+
+def damaged(folder: Path, error: Exception) -> Glance:
+    """Say of a run what is wrong with it."""
+    is_said = isinstance(error, UserError | OSError)
+    text = str(error) if is_said else f"it is not as this version writes it ({type(error).__name__}: {error})"
+    return Glance(folder.name, error=text)

@@ -188,7 +188,7 @@ def card(
         "who": run.named(request.clients),
         "level": verdict.level,
         "is_applied": request.state in FORGOTTEN,
-        "follows": what_follows(request),
+        "follows": what_follows(request, run.ledger.covering(request.clients)),
         "timeline": timeline(request, events),
         "cost": _cost_line(detail, costs),
         "tasks": costs,

@@ -1,5 +1,6 @@
 """What a row of `metrics.jsonl` has, so that whoever reads it can rely on it."""
 
+from math import nan
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo
@@ -76,6 +77,10 @@ class Round(Part):
     kind: Literal["round"]
     round: Count
     clients: list[Client] | Count = 0
+    loss: float = nan
+    seconds: float = nan
+    class_accuracy: Accuracy = nan
+    client_accuracy: Accuracy = nan
 
 
 class Forget(Part):

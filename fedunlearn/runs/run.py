@@ -349,7 +349,7 @@ class Run:
         classes = len(self.class_names()) if (self.folder / "run.json").exists() else None
         clients = self.config.clients + len(self.ledger.portions())
         damaged = 0
-        for line in path.read_bytes().splitlines() if path.exists() else []:
+        for line in _lines(path):
             try:
                 row = json.loads(line)
                 check_row(row, clients, classes=classes)
@@ -401,9 +401,11 @@ def open_ledger(folder: Path) -> Ledger:
     """Open a run's ledger.
 
     Raises:
-        UserError: it is damaged or was changed, it knows nothing of the checkpoints beside it, or `run.json` is another
-            one than it knows.
+        UserError: it is missing, is damaged or was changed, it knows nothing of the checkpoints beside it, or
+            `run.json` is another one than it knows.
     """
+    if not (folder / "ledger.sqlite").exists():  # `Ledger` would make one
+        raise UserError(f"{folder / 'ledger.sqlite'} is missing: put back a copy of it, or remove the folder")
     ledger = Ledger(folder / "ledger.sqlite")
     try:
         check_not_empty(folder, ledger)
@@ -447,6 +449,16 @@ def last_round(folder: Path) -> int:
 def stored_config(folder: Path) -> Config:
     """Read the settings that a run was started with."""
     return stored(read_about(folder)["config"])
+
+
+def _lines(file: Path) -> list[bytes]:
+    """The lines of a file; none where it is not there."""
+    try:
+        return file.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from error
 
 
 def _ends_in_newline(file: Any) -> bool:

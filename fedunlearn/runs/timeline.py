@@ -1,10 +1,11 @@
 """The states of a request in words, with their times."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from fedunlearn.runs.ledger import Request, State
+from fedunlearn.errors import printable
+from fedunlearn.runs.ledger import VOID, Request, State
 
 ABOUT_STATES = {
     State.RECEIVED: "the request is in the ledger",
@@ -12,6 +13,7 @@ ABOUT_STATES = {
     State.APPLIED: "the new model has replaced the older one",
     State.RECOVERING: "the retain clients train on",
     State.COMPLETED: "accuracies were measured",
+    State.CANCELLED: "taken back before anything was done",
 }
 
 
@@ -20,20 +22,32 @@ def timeline(request: Request, events: Iterable[dict[str, Any]]) -> list[tuple[s
     found = []
     for event in events:
         if event.get("request") == request.id:
-            reason = event.get("reason", "")
-            attempt = f"attempt {event['attempts']}: " if "attempts" in event else ""
-            found.append(
-                (event["state"], readable(event["at"]), attempt + reason or ABOUT_STATES.get(event["state"], ""))
-            )
+            found.append((event["state"], readable(event["at"]), _remark(event)))
     return found
 
 
-def what_follows(request: Request) -> str:
-    """Say what happens next to a request that was set aside, refused or applied; nothing for others."""
+def _remark(event: Mapping[str, Any]) -> str:
+    if "accepted_by" in event:
+        return f"made again and to be taken whatever the gate finds; {printable(event['accepted_by'])} answers for it"
+    attempt = f"attempt {event['attempts']}: " if "attempts" in event else ""
+    return attempt + event.get("reason", "") or ABOUT_STATES.get(event["state"], "")
+
+
+def what_follows(request: Request, later: Sequence[Request] = ()) -> str:
+    """Say what happens next to a request that was set aside, refused, taken back or applied; nothing for others.
+
+    Args:
+        request: as it stands.
+        later: requests that cover the same clients, and are not void.
+    """
     several = len(request.clients) > 1
+    if request.state in VOID and later:
+        return f"Request {later[0].id} has taken its place, and is {later[0].state}."
     if request.state == State.QUARANTINED:
-        return f"{'Its clients stay' if several else 'Its client stays'} out of training. You may ask again."
-    if request.state == State.REFUSED:
+        out = f"{'Its clients stay' if several else 'Its client stays'} out of training. You may ask again"
+        taken = f": `fedunlearn forget --accept {request.id} --by NAME` takes its model all the same"
+        return f"{out}, or answer for it by name{taken}." if "gate" in request.detail else f"{out}."
+    if request.state in (State.REFUSED, State.CANCELLED):
         return "Nothing has changed. You may ask again."
     if request.state in (State.APPLIED, State.RECOVERING):
         return f"The retain clients train on. The request is completed after round {request.detail['completes_at']}."

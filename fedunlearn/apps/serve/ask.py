@@ -9,7 +9,7 @@ from fedunlearn.apps.serve.jobs import Jobs
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs.events import now
-from fedunlearn.runs.ledger import due
+from fedunlearn.runs.ledger import OPEN, due
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.signed import SignedRequest, action_of, read
@@ -50,7 +50,9 @@ class Asked:
             check_text(text)
             if len(text) > MOST_TYPED:
                 raise UserError(f"{text[:20]}… has {len(text)} characters: a field takes {MOST_TYPED}")
-        return sorted(run.numbers_of([self.clients])) if self.clients or not self.selection() else []
+        if not self.clients and not self.selection():
+            raise UserError("say whom: a client, or a class or a patient of all clients")
+        return sorted(run.numbers_of([self.clients])) if self.clients else []
 
     def selection(self) -> Selection | None:
         """Give which of the clients' images are meant; None for all.
@@ -88,13 +90,15 @@ def outlook(run: Run, asked: Asked) -> dict[str, Any]:
     clients, selection = asked.numbers(run), asked.selection()
     meant = run.meant(clients, selection)
     run.would_take(asked.signature(), meant, action=action_of(selection))
+    earlier, months = run.ledger.covering(meant, selection), run.config.forget.due_months
     return {
         "whom": whom(run, clients, selection),
         "is_whole": not selection,
         "announcement": announcement(run, meant, {}, selection),
-        "earlier": run.ledger.covering(meant, selection),
+        "earlier": earlier,
+        "is_done": bool(earlier) and (is_taken(run) or all(request.state not in OPEN for request in earlier)),
         "is_taken": is_taken(run),
-        "due": readable(due(now(), run.config.forget.due_months)),
+        "due": readable(min((one.detail["due_at"] for one in earlier), default=due(now(), months))),
     }
 
 
@@ -113,6 +117,25 @@ def file(run: Run, asked: Asked, jobs: Jobs) -> None:
         if is_taken(run) or run.config.forget.signed:  # what was signed can be filed once: the next start takes it up
             return
     jobs.start(run.name, asked.options(run.class_names()), given=asked.signed)
+
+
+def accept(run: Run, request_id: str, by: str, jobs: Jobs) -> None:
+    """Have a model taken that the gate has refused, by the process that holds the run, else by a command.
+
+    Args:
+        by: who answers for that.
+
+    Raises:
+        UserError: nobody answers for it, or there is no such request.
+    """
+    check_text(by)
+    if not by:
+        raise UserError("say who answers for it: the receipt says that")
+    run.ledger.acceptable(request_id)
+    if is_taken(run):
+        run.ledger.accept(request_id, by)
+    else:
+        jobs.start(run.name, [f"--accept={request_id}", f"--by={by}"])
 
 
 def whom(run: Run, clients: Sequence[int], selection: Selection | None) -> str:

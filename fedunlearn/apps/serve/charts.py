@@ -1,9 +1,10 @@
 """Curves as numbers that a template draws: a few lines of SVG, which cost nothing beside a round of training."""
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import ceil, isfinite
 from typing import NamedTuple
 
+MOST_POINTS = 400  # of a curve: more than a screen shows
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 200, 34, 18, 22  # of a picture, in its own units
 Points = Sequence[tuple[int, float]]
 
@@ -66,7 +67,7 @@ def chart(
         Line(
             name,
             (colours or {}).get(name, place),
-            " ".join(f"{_x(r, rounds):.1f},{_y(v, top):.1f}" for r, v in points),
+            " ".join(f"{_x(r, rounds):.1f},{_y(v, top):.1f}" for r, v in thinned(points)),
             f"{points[-1][1]:.3f}",
         )
         for place, (name, points) in enumerate(drawn.items())
@@ -75,6 +76,24 @@ def chart(
     shown = sorted({0, rounds // 2, rounds})
     values = [Mark(_y(part * top, top), f"{part * top:.2g}") for part in (0, 0.5, 1)]
     return Chart(title, lines, [Mark(_x(r, rounds), str(r)) for r in shown], values, asked)
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+    """Leave points out where there are more than `most`: of neighbours the lowest and the highest stay.
+
+    Example:
+        >>> thinned([(1, 0.5), (2, 0.9), (3, 0.4), (4, 0.5), (5, 0.6), (6, 0.7)], most=4)
+        [(2, 0.9), (3, 0.4), (4, 0.5), (6, 0.7)]
+    """
+    if len(points) <= most:
+        return points
+    size = ceil(len(points) / (most // 2))
+    groups = (points[start : start + size] for start in range(0, len(points), size))
+    return [point for group in groups for point in sorted({min(group, key=_value), max(group, key=_value)})]
+
+
+def _value(point: tuple[int, float]) -> float:
+    return point[1]
 
 
 def _x(round_: int, rounds: int) -> float:

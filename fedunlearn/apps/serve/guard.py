@@ -88,7 +88,7 @@ class Guard:
         if not self._is_ours(request.headers.getlist("host")):
             return PlainTextResponse("This page is not at that address.", 421)
         if request.method not in ("GET", "HEAD", "POST"):
-            return PlainTextResponse("Only GET and POST are answered.", 405)
+            return PlainTextResponse("Only GET, HEAD and POST are answered.", 405, {"allow": "GET, HEAD, POST"})
         if _is_taken_in(request):
             return PlainTextResponse("Other pages may link to this one, and take nothing of it in.", 403)
         if request.method != "POST":

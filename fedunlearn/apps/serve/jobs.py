@@ -7,12 +7,14 @@ import tempfile
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
 
 from fedunlearn.errors import UserError, printable
 
 MOST = 4  # processes at once
 SHOWN = 40  # lines
 READ = 16_000  # bytes of the end of a log
+LONGEST = 150  # bytes of a run's name in that of a log: a file system takes 255
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Jobs:
 
     def __init__(self, home: Path, options: list[str]) -> None:
         self._home, self._options, self._last = home, options, dict[str, Job]()
+        self._starting = Lock()
 
     def of(self, run: str) -> Job | None:
         """Give the last job of a run."""
@@ -73,19 +76,36 @@ class Jobs:
             options: of the request.
             given: what the command can read from stdin.
 
+        Returns:
+            The command; the one that is at work where it is the same, as after a double click.
+
         Raises:
-            UserError: one is at work for this run, or too many are for others.
+            UserError: another one is at work for this run, or too many are for others.
         """
-        at_work = [job.run for job in self._last.values() if job.status is None]
-        if run in at_work or len(at_work) >= MOST:
-            raise UserError(f"a request of run {at_work[0]} is being taken up: ask again in a moment")
         words = self.words(run, options)
+        with self._starting:
+            last = self._last.get(run)
+            if last and last.status is None and last.command == in_shell(words):
+                return last
+            at_work = [job.run for job in self._last.values() if job.status is None]
+            if run in at_work or len(at_work) >= MOST:
+                busy = run if run in at_work else at_work[0]
+                raise UserError(f"a request of run {busy} is being taken up: ask again in a moment")
+            self._last[run] = self._started(run, words, given)
+            return self._last[run]
+
+    def _started(self, run: str, words: list[str], given: str) -> Job:
         command = [sys.executable, "-m", "fedunlearn", *words, f"--home={self._home}"]
-        log = self._home / "logs" / f"{run}-asked-{datetime.now():%Y%m%d-%H%M%S-%f}.log"
+        name = run.encode()[:LONGEST].decode(errors="ignore")
+        log = self._home / "logs" / f"{name}-asked-{datetime.now():%Y%m%d-%H%M%S-%f}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output, tempfile.TemporaryFile() as stdin:
             stdin.write(given.encode())
             stdin.seek(0)
             process = subprocess.Popen(command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT)
-        self._last[run] = Job(run, shlex.join(["fedunlearn", *words]), log, process)
-        return self._last[run]
+        return Job(run, in_shell(words), log, process)
+
+
+def in_shell(words: list[str]) -> str:
+    """Write a command as a person would type it."""
+    return shlex.join(["fedunlearn", *words])

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shlex
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
@@ -21,14 +23,17 @@ from fedunlearn.apps.serve import ask, class_map
 from fedunlearn.apps.serve.ask import Asked
 from fedunlearn.apps.serve.guard import SEALED, is_from_here
 from fedunlearn.apps.serve.jobs import Jobs
-from fedunlearn.apps.serve.look import PACKAGE, Look, Parts, stamp
+from fedunlearn.apps.serve.look import PACKAGE, Look, Parts, can_be_accepted, gate_of, stamp
 from fedunlearn.errors import UserError
 from fedunlearn.runs.figures import COLOURS
+from fedunlearn.runs.ledger import TAKEN_UP
+from fedunlearn.runs.overview import Glance
 from fedunlearn.runs.page import IN_THE_DARK, Picture, encoded, rendered
 from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run
 
 SECONDS = 1.0  # between two looks
+REST = 10  # times as long as a look took: a long run must not keep a CPU busy
 QUIET = 15  # looks without news until a word is sent that shows who is still there
 MOST_LISTENERS = 24
 RECEIPT = re.compile(r"r\d{1,9}(-\d{1,9})?\.(json|html)")
@@ -59,7 +64,7 @@ class Site:
         self._home, self._jobs, self._look = home, jobs, Look(home, jobs)
         self._listeners = 0
         self._drawing = Lock()
-        self._maps: dict[tuple[str, int], Picture] = {}
+        self._maps: dict[tuple[object, ...], Picture] = {}
 
     def app(self) -> FastAPI:
         """Make the application."""
@@ -75,15 +80,27 @@ class Site:
             "/runs/{name}/report": self.report,
             "/runs/{name}/receipts/{file}": self.receipt,
             "/runs/{name}/requests/{request_id}/cancel": self.reconsider,
+            "/runs/{name}/requests/{request_id}/accept": self.answer_for,
         }.items():
-            app.add_api_route(path, answer, methods=["GET"], response_model=None)
-        app.add_api_route("/runs/{name}/ask", self.confirm, methods=["POST"], response_model=None)
-        app.add_api_route("/runs/{name}/requests", self.file, methods=["POST"], response_model=None)
-        cancel = "/runs/{name}/requests/{request_id}/cancel"
-        app.add_api_route(cancel, self.cancel, methods=["POST"], response_model=None)
-        for error, answer in {HTTPException: _refused, 404: _refused, 405: _refused, UserError: _put_right}.items():
+            looks = ["GET"] if path.endswith("/events") else ["GET", "HEAD"]
+            app.add_api_route(path, answer, methods=looks, response_model=None)
+        for path, answer in {
+            "/runs/{name}/ask": self.confirm,
+            "/runs/{name}/requests": self.file,
+            "/runs/{name}/requests/{request_id}/cancel": self.cancel,
+            "/runs/{name}/requests/{request_id}/accept": self.accept,
+        }.items():
+            app.add_api_route(path, answer, methods=["POST"], response_model=None)
+        for error, answer in {
+            HTTPException: _refused,
+            400: _refused,
+            404: _refused,
+            405: _refused,
+            UserError: _put_right,
+        }.items():
             app.add_exception_handler(error, answer)
         app.add_exception_handler(RequestValidationError, _put_right)
+        app.add_exception_handler(Exception, _failed)
         return app
 
     # Looking ------------------------------------------------------------------------------------------------------
@@ -113,7 +130,7 @@ class Site:
     def map(self, request: Request, name: str) -> Response:
         """Show who has what: images by client and class."""
         with self._opened(name) as run:
-            key = (name, len(run.ledger.purged()))
+            key = (run.ledger.key, len(run.ledger.purged()), *run.ledger.portions(TAKEN_UP))
         if key not in self._maps:
             if not self._drawing.acquire(blocking=False):
                 raise HTTPException(503, "A map is being drawn: load this page again in a moment.")
@@ -175,7 +192,7 @@ class Site:
                 ask.file(run, asked, self._jobs)
             except UserError as error:
                 return _form(request, run, asked, str(error))
-        return RedirectResponse(f"/runs/{name}", 303)
+        return _back_to(name)
 
     def reconsider(self, request: Request, name: str, request_id: str) -> Response:
         """Ask whether a request is to be taken back."""
@@ -189,7 +206,29 @@ class Site:
         _check_form(request, token)
         with self._opened(name) as run:
             run.cancel(request_id)
-        return RedirectResponse(f"/runs/{name}", 303)
+        return _back_to(name)
+
+    def answer_for(self, request: Request, name: str, request_id: str) -> Response:
+        """Ask who answers for a model that the gate has refused."""
+        with self._opened(name) as run:
+            return self._accepting(request, run, request_id)
+
+    def accept(self, request: Request, name: str, request_id: str, by: Typed = "", token: Typed = "") -> Response:
+        """Have such a model taken."""
+        _check_form(request, token)
+        with self._opened(name) as run:
+            try:
+                ask.accept(run, request_id, by.strip(), self._jobs)
+            except UserError as error:
+                return self._accepting(request, run, request_id, by=by, error=str(error))
+        return _back_to(name)
+
+    def _accepting(self, request: Request, run: Run, request_id: str, **typed: str) -> Response:
+        asked = run.ledger.request(request_id)
+        words = {"run": run, "asked": asked, "whom": ask.whom(run, asked.owners, asked.selection)}
+        words |= {"can_be_accepted": can_be_accepted(run, asked), "gate": gate_of(asked.detail.get("gate", {}))}
+        words |= {"is_taken": ask.is_taken(run), "most": ask.MOST_TYPED}
+        return _page(request, "accept.html.jinja", status=422 if typed else 200, **words, **typed)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -227,18 +266,26 @@ class Site:
         self._listeners += 1
         try:
             while True:
-                for name, html in (await run_in_threadpool(look)).items():
+                started = time.monotonic()
+                parts = await run_in_threadpool(look)
+                took = time.monotonic() - started
+                for name, html in parts.items():
                     if sent.get(name) != (now := stamp(html)):
                         sent[name], quiet = now, 0
-                        yield f"data: {json.dumps({'part': name, 'stamp': now, 'html': html})}\n\n"
+                        yield _news_of(name, html)
                 quiet += 1
                 if quiet % QUIET == 0:
                     yield ": nothing new\n\n"
-                await asyncio.sleep(SECONDS)
-        except UserError:  # the run's folder is gone
-            return
+                await asyncio.sleep(max(SECONDS, REST * took))
+        except UserError as error:  # the run's folder is gone
+            gone = Glance("", state="removed", error=f"{error}: what else is shown here is as it was last")
+            yield _news_of("now", rendered(PACKAGE, "now.html.jinja", glance=gone))
         finally:
             self._listeners -= 1
+
+
+def _news_of(part: str, html: str) -> str:
+    return f"data: {json.dumps({'part': part, 'stamp': stamp(html), 'html': html})}\n\n"
 
 
 def _page(request: Request, template: str, *, status: int = 200, **words: Any) -> Response:
@@ -246,6 +293,10 @@ def _page(request: Request, template: str, *, status: int = 200, **words: Any) -
     about = {"nonce": scope["nonce"], "form_token": scope["form_token"], "stamp": stamp}
     about |= {"colours": COLOURS, "dark": IN_THE_DARK}
     return HTMLResponse(encoded(rendered(PACKAGE, template, **about, **words)), status)
+
+
+def _back_to(run: str) -> Response:
+    return RedirectResponse(f"/runs/{quote(run, safe='')}", 303)
 
 
 def _form(request: Request, run: Run, asked: Asked, error: str = "") -> Response:
@@ -261,7 +312,17 @@ def _check_form(request: Request, token: str) -> None:
 
 
 async def _refused(request: Request, error: Any) -> Response:
-    return _page(request, "error.html.jinja", status=error.status_code, error=error.detail)
+    text = {"Not Found": "There is no such page.", "Method Not Allowed": "This page takes no such request."}
+    words = {"status": error.status_code, "error": text.get(error.detail, error.detail)}
+    answer = _page(request, "error.html.jinja", **words)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Answer where the page itself is at fault; its process writes the traceback."""
+    text = f"The page has failed ({type(error).__name__}). What `fedunlearn serve` writes in its terminal says where."
+    return _page(request, "error.html.jinja", status=500, error=text)
 
 
 async def _put_right(request: Request, error: Any) -> Response:
