@@ -80,8 +80,8 @@ def test_a_client_is_forgotten_where_the_gap_is_within_two_standard_errors():
     said = verdict(completed({3: 0.15}, {3: 0.01}))
     assert (said.level, said.title, said.request) == (Level.GOOD, "Forgotten", "r1")
     assert said.text == (
-        "Client 3 was forgotten after round 20 by relabelling, in 6.8 s. The model knows its 100 images no better than "
-        "held-out ones: memorisation gap +0.01 ± 0.04 (before: +0.15 ± 0.03)."
+        "The request to forget client 3 was applied after round 20 by relabelling, in 6.8 s. The model knows its "
+        "100 images no better than held-out ones: memorisation gap +0.01 ± 0.04 (before: +0.15 ± 0.03)."
     )
 
 
@@ -194,7 +194,7 @@ def test_few_images_hide_a_gap():
 def test_several_clients_are_judged_together_and_the_one_that_is_still_known_is_named():
     said = verdict(completed({1: 0.15, 2: 0.15}, {1: 0.01, 2: -0.01}, clients=(1, 2)))
     assert said.level == Level.GOOD
-    assert "Clients 1 and 2 were forgotten" in said.text
+    assert "forget clients 1 and 2 was applied" in said.text
     assert "their 200 images no better" in said.text
     said = verdict(completed({1: 0.15, 2: 0.15}, {1: 0.14, 2: -0.12}, clients=(1, 2)))
     assert said.level == Level.WARNING
@@ -316,7 +316,7 @@ def test_page_is_self_contained_and_tells_before_and_after(forgot):
     assert page.count("data:image/svg+xml;base64,") == 4  # two figures, each for a light and for a dark page
     text = words(page)
     for said in (
-        "Client 3 was forgotten after round 2 by ssd",
+        "The request to forget client 3 was applied after round 2 by ssd",
         "COMPLETED",
         "The ledger is as the run wrote it",
         "after round 3",

@@ -239,7 +239,6 @@ def _of_applied(
     detail, who = request.detail, named(request.clients, names)
     several = len(request.clients) > 1
     how = f"after round {detail['round']} by {label}, in {seconds(detail['seconds'])}"
-    forgotten = f"{named(request.clients, names, capital=True)} {'were' if several else 'was'} forgotten {how}."
     applied = f"The request to forget {who} was applied {how}."
     waits = "" if request.state == State.COMPLETED else f" It is completed after round {detail['completes_at']}."
     gaps = {moment.when: gap_of(request, moment, class_counts) for moment in measured}
@@ -259,9 +258,9 @@ def _of_applied(
         text = f"{applied} But {_lower(model)} {verb} {images} {better}: {numbers}"
         return Verdict(f"{text}{waits}", Level.WARNING, "Not forgotten")
     if now.is_below_zero:
-        text = f"{forgotten} {model} gets fewer of {images} right than of held-out ones: {numbers}"
+        text = f"{applied} {model} gets fewer of {images} right than of held-out ones: {numbers}"
         return Verdict(f"{text} A model that never saw them has a gap near 0.{waits}", Level.WARNING, "Look closer")
-    text = f"{forgotten} {model} knows {images} no better than held-out ones: {numbers}"
+    text = f"{applied} {model} knows {images} no better than held-out ones: {numbers}"
     apart = _apart(request, measured[-1], class_counts, names) if several else ""
     if apart:
         return Verdict(f"{text}{apart}{waits}", Level.WARNING)
