@@ -36,7 +36,7 @@ def test_a_good_model_passes():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"retain": fraction(0.84, MANY)}, "accuracy on the retain clients' images is 0.840, to be 0.900"),
+        ({"retain": fraction(0.84, MANY)}, "accuracy on the retain clients' images is 0.840, to be 0.850 at least"),
         (
             {"test": fraction(0.1, MANY)},
             r"accuracy on held-out images is 0.100, to be 0.550 at least \(forget.budget=0.05\)",
