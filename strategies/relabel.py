@@ -31,6 +31,7 @@ from fedunlearn.unlearning.soft_labels import assign_soft_labels, augmented_view
 
 MEMORISED = 0.25  # of what held-out images get wrong: where more is right, further rounds would bring it back
 KNOWN = 0.95  # of the loss that the retrained model is estimated to have: with less, images are known better
+MOST_REPAIR_LR = 0.005  # unless `repair_lr` says another
 MISSED = 2.0  # standard errors above the estimated accuracy: with more, there is another round
 
 log = getLogger("fedunlearn")
@@ -84,8 +85,12 @@ class GuidedSettings(CheckedSettings):
     repair_fraction: float = Field(
         default=0.3, ge=1e-6, le=1, description="of each retain client's images that it repairs with"
     )
-    repair_lr: float = Field(
-        default=0.005, ge=0, le=100, description="learning rate of the repair, or the schedule's if that is higher"
+    repair_lr: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="learning rate of the repair, or the schedule's if that is higher; none: a quarter of train.lr, at "
+        "most 0.005",
     )
     freeze_fraction: float = Field(
         default=0.99,
@@ -203,8 +208,14 @@ class Guided(Strategy):
         federation.fit_client_head(results.statistics, round_)
 
     def repair_lr(self, config: Config, round_: int) -> float:
-        """Give `repair_lr`, or in the middle of training the schedule's present rate, where that is higher."""
-        return max(self.settings.repair_lr, learning_rate_of(config, round_ + 1))
+        """Give `repair_lr`, or in the middle of training the schedule's present rate, where that is higher.
+
+        A network that is trained at a low rate is repaired at a low one: at a higher one the retain clients' models
+        move apart, and their mean is worse than before.
+        """
+        usual = min(MOST_REPAIR_LR, config.train.lr / 4)
+        chosen = self.settings.repair_lr
+        return max(usual if chosen is None else chosen, learning_rate_of(config, round_ + 1))
 
 
 class Relabelling(Guided):

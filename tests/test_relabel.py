@@ -237,6 +237,15 @@ def test_of_clients_that_are_forgotten_together_only_memorised_ones_are_relabell
 
 
 @pytest.mark.parametrize(
+    ("lr", "chosen", "repair"), [(0.02, None, 0.005), (0.05, None, 0.005), (0.01, None, 0.0025), (0.01, 0.03, 0.03)]
+)
+def test_a_network_that_is_trained_at_a_low_rate_is_repaired_at_a_low_one(digits, lr, chosen, repair):
+    config = compose(digits, f"rounds=8 train.lr={lr} train.lr_end=0")
+    strategy = Relabelling(Relabelling.Settings(repair_lr=chosen))
+    assert strategy.repair_lr(config, 8) == pytest.approx(repair)
+
+
+@pytest.mark.parametrize(
     ("schedule", "round_", "relabel", "repair"),
     [
         ("constant", 3, 0.03, 0.04),
