@@ -89,7 +89,7 @@ class GuidedSettings(CheckedSettings):
         default=None,
         ge=0,
         le=100,
-        description="learning rate of the repair, or the schedule's if that is higher; none: a quarter of train.lr, at "
+        description="learning rate of the repair, or the schedule's if that is higher; null: a quarter of train.lr, at "
         "most 0.005",
     )
     freeze_fraction: float = Field(
