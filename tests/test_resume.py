@@ -83,7 +83,7 @@ def stopping(grid, when):
     return grid
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
+@pytest.fixture(scope="module", params=["subset", pytest.param("ssd", marks=pytest.mark.thorough)])
 def whole(request, tmp_path_factory):
     """(strategy, final state, folder of runs, what kills at every message and around commits would leave there)."""
     words, home = STRATEGIES[request.param], tmp_path_factory.mktemp("whole")

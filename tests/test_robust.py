@@ -68,7 +68,10 @@ def test_of_two_updates_the_mean_is_the_usual_one(federate):
     assert equal(federate.state("plain"), federate.state("robust"))
 
 
-def test_one_liar_of_four_turns_the_model_less(federate):
+@pytest.mark.parametrize(
+    "rule", ["median", *(pytest.param(r, marks=pytest.mark.thorough) for r in ("clip", "trimmed_mean"))]
+)
+def test_one_liar_of_four_turns_the_model_less(federate, rule):
     """The liar's updates are ten times as long."""
 
     def distance(words, lies):
@@ -91,6 +94,4 @@ def test_one_liar_of_four_turns_the_model_less(federate):
         weights = [n for n in honest if n.endswith("weight")]
         return sum(float((honest[n] - turned[n]).norm() ** 2) for n in weights) ** 0.5
 
-    plain = moved("robust=none")
-    for rule in ("clip", "median", "trimmed_mean"):
-        assert moved(f"robust={rule}") < 0.5 * plain
+    assert moved(f"robust={rule}") < 0.5 * moved("robust=none")
