@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -42,11 +43,12 @@ def browser(chromium):
 
 
 def wait(browser, seconds, condition):
-    return WebDriverWait(browser, seconds, 0.1).until(condition)
+    return WebDriverWait(browser, seconds, 0.1, [StaleElementReferenceException]).until(condition)
 
 
 def text_of(browser, part):
-    return browser.find_element(By.ID, part).text
+    """The text that a part of the page shows; read in one step, since news may replace what is in it."""
+    return browser.execute_script("return document.getElementById(arguments[0])?.innerText ?? ''", part)
 
 
 def press(browser, *keys):
