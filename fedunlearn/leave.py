@@ -36,14 +36,15 @@ def leave(
     """
     set_up()
     from fedunlearn.runs import taking_part
+    from fedunlearn.runs.keys import id_of, load
     from fedunlearn.runs.signed import sign
 
     folder = state_home(home)
     wanted = chosen(taking_part.noted(folder), folder, client, run)
-    signed = [sign([number], run=one.run, key=key, days=days) for one, number in wanted]
-    for (one, number), asked in zip(wanted, signed, strict=True):
-        check_signer(one, number, asked.key)
-    for (one, number), asked in zip(wanted, signed, strict=True):
+    for one, number in wanted:
+        check_signer(one, number, id_of(load(key)))
+    for one, number in wanted:
+        asked = sign([number], run=one.run, key=key, days=days)
         taking_part.keep(folder, asked)
         print(f"client {printable(one.clients[number])} asks run {one.run[:DIGITS]} to be forgotten (since "
               f"{one.since[:10]} it takes part there), until {asked.expires_at[:16]} UTC")  # fmt: skip
