@@ -178,6 +178,7 @@ def test_tensorboard(federate):
     assert "report/accuracy" in found.Tags()["images"]
 
 
+@pytest.mark.filterwarnings("default")  # SQLAlchemy's, about MLflow's own tables, would be errors
 def test_mlflow(federate, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
