@@ -7,6 +7,7 @@ draws. What is there in the folder already is not computed again.
 
 import argparse
 import logging
+import statistics
 from collections.abc import Iterable, Iterator
 from math import gcd
 from pathlib import Path
@@ -29,6 +30,7 @@ SIMULATIONS = Path(__file__).parent.parent / "simulations"
 STRATEGIES = ("subset", "leave", "retrain")
 ANOTHER = "another retrain"
 AFTER = (0, 10)  # rounds after the request
+OTHERS = (("retain", "class"), ("test", "class"), ("retain", "client_id"))
 
 
 class Asked(NamedTuple):
@@ -40,7 +42,7 @@ class Asked(NamedTuple):
 
 
 def main() -> None:
-    """Print one table, a line a request, a moment and a model."""
+    """Print one table, a line a request, a moment and a model: means over the seeds, and their standard deviation."""
     p = argparse.ArgumentParser("python -m benchmarks.portions", description=__doc__)
     p.add_argument("--folder", type=Path, required=True, help="where runs are kept")
     p.add_argument("--app", default="digits", help="digits, cifar10 or cifar100")
@@ -48,19 +50,22 @@ def main() -> None:
     p.add_argument("--client", type=int, default=0, help="who is asked to forget a class or images")
     p.add_argument("--images", type=int, default=20, help="of the client that are named one by one")
     p.add_argument("--class", dest="class_", type=int, default=5, help="that all clients forget")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the federations, each in a folder of its own")
     p.add_argument("--patients", nargs="*", default=[], help="that all their clients forget")
     p.add_argument("words", nargs="*", help="settings, as data.limit=5000")
     options = p.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    bench = Bench(options.folder.absolute(), SIMULATIONS / options.app / "conf", options.rounds, options.words)
-    bench.trained("base", options.rounds)
-    rows = [
-        row
-        for asked in bench.requests(options.client, options.images, options.class_, options.patients)
-        for name in (*STRATEGIES, ANOTHER)
-        for row in bench.rows(asked, name)
-    ]
-    columns = ("request", "model", "rounds", "images", "forgotten", "gap", "retain", "test", "client ID")
+    found: dict[tuple[str, str, int], list[list[float]]] = {}
+    for seed in options.seeds:
+        home, words = options.folder.absolute() / str(seed), [*options.words, f"seed={seed}"]
+        bench = Bench(home, SIMULATIONS / options.app / "conf", options.rounds, words)
+        bench.trained("base", options.rounds)
+        for asked in bench.requests(options.client, options.images, options.class_, options.patients):
+            for model in (*STRATEGIES, ANOTHER):
+                for after, figures in bench.rows(asked, model):
+                    found.setdefault((asked.what, model, after), []).append(figures)
+    columns = ("request", "model", "rounds", "seeds", "images", "forgotten", "gap", "retain", "test", "client ID")
+    rows = [[what, model, after, len(seeds), *over_seeds(seeds)] for (what, model, after), seeds in found.items()]
     timing.table(f"{options.app}, after {options.rounds} rounds of training", columns, rows)
 
 
@@ -96,13 +101,14 @@ class Bench:
         if patients:
             yield Asked(f"{len(patients)} patients", [], Selection.by(patients=patients))
 
-    def rows(self, asked: Asked, model: str) -> Iterator[list[str]]:
-        """Ask a copy of the base, train on, and give a line of the table for each moment."""
+    def rows(self, asked: Asked, model: str) -> Iterator[tuple[int, list[float]]]:
+        """Ask a copy of the base, train on, and give each moment with its figures."""
         name = f"{asked.what} {model}".replace(" ", "-")
         last = self._rounds + max(AFTER)
         if model == ANOTHER:
             self._file_first(name, asked)
-            run = self.trained(name, last, "strategy=leave", "seed=1")
+            other = Run.opened(self._home / "runs" / "base").config.seed + 1
+            run = self.trained(name, last, "strategy=leave", f"seed={other}")
         else:
             if not (self._home / "runs" / name).exists():
                 self.trained(name, self._rounds, "fork=base", f"strategy={model}").request(
@@ -112,7 +118,7 @@ class Bench:
         (request,) = run.ledger.requests()
         for after in AFTER:
             if scores := scores_of(run, request.detail, self._rounds + after, at_once=not after and model != ANOTHER):
-                yield [asked.what, model, str(after), *figures(scores, request.clients)]
+                yield after, figures(scores, request.clients)
 
     def _file_first(self, name: str, asked: Asked) -> None:
         """File the request before the run exists: then what it names is never trained on."""
@@ -130,13 +136,21 @@ def scores_of(run: Run, detail: dict[str, Any], round_: int, *, at_once: bool) -
     return next((row for row in run.metrics() if row["kind"] == "round" and row["round"] == round_), None)
 
 
-def figures(scores: dict[str, Any], portions: list[int]) -> list[str]:
+def figures(scores: dict[str, Any], portions: list[int]) -> list[float]:
     """Give images, accuracy and memorisation gap of the portions together, and the others' accuracies."""
     each = [scores["forgotten"][str(portion)] for portion in portions if str(portion) in scores["forgotten"]]
     examples = sum(one["examples"] for one in each)
     own, held_out = (sum(one[kind] * one["examples"] for one in each) / examples for kind in ("class", "held_out"))
-    others = (scores["retain"]["class"], scores["test"]["class"], scores["retain"]["client_id"])
-    return [str(examples), f"{own:.3f}", f"{own - held_out:+.3f}", *(f"{value:.3f}" for value in others)]
+    return [examples, own, own - held_out, *(scores[who][of] for who, of in OTHERS)]
+
+
+def over_seeds(seeds: list[list[float]]) -> list[str]:
+    """Give the figures' means as words, with standard deviations where there are several seeds."""
+    images, *means = (statistics.mean(values) for values in zip(*seeds, strict=True))
+    if len(seeds) == 1:
+        return [f"{images:.0f}", *(f"{value:.3f}" for value in means)]
+    deviations = [statistics.stdev(values) for values in zip(*seeds, strict=True)][1:]
+    return [f"{images:.0f}", *(f"{m:.3f} ± {d:.3f}" for m, d in zip(means, deviations, strict=True))]
 
 
 if __name__ == "__main__":
