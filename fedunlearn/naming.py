@@ -47,18 +47,18 @@ def with_portions(
 
     Args:
         names: of clients; none where they have numbers alone.
-        portions: by number, from the number of clients on.
+        portions: by number, from the number of clients on; some numbers may be missing.
         class_names: K names.
         examples: of clients and portions, as far as they are known.
     """
     if not portions:
         return names
-    clients = names or [str(client) for client in range(min(portions))]
-    own = [
-        PortionName(p.selection.in_words(class_names), p.client, names, is_empty=not examples.get(number, 1))
-        for number, p in sorted(portions.items())
-    ]
-    return [*clients, *own]
+    own = {
+        number: PortionName(p.selection.in_words(class_names), p.client, names, is_empty=not examples.get(number, 1))
+        for number, p in portions.items()
+    }
+    clients = dict(enumerate(names))
+    return [own.get(number) or clients.get(number, str(number)) for number in range(max(own) + 1)]
 
 
 def name_of(client: int, names: Sequence[str] = ()) -> str:

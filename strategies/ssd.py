@@ -4,7 +4,7 @@ import math
 from logging import getLogger
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedunlearn.config import Config, Precision
@@ -42,7 +42,8 @@ class SelectiveDampening(Strategy):
         """Settings of SSD."""
 
         tune: Literal["auto", "fixed"] = Field(
-            default="auto", description="auto: alpha and lambda by what held-out images get"
+            default="auto",
+            description="auto: alpha and lambda by what held-out images get; fixed, as where one is named: these",
         )
         alpha: float = Field(
             default=2.0,
@@ -63,6 +64,12 @@ class SelectiveDampening(Strategy):
             le=1,
             description="of each retain client's images, at random, that the Fisher is taken of",
         )
+
+        @model_validator(mode="before")
+        @classmethod
+        def _named_strength_is_fixed(cls, given: dict[str, Any]) -> dict[str, Any]:
+            named = given.keys() & {"alpha", "lambda_"}
+            return {"tune": "fixed"} | given if named else given
 
     def check(self, config: Config) -> None:
         """Refuse the client head's Fisher where there is no client head."""

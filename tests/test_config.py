@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedunlearn import config
 from fedunlearn.composing import compose
 from fedunlearn.errors import UserError
-from fedunlearn.federation.strategy import completed, settings_for, strategy_class, strategy_names, strategy_of
+from fedunlearn.federation.strategy import chosen, completed, settings_for, strategy_class, strategy_names, strategy_of
 from fedunlearn.schema import fields_of, name_of, validated
 from fedunlearn.study.pooled.settings import load
 from fedunlearn.words import split_words
@@ -240,7 +240,9 @@ def test_every_installed_strategy_has_defaults_that_survive_json(name):
 
 def test_settings_of_a_strategy_are_completed_and_checked():
     composed = completed(config.Config(strategy="ssd", unlearn={"alpha": 3}))
-    assert (composed.unlearn["alpha"], composed.unlearn["tune"]) == (3.0, "auto")
+    assert (composed.unlearn["alpha"], composed.unlearn["tune"]) == (3.0, "fixed")  # since alpha is named
+    assert completed(config.Config(strategy="ssd", unlearn={"alpha": 3, "tune": "auto"})).unlearn["tune"] == "auto"
+    assert chosen(completed(config.Config(strategy="ssd")), ["unlearn.alpha=8"])["unlearn"]["tune"] == "fixed"
     assert strategy_of(composed).settings.alpha == 3.0
     with pytest.raises(UserError, match=r"unlearn.freeze_fraction is no setting of strategy=ssd"):
         strategy_of(config.Config(strategy="ssd", unlearn={"freeze_fraction": 0.5}))

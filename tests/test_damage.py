@@ -221,10 +221,18 @@ def test_a_request_is_taken_back_while_it_is_received(two, capsys):
     assert two.run().metrics()[-1]["forgotten"] == {}
     assert command("forget", "--run", "test", "--client", "3", *LOCAL) == 0  # it may be asked for again
     assert [request.state for request in two.requests()] == ["CANCELLED", "COMPLETED"]
-    assert "request r2 is COMPLETED: only a RECEIVED one can be taken back" in failed(
+    assert "request r2 is COMPLETED: only a RECEIVED or a REFUSED one can be taken back" in failed(
         capsys, "forget", "--run", "test", "--cancel", "r2"
     )
     assert "there is no request r9" in failed(capsys, "forget", "--run", "test", "--cancel", "r9")
+
+
+def test_a_refused_request_that_is_taken_back_leaves_no_failed_run(two, capsys):
+    ledger = two.run().ledger
+    ledger.advance(ledger.file([3])[0], State.REFUSED, reason="never trained on")
+    assert command("run", "digits", "run=test", *LOCAL) == 1
+    assert command("forget", "--run", "test", "--cancel", "r1") == 0
+    assert command("run", "digits", "run=test", *LOCAL) == 0
 
 
 def test_a_dry_run_of_what_was_asked_for_before_shows_the_earlier_request(two, capsys):

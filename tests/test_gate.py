@@ -55,6 +55,9 @@ def test_the_budget_is_what_may_be_lost():
     lost = replace(GOOD, retain=fraction(0.8, MANY))
     assert refused(BEFORE, lost)
     assert not refused(BEFORE, lost, budget=0.11)
+    assert not refused(
+        BEFORE, replace(GOOD, test=fraction(0.55, MANY)), error=0.0
+    )  # 0.6 - 0.55 is above 0.05 in floats
 
 
 def test_of_few_images_chance_is_not_called_a_loss():

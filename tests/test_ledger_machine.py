@@ -95,11 +95,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(place=PLACES)
     def cancel(self, place):
         request, asked = self.chosen(place)
-        if asked.state in (State.RECEIVED, State.CANCELLED):
+        if asked.state in (State.RECEIVED, State.REFUSED, State.CANCELLED):
             asked.state = self.ledger.cancel(request.id).state
             assert asked.state == State.CANCELLED
         else:
-            with pytest.raises(UserError, match="only a RECEIVED one"):
+            with pytest.raises(UserError, match="only a RECEIVED or a REFUSED one"):
                 self.ledger.cancel(request.id)
 
     @precondition(lambda self: any(asked.state in NEXT for asked in self.model.requests))

@@ -1,6 +1,7 @@
 """Requests about some of a client's images: a class, a patient, single images."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.client import ClientRuntime
-from fedunlearn.naming import class_numbers
+from fedunlearn.naming import class_numbers, with_portions
 from fedunlearn.runs import keys
 from fedunlearn.runs.ledger import Ledger, State
 from fedunlearn.runs.purge import known_class_counts
@@ -282,6 +283,38 @@ def test_everything_that_a_person_reads_names_the_portion(federate, memorised):
     assert said.who == "class 3 of client 1 (number 4)"
     assert said.examples == {"4": counts_of(federate)[4].sum()}
     assert "asked to forget class 3 of client 1" in receipt.with_suffix(".html").read_text()
+
+
+def test_a_new_portion_is_covered_by_no_request_about_something_else(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.file([1], first_portion=4)
+    old, new = Selection.by(classes=[4]), Selection.by(classes=[9])
+    for client in (0, 2):
+        ledger.file([client], selection=old, first_portion=4)
+    for client in range(4):
+        found = ledger.covering([client], new)
+        assert [request.id for request in found] == (["r1"] if client == 1 else [])  # which leaves whole
+        with nullcontext() if client != 1 else pytest.raises(UserError, match="its settings stay as they are"):
+            ledger.check_how([client], {"strategy": "leave"}, new)
+    assert [request.id for request in ledger.covering([0], old)] == ["r2"]
+    assert [request.id for request in ledger.covering([0, 1, 2], old)] == ["r1", "r2", "r3"]
+    assert ledger.covering([0, 3], old) == []
+    with pytest.raises(UserError, match="request r2 is RECEIVED: its settings stay as they are"):
+        ledger.check_how([0], {"strategy": "leave"}, old)
+    (asked,) = ledger.file([3], selection=new, first_portion=4)
+    assert (asked.clients, asked.owners) == ([6], [3])
+    ledger.close()
+
+
+def test_names_of_portions_do_not_move_up_where_a_request_was_refused():
+    portions = {5: Portion(5, 1, Selection.by(patients=["p9"])), 7: Portion(7, 0, Selection.by(classes=[2]))}
+    for names in ([], ["ann", "ben", "cy", "dee"]):
+        found = with_portions(names, portions, ["a", "b", "c"], {})
+        assert list(found[:5]) == [*(names or ["0", "1", "2", "3"]), "4"]
+        assert [found[5], found[7]] == [
+            f"patient p9 of client {found[1]}",
+            f"class 2 (c) of client {found[0]}",
+        ]
 
 
 def test_a_retrained_run_may_number_portions_otherwise(federate):

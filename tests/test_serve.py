@@ -252,7 +252,7 @@ def test_a_request_that_was_not_taken_up_can_be_taken_back(finished, page):
     assert finished.requests()[-1].state == State.CANCELLED
     assert "/cancel" not in page.get("/runs/test").text
     for late, status in (("r1", 422), ("r2", 303)):  # what is taken back stays so
-        assert "Only a request that is RECEIVED can be taken back" in page.get(link.replace("r2", late)).text
+        assert "Only a request that is RECEIVED or REFUSED can be taken back" in page.get(link.replace("r2", late)).text
         assert page.post(link.replace("r2", late), {}).status_code == status
     assert page.get(link.replace("r2", "r9")).status_code == 422
     assert [request.state for request in finished.requests()] == [State.COMPLETED, State.CANCELLED]

@@ -175,10 +175,16 @@ def chosen(config: Config, words: Sequence[str]) -> dict[str, Any]:
         raise UserError("strategy=null names no strategy")
     strategy = str(values.pop("strategy", config.strategy))
     given = {name.removeprefix("unlearn."): value for name, value in values.items()}
-    unlearn = given if strategy != config.strategy else config.unlearn | given
-    how = completed(config.model_copy(update={"strategy": strategy, "unlearn": unlearn}))
+    kept = _changed(config) if strategy == config.strategy else {}
+    how = completed(config.model_copy(update={"strategy": strategy, "unlearn": kept | given}))
     check_writable(how.unlearn)
     return {"strategy": how.strategy, "unlearn": how.unlearn}
+
+
+def _changed(config: Config) -> dict[str, Any]:
+    """Give the settings of a run's strategy that are not the defaults."""
+    defaults = settings_for(config.strategy, {}).model_dump()
+    return {name: value for name, value in config.unlearn.items() if value != defaults.get(name)}
 
 
 def _value_of(word: str) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class State(StrEnum):
     COMPLETED = "COMPLETED"
     REFUSED = "REFUSED"
     QUARANTINED = "QUARANTINED"  # could not be applied, or its model not be taken; its clients stay out of training
-    CANCELLED = "CANCELLED"  # taken back by whoever asked, before it was taken up
+    CANCELLED = "CANCELLED"  # taken back by whoever asked, before it was taken up or after it was refused
 
 
 OPEN = (State.RECEIVED, State.COLLECTING, State.APPLIED, State.RECOVERING)
@@ -57,6 +58,11 @@ class Request:
     state: State
     received_at: str
     detail: dict[str, Any]
+
+    @property
+    def can_be_cancelled(self) -> bool:
+        """Say whether it may be taken back: nothing has been done about it."""
+        return self.state in (State.RECEIVED, State.REFUSED)
 
     @property
     def portions(self) -> dict[int, Portion]:
@@ -202,7 +208,8 @@ class Ledger(EventLog[Standing]):
         with self.transaction():
             self._check_unused(signed)
             self.check_how(clients, how, selection)
-            wanted, portions = self._numbered(clients, selection, first_portion)
+            numbers, unused = self._numbered(clients, selection), count(first_portion + len(self.portions()))
+            wanted = [next(unused) if number is None else number for number in numbers.values()]
             earlier = self._touching(wanted)
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
             if not rest:
@@ -214,36 +221,28 @@ class Ledger(EventLog[Standing]):
             about = {"not_before": not_before, "due_at": due(at, months), "asked_by": by, "right": right}
             about |= {"signed": dict(signed)} if signed else {}
             about |= {"how": dict(how)} if how else {}
-            about |= {"portions": {str(c): portions[c].content() for c in rest}} if portions else {}
+            if selection:
+                owners = dict(zip(wanted, numbers, strict=True))
+                about |= {"portions": {str(c): Portion(c, owners[c], selection).content() for c in rest}}
             about |= {"all_clients": True} if all_clients else {}
             self.record(at, request=f"r{number}", state=State.RECEIVED, clients=rest, **about)
             return [*earlier, self.request(f"r{number}")]
 
-    def _numbered(
-        self, clients: Iterable[int], selection: Selection | None, first: int = 0
-    ) -> tuple[list[int], dict[int, Portion]]:
-        """Number what is selected of clients; gives all numbers, and the portions that are new.
+    def _numbered(self, clients: Iterable[int], selection: Selection | None) -> dict[int, int | None]:
+        """Give each client's own number, or that of the portion it was asked for before; None for a new portion.
 
         A client that has asked to leave whole has its own number, and the same portion again that of the earlier one.
 
         Args:
             clients: their numbers.
             selection: which of their images are meant; all by default, under the client's number.
-            first: number of a first portion.
         """
         owners = sorted(set(clients))
         if not selection:
-            return owners, {}
+            return {owner: owner for owner in owners}
         not_void = [state for state in State if state not in VOID]
         known = {(portion.client, portion.selection): portion.number for portion in self.portions(not_void).values()}
-        number, wanted, new = first + len(self.portions()), [], {}
-        for owner in owners:
-            earlier = owner if self._touching([owner]) else known.get((owner, selection))
-            if earlier is None:
-                new[number] = Portion(number, owner, selection)
-            wanted.append(number if earlier is None else earlier)
-            number += earlier is None
-        return wanted, new
+        return {owner: owner if self._touching([owner]) else known.get((owner, selection)) for owner in owners}
 
     def portions(self, states: Iterable[State] = tuple(State)) -> dict[int, Portion]:
         """Give the portions of clients that requests in some states are about, by number."""
@@ -270,15 +269,16 @@ class Ledger(EventLog[Standing]):
             clients: their numbers.
             selection: which of their images are meant; all by default.
         """
-        wanted = set(self._numbered(clients, selection)[0])
-        found = self._touching(wanted)
+        wanted = set(self._numbered(clients, selection).values())
+        found = self._touching(number for number in wanted if number is not None)
         return found if wanted <= {client for request in found for client in request.clients} else []
 
     def check_how(
         self, clients: Iterable[int], how: Mapping[str, Any] | None, selection: Selection | None = None
     ) -> None:
         """Raise UserError where settings come too late for an earlier request of one of the clients."""
-        if how and (earlier := self._touching(self._numbered(clients, selection)[0])):
+        wanted = self._numbered(clients, selection).values()
+        if how and (earlier := self._touching(number for number in wanted if number is not None)):
             raise UserError(f"request {earlier[0].id} is {earlier[0].state}: its settings stay as they are")
 
     def overdue(self) -> list[Request]:
@@ -335,8 +335,10 @@ class Ledger(EventLog[Standing]):
         with self.transaction():
             self._check_unused(signed)
             request = self.request(request_id)
-            if request.state not in (State.RECEIVED, State.CANCELLED):
-                raise UserError(f"request {request_id} is {request.state}: only a RECEIVED one can be taken back")
+            if not request.can_be_cancelled and request.state != State.CANCELLED:
+                raise UserError(
+                    f"request {request_id} is {request.state}: only a RECEIVED or a REFUSED one can be taken back"
+                )
             if signed or request.state != State.CANCELLED:
                 self._advance(request, State.CANCELLED, {"cancelled": dict(signed)} if signed else {})
         return self.request(request_id)

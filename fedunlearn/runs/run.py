@@ -188,7 +188,7 @@ class Run:
         return wanted
 
     def cancel(self, request_id: str, *, signed: SignedRequest | None = None) -> Request:
-        """Take a request back that was not taken up yet.
+        """Take a request back that was not taken up, or was refused.
 
         Raises:
             UserError: it was, there is none, or that needs a signature; this is written down.

@@ -29,6 +29,7 @@ FOLLOWING = {
     "": (State.RECEIVED,),
     State.RECEIVED: (State.COLLECTING, State.REFUSED, State.CANCELLED, State.QUARANTINED),
     State.COLLECTING: (State.COLLECTING, State.APPLIED, State.REFUSED, State.QUARANTINED),
+    State.REFUSED: (State.CANCELLED,),
     State.QUARANTINED: (State.COLLECTING,),
     State.APPLIED: (State.RECOVERING,),
     State.RECOVERING: (State.COMPLETED,),

@@ -47,7 +47,9 @@ def what_follows(request: Request, later: Sequence[Request] = ()) -> str:
         out = f"{'Its clients stay' if several else 'Its client stays'} out of training. You may ask again"
         taken = f": `fedunlearn forget --accept {request.id} --by NAME` takes its model all the same"
         return f"{out}, or answer for it by name{taken}." if "gate" in request.detail else f"{out}."
-    if request.state in (State.REFUSED, State.CANCELLED):
+    if request.state == State.REFUSED:
+        return f"Nothing has changed. You may ask again, or take it back: `fedunlearn forget --cancel {request.id}`."
+    if request.state == State.CANCELLED:
         return "Nothing has changed. You may ask again."
     if request.state in (State.APPLIED, State.RECOVERING):
         return f"The retain clients train on. The request is completed after round {request.detail['completes_at']}."
