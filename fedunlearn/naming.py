@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 from unicodedata import normalize
@@ -21,6 +21,7 @@ class PortionName(str):
         selection: which images, in words.
         client: whose.
         is_empty: whether the client has none of them.
+        of_all: whether all clients' images were meant.
 
     Example:
         >>> PortionName("class 5", 1, ["hospital_a", "hospital_b"])
@@ -30,18 +31,23 @@ class PortionName(str):
     selection: str
     client: int
     is_empty: bool
+    of_all: bool
 
     def __new__(
-        cls, selection: str, client: int, names: Sequence[str] = (), *, is_empty: bool = False
+        cls, selection: str, client: int, names: Sequence[str] = (), *, is_empty: bool = False, of_all: bool = False
     ) -> "PortionName":
         """Make a name of words."""
         found = super().__new__(cls, f"{selection} of {named([client], names)}")
-        found.selection, found.client, found.is_empty = selection, client, is_empty
+        found.selection, found.client, found.is_empty, found.of_all = selection, client, is_empty, of_all
         return found
 
 
 def with_portions(
-    names: Sequence[str], portions: Mapping[int, Portion], class_names: Sequence[str], examples: Mapping[int, int]
+    names: Sequence[str],
+    portions: Mapping[int, Portion],
+    class_names: Sequence[str],
+    examples: Mapping[int, int],
+    of_all: Collection[int] = (),
 ) -> Sequence[str]:
     """Give names of all clients and then of all portions of clients, by number.
 
@@ -50,11 +56,18 @@ def with_portions(
         portions: by number, from the number of clients on; some numbers may be missing.
         class_names: K names.
         examples: of clients and portions, as far as they are known.
+        of_all: portions that were asked for of all clients.
     """
     if not portions:
         return names
     own = {
-        number: PortionName(p.selection.in_words(class_names), p.client, names, is_empty=not examples.get(number, 1))
+        number: PortionName(
+            p.selection.in_words(class_names),
+            p.client,
+            names,
+            is_empty=not examples.get(number, 1),
+            of_all=number in of_all,
+        )
         for number, p in portions.items()
     }
     clients = dict(enumerate(names))
@@ -94,15 +107,13 @@ def named(clients: Sequence[int], names: Sequence[str] = (), *, capital: bool = 
         >>> named([2, 3], ["0", "1", *both]), named([2, 3], ["0", "1", both[0], PortionName("", 1, is_empty=True)])
         ('class 5 of clients 0 and 1', 'class 5 of client 0')
     """
-    owners: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for client in _with_images(clients, names):
-        name = names[client] if client < len(names) else ""
-        selection, owner = (name.selection, name.client) if isinstance(name, PortionName) else ("", client)
-        owners.setdefault(selection, []).append(owner)
+        groups.setdefault(getattr(_name(client, names), "selection", ""), []).append(client)
     text = _together(
         [
-            f"{printable(what)} of {_clients(own, names, most)}" if what else _clients(own, names, most)
-            for what, own in owners.items()
+            f"{printable(what)} of {_owners(own, names, most)}" if what else _clients(own, names, most)
+            for what, own in groups.items()
         ]
     )
     return text[0].upper() + text[1:] if capital else text
@@ -112,6 +123,18 @@ def _with_images(clients: Sequence[int], names: Sequence[str]) -> Sequence[int]:
     """Leave out portions of clients that have none of the images, if others have some."""
     there = [c for c in clients if c >= len(names) or not getattr(names[c], "is_empty", False)]
     return there or clients
+
+
+def _owners(portions: Sequence[int], names: Sequence[str], most: int) -> str:
+    """Name those whose portions these are; all clients where all were meant, and are too many to be named."""
+    own = [name for name in (_name(portion, names) for portion in portions) if isinstance(name, PortionName)]
+    if len(own) > most + 1 and all(name.of_all for name in own):
+        return "all clients"
+    return _clients([name.client for name in own], names, most)
+
+
+def _name(client: int, names: Sequence[str]) -> str:
+    return names[client] if client < len(names) else ""
 
 
 def _clients(clients: Sequence[int], names: Sequence[str], most: int) -> str:

@@ -240,6 +240,22 @@ def test_a_request_is_asked_for_twice_before_a_live_run_has_it(finished, page):
     assert not (page.home / "logs").exists()
 
 
+def test_the_accuracy_is_that_of_the_model_as_it_is_now(finished, page):
+    """Also where a request came after the last round."""
+    rows = finished.run().metrics()
+    asked = next(row for row in rows if row["kind"] == "forget")
+    later = {
+        **asked,
+        "request": "r2",
+        "round": 3,
+        "after": {**asked["after"], "test": {**asked["after"]["test"], "class": 0.123}},
+    }
+    with (finished.folder() / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(later) + "\n")
+    assert "After request r2 the model gets 12.3 % of the test images right" in page.get("/runs/test").text
+    assert "0.123 <small>on test images" in page.get("/").text
+
+
 def test_a_request_that_was_not_taken_up_can_be_taken_back(finished, page):
     with held(finished):
         page.post("/runs/test/requests")

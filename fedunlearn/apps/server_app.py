@@ -89,6 +89,7 @@ def serve(grid: Grid, config: Config) -> None:
 
 def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> list[Request]:
     """Train `rounds` rounds, serve all requests, write the report; gives the requests that failed."""
+    before = {request.id for request in run.ledger.unmet()}
     with tracked(run):
         Rounds.assemble(run, auditor=auditor).start(grid, max(0, rounds))
     conclude(run)
@@ -100,7 +101,10 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
         log.info("receipts: %s (`fedunlearn verify FILE` checks one)", receipts)
     failed = run.ledger.unmet()
     for request in failed:
-        log.warning("request %s is %s: %s", request.id, request.state, request.detail.get("reason", ""))
+        if request.id not in before:
+            log.warning("request %s is %s: %s", request.id, request.state, request.detail.get("reason", ""))
+    if old := [request.id for request in failed if request.id in before]:
+        log.warning("this run counts as failed, since an earlier request is REFUSED or QUARANTINED: %s", ", ".join(old))
     return failed
 
 

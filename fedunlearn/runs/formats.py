@@ -1,9 +1,9 @@
 """Log lines and numbers for people: one line a round, one a request."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from fedunlearn.naming import named
+from fedunlearn.naming import MOST_NAMED, named
 from fedunlearn.runs.ledger import Request
 
 
@@ -38,11 +38,10 @@ def forgotten(request: Request, names: Sequence[str] = ()) -> str:
     """Say who was forgotten by a completed request, and all accuracies before and after."""
     before, after = request.detail["before"], request.detail["after"]
     clients = [
-        f"{named([int(c)], names)}: class {old['class']:.3f} → {new['class']:.3f} "
+        f"{who}: class {old['class']:.3f} → {new['class']:.3f} "
         f"(memorisation gap {memorisation_gap(old)} → {memorisation_gap(new)}), "
         f"client-ID {old['client_id']:.3f} → {new['client_id']:.3f}"
-        for c, old, new in ((c, old, after["forgotten"][c]) for c, old in before["forgotten"].items())
-        if int(c) in request.clients
+        for who, old, new in _groups(request.detail, names, request.clients)
     ]
     rest = [
         f"{who} {before[key]['class']:.3f} → {after[key]['class']:.3f}"
@@ -59,11 +58,34 @@ def receipt(detail: dict[str, Any], names: Sequence[str] = ()) -> str:
     if "after" not in detail:
         return detail.get("reason", "")
     before, after = detail["before"], detail["after"]
-    groups = [(named([int(c)], names), before["forgotten"][c], after["forgotten"][c]) for c in before["forgotten"]]
+    groups = _groups(detail, names, [int(client) for client in before["forgotten"]])
     groups += [(who, before[key], after[key]) for who, key in (("retain clients", "retain"), ("test", "test"))]
     return f"after round {detail['round']}; class accuracy " + ", ".join(
         f"{who} {old['class']:.3f} → {new['class']:.3f}{_gaps(old, new)}" for who, old, new in groups
     )
+
+
+def _groups(
+    detail: dict[str, Any], names: Sequence[str], clients: Collection[int]
+) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name clients with their scores before and after: each, or where they are many all together."""
+    before, after = ({int(c): s for c, s in detail[when]["forgotten"].items()} for when in ("before", "after"))
+    known = [client for client in before if client in clients]
+    groups = [known] if len(known) > MOST_NAMED + 1 else [[client] for client in known]
+    return [(named(g, names), pooled([before[c] for c in g]), pooled([after[c] for c in g])) for g in groups]
+
+
+def pooled(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Give the scores on the images of several clients together: means over images of what all of them have.
+
+    Example:
+        >>> pooled([{"examples": 1, "class": 0.0}, {"examples": 3, "class": 1.0}])
+        {'class': 0.75, 'examples': 4}
+    """
+    examples = sum(one["examples"] for one in scores)
+    measures = [name for name in scores[0] if name != "examples" and all(name in one for one in scores)]
+    means = {name: sum(one[name] * one["examples"] for one in scores) / max(1, examples) for name in measures}
+    return means | {"examples": examples}
 
 
 def _gaps(old: dict[str, Any], new: dict[str, Any]) -> str:

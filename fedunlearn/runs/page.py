@@ -76,7 +76,8 @@ def drawing() -> Iterator[None]:
     looks = {"font.size": 9, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
     settings: Any = coloured | plain | looks
     with rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for harmless in ("Glyph .* missing from font", "constrained_layout not applied"):
+            warnings.filterwarnings("ignore", message=harmless)
         yield
 
 

@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,12 @@ def summary(run: Run, class_counts: np.ndarray | None = None) -> str:
     for column in columns:
         words = column in columns[:2]
         table.add_column(column, justify="left" if words else "right", no_wrap=not words)
-    for when, who, scores, test, client in score_rows(run):
-        own, gap = str(fraction(scores["class"], scores["examples"])), _gap(client, scores, test, class_counts)
-        table.add_row(escape(when), escape(who), str(scores["examples"]), own, gap, _id(who, scores))
+    for when, rows in groupby(score_rows(run), key=itemgetter(0)):
+        table.add_section()
+        for number, (_, who, scores, test, client) in enumerate(rows):
+            own, gap = str(fraction(scores["class"], scores["examples"])), _gap(client, scores, test, class_counts)
+            first = "" if number else escape(when)
+            table.add_row(first, escape(who), str(scores["examples"]), own, gap, _id(who, scores))
     text = io.StringIO()
     Console(file=text, width=120).print(table)
     return text.getvalue().rstrip()

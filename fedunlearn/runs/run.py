@@ -90,7 +90,10 @@ class Run:
         """List the names of all clients, and of the portions of clients that were asked about; none without both."""
         portions = self.ledger.portions()
         class_names, examples = self.class_names() if portions else [], self.ledger.examples()
-        return with_portions(self.config.partition.names, portions, class_names, examples)
+        of_all = {
+            n for request in self.ledger.requests() if request.detail.get("all_clients") for n in request.portions
+        }
+        return with_portions(self.config.partition.names, portions, class_names, examples, of_all)
 
     def client_names(self, clients: Iterable[int]) -> list[str]:
         """List the names of clients, where they have some; else none."""

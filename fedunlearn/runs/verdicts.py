@@ -189,6 +189,16 @@ def latest(rows: Sequence[dict[str, Any]]) -> Moment | None:
     return Moment(f"after round {measured[-1]['round']}", measured[-1]["round"], measured[-1])
 
 
+def newest(rows: Sequence[dict[str, Any]]) -> Moment | None:
+    """Give what was measured last, after a round or right after a request."""
+    for row in reversed(rows):
+        if row["kind"] == "forget":
+            return Moment(f"after request {row['request']}", row["round"], row["after"])
+        if row["kind"] == "round" and "test" in row:
+            return Moment(f"after round {row['round']}", row["round"], row)
+    return None
+
+
 def seconds(value: float) -> str:
     """Say how long something took, to a tenth below a minute."""
     return f"{value:.1f} s" if value < 60 else duration(value)

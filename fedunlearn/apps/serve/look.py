@@ -22,7 +22,7 @@ from fedunlearn.runs.page import encoded, rendered
 from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.timeline import readable, timeline, what_follows
-from fedunlearn.runs.verdicts import latest, verdicts
+from fedunlearn.runs.verdicts import newest, verdicts
 
 PACKAGE = "fedunlearn.apps.serve"
 FILES = ("metrics.jsonl", "ledger.sqlite", "run.json", FOLDER, "report/index.html")  # a change of one shows
@@ -141,7 +141,7 @@ def _row(folder: Path) -> dict[str, Any]:
     row |= {"open": states, "created": readable(found.created)}
     run = Run.opened(folder)
     with closing(run.ledger):
-        now = latest(run.metrics())
+        now = newest(run.metrics())
     return row | {"accuracy": now.scores["test"]["class"] if now else None}
 
 
@@ -153,12 +153,12 @@ def _parts(folder: Path, job: Job | None, valid: Valid) -> Parts:
     run = Run.opened(folder)
     with closing(run.ledger):
         rows, requests = run.metrics(), run.ledger.requests()
-        now = latest(rows)
+        now = newest(rows)
         words |= {
             "config": run.config,
             "test": now.scores["test"]["class"] if now else None,
             "has_report": (folder / "report" / "index.html").is_file(),
-            "measured": now.round if now else 0,
+            "measured": now.when if now else "",
             "charts": charts(run, rows, requests),
             "cards": cards(run, rows, requests, valid),
         }
