@@ -363,7 +363,7 @@ class Config(Settings):
 def check_clients(clients: Sequence[int], num_clients: int) -> None:
     """Raise UserError for the first client that is not in 0..C-1, and for an empty request."""
     if not clients:
-        raise UserError(f"no client to forget: name one in 0..{num_clients - 1}")
+        raise UserError(f"no client is named: name one in 0..{num_clients - 1}")
     for client in clients:
         if not 0 <= client < num_clients:
             raise UserError(f"client {client} is not in 0..{num_clients - 1}")

@@ -208,16 +208,20 @@ def _place(text: str, names: Sequence[str]) -> int:
 
 
 def class_numbers(texts: Iterable[str], names: Sequence[str]) -> list[int]:
-    """Read the classes that somebody typed, by name or else by number.
+    """Read the classes that somebody typed: a name, several with commas between them, or numbers.
+
+    Where a class is called by a number, every number is a name.
 
     Raises:
         UserError: there is no such class; with the nearest name.
 
     Example:
-        >>> class_numbers(["frog", "0"], ["cat", "frog"])
-        [1, 0]
+        >>> class_numbers(["frog,0"], ["cat", "frog"]), class_numbers(["1"], ["2", "1"])
+        ([1, 0], [1])
     """
-    return [names.index(text) if text in names else _class_number(text, names) for text in map(composed, texts)]
+    typed = [composed(text) for text in texts]
+    words = [word for text in typed for word in ([text] if text in names else text.split(","))]
+    return [names.index(word) if word in names else _class_number(word, names) for word in words]
 
 
 def composed(text: str) -> str:
@@ -226,9 +230,11 @@ def composed(text: str) -> str:
 
 
 def _class_number(text: str, names: Sequence[str]) -> int:
-    if text.isdecimal() and len(text) < 10 and int(text) < len(names):
+    are_numbers = any(name.isdecimal() for name in names)
+    if text.isdecimal() and len(text) < 10 and int(text) < len(names) and not are_numbers:
         return int(text)
-    near = difflib.get_close_matches(text, names, 1)
-    hint = f"did you mean {printable(near[0])}?" if near else f"or give a number in 0..{len(names) - 1}"
+    near = [] if text.isdecimal() else difflib.get_close_matches(text, names, 1)
     known = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
-    raise UserError(f"class {printable(text[:40])!r} is not one of {known}: {hint}")
+    hints = [f"did you mean {printable(near[0])}?"] if near else []
+    hints += [] if near or are_numbers else [f"or give a number in 0..{len(names) - 1}"]
+    raise UserError(": ".join([f"class {printable(text[:40])!r} is not one of {known}", *hints]))

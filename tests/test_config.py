@@ -72,7 +72,7 @@ def test_words_of_all_kinds():
         ("rounds", "'rounds' is no setting of the form name=value"),
         ("forget.schedule={3:[12]}", r"client 12 is not in 0\.\.9"),
         ("forget.schedule={999:[1]}", r"round 999 is not in 0\.\."),
-        ("forget.schedule={3:[]}", "no client to forget"),
+        ("forget.schedule={3:[]}", "no client is named"),
         ("forget.schedule={a:[1]}", "forget.schedule is not of this form: round -> clients"),
         ("forget.schedule={4:3}", "forget.schedule is not of this form: round -> clients"),
         ("forget.schedule=[3]", r"forget.schedule=\[3\] is not of this form: round -> clients"),

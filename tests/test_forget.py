@@ -61,7 +61,7 @@ def test_bad_input_gets_one_line_and_status_2(finished, capsys, monkeypatch, tmp
         ("--client=--3",): "client '--3' is not a whole number",
         (f"--client={'1' * 5000}",): f"client '{'1' * 20}' is not a whole number of at most 9 digits",
         ("--client", "three"): "client 'three' is not a whole number",
-        (): "no client to forget: name one in 0..3",
+        (): "nothing is named to forget: name clients, classes, patients or images",
         ("--client", "1", "--run", "other"): "no run other in",
         ("--client", "1", "--home", str(tmp_path)): "start one with 'fedunlearn run digits'",
         ("--status", "r9"): "there is no request r9: there are none",
@@ -282,7 +282,11 @@ def test_a_damaged_checkpoint_is_named_before_anything_is_filed(finished, capsys
 
 def test_the_door_refuses_what_cannot_be_asked(finished):
     run = open_run("test")
-    for clients, message in (([], "no client to forget"), ([4], "client 4 is not in 0..3"), ([0, -1], "client -1")):
+    for clients, message in (
+        ([], "nothing is named to forget"),
+        ([4], "client 4 is not in 0..3"),
+        ([0, -1], "client -1"),
+    ):
         with pytest.raises(UserError, match=message):
             run.request(clients)
     assert run.ledger.requests() == []

@@ -432,3 +432,15 @@ def test_lines_of_rounds_are_written_over_in_a_notebook(tmp_path, capsys, monkey
 def test_the_last_words_of_a_process_are_its_reason(tmp_path, said, words):
     (tmp_path / "log").write_text("error: of an earlier process\n" + said)
     assert background.last_words(tmp_path / "log", len("error: of an earlier process\n")) == words
+
+
+def test_names_of_images_reach_the_command_as_a_file(tmp_path):
+    from fedunlearn.commands import read_names
+    from fedunlearn.live.handle import _as_file
+
+    with _as_file(["a/3.png", "Zürich = 1"]) as file:
+        assert read_names(Path(file)) == ["a/3.png", "Zürich = 1"]
+    assert not Path(file).exists()
+    for given, kept in ((tmp_path / "ids.txt", tmp_path / "ids.txt"), ("ids.txt", "ids.txt"), ((), "")):
+        with _as_file(given) as file:
+            assert file == kept

@@ -48,8 +48,10 @@ def test_a_selection_means_what_fits_in_every_respect(selection, expected):
 
 def test_classes_are_called_as_commands_take_them():
     names = ["1", "10", "frog", "3"]
-    assert Selection.by(classes=range(4)).in_words(names) == "classes 1, 10, 2 (frog), 3"
-    assert class_numbers(["1", "10", "2", "3"], names) == [0, 1, 2, 3]
+    assert Selection.by(classes=range(4)).in_words(names) == "classes 1, 10, frog, 3"
+    assert class_numbers(["1", "10", "frog,3"], names) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match=r"class '2' is not one of 1, 10, frog, 3$"):
+        class_numbers(["2"], names)
     assert Selection.by(classes=[7]).in_words() == "class 7"
 
 

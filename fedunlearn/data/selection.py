@@ -93,16 +93,15 @@ class Selection:
         return meant
 
     def in_words(self, class_names: Sequence[str] = ()) -> str:
-        """Say what is meant, as `class 5 (frog)`; a class whose name is a number has its name alone, as in commands.
+        """Say what is meant, as `class 5 (frog)`, or by names alone if one of them is a number, as in commands.
 
         Args:
             class_names: of the data set, where they are known.
         """
-        names = {k: class_names[k] for k in self.classes if k < len(class_names)}
-        classes = [
-            f"{k} ({printable(names[k])})" if k in names and not names[k].isdecimal() else names.get(k, str(k))
-            for k in self.classes
-        ]
+        names = {k: printable(class_names[k]) for k in self.classes if k < len(class_names)}
+        if not any(name.isdecimal() for name in class_names):
+            names = {k: f"{k} ({name})" for k, name in names.items()}
+        classes = [names.get(k, str(k)) for k in self.classes]
         patients = list(map(printable, self.patients))
         said = [_listed("class", "classes", classes), _listed("patient", "patients", patients)]
         if self.examples:

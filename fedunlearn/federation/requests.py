@@ -304,7 +304,7 @@ class Requests:
     def _failed(self, request: Request, reason: str) -> Request:
         attempts = request.detail.get("attempts", 0) + 1
         last = attempts >= self._settings.attempts
-        fate = "set aside, its clients stay out of training" if last else "tried again at the next boundary"
+        fate = f"set aside, {_out(request)}" if last else "tried again at the next boundary"
         log.warning("── request %s, attempt %d: %s; %s", request.id, attempts, reason, fate)
         state = State.QUARANTINED if last else State.COLLECTING
         return self._ledger.advance(request, state, attempts=attempts, reason=reason)
@@ -312,9 +312,9 @@ class Requests:
     def _not_taken(self, request: Request, verdict: dict[str, Any]) -> Request:
         """Set a request aside whose model did not pass the gate."""
         log.warning(
-            "── request %s is set aside: %s; the model stays as it was, its clients stay out of training. Figures: "
+            "── request %s is set aside: %s; the model stays as it was, %s. Figures: "
             "fedunlearn requests %s --json. To make it again and take it: fedunlearn forget --accept %s --by NAME",
-            request.id, verdict["reason"], request.id, request.id,
+            request.id, verdict["reason"], _out(request), request.id, request.id,
         )  # fmt: skip
         return self._ledger.advance(request, State.QUARANTINED, reason=verdict["reason"], gate=verdict)
 
@@ -363,6 +363,10 @@ def unsuitable_portions(
     if (missing := len(set(selection.examples) - before) - total) > 0:
         return f"of the {len(selection.examples)} named images {missing} were not found, or are forgotten already"
     return ""
+
+
+def _out(request: Request) -> str:
+    return f"its {'images' if request.portions else 'clients'} stay out of training"
 
 
 def own(scores: Scores, clients: Iterable[int]) -> Scores:

@@ -233,7 +233,7 @@ class LiveRun:
         *,
         classes: int | str | Sequence[int | str] = (),
         patients: str | Sequence[str] = (),
-        examples: str | Path = "",
+        examples: str | Path | Sequence[str] = (),
         by: str = "",
         right: str = "",
         key: str | Path = "",
@@ -251,7 +251,7 @@ class LiveRun:
                 none means all clients that have such images.
             classes: images of these classes alone, by name or number.
             patients: images of these patients alone.
-            examples: file with the names of the images that alone are meant, one a line.
+            examples: names of the images that alone are meant, or a file with one a line.
             by: who asks; the receipt says it.
             right: by what right.
             key: file of the client's private key, for a run that takes only signed requests.
@@ -275,10 +275,11 @@ class LiveRun:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._until_trained(deadline)
         about = {"client": clients, "class": classes, "patient": patients}
-        options = {"examples": str(examples), "by": by, "right": right, "key": str(key)}
-        about |= {name: value for name, value in options.items() if value}
-        words = [*options_for(about), *words_of(settings)]
-        requests = self._command(["forget", *words, "--wait", "--json"], deadline=deadline, quiet=quiet)
+        with _as_file(examples) as file:
+            options = {"examples": str(file), "by": by, "right": right, "key": str(key)}
+            about |= {name: value for name, value in options.items() if value}
+            words = [*options_for(about), *words_of(settings)]
+            requests = self._command(["forget", *words, "--wait", "--json"], deadline=deadline, quiet=quiet)
         return Receipt(self._receipt_of(requests[-1]["id"]))
 
     def request(self, clients: int | str | Sequence[int | str], *, by: str = "", right: str = "") -> "RequestHandle":
@@ -409,3 +410,15 @@ def options_of(resources: Resources, *names: str) -> list[str]:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
+
+
+@contextmanager
+def _as_file(names: str | Path | Sequence[str]) -> Iterator[str | Path]:
+    """Give names as a file with one a line; a file is given as it is."""
+    if isinstance(names, str | Path) or not names:
+        yield names if isinstance(names, str | Path) else ""
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "names.txt"
+        file.write_text("\n".join(names), "utf-8")
+        yield file

@@ -216,8 +216,7 @@ class Ledger(EventLog[Standing]):
                 if signed:
                     self.record(asked_again=wanted, signed=dict(signed))
                 return earlier
-            number = len(self.requests()) + 1
-            at = self.time()
+            at, id_ = self.time(), f"r{len(self.requests()) + 1}"
             about = {"not_before": not_before, "due_at": due(at, months), "asked_by": by, "right": right}
             about |= {"signed": dict(signed)} if signed else {}
             about |= {"how": dict(how)} if how else {}
@@ -225,8 +224,8 @@ class Ledger(EventLog[Standing]):
                 owners = dict(zip(wanted, numbers, strict=True))
                 about |= {"portions": {str(c): Portion(c, owners[c], selection).content() for c in rest}}
             about |= {"all_clients": True} if all_clients else {}
-            self.record(at, request=f"r{number}", state=State.RECEIVED, clients=rest, **about)
-            return [*earlier, self.request(f"r{number}")]
+            self.record(at, request=id_, state=State.RECEIVED, clients=rest, **about)
+            return [*earlier, self.request(id_)]
 
     def _numbered(self, clients: Iterable[int], selection: Selection | None) -> dict[int, int | None]:
         """Give each client's own number, or that of the portion it was asked for before; None for a new portion.

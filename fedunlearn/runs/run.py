@@ -183,6 +183,8 @@ class Run:
             if not name:
                 raise UserError("a patient has no name: who is not named is nobody")
         wanted = sorted(set(clients) or (all_clients if selection else set()))
+        if not clients and not selection:
+            raise UserError("nothing is named to forget: name clients, classes, patients or images")
         check_clients(wanted, self.config.clients)
         names = self.class_names() if selection and selection.classes else []
         for class_ in selection.classes if selection else ():

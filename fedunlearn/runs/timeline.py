@@ -44,7 +44,8 @@ def what_follows(request: Request, later: Sequence[Request] = ()) -> str:
     if request.state in VOID and later:
         return f"Request {later[0].id} has taken its place, and is {later[0].state}."
     if request.state == State.QUARANTINED:
-        out = f"{'Its clients stay' if several else 'Its client stays'} out of training. You may ask again"
+        whole = "Its clients stay" if several else "Its client stays"
+        out = f"{'Its images stay' if request.portions else whole} out of training. You may ask again"
         taken = f": `fedunlearn forget --accept {request.id} --by NAME` takes its model all the same"
         return f"{out}, or answer for it by name{taken}." if "gate" in request.detail else f"{out}."
     if request.state == State.REFUSED:
