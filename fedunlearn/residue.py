@@ -65,7 +65,8 @@ def scan(
         rows = [row_of(path, one, found.home) for path, one in scanning.scan(look_for, places)]
         searched, whom = len(scanning.files_below(places)), found.named(clients)
     if as_json:
-        print(json.dumps({"found": rows, "files": searched, "not_told_apart": look_for.unknown}, indent=2))
+        not_told_apart = {"not_told_apart": look_for.unknown, "files_not_told_apart": look_for.unknown_files}
+        print(json.dumps({"found": rows, "files": searched, **not_told_apart}, indent=2))
     else:
         for row in rows:
             print(f"{row['file']}: {row['what']} ({row['way_out']})")
@@ -74,8 +75,8 @@ def scan(
         print(f"{have or 'no'} files of {searched} have any of the {of}")
         if unread := sum(bool(row["unread"]) for row in rows):
             print(f"{unread} files could not be read to the end: nobody knows what is in them")
-        if look_for.unknown:
-            print(f"{look_for.unknown} of them cannot be told from other images")
+        for line in scanning.not_told_apart(look_for):
+            print(line)
     return int(bool(rows))
 
 

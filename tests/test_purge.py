@@ -122,7 +122,7 @@ def test_images_are_found_in_every_form_and_at_every_place(pictures_of_one, tmp_
 
 def test_images_are_found_across_the_pieces_in_which_a_file_is_read(pictures_of_one, tmp_path, monkeypatch):
     images, others = pictures_of_one
-    monkeypatch.setattr("fedunlearn.data.search.CHUNK", 100)
+    monkeypatch.setattr("fedunlearn.data.finder.CHUNK", 100)
     (tmp_path / "some").write_bytes(scaled(images[:2]))
     assert Wanted(images, np.arange(40), others=others).found_in(tmp_path / "some") == Found(images={0, 1})
 

@@ -256,7 +256,7 @@ class OwnedDataset(Dataset):
         labels = [self._labels(split, c) for c, split in own]
         files = [file for c, split in own for file in self.parts[c].files(split)]
         images = Split(images_of(True), np.concatenate([np.empty(0, np.int64), *labels]))
-        return Belongings(images, images_of(False), [self.source / file for file in files])
+        return Belongings(images, images_of(False), [self.source / file for file in files], self.source)
 
     def _joined(self, split: str) -> Split:
         lengths, shape = [part.count(split) for part in self.parts], (self._size, self._size, 3)

@@ -8,27 +8,26 @@ import bz2
 import gzip
 import lzma
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from fedunlearn.data.finder import IS_RARE, Finder, chunks
+from fedunlearn.data.source_files import SourceFiles
 
 VALUES = 32
 """Consecutive values of an image that are compared."""
 PLACES = 2
 """Windows of an image: one in each half."""
-CHUNK = 1 << 20
-"""Bytes that are read at once."""
-LABELS = 32
-"""Labels that a client must have at least, or other arrays would have the same."""
+DIFFERENT, CHANGES = 4, 5
+"""Different values that a window must have, and changes from one to the next: black areas are in files of any kind."""
+LABELS, DESCENTS = 32, 8
+"""Labels that a client must have at least, and how often a smaller one must follow: sorted ones are much alike."""
 
-KEY = 8
-"""Bytes by which windows are told apart before they are compared."""
-IS_RARE = (np.arange(1 << 16) * 40503) % (1 << 16) < 1024
-"""A choice of pairs of bytes, at random: where all windows begin with few of them, little has to be compared."""
 PACKED = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 
 
@@ -59,35 +58,39 @@ class Wanted:
         images: uint8 [N, H, W, channels], or fp32, which are looked for as the bytes that they are.
         labels: of them, [N].
         others: images that are not looked for, [M, H, W, channels]: what these have too tells nobody apart.
-        files: contents of the files that the images were read from.
+        files: that the images were read from.
+        other_files: of the same source: what these have too tells nobody apart.
 
     Attributes:
         unknown: how many images have no window of their own, so that they cannot be found.
+        unknown_files: the same of the files.
     """
 
     def __init__(
-        self, images: np.ndarray, labels: np.ndarray, *, others: np.ndarray, files: Iterable[bytes] = ()
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        others: np.ndarray,
+        files: Sequence[Path] = (),
+        other_files: Iterable[Path] = (),
     ) -> None:
         images, others = (np.ascontiguousarray(rows).view(np.uint8) for rows in (images, others))
         own = [
-            (n, window)
-            for apart, rows in _layouts(images).items()
-            for n, windows in enumerate(_windows(rows, apart))
-            for window in windows
+            (n, windows[n, place])
+            for windows in (_windows(rows, apart) for apart, rows in _layouts(images).items())
+            for n, place in np.argwhere(_are_varied(windows)).tolist()
         ]
-        finder = _Finder({window.tobytes(): ("image", n) for n, window in own})
+        finder = Finder({window.tobytes(): ("image", n) for n, window in own})
         shared = {window for rows in _layouts(others).values() for window, _ in finder.found_in(rows.tobytes())}
         told = [(n, window) for n, window in own if window.tobytes() not in shared]
         windows = {form: ("image", n) for n, window in told for form in forms(window)}
-        for n, content in enumerate(files):
-            middle = len(content) // 2
-            windows[content[middle : middle + VALUES]] = ("file", n)
-        self.unknown = len(images) - len({n for n, _ in told})
-        self._finder = _Finder(windows)
+        self._files = SourceFiles(files, other_files)
+        windows |= {window: ("file", n) for window, n in self._files.windows.items()}
+        self.unknown, self.unknown_files = len(images) - len({n for n, _ in told}), self._files.unknown
+        self._finder = Finder(windows)
         self._longest = max(map(len, windows), default=0)
-        is_telling = (
-            len(labels) >= LABELS and np.count_nonzero(np.diff(labels)) > 1
-        )  # two runs are in any sorted labels
+        is_telling = len(labels) >= LABELS and np.count_nonzero(np.diff(labels) < 0) >= DESCENTS
         self._labels = [labels.astype(kind).tobytes() for kind in (np.int64, np.int32, np.uint8)] if is_telling else []
 
     def found_in(self, path: Path) -> Found:
@@ -96,26 +99,31 @@ class Wanted:
         Raises:
             OSError: it cannot be read.
         """
-        found = Found()
+        found, windows = Found(), set()
         with open(path, "rb") as file:
             beginning = file.read(8)
             file.seek(0)
-            self._search(file, found)
+            self._search(file, found, windows)
         for magic, opened in PACKED.items():
             if beginning.startswith(magic):
                 with _noted(found), opened(path, "rb") as content:
-                    self._search(content, found)
+                    self._search(content, found, windows)
         if beginning.startswith(b"PK\x03\x04"):
             with _noted(found), zipfile.ZipFile(path) as archive:
                 for name in archive.namelist():
                     with _noted(found), archive.open(name) as content:
-                        self._search(content, found)
+                        self._search(content, found, windows)
+        found.files |= self._files.having(windows)
         return found
 
-    def _search(self, file: Any, found: Found) -> None:
-        for chunk in _chunks(file, overlap=max([self._longest, *map(len, self._labels)])):
-            for _, (kind, number) in self._finder.found_in(chunk):
-                (found.images if kind == "image" else found.files).add(number)
+    def _search(self, file: Any, found: Found, windows: set[bytes]) -> None:
+        """Note the images and labels that are in a file, and the windows of source files."""
+        for chunk in chunks(file, overlap=max([self._longest, *map(len, self._labels)])):
+            for window, (kind, number) in self._finder.found_in(chunk):
+                if kind == "image":
+                    found.images.add(number)
+                else:
+                    windows.add(window)
             found.labels = found.labels or any(labels in chunk for labels in self._labels)
 
 
@@ -159,16 +167,25 @@ def _as_bfloat16(numbers: np.ndarray) -> np.ndarray:
 
 def _layouts(images: np.ndarray) -> dict[int, np.ndarray]:
     """The images as rows of values, [N, H W channels], by how far apart neighbours of a channel are."""
-    last = np.ascontiguousarray(images).reshape(len(images), -1)
-    channels = images.shape[-1]
-    first = {} if channels == 1 else {1: np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)}
-    return {channels: last, **first}
+    channels, values = images.shape[-1], int(np.prod(images.shape[1:]))
+    last = np.ascontiguousarray(images).reshape(len(images), values)
+    if channels == 1:
+        return {1: last}
+    return {channels: last, 1: np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), values)}
 
 
 def _windows(rows: np.ndarray, apart: int) -> np.ndarray:
     """The windows that are looked for, [N, places, values]: one in each half of a row, if that is long enough."""
     halves = np.array_split(rows, PLACES, axis=1) if rows.shape[1] >= PLACES * 2 * VALUES else [rows]
     return np.stack([_telling(half, apart) for half in halves], axis=1)
+
+
+def _are_varied(windows: np.ndarray) -> np.ndarray:
+    """Say which windows have so many values that other numbers are not the same by chance, bool [N, places]."""
+    changes = np.count_nonzero(windows[..., 1:] != windows[..., :-1], axis=-1)
+    ordered = np.sort(windows, axis=-1)
+    values = 1 + np.count_nonzero(ordered[..., 1:] != ordered[..., :-1], axis=-1)
+    return (values >= DIFFERENT) & (changes >= CHANGES)
 
 
 def _telling(rows: np.ndarray, apart: int) -> np.ndarray:
@@ -182,44 +199,4 @@ def _telling(rows: np.ndarray, apart: int) -> np.ndarray:
     beginning = rows[:, :begins] + (np.roll(rows, -1, axis=1)[:, :begins].astype(np.uint16) << 8)
     score += 16 * IS_RARE[beginning] + 16 * (rows[:, :begins] != 0)
     best = score.argmax(1)
-    return np.stack([row[first : first + length] for row, first in zip(rows, best, strict=True)])
-
-
-def _chunks(file: BinaryIO, overlap: int) -> Iterator[bytes]:
-    """What a file has, in pieces that each begin with the end of the one before."""
-    tail = b""
-    while data := file.read(CHUNK):
-        yield tail + data
-        tail = (tail + data)[-overlap:] if overlap else b""
-
-
-class _Finder:
-    """Finds windows of bytes: by their first two in a table, then by the first eight, then all are compared."""
-
-    def __init__(self, windows: dict[bytes, tuple[str, int]]) -> None:
-        self._windows: dict[int, list[tuple[bytes, tuple[str, int]]]] = {}
-        for window, what in windows.items():
-            self._windows.setdefault(int.from_bytes(window[:KEY], "little"), []).append((window, what))
-        self._keys = np.array(sorted(self._windows), np.uint64)
-        self._begins = np.zeros(1 << 16, bool)
-        self._begins[(self._keys & np.uint64(0xFFFF)).astype(np.int64)] = True
-
-    def found_in(self, data: bytes) -> set[tuple[bytes, tuple[str, int]]]:
-        """Give the windows that are in the data, each with what it stands for."""
-        if len(data) < KEY or not len(self._keys):
-            return set()
-        places = []
-        for first in (0, 1):
-            pairs = np.frombuffer(data, "<u2", offset=first, count=(len(data) - first) // 2)
-            places.append(2 * np.flatnonzero(self._begins[pairs]) + first)
-        maybe = np.concatenate(places)
-        maybe = maybe[maybe <= len(data) - KEY]
-        keys = np.ndarray((len(data) - KEY + 1,), "<u8", data, strides=(1,))[maybe]
-        nearest = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        is_wanted = self._keys[nearest] == keys
-        return {
-            (window, what)
-            for place, key in zip(maybe[is_wanted].tolist(), keys[is_wanted].tolist(), strict=True)
-            for window, what in self._windows[key]
-            if data.startswith(window, place)
-        }
+    return np.take_along_axis(rows, best[:, None] + np.arange(length), axis=1)

@@ -188,7 +188,8 @@ class Dataset:
         is_other[places] = False
         others = np.concatenate([self.train.images[is_other], self.test.images])
         own = Split(self.train.images[places], self.train.labels[places])
-        return Belongings(own, others, [self.source / self.files[place] for place in places] if self.files else [])
+        files = [self.source / self.files[place] for place in places] if self.files else []
+        return Belongings(own, others, files, self.source)
 
     def without(self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]]) -> None:
         """Write the training images anew without some, and delete the files that have them.
@@ -262,11 +263,13 @@ class Belongings(NamedTuple):
         own: their images and labels.
         others: all other images, uint8 [N, H, W, channels].
         files: that theirs were read from, if that is known.
+        source: the folder of all files, if that is known.
     """
 
     own: Split
     others: np.ndarray
     files: list[Path]
+    source: Path
 
 
 def add_to_list(listed: Path, files: Iterable[str]) -> None:

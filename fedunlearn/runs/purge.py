@@ -137,7 +137,9 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         *([f"accuracies by round and class counts of {who}, in metrics and report"] if figures else []),
     ]
     if look_for and not left:
-        deleted.append(f"images of {who}: none was found in data/ and in the run's folder{_apart(look_for.unknown)}")
+        apart = "; ".join(scan.not_told_apart(look_for))
+        said = f"images of {who}: none was found in data/ and in the run's folder"
+        deleted.append(f"{said} ({apart})" if apart else said)
     for path, found in left:
         what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
         is_own_copy = _store_of(run) in path.resolve().parents
@@ -355,10 +357,6 @@ def _looked_up_in_model(run: Run, request: Request) -> tuple[list[str], list[dic
         if any(name.startswith(beside) for name in tensors):
             kept.append({"what": what, "why": "training goes on with it"})
     return deleted, kept
-
-
-def _apart(unknown: int) -> str:
-    return f" ({unknown} of them cannot be told from other images)" if unknown else ""
 
 
 def keep_class_counts(run: Run, request: Request, class_counts: Mapping[str, list[int]]) -> None:

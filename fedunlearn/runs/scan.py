@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedunlearn.build import fingerprint_of, slices_of, source_of
+from fedunlearn.data.images import image_paths
 from fedunlearn.data.search import Found, Wanted
 from fedunlearn.data.store import Belongings, Dataset
 from fedunlearn.errors import UserError
@@ -71,9 +72,11 @@ def _copies(run: Run) -> Iterator[Dataset]:
 
 def wanted(owned: Owned) -> Wanted:
     """Prepare to look for the clients' images, for their labels, and for the files that they are from."""
-    own, others, files = owned.images
-    contents = (file.read_bytes() for file in files if file.exists())
-    return Wanted(own.images, own.labels, others=others, files=contents)
+    own, others, listed, source = owned.images
+    files = [file for file in listed if file.exists()]
+    theirs = {*map(str, files)}
+    other_files = (Path(file) for file in image_paths(source) if file not in theirs) if files else ()
+    return Wanted(own.images, own.labels, others=others, files=files, other_files=other_files)
 
 
 def scan(look_for: Wanted, roots: Iterable[Path]) -> Iterator[tuple[Path, Found]]:
@@ -165,6 +168,12 @@ def _way_out_of_data(parts: tuple[str, ...]) -> str:
     if parts[0].startswith(("cifar", "unpacked-")):
         return "a download or an unpacked archive, which all images come from: delete the folder"
     return "the decoded copy: `fedunlearn purge`; it says which run still needs them"
+
+
+def not_told_apart(look_for: Wanted) -> list[str]:
+    """Say how many images, and how many source files, have nothing of their own to be found by."""
+    counts = {"images": look_for.unknown, "source files": look_for.unknown_files}
+    return [f"{count} of the {what} cannot be told from others" for what, count in counts.items() if count]
 
 
 def in_words(found: Found) -> str:
