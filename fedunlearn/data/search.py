@@ -142,7 +142,8 @@ def forms(values: np.ndarray) -> Iterator[bytes]:
     Of such numbers the first bytes are left out: where the numbers are whole, they are zero in any image.
 
     Example:
-        >>> [np.frombuffer(form, np.float32, offset=2).tolist() for form in forms(np.array([0, 255], np.uint8))][1:4]
+        >>> numbers = list(forms(np.array([0, 255], np.uint8)))[1:4]
+        >>> [np.frombuffer(form, np.float32, offset=2).tolist() for form in numbers]
         [[255.0], [1.0], [1.0]]
     """
     yield values.tobytes()
