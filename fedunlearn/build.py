@@ -4,7 +4,7 @@ import hashlib
 import json
 import pkgutil
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from logging import getLogger
 from typing import Any, NamedTuple, cast
 
@@ -70,24 +70,39 @@ def _place_of(config: Config) -> dict[str, Any]:
 
 
 def decode_for_readmitted(config: Config) -> None:
-    """Decode the images anew where those of a client are gone that a new run takes back.
+    """Decode images anew where those of a client are gone that a new run takes back, or is to be compared without.
+
+    A run that never trains a client (`forget.schedule={0:[3]}`) measures its images all the same, and removes them
+    again when it ends. Where the files are gone, it goes on without.
 
     Raises:
-        UserError: its source is gone too.
+        UserError: the source of a client is gone too that is taken back.
     """
-    source = source_of(config)
-    if not config.readmit or not source.store.is_dir() or config.partition.is_on_nodes:
+    source, never = source_of(config), config.forget.schedule.get(0, [])
+    if not (config.readmit or never) or not source.store.is_dir() or config.partition.is_on_nodes:
         return
     if isinstance(source, OwnedSource):
-        source.take_back(source.clients[client] for client in config.readmit)
+        has_files = [client for client in never if source.has_files(source.clients[client])]
+        source.take_back(source.clients[client] for client in dict.fromkeys([*config.readmit, *has_files]))
         return
     dataset = source.opened()
     slices = slices_of(config, dataset) if dataset.removed else []
-    if gone := [client for client in config.readmit if slices and not len(slices[client])]:
-        if source.store.is_symlink():
-            raise UserError(f"readmit={gone}: the files with the images of client {gone[0]} were deleted")
-        log.info("%s is decoded anew: it has all clients' images again", source.store)
+    away = [client for client, own in enumerate(slices) if not len(own)]
+    back, is_deleted = {*config.readmit, *never} & {*away}, source.store.is_symlink()
+    if is_deleted and (gone := [client for client in config.readmit if client in away]):
+        raise UserError(f"readmit={gone}: the files with the images of client {gone[0]} were deleted")
+    if back and not is_deleted:
+        log.info("%s is decoded anew: it has the images of forgotten clients again", source.store)
         shutil.rmtree(source.store)
+        if config.partition.kind == "column":
+            _take_out_again(config, source.open(), {*away} - back)
+
+
+def _take_out_again(config: Config, dataset: Dataset, clients: Collection[int]) -> None:
+    """Take the images of owners out of a copy that was decoded anew for another owner."""
+    slices = slices_of(config, dataset)
+    if clients and len(places := np.concatenate([slices[client] for client in clients])):
+        dataset.without(np.isin(np.arange(len(dataset.train.labels)), places), {})
 
 
 def slices_of(config: Config, dataset: Dataset) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from fedunlearn import build
 from fedunlearn.composing import compose
 from fedunlearn.data.datasets import Choices, Owners, load, source_of
 from fedunlearn.data.folders import of_folders, of_table
-from fedunlearn.data.owned import Joined
+from fedunlearn.data.joined import Joined
 from fedunlearn.errors import UserError
 from fedunlearn.naming import named, numbers_of
 from fedunlearn.owners import named_settings
@@ -347,7 +347,7 @@ def test_a_limit_holds_for_each_client(tree):
 
 def test_labels_and_images_of_several_clients_are_in_one_order(tree):
     data = opened(tree)
-    own, others, files = data.belongings([2, 0], data.slices)
+    own, others, files, _ = data.belongings([2, 0], data.slices)
     assert (len(own.labels), len(others), len(files)) == (24, 12, 24)
     for place, file in enumerate(files):
         with Image.open(file) as image:

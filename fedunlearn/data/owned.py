@@ -17,6 +17,7 @@ import numpy as np
 
 from fedunlearn.data.folders import Listed, Owned
 from fedunlearn.data.images import ImageReader, Reading, say_passed_over
+from fedunlearn.data.joined import Joined
 from fedunlearn.data.store import (
     REMOVED_FILES,
     Belongings,
@@ -39,48 +40,6 @@ MARKER, REMOVED = "owners.json", "removed.json"
 SPLITS = ("train", "test")
 
 log = logging.getLogger("fedunlearn")
-
-
-class Joined:
-    """Read rows of an array that lies in several pieces; a piece is opened when a row of it is asked for.
-
-    Args:
-        lengths: rows of each piece.
-        open_piece: gives a piece by its number.
-        shape: of a row.
-        dtype: of all of them.
-
-    Example:
-        >>> pieces = [np.array([1, 2]), np.array([3])]
-        >>> joined = Joined([2, 1], pieces.__getitem__, (), np.int64)
-        >>> joined[np.array([2, 0])], joined[1:], len(joined)
-        (array([3, 1]), array([2, 3]), 3)
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], open_piece: Callable[[int], np.ndarray], shape: tuple[int, ...], dtype: Any
-    ) -> None:
-        self._ends, self._open, self.dtype = np.cumsum([0, *lengths]), open_piece, np.dtype(dtype)
-        self.shape = (int(self._ends[-1]), *shape)
-        self.ndim = len(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, chosen: Any) -> np.ndarray:
-        is_places = isinstance(chosen, np.ndarray) and chosen.dtype.kind in "iu"
-        places = chosen if is_places and (chosen >= 0).all() else np.arange(len(self))[chosen]
-        if not np.ndim(places):
-            return self[np.array([places])][0]
-        pieces = np.searchsorted(self._ends, places, side="right") - 1
-        rows = np.empty((len(places), *self.shape[1:]), self.dtype)
-        for piece in np.unique(pieces):
-            here = pieces == piece
-            rows[here] = self._open(int(piece))[places[here] - self._ends[piece]]
-        return rows
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
 
 
 class DecodedPart(NamedTuple):
@@ -358,6 +317,10 @@ class OwnedSource:
         self.delete_all_but(self.part_names(), of=set(counts))
         return counts
 
+    def has_files(self, name: str) -> bool:
+        """Say whether the source has images of a client."""
+        return bool(self.owned.images.get(name))
+
     def take_back(self, names: Iterable[str]) -> None:
         """Let clients have images again that were taken out.
 
@@ -366,7 +329,7 @@ class OwnedSource:
         """
         removed = self.removed()
         for name in [name for name in names if name in removed]:
-            if not self.owned.images.get(name):
+            if not self.has_files(name):
                 raise UserError(f"readmit: the files with the images of client {name} were deleted")
             del removed[name]
         _write_json(self.store / REMOVED, removed)

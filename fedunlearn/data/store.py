@@ -85,6 +85,7 @@ class Dataset:
         self._meta = about(store)
         self.removed: int = self._meta.get("removed", 0)
         self._train: str = self._meta.get("train", "train")
+        self._taken_out: list[str] = self._meta.get("taken_out", [])
         self.class_names: list[str] = self._meta["class_names"]
         self.source = Path(self._meta.get("source", store))
 
@@ -93,7 +94,7 @@ class Dataset:
         """Give what was decoded and is not written."""
         found = cls.__new__(cls)
         found.store, found._train = Path(os.devnull), ""  # where nothing lies
-        found.source, found.removed = Path(decoded.about.get("source", "/")), 0
+        found.source, found.removed, found._taken_out = Path(decoded.about.get("source", "/")), 0, []
         found.class_names = decoded.class_names
         found.__dict__ |= {"train": decoded.train, "test": decoded.test}
         found.__dict__ |= {"files": decoded.files, "owners": decoded.clients}
@@ -141,8 +142,8 @@ class Dataset:
 
     @property
     def clients(self) -> list[str]:
-        """Name the owners of images by their numbers; none where a partition deals the images out."""
-        return sorted(set(self.owners))
+        """Name the owners of images by their numbers, and those whose images were taken out; none for dealt images."""
+        return sorted({*self.owners, *self._taken_out})
 
     def names_of(self, chosen: np.ndarray) -> list[str]:
         """Name training images: by their files within the source, or by their numbers before any was taken out.
@@ -215,16 +216,17 @@ class Dataset:
             np.savez(self.store / f"{name}_{deal}.npz", indices=np.concatenate(left), cuts=cuts)
         if not self.files:
             np.save(self.store / f"{name}_numbers.npy", self._numbers[kept])
+        owners = [owner for owner, is_kept in zip(self.owners, kept, strict=True) if is_kept] if self.owners else []
         if self.owners:
-            left = [owner for owner, is_kept in zip(self.owners, kept, strict=True) if is_kept]
-            (self.store / f"{name}_clients.json").write_text(json.dumps(left))
+            (self.store / f"{name}_clients.json").write_text(json.dumps(owners))
         if files := self.files:
             (self.store / f"{name}_files.json").write_text(
                 json.dumps([f for f, k in zip(files, kept, strict=True) if k])
             )
             self._expect_removal({f for f, k in zip(files, kept, strict=True) if not k})
         removed = self.removed + int(gone.sum())
-        meta = {"train": name, "removed": removed, "fingerprint": _fingerprint(_arrays(now, self.test))}
+        meta = {"train": name, "removed": removed, "taken_out": sorted({*self.clients} - {*owners})}
+        meta["fingerprint"] = _fingerprint(_arrays(now, self.test))
         new = self.store / "meta.json.new"
         new.write_text(json.dumps(self._meta | meta))
         os.replace(new, self.store / "meta.json")
@@ -288,7 +290,15 @@ def about(store: Path) -> dict[str, Any]:
         UserError: its `meta.json` is missing, damaged, or of something else.
     """
     file = store / "meta.json"
-    kinds = {"class_names": list, "fingerprint": str, "source": str, "train": str, "removed": int, "channels": int}
+    kinds = {
+        "class_names": list,
+        "fingerprint": str,
+        "source": str,
+        "train": str,
+        "removed": int,
+        "channels": int,
+        "taken_out": list,
+    }
     with undamaged(file):
         found = json.loads(file.read_text())
         if not isinstance(found, dict):

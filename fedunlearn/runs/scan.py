@@ -43,6 +43,8 @@ def owned_by(run: Run, clients: Collection[int]) -> Owned:
         raise UserError(
             f"the images of {run.named(clients)} are on a machine of their own: nobody else can look for them"
         )
+    if not all(about["data"][str(client)] for client in clients):
+        raise UserError(f"run {run.name} began without images of {run.named(clients)}: there are none to look for")
     source = source_of(config)
     for dataset in _copies(run):
         slices = slices_of(config, dataset)

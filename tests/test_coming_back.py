@@ -1,0 +1,123 @@
+"""Clients with names come back, stay away and are known after their images were removed."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from command_line import command
+from fedunlearn.build import open_dataset, slices_of
+from fedunlearn.errors import UserError
+from fedunlearn.runs.receipts import FOLDER
+from fedunlearn.runs.verifying import verified
+from test_owners import hospitals
+
+QUICK = "strategy=leave train.batch_size=64 train.client_head_steps=1 batch_norm_fraction=0 model.width=8"
+CLIENTS = ("a", "b", "c", "d")
+EACH = 12
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """Ray and Flower have no files here."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+
+
+def values():
+    """Images, labels, and the owner of each."""
+    count = EACH * len(CLIENTS)
+    images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+    return images, np.arange(count) % 2, np.repeat(CLIENTS, EACH)
+
+
+def npz(folder):
+    images, labels, clients = values()
+    np.savez(folder / "own.npz", images=images, labels=labels, clients=clients)
+    return f"data.name=npz data.root={folder / 'own.npz'} partition.kind=column"
+
+
+def table(folder):
+    _, labels, clients = values()
+    rows = np.random.default_rng(1).normal(size=(len(labels), 3))
+    with (folder / "own.csv").open("w") as file:
+        csv.writer(file).writerows(
+            [["x", "y", "z", "ill", "hospital"], *([*x, k, c] for x, k, c in zip(rows, labels, clients, strict=True))]
+        )
+    about = "data.label=ill data.client=hospital model=mlp partition.kind=column"
+    return f"data.name=table data.root={folder / 'own.csv'} {about}"
+
+
+def hf(folder):
+    import io
+
+    from PIL import Image
+
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images, labels, clients = values()
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        files.append({"bytes": file.getvalue(), "path": None})
+    parquet.write_table(arrow.table({"image": files, "label": labels, "site": list(clients)}), folder / "train.parquet")
+    return f"data.name=hf data.root={folder / 'train.parquet'} data.client=site data.image_size=8 partition.kind=column"
+
+
+def folders(folder):
+    root = hospitals(folder / "tree", CLIENTS)
+    return f"data.name=folder data.root={root} data.image_size=8 partition.kind=folders"
+
+
+@pytest.fixture(params=[npz, table, hf, folders], ids=lambda make: make.__name__)
+def hosted(federate, tmp_path, request):
+    """Runs of clients that a column or a folder names."""
+    about = request.param(tmp_path)
+    quick = QUICK.replace(" model.width=8", "") if "mlp" in about else QUICK
+
+    def run(words="", rounds=1):
+        return federate(f"{about} {quick} data.limit=0 data.test_limit=0 rounds={rounds} {words}", nodes=1)
+
+    return run
+
+
+def sizes(federate, name="test"):
+    config = federate.run(name).config_here()
+    return [len(own) for own in slices_of(config, open_dataset(config))]
+
+
+def receipt(federate, name="test"):
+    files = sorted((federate.folder(name) / FOLDER).glob("*.json"), key=lambda file: (len(file.stem), file.stem))
+    return verified(files[-1].read_bytes())
+
+
+def test_clients_are_known_after_their_images_were_removed(federate, hosted):
+    hosted("forget.schedule={1:[b, d]}")
+    assert sizes(federate) == [10, 0, 10, 0]
+    with pytest.raises(
+        UserError, match=r"client b was forgotten by run test .*forget.schedule=\{0:\[b\]\}.*readmit=\[b\]"
+    ):
+        hosted("run=plain")
+    hosted("run=without forget.schedule={0:[b,d]}")
+    assert federate.run("without").config.partition.names == list(CLIENTS)
+    assert sizes(federate, "without") == [10, 0, 10, 0]
+    assert [request.state for request in federate.requests("without")] == ["COMPLETED"]
+    assert federate.run("without").ledger.examples() == {0: 10, 1: 10, 2: 10, 3: 10}
+    assert any("none was found" in line for line in receipt(federate, "without").deleted)
+    assert command("report", "--run", "test", "--retrained", "without") == 0
+    hosted("run=back readmit=[b] forget.schedule={0:[d]}")
+    assert sizes(federate, "back") == [10, 10, 10, 0]
+    hosted("forget.schedule={1:[b,d]}", rounds=2)
+    assert federate.run().ledger.current().round == 2
+    assert sizes(federate, "back") == [10, 10, 10, 0]
+
+
+@pytest.mark.parametrize("hosted", [npz], indirect=True, ids=["npz"])
+def test_a_copy_that_is_missing_is_decoded_anew_for_who_is_readmitted(federate, hosted):
+    hosted("forget.schedule={1:[b]}")
+    for file in sorted((federate.home / "data").rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    with pytest.raises(UserError, match="client b was forgotten by run test"):
+        hosted("run=plain")
+    hosted("run=back readmit=[b]")
+    assert sizes(federate, "back") == [10, 10, 10, 10]
