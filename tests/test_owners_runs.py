@@ -211,3 +211,26 @@ def test_receipts_of_runs_without_names_are_read_as_they_were(federate):
     run = federate.run()
     assert run.named([1, 3]) == "clients 1 and 3"
     assert verified(write(run, run.ledger.request("r1")).read_bytes()).names == {}
+
+
+def test_a_run_goes_on_when_files_of_whom_it_forgot_are_gone_and_a_table_still_names_them(federate, tree, capsys):
+    names = [f"{c}/{k}/{i}.png" for c in ("b", "3", "amt <1>", "c, d") for k in ("no", "yes") for i in range(6)]
+    lines = [f'"{name}","{name.partition("/")[0]}"' for name in names]
+    (tree / "clients.csv").write_text("\n".join(["path,client", *lines]))
+    about = f"data.name=folder data.root={tree} data.limit=0 data.test_limit=0 {QUICK} partition.file=clients.csv"
+    federate(f"{about} data.image_size=8 rounds=1 forget.schedule={{1:[b]}}", nodes=1)
+    (tree / "b" / "no" / "0.png").unlink()
+    federate(f"{about} data.image_size=8 rounds=2", nodes=1)
+    shutil.rmtree(tree / "b")
+    federate(f"{about} data.image_size=8 rounds=3", nodes=1)
+    assert federate.run().ledger.current().round == 3
+    with pytest.raises(UserError, match=r"client b was forgotten by run test"):
+        federate(f"{about} data.image_size=8 rounds=1 run=plain", nodes=1)
+    others = "clients=2 partition.names=[3,'amt <1>']"
+    federate(f"{about} data.image_size=9 rounds=1 run=without {others}", nodes=1)
+    assert [len(own) for own in open_dataset(federate.run("without").config_here()).slices] == [10, 10]
+    with pytest.raises(UserError, match=r"readmit: the files with the images of client b were deleted"):
+        federate(f"{about} data.image_size=8 rounds=1 run=back readmit=[b]", nodes=1)
+    (tree / "3" / "no" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"has 1 wrong lines:\n  line 14: 3/no/0.png is not there"):
+        federate(f"{about} data.image_size=8 rounds=4", nodes=1)

@@ -15,7 +15,7 @@ from fedunlearn.data.folders import KINDS, owned, revealed
 from fedunlearn.data.formats import decode_medmnist, decode_npz
 from fedunlearn.data.hub import decode_hub
 from fedunlearn.data.images import Fit, ImageReader, Reading
-from fedunlearn.data.owned import OwnedSource
+from fedunlearn.data.owned import OwnedSource, removed_from
 from fedunlearn.data.scaling import Window
 from fedunlearn.data.store import (
     Dataset,
@@ -175,7 +175,7 @@ def source_of(
             raise UserError(f"partition.kind={owners.kind} is for image files: data.name=folder, not {name}")
         source = _unpacked(_existing(root), cache, owners.file)
         options = [image_size, limit, test_limit, *choices.key]
-        found = owned(source, owners.kind, owners.file, owners.here)
+        found = owned(source, owners.kind, owners.file, owners.here, removed_from(source, cache))
         store = cache / f"owners-{digest_of([str(source), owners.kind, owners.file, *options])[:16]}"
         names, reading = list(owners.names or found.images), choices.reading(image_size)
         decoded = OwnedSource(store, found, names, reading, limit, test_limit, choices.skip_bad, owners.classes)

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -61,7 +61,7 @@ class Owned(NamedTuple):
     passed_over: Mapping[str, int]
 
 
-def owned(root: Path, kind: str, file: str = "", here: Sequence[str] = ()) -> Owned:
+def owned(root: Path, kind: str, file: str = "", here: Sequence[str] = (), removed: Collection[str] = ()) -> Owned:
     """List the images of a source with their owners.
 
     Args:
@@ -69,13 +69,14 @@ def owned(root: Path, kind: str, file: str = "", here: Sequence[str] = ()) -> Ow
         kind: one of `KINDS`: `folders` for `of_folders`, `file` for `of_table`, `nodes` for `of_machine`.
         file: the table, relative to the folder or absolute.
         here: the clients whose images are on this machine.
+        removed: clients whose files a table may still name when they are gone.
 
     Raises:
         UserError: nobody can say whose the images are.
     """
     if kind == "nodes":
         return of_machine(root, here)
-    return of_folders(root) if kind == "folders" else of_table(root, root / Path(file).expanduser())
+    return of_folders(root) if kind == "folders" else of_table(root, root / Path(file).expanduser(), removed)
 
 
 def hidden(name: str) -> str:
@@ -251,7 +252,7 @@ def _is_one_in_six(name: str) -> bool:
     return int.from_bytes(digest[:8]) % HELD_OUT_EVERY == 0
 
 
-def of_table(root: Path, table: Path) -> Owned:
+def of_table(root: Path, table: Path, removed: Collection[str] = ()) -> Owned:
     """List the images that a table of paths and clients names.
 
     Its columns are `path` (relative to the folder) and `client`, and if they are there `class` (else the name of the
@@ -262,6 +263,7 @@ def of_table(root: Path, table: Path) -> Owned:
     Args:
         root: the folder that paths are relative to.
         table: a CSV file, in UTF-8, with commas, semicolons or tabs.
+        removed: clients whose images were removed: a line of theirs whose file is gone is passed over.
 
     Raises:
         UserError: the table cannot be read, or names of columns, paths or splits are wrong: all of them in one list.
@@ -276,6 +278,8 @@ def of_table(root: Path, table: Path) -> Owned:
     for number, row in rows:
         path = _relative(root, row["path"], known)
         seen[path] += 1
+        if row["client"] in removed and not (root / path).exists():
+            continue
         if mistake := _mistake(root, path, row, known, seen[path]):
             wrong.append(f"line {number}: {mistake}")
             continue
@@ -289,7 +293,7 @@ def of_table(root: Path, table: Path) -> Owned:
     images: dict[str, list[Listed]] = {client: [] for _, row in rows if (client := row["client"])}
     for (client, _), own in sorted(by_class.items()):
         images[client].extend(hold_out(sorted(own)))
-    without = len(known) - len(seen)
+    without = len(known.keys() - seen.keys())
     passed_over = {**found.passed_over, **({"image without a line in the table": without} if without else {})}
     return Owned(root, dict(sorted(images.items())), sorted(common), passed_over)
 

@@ -293,9 +293,7 @@ class OwnedSource:
 
     def removed(self) -> dict[str, dict[str, Any]]:
         """Say whose images were taken out: by name, how many and of which classes."""
-        file = self.store / REMOVED
-        with undamaged(file):
-            return json.loads(file.read_text()) if file.exists() else {}
+        return _removed(self.store)
 
     def take_out(self, names: Iterable[str]) -> dict[str, int]:
         """Delete the parts of clients, and list the files of the source that they were read from.
@@ -420,6 +418,27 @@ class OwnedSource:
         }
         files = {split: [image.file for image in own] for split, own in good.items()}
         return DecodedPart(splits, classes, files, [image.patient for image in good["train"]])
+
+
+def removed_from(root: Path, cache: Path) -> set[str]:
+    """Name the clients whose images were taken out of any decoded copy of a folder.
+
+    Args:
+        root: the folder.
+        cache: that the copies are in.
+    """
+    names: set[str] = set()
+    for marker in cache.glob(f"*/{MARKER}"):
+        with undamaged(marker):
+            if json.loads(marker.read_text())["source"] == str(root):
+                names |= _removed(marker.parent).keys()
+    return names
+
+
+def _removed(store: Path) -> dict[str, dict[str, Any]]:
+    file = store / REMOVED
+    with undamaged(file):
+        return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _first_per_class(images: Sequence[Listed], limit: int) -> list[Listed]:
