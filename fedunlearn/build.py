@@ -6,6 +6,7 @@ import pkgutil
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from logging import getLogger
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from fedunlearn.composing import place_of
 from fedunlearn.config import Config
-from fedunlearn.data import datasets, partition
+from fedunlearn.data import datasets, partition, unpacked
 from fedunlearn.data.folders import revealed
-from fedunlearn.data.owned import OwnedDataset, OwnedSource
+from fedunlearn.data.owned import OwnedDataset, OwnedSource, removed_from
 from fedunlearn.data.store import Dataset, Split, fingerprint
 from fedunlearn.errors import UserError
 from fedunlearn.nn.losses import multi_task_loss
@@ -24,6 +25,8 @@ from fedunlearn.nn.model import TwoHeadModel, TwoHeadResNet18
 from fedunlearn.nn.networks import in_order, network_of
 from fedunlearn.nn.rng import drawing_from, generator_of
 from fedunlearn.nn.schedule import learning_rate
+
+Source = datasets.Source | OwnedSource
 
 log = getLogger("fedunlearn")
 
@@ -56,13 +59,18 @@ def open_dataset(config: Config, here: Sequence[int] = ()) -> Dataset:
     return datasets.load(config.data.name, **place | {"owners": place["owners"]._replace(here=names)})
 
 
-def source_of(config: Config) -> datasets.Source | OwnedSource:
+def source_of(config: Config) -> Source:
     """Say where the images of a run come from, and where their decoded copy is.
 
     Raises:
         UserError: the source is gone.
     """
     return datasets.source_of(config.data.name, **_place_of(config))
+
+
+def unpacked_of(config: Config) -> Path | None:
+    """Give the folder that the archive of a run's images is unpacked to; None where they are in no archive."""
+    return datasets.unpacked_of(config.data.name, **_place_of(config))
 
 
 def _place_of(config: Config) -> dict[str, Any]:
@@ -78,24 +86,53 @@ def decode_for_readmitted(config: Config) -> None:
     Raises:
         UserError: the source of a client is gone too that is taken back.
     """
-    source, never = source_of(config), config.forget.schedule.get(0, [])
-    if not (config.readmit or never) or not source.store.is_dir() or config.partition.is_on_nodes:
+    back = list(dict.fromkeys([*config.readmit, *config.forget.schedule.get(0, [])]))
+    if not back or config.partition.is_on_nodes:
+        return
+    source = _unpacked_again(config, source_of(config), back)
+    if not source.store.is_dir():
         return
     if isinstance(source, OwnedSource):
-        has_files = [client for client in never if source.has_files(source.clients[client])]
-        source.take_back(source.clients[client] for client in dict.fromkeys([*config.readmit, *has_files]))
+        names = {client: source.clients[client] for client in back}
+        source.take_back(names[c] for c in back if c in config.readmit or source.has_files(names[c]))
         return
-    dataset = source.opened()
-    slices = slices_of(config, dataset) if dataset.removed else []
-    away = [client for client, own in enumerate(slices) if not len(own)]
-    back, is_deleted = {*config.readmit, *never} & {*away}, source.store.is_symlink()
-    if is_deleted and (gone := [client for client in config.readmit if client in away]):
-        raise UserError(f"readmit={gone}: the files with the images of client {gone[0]} were deleted")
-    if back and not is_deleted:
+    away = _without_images(config, source)
+    gone = [client for client in back if client in away]
+    if gone and source.store.is_symlink():
+        if refused := [client for client in gone if client in config.readmit]:
+            raise UserError(f"readmit={refused}: the files with the images of client {refused[0]} were deleted")
+    elif gone:
         log.info("%s is decoded anew: it has the images of forgotten clients again", source.store)
         shutil.rmtree(source.store)
         if config.partition.kind == "column":
-            _take_out_again(config, source.open(), {*away} - back)
+            _take_out_again(config, source.open(), away - {*gone})
+
+
+def _without_images(config: Config, source: datasets.Source) -> set[int]:
+    """The clients whose images were all taken out of a decoded copy."""
+    dataset = source.opened()
+    slices = slices_of(config, dataset) if dataset.removed else []
+    return {client for client, own in enumerate(slices) if not len(own)}
+
+
+def _unpacked_again(config: Config, source: Source, back: Sequence[int]) -> Source:
+    """Unpack an archive again where files of some clients were deleted; those of other owners stay away."""
+    folder = unpacked_of(config)
+    if not folder or unpacked.is_whole(folder):
+        return source
+    if not isinstance(source, OwnedSource):
+        if source.store.is_dir() and not _without_images(config, source) & {*back}:
+            return source
+        unpacked.forget_deletions(folder)
+        return source_of(config)
+    names, removed = {source.clients[client] for client in back}, removed_from(source.root, source.store.parent)
+    if not names & removed:
+        return source
+    unpacked.forget_deletions(folder)
+    again = source_of(config)
+    assert isinstance(again, OwnedSource)
+    unpacked.delete(again.root / image.file for name in removed - names for image in again.owned.images.get(name, []))
+    return again
 
 
 def _take_out_again(config: Config, dataset: Dataset, clients: Collection[int]) -> None:

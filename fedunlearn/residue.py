@@ -60,8 +60,8 @@ def scan(
         places = [*scanning.default_places(found.home), *scanning.existing(also or [])]
         clients = found.numbers_of(client or [])
         check_clients(clients, found.config.clients)
-        owned = scanning.owned_by(found, clients)
-        look_for = scanning.wanted(owned)
+        with scanning.owned_by(found, clients) as owned:
+            look_for = scanning.wanted(owned)
         rows = [row_of(path, one, found.home) for path, one in scanning.scan(look_for, places)]
         searched, whom = len(scanning.files_below(places)), found.named(clients)
     if as_json:

@@ -69,7 +69,10 @@ def folders(folder):
     return f"data.name=folder data.root={root} data.image_size=8 partition.kind=folders"
 
 
-@pytest.fixture(params=[npz, table, hf, folders], ids=lambda make: make.__name__)
+SORTS = [npz, *(pytest.param(make, marks=pytest.mark.thorough) for make in (table, hf)), folders]
+
+
+@pytest.fixture(params=SORTS, ids=["npz", "table", "hf", "folders"])
 def hosted(federate, tmp_path, request):
     """Runs of clients that a column or a folder names."""
     about = request.param(tmp_path)

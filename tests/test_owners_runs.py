@@ -146,12 +146,14 @@ def test_a_client_that_another_run_needs_keeps_its_part(federate, hosted):
 
 def test_scan_finds_held_out_images_of_a_client_too(federate, hosted):
     hosted()
-    owned = scan.owned_by(federate.run(), [NUMBERS["b"]])
+    with scan.owned_by(federate.run(), [NUMBERS["b"]]) as owned:
+        pass
     assert (len(owned.images.own.labels), len(owned.images.others), len(owned.images.files)) == (12, 36, 12)
     assert owned.class_counts == {"2": [5, 5]}
     store = open_dataset(federate.run().config_here()).store
     shutil.rmtree(store)
-    again = scan.owned_by(federate.run(), [NUMBERS["b"]])
+    with scan.owned_by(federate.run(), [NUMBERS["b"]]) as again:
+        pass
     assert (again.images.own.images == owned.images.own.images).all()
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedunlearn.data import unpacked
 from fedunlearn.data.archives import entered, extract
 from fedunlearn.data.class_folders import labelled
 from fedunlearn.data.folders import KINDS, owned, revealed
@@ -311,13 +312,26 @@ def _unpacked(path: Path, cache: Path, beside: str = "") -> Path:
     """Give the folder itself, or the folder that an archive is unpacked to, once; `beside` as in `entered`."""
     if path.is_dir():
         return path
-    stat = path.stat()
-    target = cache / f"unpacked-{digest_of([str(path), stat.st_size, stat.st_mtime_ns])[:16]}"
+    target = unpacked_to(path, cache)
     if not target.is_dir():
         log.info("unpacking %s (once)", printable(str(path)))
         with new_folder(target) as folder:
             extract(path, folder)
+            unpacked.delete_again(target, folder)
+    unpacked.note_archive(target, path)
     return entered(target, beside)
+
+
+def unpacked_to(archive: Path, cache: Path) -> Path:
+    """Say to which folder an archive is unpacked: to another one when it has changed."""
+    stat = archive.stat()
+    return cache / f"{unpacked.PREFIX}{digest_of([str(archive), stat.st_size, stat.st_mtime_ns])[:16]}"
+
+
+def unpacked_of(name: str, *, cache: Path, root: str, **options: Any) -> Path | None:
+    """Give the folder that an archive of images is unpacked to; None for other sources."""
+    path = _existing(root) if name == "folder" else None
+    return unpacked_to(path, cache) if path and not path.is_dir() else None
 
 
 def _decode_file(name: str, source: Path, choices: Choices, size: int, limit: int, test_limit: int) -> Decoded:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,13 +20,12 @@ from fedunlearn.data.folders import Listed, Owned
 from fedunlearn.data.images import ImageReader, Reading, say_passed_over
 from fedunlearn.data.joined import Joined
 from fedunlearn.data.store import (
-    REMOVED_FILES,
     Belongings,
     Dataset,
     Split,
-    add_to_list,
     digest_of,
     fingerprint,
+    list_removed,
     mapped,
     new_folder,
     undamaged,
@@ -311,7 +311,7 @@ class OwnedSource:
             removed[name] = {"train": part.count("train") or earlier["train"], "classes": classes}
             files += [str(self.root / image.file) for image in images]
         _write_json(self.store / REMOVED, removed)
-        add_to_list(self.store / REMOVED_FILES, files)
+        list_removed(self.store, files)
         self.delete_all_but(self.part_names(), of=set(counts))
         return counts
 
@@ -429,7 +429,7 @@ def removed_from(root: Path, cache: Path) -> set[str]:
     """
     names: set[str] = set()
     for marker in cache.glob(f"*/{MARKER}"):
-        with undamaged(marker):
+        with suppress(UserError), undamaged(marker):  # whoever opens a damaged copy says so
             if json.loads(marker.read_text())["source"] == str(root):
                 names |= _removed(marker.parent).keys()
     return names

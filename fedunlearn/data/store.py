@@ -15,6 +15,7 @@ import numpy as np
 
 from fedunlearn.data.images import image_paths
 from fedunlearn.data.selection import image_name
+from fedunlearn.data.unpacked import at_source, is_at_source, note_unneeded
 from fedunlearn.errors import UserError
 
 REMOVED_FILES = "files-to-delete.txt"
@@ -237,7 +238,7 @@ class Dataset:
     def _expect_removal(self, files: set[str]) -> None:
         """List files of the source that are not needed any more; once they are deleted, these images are used still."""
         source, (kind, _, *rest) = Path(self._meta["source"]), self.store.name.split("-")
-        add_to_list(self.store / REMOVED_FILES, sorted(files))
+        list_removed(self.store, sorted(files))
         listing = list(listing_of(source)) if source.is_dir() else []
 
         def store(rows: list[tuple]) -> Path:
@@ -274,11 +275,17 @@ class Belongings(NamedTuple):
     source: Path
 
 
+def list_removed(store: Path, files: Sequence[str]) -> None:
+    """List files of the source that a decoded copy has no need of any more; those of archives by their archive."""
+    note_unneeded(store, files)
+    add_to_list(store / REMOVED_FILES, map(at_source, files))
+
+
 def add_to_list(listed: Path, files: Iterable[str]) -> None:
     """Add files to a list of files, one a line, and drop those that are gone; odd names are there in JSON's quotes."""
     lines = os.fsdecode(listed.read_bytes()).split("\n") if listed.exists() else []
     earlier = [json.loads(line) if line.startswith('"') else line for line in lines if line]
-    left = [file for file in dict.fromkeys([*earlier, *files]) if os.path.lexists(file)]
+    left = [file for file in dict.fromkeys([*earlier, *files]) if is_at_source(file)]
     text = "".join(f"{file if file.isprintable() else json.dumps(file)}\n" for file in left)
     listed.write_bytes(os.fsencode(text))
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedunlearn.build import deal_of, slices_of, source_of
+from fedunlearn.build import deal_of, slices_of, source_of, unpacked_of
+from fedunlearn.data import unpacked
 from fedunlearn.data.folders import KINDS
 from fedunlearn.data.owned import OwnedSource
 from fedunlearn.data.store import Dataset, about
@@ -106,8 +107,8 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         return _purge_portions(run, request, who)
     with lock(home / "data", patience=LOCK_SECONDS):
         try:
-            owned = scan.owned_by(run, clients)
-            look_for = scan.wanted(owned)
+            with scan.owned_by(run, clients) as owned:
+                look_for = scan.wanted(owned)
         except UserError as error:
             log.warning("no image is looked for: %s", error)
             owned, look_for = None, None
@@ -121,6 +122,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         except UserError as error:
             log.warning("no copy is deleted: %s", error)
             stale = []
+        unpacked_files = _delete_unpacked(run)
         updates, kept_updates = _delete_files(run, clients)
         if owned and not figures:
             keep_class_counts(run, request, owned.class_counts)
@@ -133,6 +135,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
         *in_model,
         *([] if kept_updates and not updates else [_updates_in_words(updates, who)]),
         *([f"{gone} decoded images of {who}, with their labels"] if gone else []),
+        *([f"files of {who} in the unpacked archive: {unpacked_files} deleted"] if unpacked_files else []),
         *([f"copies of images that no run uses: {', '.join(stale)}"] if stale else []),
         *([f"accuracies by round and class counts of {who}, in metrics and report"] if figures else []),
     ]
@@ -281,16 +284,41 @@ def _delete_stale(home: Path) -> list[str]:
             shutil.rmtree(store)
             deleted.append(store.name)
     if not studied:
-        sources |= parts.delete_stale(data, stores, (source_of(r.config_here()) for r in _with_parts(home)), deleted)
-    for unpacked in data.glob("unpacked-*"):
-        if unpacked.resolve() not in sources and not unpacked.is_symlink() and not is_archive_needed:
-            shutil.rmtree(unpacked)
-            deleted.append(unpacked.name)
+        roots = parts.delete_stale(data, stores, (source_of(r.config_here()) for r in _with_parts(home)), deleted)
+        sources |= {folder for root in roots for folder in (root, *root.parents)}
+    for folder in data.glob(f"{unpacked.PREFIX}*/"):
+        if folder.resolve() not in sources and not folder.is_symlink() and not is_archive_needed:
+            unpacked.remove(folder)
+            deleted.append(folder.name)
     for link in data.iterdir():
         is_alias = link.is_symlink() and len(link.readlink().parts) == 1
         if is_alias and not link.exists():
             link.unlink()
     return deleted
+
+
+def _delete_unpacked(run: Run) -> int:
+    """Delete files from the run's unpacked archive that no run needs; gives how many.
+
+    Studies keep all of them, since nobody knows from which archive they are.
+    """
+    try:
+        folder = _unpacked_of(run)
+        if folder is None or any(_studies(run.home)):
+            return 0
+        users = [other.config_here() for other in _opened_runs(run.home) if _unpacked_of(other) == folder]
+        return unpacked.delete_unneeded(folder, {source_of(config).store.resolve() for config in users})
+    except UserError as error:
+        log.warning("no unpacked file is deleted: %s", error)
+        return 0
+
+
+def _unpacked_of(run: Run) -> Path | None:
+    """The folder that the archive of a run's images is unpacked to, if it is of one that is there."""
+    try:
+        return unpacked_of(run.config_here())
+    except UserError:
+        return None
 
 
 def _with_parts(home: Path) -> Iterator[Run]:

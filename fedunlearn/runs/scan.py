@@ -4,16 +4,18 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from logging import getLogger
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from fedunlearn.build import fingerprint_of, slices_of, source_of
+from fedunlearn.build import fingerprint_of, slices_of, source_of, unpacked_of
 from fedunlearn.data.images import image_paths
 from fedunlearn.data.search import Found, Wanted
 from fedunlearn.data.store import Belongings, Dataset
+from fedunlearn.data.unpacked import is_whole
 from fedunlearn.errors import UserError
 from fedunlearn.runs.run import Run
 
@@ -32,8 +34,9 @@ class Owned(NamedTuple):
     class_counts: dict[str, list[int]]
 
 
-def owned_by(run: Run, clients: Collection[int]) -> Owned:
-    """Give the clients' images, from the decoded copy or else from their source.
+@contextmanager
+def owned_by(run: Run, clients: Collection[int]) -> Iterator[Owned]:
+    """Give the clients' images, from the decoded copy or else from their source; files of an archive for the while.
 
     Raises:
         UserError: neither has them as the run was trained on them.
@@ -46,21 +49,25 @@ def owned_by(run: Run, clients: Collection[int]) -> Owned:
     if not all(about["data"][str(client)] for client in clients):
         raise UserError(f"run {run.name} began without images of {run.named(clients)}: there are none to look for")
     source = source_of(config)
-    for dataset in _copies(run):
-        slices = slices_of(config, dataset)
-        if all(fingerprint_of(dataset, slices, client) == about["data"][str(client)] for client in clients):
-            kinds = len(about["images"]["class_names"])
-            counts = {str(c): np.bincount(dataset.train.labels[slices[c]], minlength=kinds).tolist() for c in clients}
-            return Owned(dataset.belongings(clients, slices), counts)
+    with ExitStack() as stack:
+        for dataset in _copies(run, stack):
+            slices = slices_of(config, dataset)
+            if all(fingerprint_of(dataset, slices, client) == about["data"][str(client)] for client in clients):
+                kinds = len(about["images"]["class_names"])
+                each = {str(c): np.bincount(dataset.train.labels[slices[c]], minlength=kinds) for c in clients}
+                counts = {client: own.tolist() for client, own in each.items()}
+                yield Owned(dataset.belongings(clients, slices), counts)
+                return
     raise UserError(
         f"the images of {run.named(clients)} can be looked for no more: neither the decoded copy "
         f"({source.store}) nor its source has them as run {run.name} was trained on them"
     )
 
 
-def _copies(run: Run) -> Iterator[Dataset]:
-    """Every place that a run's images can be taken from."""
-    source = source_of(run.config_here())
+def _copies(run: Run, stack: ExitStack) -> Iterator[Dataset]:
+    """Every place that a run's images can be taken from; what is unpacked for that is deleted with the stack."""
+    config = run.config_here()
+    source = source_of(config)
     if source.store.is_dir():
         try:
             copy = source.opened()
@@ -69,7 +76,12 @@ def _copies(run: Run) -> Iterator[Dataset]:
             log.warning("the source has to do: %s", error)
         else:
             yield copy
-    yield source.in_memory()
+    archive = unpacked_of(config)
+    if archive is None or is_whole(archive):
+        yield source.in_memory()
+    else:
+        elsewhere = stack.enter_context(tempfile.TemporaryDirectory())
+        yield source_of(config.model_copy(update={"home": elsewhere})).in_memory()
 
 
 def wanted(owned: Owned) -> Wanted:
