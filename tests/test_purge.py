@@ -659,3 +659,11 @@ def test_who_was_forgotten_in_an_experiment_with_public_images_trains_in_the_nex
     assert len(images_of(federate, 3)[0]) == 28
     federate("run=other")
     assert federate.run("other").ledger.examples()[3] == 28
+
+
+def test_a_run_says_once_that_images_of_forgotten_clients_are_gone(federate, capsys):
+    forgotten_once(federate)
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    capsys.readouterr()
+    federate("rounds=1 run=other", nodes=4)
+    assert capsys.readouterr().err.count("is without 28 images of forgotten clients") == 1

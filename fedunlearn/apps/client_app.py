@@ -68,7 +68,10 @@ DROPOUT = 10**6
 def resident(config: str, machine: Machine | None = None) -> tuple[ClientRuntime, Strategy]:
     """Give what this process has for the settings in a message, as JSON, on a machine of its own or in a simulation."""
     settings, here = settled(from_json(config), machine)
-    return ClientRuntime(settings, here), strategy_of(settings)
+    runtime = ClientRuntime(settings, here)
+    if machine:
+        runtime.dataset.say_removed()
+    return runtime, strategy_of(settings)
 
 
 @app.train()

@@ -124,6 +124,8 @@ def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Audito
     auditor = auditor_of(config)
     data, images = (auditor.fingerprints(), auditor.images) if auditor else known_to_server(config)
     with locked_run(config, data=data, images=images, asked=asked) as run:
+        if auditor:
+            auditor.say_removed()
         yield run, auditor
 
 

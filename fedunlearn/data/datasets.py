@@ -151,11 +151,7 @@ def load(
         array([5, 5, 5, 5, 5, 5, 5, 5, 5, 5])
     """
     options: dict[str, Any] = {"limit": limit, "test_limit": test_limit, "image_size": image_size, "choices": choices}
-    source = source_of(name, cache=cache, root=root, owners=owners, **options)
-    dataset = source.open()
-    if dataset.removed:
-        log.warning("%s is without %d images of forgotten clients (docs: what stays)", source.store, dataset.removed)
-    return dataset
+    return source_of(name, cache=cache, root=root, owners=owners, **options).open()
 
 
 def source_of(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ REMOVED_FILES = "files-to-delete.txt"
 
 REQUIRED = ("class_names", "fingerprint")
 """What every store says of itself."""
+
+log = logging.getLogger("fedunlearn")
 
 
 class Split(NamedTuple):
@@ -145,6 +148,11 @@ class Dataset:
     def clients(self) -> list[str]:
         """Name the owners of images by their numbers, and those whose images were taken out; none for dealt images."""
         return sorted({*self.owners, *self._taken_out})
+
+    def say_removed(self) -> None:
+        """Warn where images of forgotten clients were taken out."""
+        if self.removed:
+            log.warning("%s is without %d images of forgotten clients (docs: what stays)", self.store, self.removed)
 
     def names_of(self, chosen: np.ndarray) -> list[str]:
         """Name training images: by their files within the source, or by their numbers before any was taken out.

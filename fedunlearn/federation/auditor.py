@@ -44,6 +44,10 @@ class Auditor:
         self.class_names = self._runtime.dataset.class_names
         self.images = Images(self.class_names, self._runtime.dataset.train.images.shape[1:])
 
+    def say_removed(self) -> None:
+        """Warn where images of forgotten clients are gone, which nobody can measure."""
+        self._runtime.dataset.say_removed()
+
     def fingerprints(self) -> dict[str, str]:
         """Compute the SHA-256 of every client's images, and of the held-out ones."""
         return fingerprints_of(self._runtime.dataset, self._runtime.slices)
