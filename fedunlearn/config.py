@@ -288,8 +288,8 @@ class Config(Settings):
         default=0.1,
         ge=0,
         le=1,
-        description="of a client's images that BatchNorm statistics are estimated from, after every round and request; "
-        "0 keeps the averages of the clients' running statistics",
+        description="of a client's images that BatchNorm statistics are estimated from, after every round and request "
+        "(of a table, all its rows); 0 keeps the averages of the clients' running statistics",
     )
     message_dtype: Precision = Field(
         default="fp32",
@@ -321,8 +321,8 @@ class Config(Settings):
         default=3.0,
         ge=0,
         le=10**6,
-        description="times the size of held-out images' BatchNorm statistics that a client's may have, and standard "
-        "deviations that they may be away, in the mean of a layer; also 1 / the cosine of their means; 0 for any",
+        description="times the variance of held-out images' BatchNorm statistics that a client's may have or lack, and "
+        "standard deviations that its means may be away, over a layer; also 1 / the cosine of the means; 0 for any",
     )
     client_share: float = Field(
         default=0.9,

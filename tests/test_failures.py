@@ -184,7 +184,9 @@ def test_batch_norm_statistics_of_other_images_are_left_out(federate, capsys):
     grid = LocalGrid(4)
     broken(grid, of_other_images(4), task="batch_norm_statistics", times=1)
     federate("rounds=1", grid=grid)
-    assert "round 1: node 1 (clients 1) is left out: its BatchNorm statistics are" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "round 1: node 1 (clients 1) is left out: its BatchNorm statistics are unlike those of held-out" in said
+    assert "(statistics_band); only the BatchNorm statistics are made without it" in said
 
 
 def test_a_lie_about_batch_norm_statistics_before_a_request_hides_no_loss(federate):

@@ -45,6 +45,12 @@ ATTEMPTS = 3
 
 NO_IMAGES: Mapping[Any, str] = {}
 
+ALONE = {
+    "batch_norm_statistics": "; only the BatchNorm statistics are made without it",
+    "evaluate": "; only the scores are without it",
+}
+"""What a reply is missing from that is left out, by task, where a round's training goes on with its client."""
+
 Refused = list[tuple[Message, ValueError]]
 
 log = getLogger("fedunlearn")
@@ -378,8 +384,8 @@ class Nodes:
     def _refuse(self, message: Message, reason: str, is_blamed: bool) -> None:
         asked, node = messages.task_of(message), self.nodes.index(message.metadata.dst_node_id)
         fate = "is left out" if is_blamed else "could not take part"
-        who = self.listed(asked.clients)
-        log.warning("round %d: node %d (clients %s) %s: %s", asked.round, node, who, fate, reason)
+        who, alone = self.listed(asked.clients), ALONE.get(asked.name, "")
+        log.warning("round %d: node %d (clients %s) %s: %s%s", asked.round, node, who, fate, reason, alone)
 
     def listed(self, clients: Iterable[int]) -> str:
         """Give the names of clients, or their numbers, not more than can be read."""

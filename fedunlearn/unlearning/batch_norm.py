@@ -1,11 +1,9 @@
 """Estimate BatchNorm's running statistics again after unlearning (paper, Algorithm 1, line 5)."""
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedunlearn.nn.hooks import layer_inputs, train_batch_norms
@@ -71,47 +69,6 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor], *, precision: 
         finally:
             model.load_state_dict(kept, strict=False)
     return statistics
-
-
-def unlikeness(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Say how unlike two statistics of the same layers are; 1 where they are alike.
-
-    It is the largest of three. Two are means over a layer's channels, in the layer in which they are largest: the
-    geometric mean of E'[x^2] / E[x^2] or its inverse, whichever is above 1, and the mean of |E'[x] - E[x]| in standard
-    deviations of the expected ones. The third is 1 / cos, of the angle between E'[x] and E[x] over all channels of the
-    model, in the same standard deviations; infinite where they point away from each other.
-
-    A mean of few squares is off by chance. So the first is divided by exp(sqrt(2 / n)): of n squares of normal values
-    the logarithm of the mean has about the standard deviation sqrt(2 / n).
-
-    Args:
-        found: `{layer: [3, channels]}`, as `batch_statistics` gives them; E' is of these.
-        expected: the same of other images; E is of these.
-
-    Example:
-        >>> expected = {"0": torch.tensor([[2.0], [2.0], [10.0]])}
-        >>> round(unlikeness({"0": torch.tensor([[2e6], [8e6], [4e7]])}, expected), 2)
-        4.0
-        >>> unlikeness({"0": torch.tensor([[2.0], [-2.0], [10.0]])}, expected)
-        inf
-    """
-    layers = [_standardised(value, expected[name].to(value.device)) for name, value in found.items()]
-    means, usual_means = (
-        torch.cat(list(parts)) for parts in zip(*((one, other) for one, other, _ in layers), strict=True)
-    )
-    cosine = float(cosine_similarity(means, usual_means, dim=0))
-    deviations = [float((one - other).abs().mean()) for one, other, _ in layers]
-    return max(1 / cosine if cosine > 0 else math.inf, *deviations, *(ratio for _, _, ratio in layers))
-
-
-def _standardised(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Give a layer's means and the expected ones, in expected standard deviations, and how unlike its squares are."""
-    (_, mean, square), (_, usual_mean, usual_square) = (rows / rows[0] for rows in (found, expected))
-    least = torch.finfo(torch.float32).tiny
-    by_chance = (2 / found[0]).sqrt().mean()
-    ratio = ((square.clamp(min=least) / usual_square.clamp(min=least)).log().abs().mean() - by_chance).exp()
-    deviation = (usual_square - usual_mean.square()).clamp(min=least).sqrt()
-    return mean / deviation, usual_mean / deviation, float(ratio)
 
 
 @torch.no_grad()
