@@ -328,7 +328,8 @@ class Config(Settings):
         default=0.9,
         ge=0,
         le=1,
-        description="of all examples that one client may say it has, of three clients or more",
+        description="of all examples that one client may say it has, of three clients or more, where the server cannot "
+        "count them; a run may go on with another",
     )
     track: Literal["none", "tensorboard", "mlflow", "wandb"] = Field(
         default="none",

@@ -328,6 +328,18 @@ def test_of_two_clients_of_one_machine_the_other_takes_part_in_further_runs(hosp
     assert federate.run("second").metrics()[-1]["clients"] == [0, 1]
 
 
+def test_a_machine_with_nearly_all_images_takes_part_once_somebody_says_so(hospitals, federate, warnings):
+    with pytest.raises(UserError, match="no node works"):
+        hospitals("rounds=1 client_share=0.3")
+    assert (
+        "client hospital_b has 10 examples, more than 0.3 of all 30 (client_share); if it has them, start" in warnings()
+    )
+    hospitals("rounds=1 client_share=1")
+    assert federate.run().metrics()[-1]["clients"] == [0, 1, 2]
+    hospitals("rounds=2")
+    assert federate.run().config.client_share == 1
+
+
 def test_a_simulation_knows_no_keys_and_asks_nobody_then(hospitals, supernodes, warnings):
     with pytest.raises(UserError, match="no node works"):
         hospitals(f"rounds=1 {supernodes[1]}")

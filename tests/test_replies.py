@@ -307,3 +307,15 @@ def test_a_client_that_says_it_has_nearly_everything_is_not_believed():
     assert too_many({10: {0: 5, 1: 7}, 11: {2: 10**6}}, 0.9).keys() == {11}
     assert too_many({10: {0: 5, 1: 7}, 11: {2: 60}}, 0.9) == {}
     assert too_many({10: {0: 5}, 11: {1: 10**6}}, 0.9) == {}  # of two, nobody can say who has too many
+
+
+def test_a_client_that_has_nearly_everything_is_believed_where_somebody_counted(federate):
+    claims = {10: {0: 5, 1: 7}, 11: {2: 300}}
+    assert too_many(claims, 0.9, known={2: 300}) == {}
+    (reason,) = too_many(claims, 0.9, known={2: 299}, name="abc".__getitem__).values()
+    assert reason == (
+        "it says that client c has 300 examples, more than 0.9 of all 312 (client_share); if it has them, start again "
+        "with client_share=1"
+    )
+    federate("rounds=1 client_share=0.01")
+    assert federate.run().metrics()[-1]["clients"] == [0, 1, 2, 3]

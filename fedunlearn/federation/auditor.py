@@ -52,6 +52,10 @@ class Auditor:
         """Compute the SHA-256 of every client's images, and of the held-out ones."""
         return fingerprints_of(self._runtime.dataset, self._runtime.slices)
 
+    def examples(self) -> dict[int, int]:
+        """Count the examples of every client."""
+        return {client: len(places) for client, places in enumerate(self._runtime.slices)}
+
     def has_images(self, client: int, portions: Mapping[int, Portion] = NO_PORTIONS) -> bool:
         """Whether the client's images are there: those of a forgotten one may be gone."""
         return len(self._runtime.indices(client, portions)) > 0

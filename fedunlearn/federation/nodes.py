@@ -21,7 +21,7 @@ from fedunlearn.errors import DestroyedError, UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation import robust as averaging
 from fedunlearn.federation.band import judged
-from fedunlearn.federation.claims import contradictions, disputed, too_many
+from fedunlearn.federation.claims import NOTHING, contradictions, disputed, too_many
 from fedunlearn.federation.hosting import Entrance, missing, unbelieved
 from fedunlearn.federation.messages import Task, Tensors
 from fedunlearn.federation.ordered_grid import OrderedGrid
@@ -64,6 +64,7 @@ class Nodes:
         model: that says which shapes replies have.
         pixels: of an image.
         run: id of the run's key, where machines with their own images are told it.
+        counted: the examples of clients, where all images lie on the server's machine too, as in a simulation.
 
     Attributes:
         config: settings that travel with the messages.
@@ -79,8 +80,17 @@ class Nodes:
         withdrawals: what replies have carried of clients that ask on their own machines to be forgotten.
     """
 
-    def __init__(self, config: Config, model: TwoHeadModel, *, pixels: int, run: str = "") -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: TwoHeadModel,
+        *,
+        pixels: int,
+        run: str = "",
+        counted: Mapping[int, int] = NOTHING,
+    ) -> None:
         self.config, self._model, self._pixels, self._run = config, model, pixels, run
+        self._counted = counted
         self.keys, self._key_of = dict[int, str](), dict[int, str]()
         self.withdrawals = Withdrawals()
         self.nodes: list[int] = []
@@ -133,7 +143,9 @@ class Nodes:
         past = {client: known[client] for client in forgotten if client in known}
         less = without_portions(known, portions)
         claims = {node: as_before(found[node].examples, known, past, less) for node in sorted(found)}
-        for node, reason in (contradictions(claims, known) | too_many(claims, self.config.client_share)).items():
+        certain = {**self._counted, **known}
+        unlikely = too_many(claims, self.config.client_share, certain, self.name_of)
+        for node, reason in (contradictions(claims, known, self.name_of) | unlikely).items():
             log.warning("%s is left out: %s", self._called(node), reason)
             del claims[node]
         if not claims:

@@ -76,14 +76,16 @@ class Rounds(FlowerStrategy):
         """Put together everything that trains and forgets in a run, from its last commit on.
 
         Args:
-            auditor: scores the images of forgotten clients, which only a simulation can.
+            auditor: scores the images of forgotten clients, which only a simulation can, and knows how many examples
+                each client has.
             on_commit: called with the round after each commit of a round, and when a request is completed.
         """
         torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         strategy, server = strategy_of(run.config), ServerData(run.config)
         state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(server_state.BESIDE.values())))
         key = run.ledger.key if run.config.partition.is_on_nodes else ""
-        nodes = Nodes(run.config, server.model, pixels=server.pixels, run=key)
+        counted = auditor.examples() if auditor else {}
+        nodes = Nodes(run.config, server.model, pixels=server.pixels, run=key, counted=counted)
         federation = Federation(run, server, nodes, state)
         federation.state = server_state.of_held_out(state, server.examples)
         scorer = Scorer(federation, auditor)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = getLogger("fedunlearn")
 
 OPERATIONAL = ("timeout", "window", "track")  # they change no result: a run may be resumed with others
+BELIEF = ("client_share",)  # what the run believes from now on: it may be resumed with others, and keeps them
 SAME = ("clients", "data.", "partition.", "model.")  # settings that a fork must share with the run it goes on from
 RETRAINED = "retrained-"  # how names of runs begin that only serve to be compared with
 MOST_LISTED = 20  # runs in an error
@@ -470,7 +471,7 @@ def _copy(base: Path, folder: Path) -> None:
 
 
 def agreed(folder: Path, asked: Mapping[str, Any]) -> Config:
-    """Give the stored settings, if they agree with those asked for, but for more rounds.
+    """Give the stored settings, if they agree with those asked for, but for more rounds and for what is believed.
 
     Raises:
         UserError: naming the first that does not.
@@ -478,11 +479,12 @@ def agreed(folder: Path, asked: Mapping[str, Any]) -> Config:
     kept = stored_config(folder)
     values, rounds = values_of(kept), max(kept.rounds, asked.get("rounds", 0))
     for name, value in asked.items():
-        if values.get(name) != value and name not in OPERATIONAL and (name, value) != ("rounds", rounds):
+        if values.get(name) != value and name not in OPERATIONAL + BELIEF and (name, value) != ("rounds", rounds):
             raise UserError(f"run {folder.name} has {name}={values.get(name)}, not {value}: use another run name")
-    if rounds == kept.rounds:
-        return kept
-    return with_values(kept, {"rounds": rounds, "train.schedule_rounds": kept.train.schedule_rounds or kept.rounds})
+    changes = {name: asked[name] for name in BELIEF if asked.get(name, values[name]) != values[name]}
+    if rounds != kept.rounds:
+        changes |= {"rounds": rounds, "train.schedule_rounds": kept.train.schedule_rounds or kept.rounds}
+    return with_values(kept, changes) if changes else kept
 
 
 def write_about(folder: Path, ledger: Ledger, content: dict[str, Any]) -> None:
