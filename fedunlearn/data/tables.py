@@ -3,9 +3,10 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from fedunlearn.data.separated import NoTableError, read_rows
 from fedunlearn.data.store import Decoded, Split
 from fedunlearn.errors import UserError, printable
 
-MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
-"""What stands for no value, in small letters."""
+MISSING = frozenset({"na", "n/a", "nan", "null", "none", "?", "inf", "infinity"})
+"""What stands for no value in a column of numbers, in small letters and without a sign. Elsewhere these are texts."""
 MOST_WORDS = 100
 """Different texts that a column of categories may have."""
 
@@ -36,6 +37,9 @@ def decode_table(
     columns of 0 and 1 as it has texts, in their order. No number is scaled here, since that would need statistics of
     all clients: the first layer of `nn.mlp` normalises. Every sixth row of a class is for testing.
 
+    An empty cell is missing. In a column of numbers so is a word such as NA or null. Classes, clients and categories
+    are the texts that were typed: a hospital may be called null.
+
     Args:
         source: a CSV file (commas, semicolons or tabs) or a parquet file, or a folder with one of them called train
             and one called test.
@@ -50,11 +54,14 @@ def decode_table(
     Raises:
         UserError: there is no such file or column, a value is missing, or a column has too many different texts.
     """
-    parts = [_without_missing(*_table(file, label, client, columns), skip_bad) for file in _files(source)]
-    names = list(parts[0])
-    if set(parts[-1]) != set(names):
+    files = _files(source)
+    tables = [_table(file, label, client, columns) for file in files]
+    names = list(tables[0])
+    if set(tables[-1]) != set(names):
         raise UserError(f"{printable(str(source))}: its tables for training and testing have different columns")
     features = [name for name in names if name not in (label, client)]
+    numbers = {name for name in features if _is_of_numbers(name, [value for part in tables for value in part[name]])}
+    parts = [_without_missing(file, table, numbers, skip_bad) for file, table in zip(files, tables, strict=True)]
     encoders = {name: _encoder(name, [value for part in parts for value in part[name]]) for name in features}
     rows = [_encoded(part, encoders) for part in parts]
     labels, class_names = classes([np.array(part[label]) for part in parts], None, source)
@@ -77,7 +84,7 @@ def _files(source: Path) -> list[Path]:
     return [files[0] for files in found]
 
 
-def _table(file: Path, label: str, client: str, chosen: Sequence[str]) -> tuple[Path, Columns]:
+def _table(file: Path, label: str, client: str, chosen: Sequence[str]) -> Columns:
     """Read the columns that are needed, every value as text."""
     everything = _parquet(file) if file.suffix.lower() in (".parquet", ".pq") else _comma_separated(file)
     if not label:
@@ -90,7 +97,7 @@ def _table(file: Path, label: str, client: str, chosen: Sequence[str]) -> tuple[
         if name not in everything:
             there = printable(", ".join(everything))
             raise UserError(f"{printable(str(file))} has no column {printable(name)}: there are {there}")
-    return file, {name: everything[name] for name in dict.fromkeys(filter(None, (label, client, *wanted)))}
+    return {name: everything[name] for name in dict.fromkeys(filter(None, (label, client, *wanted)))}
 
 
 def _comma_separated(file: Path) -> Columns:
@@ -114,16 +121,40 @@ def _parquet(file: Path) -> Columns:
 
 
 def _text(value: Any) -> str:
-    return repr(value) if isinstance(value, float) else str(value)
+    """Give what a CSV file would say; a float that is no number is an empty cell."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else repr(value)
+    return normalize("NFC", str(value).strip())
 
 
-def _without_missing(file: Path, columns: Columns, skip_bad: bool) -> Columns:
+def _is_of_numbers(name: str, values: Sequence[str]) -> bool:
+    """Say whether a column has numbers and else only words for a missing one; the log names such words elsewhere."""
+    words = {value for value in values if _is_word_for_missing(value)}
+    others = {value for value in values if value} - words
+    if others and all(map(_is_number, others)):
+        return True
+    if words:
+        shown = printable(", ".join(sorted(words)))
+        log.warning("column %s has no numbers only: %s in it are texts, not missing values", printable(name), shown)
+    return False
+
+
+def _without_missing(file: Path, columns: Columns, numbers: Collection[str], skip_bad: bool) -> Columns:
     """Give the rows that have every value.
+
+    Args:
+        file: that they are from.
+        columns: by name.
+        numbers: the columns in which words stand for a missing value.
+        skip_bad: whether the others are to be left out.
 
     Raises:
         UserError: there are others, and they are not to be left out.
     """
-    gaps = {name: [_is_missing(value) for value in values] for name, values in columns.items()}
+    gaps = {
+        name: [not value or (name in numbers and _is_word_for_missing(value)) for value in values]
+        for name, values in columns.items()
+    }
     is_bad = [any(row) for row in zip(*gaps.values(), strict=True)]
     if any(is_bad):
         counts = ", ".join(f"{printable(name)} in {sum(missing)}" for name, missing in gaps.items() if any(missing))
@@ -137,8 +168,8 @@ def _without_missing(file: Path, columns: Columns, skip_bad: bool) -> Columns:
     return {name: [values[place] for place in kept] for name, values in columns.items()}
 
 
-def _is_missing(value: str) -> bool:
-    return value.lower() in MISSING or value.lower().lstrip("+-") in ("inf", "infinity")
+def _is_word_for_missing(value: str) -> bool:
+    return value.lower().lstrip("+-") in MISSING
 
 
 def _encoder(name: str, values: Sequence[str]) -> Callable[[Sequence[str]], np.ndarray]:
