@@ -124,6 +124,20 @@ def test_arrays_are_scaled_as_files_are(tmp_path, array, expected):
     assert found.shape[3] == (3 if array.shape[1] == 3 else 1)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_that_come_first_are_put_last_and_said(tmp_path, caplog, channels):
+    caplog.set_level("INFO", "fedunlearn")
+    own, labels = images(14, 8, 6, channels), np.arange(14) % 2
+    found = []
+    for name, array in (("first", own.transpose(0, 3, 1, 2)), ("last", own)):
+        caplog.clear()
+        np.savez(tmp_path / f"{name}.npz", images=array, labels=labels)
+        found.append(decoded("npz", tmp_path / f"{name}.npz", tmp_path).train.images)
+        said = f"first.npz: images of shape [14, {channels}, 8, 6] have their channels first, and are taken for 8 x 6"
+        assert (f"{said} pixels of {channels} channels" in caplog.text) == (name == "first")
+    assert (found[0] == found[1]).all()
+
+
 GOOD = {"images": images(14, 8, 8), "labels": np.arange(14) % 2}
 
 
@@ -133,6 +147,11 @@ GOOD = {"images": images(14, 8, 8), "labels": np.arange(14) % 2}
         ({"images": np.full((14, 8, 8), -3.0)}, r"values -3\.\.-3 are not in 0\.\.1; data\.window="),
         ({"images": GOOD["images"][:13]}, "has 13 images and 14 labels"),
         ({"images": GOOD["images"][0]}, r"images of shape \[8, 8\]"),
+        (
+            {"images": np.zeros((14, 4, 8, 8))},
+            r"shape \[14, 4, 8, 8\]: .*\[N, channels, H, W\].*; of RGBA, keep images",
+        ),
+        ({"images": np.zeros((14, 8, 8, 8))}, r"shape \[14, 8, 8, 8\]: .* of 1 or 3 channels can be read$"),
         ({"labels": np.array([{}] * 14)}, r"no readable .npz file.*dtype=str"),
         ({"labels": np.arange(14) / 3}, "no whole numbers"),
         ({"clients": np.arange(13)}, "clients of shape"),

@@ -35,6 +35,9 @@ MEDMNIST = {
 }
 """The classes of MedMNIST's sets of images with one label each (Yang et al., 2023): its files do not name them."""
 
+CHANNELS = (1, 3)
+"""That an image may have."""
+
 log = logging.getLogger("fedunlearn")
 
 
@@ -127,18 +130,23 @@ def _of(arrays: Mapping[str, np.ndarray], name: str, file: Path) -> np.ndarray:
 def pixels(images: np.ndarray, file: Path, window: Window = ()) -> np.ndarray:
     """Give images as uint8 [N, H, W, channels], whether their channels come first, last, or not at all.
 
+    Where only the second axis can be channels, they come first, and the log says so.
+
     Raises:
         UserError: they are volumes, have other numbers of channels, or values outside the range.
     """
     shape = list(images.shape)
     if images.ndim == 3:
         images = images[..., None]
-    elif images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
+    elif images.ndim == 4 and shape[3] not in CHANNELS and shape[1] in CHANNELS:
         images = images.transpose(0, 2, 3, 1)
-    if images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(
-            f"{printable(str(file))} has images of shape {shape}: [N, H, W] or [N, H, W, 1 or 3] can be read"
-        )
+        said = "%s: images of shape %s have their channels first, and are taken for %d x %d pixels of %d channels"
+        log.info(said, printable(file.name), shape, *images.shape[1:])
+    if images.ndim != 4 or images.shape[3] not in CHANNELS:
+        can = "[N, H, W], [N, H, W, channels] and [N, channels, H, W] of 1 or 3 channels can be read"
+        has_alpha = images.ndim == 4 and 4 in (shape[1], shape[3])
+        hint = "; of RGBA, keep images[..., :3] or images[:, :3]" if has_alpha else ""
+        raise UserError(f"{printable(str(file))} has images of shape {shape}: {can}{hint}")
     try:
         return scaled(images, window)
     except OutOfRangeError as error:
