@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import tarfile
 import zipfile
 from datetime import UTC, datetime
@@ -556,14 +557,61 @@ def test_what_is_beside_classes_is_passed_over_and_said(tmp_path, caplog):
     assert f"passed over in {root}: 1 .txt, 1 __MACOSX, 1 hidden" in caplog.text
 
 
-def test_an_empty_class_and_another_class_in_the_test_split_are_named(tmp_path):
+def test_an_empty_class_folder_is_said_and_passed_over(tmp_path, caplog):
     root = classes_of(tmp_path / "root", "a", "b")
     (root / "apple").mkdir()
-    with pytest.raises(UserError, match=r"no folder of one subfolder of images a class \(no image in apple\)"):
+    assert load(root, tmp_path).class_names == ["a", "b"]
+    assert f"passed over in {root}: no image in apple" in caplog.text
+    for name in "ab":
+        shutil.rmtree(root / name)
+        (root / name).mkdir()
+    with pytest.raises(UserError, match=r"no folder of one subfolder of images a class \(no image in a, apple, b\)"):
         load(root, tmp_path)
+
+
+def test_a_class_may_lack_test_images_where_its_folder_says_so(tmp_path, caplog):
+    root = classes_of(tmp_path / "root", "train/a", "train/b", "train/c", "test/a", "test/b")
+    (root / "test" / "c").mkdir()
+    (root / "train" / "d").mkdir()
+    data = load(root, tmp_path)
+    assert (data.class_names, sorted({*data.test.labels.tolist()})) == (["a", "b", "c"], [0, 1])
+    assert "test: no image in c" in caplog.text
+
+
+def test_another_class_in_the_test_split_is_named(tmp_path):
     other = classes_of(tmp_path / "other", "train/a", "train/b", "test/a", "test/c")
     with pytest.raises(UserError, match="train and test have different classes: b"):
         load(other, tmp_path)
+    (other / "test" / "b").mkdir()
+    (other / "train" / "c").mkdir()  # so that nobody could learn it
+    with pytest.raises(UserError, match="train and test have different classes: c"):
+        load(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "where"), [(("train", "test"), "train/CLASS"), (("Training", "val"), "Training/CLASS")]
+)
+def test_images_directly_in_splits_are_told_where_they_belong(tmp_path, names, where):
+    root = classes_of(tmp_path / "root", *names)
+    with pytest.raises(UserError, match=rf"{names[0]} is no folder .* \(6 images lie directly in it: {where}/image"):
+        load(root, tmp_path)
+
+
+def test_images_without_a_class_folder_are_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="fedunlearn")
+    root = classes_of(tmp_path / "flat", "images")
+    with pytest.raises(UserError, match=r"\(6 images lie directly in it: CLASS/image is read\)"):
+        load(root / "images", tmp_path)
+    beside = classes_of(tmp_path / "beside", "a", "b")
+    shutil.copy(next((beside / "a").iterdir()), beside / "x.png")
+    assert len(load(beside, tmp_path).train.labels) == 10
+    assert "1 image in no folder of a class" in caplog.text
+
+
+def test_a_folder_that_may_be_a_split_is_said_to_be_a_class(tmp_path, caplog):
+    root = classes_of(tmp_path / "root", "Train", "Dog")
+    assert load(root, tmp_path).class_names == ["Dog", "Train"]
+    assert "Train is taken for a class called Train" in caplog.text
 
 
 def test_class_names_of_any_kind_survive_the_store(tmp_path):

@@ -1,7 +1,9 @@
 """Images whose owners are known: trees and tables, a part of the copy for each client, names in settings."""
 
+import logging
 import os
 import shutil
+from itertools import product
 
 import numpy as np
 import pytest
@@ -86,6 +88,20 @@ def test_test_images_may_be_nobodys_or_a_clients(tmp_path):
     assert data.test.labels[:].tolist() == [0, 1]
     assert data.parts[1].files("test") == ["test/b/no/0.png"]
     assert data.parts[-1].files("test") == ["test/yes/0.png"]
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_images_for_validation_are_held_out_or_left_out(tmp_path, caplog, has_test):
+    caplog.set_level(logging.INFO, "fedunlearn")
+    tree = hospitals(tmp_path / "tree", below="train", each=7)
+    for client, label in product(HOSPITALS, ("no", "yes")):
+        picture(tree / "val" / client / label / "0.png", 900)
+    if has_test:
+        picture(tree / "test" / "no" / "0.png", 901)
+    data = opened(tree)
+    assert [len(own) for own in data.slices] == [14] * 3
+    assert len(data.test.labels) == (1 if has_test else 6)
+    assert (f"left out of {tree}: val" in caplog.text) == has_test
 
 
 def test_clients_may_miss_a_class_have_one_image_or_none(tmp_path):

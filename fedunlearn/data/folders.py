@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,10 @@ from fedunlearn.data.images import OF_SYSTEMS, class_name, find_images
 from fedunlearn.data.separated import NoTableError, read_rows
 from fedunlearn.errors import UserError, printable
 
-SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"))
+VALIDATION = frozenset(("val", "valid", "validation", "dev", "eval"))
+"""Names of folders of images for validation."""
+
+SPLITS = frozenset(("train", "training", "test", "testing", *VALIDATION))
 """Names of folders that say what images are for, and not what is on them."""
 
 COLUMNS = ("path", "client", "class", "split", "patient")
@@ -27,6 +31,9 @@ LISTED = 10
 
 KINDS = ("folders", "file", "nodes")
 """Partitions in which somebody says who owns an image."""
+
+
+log = logging.getLogger("fedunlearn")
 
 
 class Listed(NamedTuple):
@@ -99,7 +106,8 @@ def of_folders(root: Path) -> Owned:
     """List the images of a tree root/client/class/image.
 
     With root/train/client/class/image there may be root/test/class/image, which are nobody's, and
-    root/test/client/class/image. Without a folder `test`, every sixth image of a client and class is held out.
+    root/test/client/class/image. Without a folder `test` one for validation is taken, which is left out else. Without
+    either, every sixth image of a client and class is held out.
 
     Args:
         root: the folder.
@@ -110,14 +118,17 @@ def of_folders(root: Path) -> Owned:
     found = find_images(root)
     is_split = (root / "train").is_dir()
     base = root / "train" if is_split else root
+    held_out = _held_out_folder(root) if is_split else ""
     _check_form(root, base)
     clients: dict[str, list[Listed]] = {class_name(name): [] for name in subfolders(base)}
     by_class: dict[tuple[str, str], list[Listed]] = defaultdict(list)
     common: list[Listed] = []
     for file in found.files:
         split, *parts = file.parts if is_split else ("train", *file.parts)
+        if is_split and split.casefold() in VALIDATION and split != held_out:
+            continue
         names = [class_name(part) for part in parts[:-1]]
-        is_test = split == "test"
+        is_test = split == held_out
         if is_test and len(names) == 1:
             common.append(Listed(str(file), names[0], is_test=True))
             continue
@@ -127,7 +138,7 @@ def of_folders(root: Path) -> Owned:
                 "root/client/class/image (without owners root/class/image, and partition.kind=dirichlet)"
             )
         by_class[names[0], names[1]].append(Listed(str(file), names[1], is_test))
-    if not (is_split and (root / "test").is_dir()):
+    if not held_out:
         by_class = {owner: _held_out(images) for owner, images in by_class.items()}
     for (client, _), images in sorted(by_class.items()):
         if client not in clients:
@@ -176,9 +187,20 @@ def _of_split(root: Path, folder: Path, split: str) -> tuple[list[Listed], Mappi
     return sorted(images, key=lambda image: (image.label, image.file)), found.passed_over
 
 
+def _held_out_folder(root: Path) -> str:
+    """Name the folder of held-out images beside train/, if there is one; say where validation images are left out."""
+    validation = [name for name in subfolders(root) if name.casefold() in VALIDATION]
+    if (root / "test").is_dir():
+        if validation:
+            log.info("left out of %s: %s", _shown(root), _listed(validation))
+        return "test"
+    return validation[0] if validation else ""
+
+
 def _check_form(root: Path, base: Path) -> None:
     """Raise UserError where folders are named like splits, or a class folder holds only folders."""
-    if base != root and (others := sorted(set(subfolders(root)) - {"train", "test"})):
+    others = sorted(name for name in set(subfolders(root)) - {"train", "test"} if name.casefold() not in VALIDATION)
+    if base != root and others:
         raise UserError(
             f"{_shown(root)} has {_listed(others)} beside train/ and test/: move it away, or into one of them"
         )
