@@ -470,7 +470,17 @@ def test_a_number_that_makes_its_column_one_of_categories_is_named(tmp_path, cap
         (
             "\n".join(["id,outcome", *(f"p{i},{i % 2}" for i in range(200))]),
             Choices(label="outcome"),
-            r"column id has 200 different texts.*data\.columns",
+            r"column id has 200 different texts, which are no categories: data\.columns=",
+        ),
+        (
+            "\n".join(["lab,outcome", "<5,1", *(f"{i / 7:.3f},{i % 2}" for i in range(200))]),
+            Choices(label="outcome"),
+            r"column lab has 201 different texts.*: <5 in it is no number that fp32 holds; write a number, or leave",
+        ),
+        (
+            "\n".join(["lab,outcome", *(f'"{i},5",{i % 2}' for i in range(200))]),
+            Choices(label="outcome"),
+            "column lab has 200 different texts.*: 0,5 in it is no number",
         ),
     ],
 )

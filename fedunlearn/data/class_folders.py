@@ -129,11 +129,9 @@ def _by_class(folder: Path, split: str, files: list[Path]) -> dict[str, list[str
             found.setdefault(class_name(file.parts[depth]), []).append(str(root / file))
     empty = sorted(name for name in map(class_name, subfolders(folder)) if name not in found)
     if not found:
-        reason = (
-            f"{len(own)} images lie directly in it: {split + '/' * bool(split)}CLASS/image is read"
-            if own
-            else (f"no image in {printable(', '.join(empty))}" if empty else "it has none with images")
-        )
+        form = f"{split}/CLASS/image" if split else "CLASS/image"
+        why = f"no image in {printable(', '.join(empty))}" if empty else "it has none with images"
+        reason = f"{len(own)} images lie directly in it: {form} is read" if own else why
         raise UserError(
             f"data.root={printable(str(folder))} is no folder of one subfolder of images a class ({reason})"
         )

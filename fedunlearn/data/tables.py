@@ -181,14 +181,19 @@ def _encoder(name: str, values: Sequence[str]) -> Callable[[Sequence[str]], np.n
     if all(_is_number(value) for value in values):
         return lambda texts: np.array([[float(text)] for text in texts], np.float32)
     words = Counter(values)
-    if len(words) > MOST_WORDS:
-        raise UserError(
-            f"column {printable(name)} has {len(words)} different texts, which are no categories: data.columns=[...] "
-            "names the columns to learn from"
-        )
-    known = sorted(words)
+    odd = ""
     if 2 * sum(_is_number(word.replace(",", ".", 1)) for word in values) > len(values):
         odd = next(word for word in values if not _is_number(word))
+    if len(words) > MOST_WORDS:
+        texts = f"column {printable(name)} has {len(words)} different texts, which are no categories"
+        raise UserError(
+            f"{texts}: {printable(odd)} in it is no number that fp32 holds; write a number, or leave the column out "
+            "(data.columns=[...] names those to learn from)"
+            if odd
+            else f"{texts}: data.columns=[...] names the columns to learn from"
+        )
+    known = sorted(words)
+    if odd:
         log.warning(
             "column %s: %s is no number that fp32 holds, so its %d different values are categories, and no numbers",
             printable(name), printable(odd), len(words),
