@@ -57,6 +57,8 @@ def settled(
         if split["kind"] not in ("dirichlet", "file"):
             raise UserError(f"partition.file says who owns an image, and partition.kind={split['kind']} too: give one")
         split["kind"] = "file"
+    elif split.get("kind") == "file":
+        raise UserError("partition.kind=file reads a table of paths and clients: say partition.file=clients.csv")
     if split.get("names") and split.get("kind") not in OWNED:
         raise UserError("partition.names is for owners: partition.kind=folders, file, column or nodes")
     names = _kept(runs, values.get("run"), values.get("fork"))

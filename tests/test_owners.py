@@ -459,7 +459,7 @@ def test_owners_of_a_column_have_names_too(home, digits, tmp_path):
     assert (config.partition.names, config.forget.schedule) == (["x", "y"], {2: [1]})
     assert [len(own) for own in slices] == [10, 10]
     np.savez(file, images=images, labels=np.arange(24) % 2)
-    with pytest.raises(UserError, match=r"data\.name=npz does not say whose its images are"):
+    with pytest.raises(UserError, match=r"data\.name=npz does not say whose its images are; an array called clients"):
         compose(digits, f"data.name=npz data.root={file} partition.kind=column")
 
 
@@ -481,6 +481,11 @@ def test_without_owners_settings_are_written_as_they_were(home, digits):
     config = compose(digits, "clients=4")
     assert config.partition.model_dump() == {"kind": "dirichlet", "dirichlet_alpha": 0.6, "seed": 42}
     assert build.deal_of(config) == "b0f7752db622f977"
+
+
+def test_owners_of_a_file_need_the_file(home, digits, tmp_path):
+    with pytest.raises(UserError, match=r"partition\.kind=file reads a table .*: say partition\.file=clients\.csv"):
+        compose(digits, f"partition=file data.name=folder data.root={tmp_path}")
 
 
 def test_owners_of_folders_need_folders(home, digits):
