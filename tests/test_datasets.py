@@ -123,6 +123,29 @@ def test_changed_folder_is_decoded_again(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "file", "hint"),
+    [
+        ("folder", "x.npz", "is read as data.name=npz or data.name=medmnist, not as folder"),
+        ("folder", "x.csv", "is read as data.name=table, not as folder"),
+        ("folder", "x.xlsx", "save it as a CSV file, for data.name=table"),
+        ("table", "x.NPZ", "is read as data.name=npz or data.name=medmnist, not as table"),
+        ("npz", "x.parquet", "is read as data.name=hf or data.name=table, not as npz"),
+        ("npz", "x.npy", "save its arrays with numpy.savez"),
+        ("hf", "x.tar.gz", "is read as data.name=folder, not as hf"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["", "folders"])
+def test_a_file_of_another_data_set_is_named_before_it_is_read(tmp_path, name, file, hint, kind):
+    np.savez(tmp_path / "x.npz", images=np.zeros((12, 8, 8)), labels=np.arange(12) % 2)
+    (tmp_path / "x.npz").rename(tmp_path / file)
+    owners = datasets.Owners(kind if name == "folder" else "")
+    with pytest.raises(UserError, match=hint) as raised:
+        datasets.load(name, root=str(tmp_path / file), cache=tmp_path / "cache", owners=owners)
+    assert str(tmp_path / file) in str(raised.value)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda tree: None, "does not exist"),

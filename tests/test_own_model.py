@@ -48,6 +48,12 @@ def test_small_cnn_gives_four_times_its_width(norm):
     )
 
 
+def test_a_classifier_of_torchvision_warns_of_nothing(recwarn, monkeypatch):
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda weight, **about: weight)  # which takes seconds
+    assert of("torchvision:googlenet", (32, 32, 3), aux_logits=False).features == 1024
+    assert not [str(warning.message) for warning in recwarn]
+
+
 def test_a_classifier_of_torchvision_loses_its_last_layer_and_takes_the_images_channels():
     network = of("torchvision:mobilenet_v3_small", (32, 32, 1), width_mult=0.25)
     assert network.features == 256

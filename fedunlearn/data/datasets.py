@@ -38,6 +38,27 @@ NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz",
 OF_FILES = ("medmnist", "npz", "hf", "table")
 """Those whose `root` is a file, or a folder of such."""
 
+WHOSE = {
+    "npz": "an array called clients says it",
+    **dict.fromkeys(("hf", "table"), "data.client=COLUMN names the column that says it"),
+}
+"""What says who owns an example, in data sets that may say it."""
+
+READ_BY = {
+    ".npz": ("npz", "medmnist"),
+    **dict.fromkeys((".csv", ".tsv"), ("table",)),
+    **dict.fromkeys((".parquet", ".pq"), ("hf", "table")),
+    ".arrow": ("hf",),
+    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2"), ("folder",)),
+}
+"""Data sets that a file of such an ending may be."""
+
+SAVED_AS = {
+    ".npy": "save its arrays with numpy.savez, as a file for data.name=npz",
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as a CSV file, for data.name=table"),
+}
+"""What becomes of files that no data set reads."""
+
 log = logging.getLogger("fedunlearn")
 
 
@@ -170,7 +191,7 @@ def source_of(
     if owners.kind in KINDS:
         if name != "folder":
             raise UserError(f"partition.kind={owners.kind} is for image files: data.name=folder, not {name}")
-        source = _unpacked(_existing(root), cache, owners.file)
+        source = _unpacked(_existing(root, name), cache, owners.file)
         options = [image_size, limit, test_limit, *choices.key]
         found = owned(source, owners.kind, owners.file, owners.here, removed_from(source, cache))
         store = cache / f"owners-{digest_of([str(source), owners.kind, owners.file, *options])[:16]}"
@@ -178,11 +199,11 @@ def source_of(
         decoded = OwnedSource(store, found, names, reading, limit, test_limit, choices.skip_bad, owners.classes)
         return replace(decoded, clients=revealed(names, [*found.images, *decoded.removed()]))
     if name == "folder":
-        source = entered(_unpacked(_existing(root), cache))
+        source = entered(_unpacked(_existing(root, name), cache))
         key = folder_key(source, image_size, [*listing_of(source), *choices.key])
         decode = partial(_decode_folder, source, image_size, limit, test_limit, choices)
     elif name in OF_FILES:
-        source = _existing(root)
+        source = _existing(root, name)
         key = folder_key(source, image_size, [*listing_of(source, all_files=True), *choices.key])
         decode = partial(_decode_file, name, source, choices, image_size, limit, test_limit)
     elif name == "random":
@@ -218,7 +239,8 @@ def clients_of(name: str, *, owners: Owners, **options: Any) -> list[str]:
         return list(source.clients)
     if clients := load(name, owners=of_all, **options).clients:
         return clients
-    raise UserError(f"partition.kind={owners.kind}: data.name={name} does not say whose its images are")
+    way = WHOSE.get(name, "partition.kind=folders and partition.file say it of image files, data.name=folder")
+    raise UserError(f"partition.kind={owners.kind}: data.name={name} does not say whose its images are; {way}")
 
 
 def classes_here(name: str, **options: Any) -> list[str]:
@@ -295,12 +317,22 @@ def _read_images(samples: list[tuple[str, int]], limit: int, reader: ImageReader
     return Split(images, labels[positions]), [samples[position][0] for position in positions]
 
 
-def _existing(root: str) -> Path:
+def _existing(root: str, name: str) -> Path:
+    """Give the path of a data set.
+
+    Raises:
+        UserError: it is not absolute, nothing is there, or its ending says that it is another data set.
+    """
     path = Path(root).expanduser()
     if not root or not path.is_absolute():
         raise UserError(f"data.root={root!r} is no absolute path: Flower runs apps from a folder of its own")
     if not path.exists():
         raise UserError(f"data.root={printable(str(path))} does not exist")
+    ending, where = path.suffix.lower(), f"data.root={printable(str(path))}"
+    if path.is_file() and ending in SAVED_AS:
+        raise UserError(f"{where} is not read as data.name={name}: {SAVED_AS[ending]}")
+    if path.is_file() and name not in READ_BY.get(ending, (name,)):
+        raise UserError(f"{where} is read as data.name={' or data.name='.join(READ_BY[ending])}, not as {name}")
     return path
 
 

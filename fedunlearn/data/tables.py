@@ -128,15 +128,19 @@ def _text(value: Any) -> str:
 
 
 def _is_of_numbers(name: str, values: Sequence[str]) -> bool:
-    """Say whether a column has numbers and else only words for a missing one; the log names such words elsewhere."""
+    """Say whether a column is one of numbers, as far as it has values; the log names words for none in another one."""
     words = {value for value in values if _is_word_for_missing(value)}
-    others = {value for value in values if value} - words
-    if others and all(map(_is_number, others)):
+    if _are_mostly_numbers([value for value in values if value and value not in words]):
         return True
     if words:
         shown = printable(", ".join(sorted(words)))
-        log.warning("column %s has no numbers only: %s in it are texts, not missing values", printable(name), shown)
+        log.warning("column %s is none of numbers: %s in it are texts, not missing values", printable(name), shown)
     return False
+
+
+def _are_mostly_numbers(values: Sequence[str]) -> bool:
+    """Say whether most texts are numbers; a comma may be their point."""
+    return 2 * sum(_is_number(value.replace(",", ".", 1)) for value in values) > len(values)
 
 
 def _without_missing(file: Path, columns: Columns, numbers: Collection[str], skip_bad: bool) -> Columns:
@@ -181,9 +185,7 @@ def _encoder(name: str, values: Sequence[str]) -> Callable[[Sequence[str]], np.n
     if all(_is_number(value) for value in values):
         return lambda texts: np.array([[float(text)] for text in texts], np.float32)
     words = Counter(values)
-    odd = ""
-    if 2 * sum(_is_number(word.replace(",", ".", 1)) for word in values) > len(values):
-        odd = next(word for word in values if not _is_number(word))
+    odd = next(word for word in values if not _is_number(word)) if _are_mostly_numbers(values) else ""
     if len(words) > MOST_WORDS:
         texts = f"column {printable(name)} has {len(words)} different texts, which are no categories"
         raise UserError(

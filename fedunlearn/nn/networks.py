@@ -21,6 +21,9 @@ from fedunlearn.nn.model import MeanOverPositions, first_of, normalisation
 SHORT = {"mlp": "fedunlearn.nn.mlp:mlp"}
 """Factories that belong here, by name: `mlp` is for tables."""
 
+DRAWN_BY_OLD_RULES = ("googlenet", "inception_v3")
+"""Networks of torchvision that warn of their default initial weights unless somebody asks for these."""
+
 
 class Network(NamedTuple):
     """A network, and what was found when it first ran.
@@ -141,8 +144,10 @@ def _of_torchvision(name: str, given: dict[str, Any], options: dict[str, Any]) -
 
     if name not in _torchvision_names():
         raise UserError(f"torchvision has no classifier of that name{_nearest(name, _torchvision_names())}")
-    size = {"image_size": given["image_size"]} if name.startswith("vit_") else {}
-    network = _called(lambda **all_: models.get_model(name, **all_), {"weights": None, **size, **options})
+    own: dict[str, Any] = {"image_size": given["image_size"]} if name.startswith("vit_") else {}
+    if name in DRAWN_BY_OLD_RULES:
+        own["init_weights"] = True
+    network = _called(lambda **all_: models.get_model(name, **all_), {"weights": None, **own, **options})
     layers = [(place, layer) for place, layer in network.named_modules() if [*layer.parameters(recurse=False)]]
     if isinstance(layers[-1][1], nn.Linear):
         network.set_submodule(layers[-1][0], nn.Identity())
