@@ -162,7 +162,8 @@ def forget(
         typer.Argument(metavar="[SETTING=VALUE]...", help="Of this request: strategy=..., unlearn.NAME=..."),
     ] = None,
     client: Annotated[
-        list[str] | None, typer.Option(help="A client to forget, by name or number; several make one request.")
+        list[str] | None,
+        typer.Option(help="A client to forget, by name, or by number where no name is one; several make one request."),
     ] = None,
     class_: Annotated[
         list[str] | None, typer.Option("--class", help="Images of this class alone; of all clients without --client.")

@@ -107,7 +107,7 @@ class Partition(Settings):
     )
     keys: dict[int, str] = Field(
         default_factory=dict,
-        description="for nodes: client, by number or name -> id of its SuperNode's key (`fedunlearn keys id`); then a "
+        description="for nodes: client, as in readmit -> id of its SuperNode's key (`fedunlearn keys id`); then a "
         "node is who its key says, and nobody else is asked",
     )
     dirichlet_alpha: float = Field(
@@ -246,7 +246,7 @@ class Forget(Settings):
     signed: bool = Field(default=False, description="whether only a request counts that its clients' key has signed")
     keys: dict[int, str] = Field(
         default_factory=dict,
-        description="client, by number or name -> id of its key, as `fedunlearn keys new` says; of other clients "
+        description="client, as in readmit -> id of its key, as `fedunlearn keys new` says; of other clients "
         "partition.keys counts",
     )
     due_months: int = Field(
@@ -337,8 +337,8 @@ class Config(Settings):
     )
     readmit: list[int] = Field(
         default=[],
-        description="clients, by number or name, that train in a new run though another run of the state folder forgot "
-        "them for good",
+        description="clients, by name, or by number where no name is one, that train in a new run though another run "
+        "of the state folder forgot them for good",
     )
     data: Data = Data()
     partition: Partition = Partition()

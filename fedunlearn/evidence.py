@@ -144,7 +144,7 @@ def id_(file: Annotated[Path, typer.Argument(help="A key, public or private.")])
 def ask(
     file: Annotated[Path, typer.Argument(help="Where the signed request is written.")],
     client: Annotated[
-        list[str], typer.Option(help="Whom it is about, by number, as 3 or 3,5; may be given several times.")
+        list[str], typer.Option(help="Whom it is about, by number in the run, as 3 or 3,5; may be given several times.")
     ],
     key: KeyFile,
     run_key: Annotated[str, typer.Option(help="Id of the run's key, as `fedunlearn verify` prints it.")],

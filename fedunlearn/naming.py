@@ -7,11 +7,13 @@ from numbers import Integral
 from typing import Any
 from unicodedata import normalize
 
-from fedunlearn.data.selection import Portion
+from fedunlearn.data.selection import Portion, has_numbers
 from fedunlearn.errors import UserError, printable
 
 MOST_NAMED = 4
 """Clients in a sentence."""
+MOST_LISTED = 10
+"""Clients in a list of those that there are."""
 
 
 class PortionName(str):
@@ -163,7 +165,7 @@ def listed(values: Any) -> list[Any]:
 def numbers_of(texts: Iterable[str], names: Sequence[str] = ()) -> list[int]:
     """Read the clients that somebody typed: a name, a number, or several with commas between them.
 
-    Where clients have names, a text that is one of them is that client, also if it looks like a number.
+    A number is a client's place among all clients, from 0. Where any client's name is a number, it is a name alone.
 
     Raises:
         UserError: a text is neither, with the nearest name.
@@ -180,21 +182,25 @@ def number_of(text: str, names: Sequence[str] = ()) -> int:
     """Read one client that somebody typed.
 
     Raises:
-        UserError: it is neither a name nor a number.
+        UserError: it is no name; and no number either, or a name of some client is one.
 
     Example:
-        >>> number_of("3", ["7", "3"]), number_of("3")
-        (1, 3)
+        >>> number_of("3", ["7", "3"]), number_of("3"), number_of("1", ["hospital_a", "hospital_b"])
+        (1, 3, 1)
     """
     if (place := _place(text, names)) >= 0:
         return place
-    if re.fullmatch(r"\s*-?\d{1,9}\s*", text):
+    is_place = re.fullmatch(r"\s*-?\d{1,9}\s*", text)
+    if is_place and not has_numbers(names):
         return int(text)
     if not names:
         raise UserError(f"client {text[:20]!r} is not a whole number of at most 9 digits")
     near = difflib.get_close_matches(text, names, 1, 0.5)
-    known = ", ".join(name_of(client, names) for client in range(min(len(names), 10)))
-    hint = f"did you mean {printable(near[0])}?" if near else f"there are {known}{', ...' if len(names) > 10 else ''}"
+    known = ", ".join(name_of(client, names) for client in range(min(len(names), MOST_LISTED)))
+    all_names = f"there are {known}{', ...' if len(names) > MOST_LISTED else ''}"
+    hint = f"did you mean {printable(near[0])}?" if near else all_names
+    if is_place:
+        hint = f"as names are numbers here, a number is a name; {all_names}"
     raise UserError(f"no client is called {printable(text[:60])!r}: {hint}")
 
 
@@ -230,7 +236,7 @@ def composed(text: str) -> str:
 
 
 def _class_number(text: str, names: Sequence[str]) -> int:
-    are_numbers = any(name.isdecimal() for name in names)
+    are_numbers = has_numbers(names)
     if text.isdecimal() and len(text) < 10 and int(text) < len(names) and not are_numbers:
         return int(text)
     near = [] if text.isdecimal() else difflib.get_close_matches(text, names, 1)

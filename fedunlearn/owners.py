@@ -116,6 +116,10 @@ def _numbers(clients: Any, names: Sequence[str]) -> Any:
 
 
 def _number(client: Any, names: Sequence[str]) -> Any:
-    """Give a client's number; what was no text and no number is left to whoever checks types."""
+    """Give a client's number; what was no text and no number is left to whoever checks types.
+
+    A number in a file of settings is what it is among words: a name, where clients are called by numbers.
+    """
+    client = str(client) if names and type(client) is int else client
     is_text = isinstance(client, str) and (names or re.fullmatch(r"-?\d{1,9}", client))
     return number_of(client, names) if is_text else client

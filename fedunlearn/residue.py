@@ -10,7 +10,10 @@ from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened
 from fedunlearn.config import check_clients
 from fedunlearn.log import set_up
 
-Clients = Annotated[list[str] | None, typer.Option("--client", help="A client by name or number; several as 3,5.")]
+Clients = Annotated[
+    list[str] | None,
+    typer.Option("--client", help="A client by name, or by number where no name is one; several as 3,5."),
+]
 
 
 @in_one_line

@@ -431,7 +431,7 @@ def test_nothing_is_filed_of_what_is_not_right_and_it_is_said_once(three, warnin
         "it was signed for another run",
         "its key is not that of client hospital_b",
         "it has expired on 2026-01-01",
-        "what was signed is to cancel r1 clients [1]",
+        "what was signed is to cancel r1 clients [hospital_b]",
         "it is no list of signed requests",
     ):
         assert warnings().count(reason) == 1, reason

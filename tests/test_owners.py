@@ -15,7 +15,7 @@ from fedunlearn.data.datasets import Choices, Owners, load, source_of
 from fedunlearn.data.folders import of_folders, of_table
 from fedunlearn.data.joined import Joined
 from fedunlearn.errors import UserError
-from fedunlearn.naming import named, numbers_of
+from fedunlearn.naming import class_numbers, named, numbers_of
 from fedunlearn.owners import named_settings
 from fedunlearn.words import split_words
 
@@ -522,7 +522,7 @@ def test_names_win_where_clients_have_names():
     names = ["3", "hospital_b", "Smith, John", "e\u0301cole", "0"]
     assert numbers_of(["3"], names) == [0]
     assert numbers_of(["0"], names) == [4]
-    assert numbers_of(["1"], names) == [1]
+    assert numbers_of(["1"], names[1:4]) == [1]
     assert numbers_of(["Smith, John", "3,hospital_b"], names) == [2, 0, 1]
     assert numbers_of(["\u00e9cole"], names) == [3]
     with pytest.raises(UserError, match=r"no client is called 'hospital': did you mean hospital_b\?"):
@@ -531,6 +531,39 @@ def test_names_win_where_clients_have_names():
         numbers_of(["xyz"], names)
     assert named([0, 2], names) == "clients 3 and 'Smith, John'"
     assert named([1], ["a", "b\x1b[8m"]) == "client 'b\\x1b[8m'"
+
+
+@pytest.mark.parametrize("name", ["1", "007", "-4", "1.0", "\uff12"])
+def test_where_a_name_is_a_number_a_number_is_a_name_and_no_place(name):
+    names = ["a", name, "b"]
+    assert numbers_of([name, "b"], names) == [1, 2]
+    for text in ("0", "2", "-1", "b,0"):
+        with pytest.raises(UserError, match=f"a number is a name; there are a, {name}, b$"):
+            numbers_of([text], names)
+    assert class_numbers([name], names) == [1]
+    with pytest.raises(UserError, match=f"class '0' is not one of a, {name}, b$"):
+        class_numbers(["0"], names)
+
+
+def test_names_with_digits_are_no_numbers():
+    names = ["hospital_1", "2nd", "695e0514", "nan"]
+    assert (numbers_of(["2", "0"], names), class_numbers(["3"], names)) == ([2, 0], [3])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "forget.schedule={3:[0]}",
+        "forget={schedule:{3:[0]}}",
+        "readmit=[0]",
+        "partition.names=[0,b]",
+        f"forget.keys={{0:{'0' * 64}}}",
+    ],
+)
+def test_no_setting_takes_a_place_for_a_name_that_is_a_number(home, digits, tree, words):
+    os.rename(tree / "a", tree / "007")
+    with pytest.raises(UserError, match=r"no client is called '0'.* there are 007, b, c"):
+        settings(digits, tree, words)
 
 
 def test_names_that_no_ledger_can_keep_are_refused(home, digits, tree):

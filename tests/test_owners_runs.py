@@ -1,17 +1,23 @@
 """Runs of clients with names: what people type and read, what changes of images do, and what is removed."""
 
 import json
+import os
+import re
 import shutil
 
 import pytest
 
 from command_line import command
+from fedunlearn.apps.serve.ask import Asked, outlook
 from fedunlearn.build import open_dataset
+from fedunlearn.composing import compose
 from fedunlearn.config import from_json
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
+from fedunlearn.live.auditing import by_names, plan_of, settings_of
 from fedunlearn.live.starting import open_run
+from fedunlearn.live.words import words_of
 from fedunlearn.runs import scan
 from fedunlearn.runs.receipts import FOLDER, write
 from fedunlearn.runs.verifying import verified
@@ -95,7 +101,7 @@ def test_the_receipt_has_name_and_number_and_nobody_elses(federate, hosted, caps
     assert "<1>" not in report
 
 
-def test_a_name_that_looks_like_a_number_wins_over_the_number(federate, hosted, capsys):
+def test_where_a_name_is_a_number_nobody_is_asked_for_by_place(federate, hosted, capsys):
     hosted("forget.schedule={1:[3]}")
     assert federate.requests()[0].clients == [NUMBERS["3"]]
     capsys.readouterr()
@@ -104,6 +110,28 @@ def test_a_name_that_looks_like_a_number_wins_over_the_number(federate, hosted, 
     assert command("forget", "--client", "amt", "--run", "test") == 2
     assert "no client is called 'amt': did you mean amt <1>?" in capsys.readouterr().err
     assert open_run("test").request([3]).requests()[0].clients == [NUMBERS["3"]]
+    unknown = (
+        "no client is called '1': as names are numbers here, a number is a name; there are 3, 'amt <1>', b, 'c, d'"
+    )
+    for name in ("forget", "scan", "purge"):
+        assert command(name, "--client", "1", "--run", "test") == 2
+        assert unknown in capsys.readouterr().err
+    for ask in (federate.run().request, open_run("test").request):
+        with pytest.raises(UserError, match=re.escape(unknown)):
+            ask([1])
+    with pytest.raises(UserError, match=re.escape(unknown)):
+        outlook(federate.run(), Asked(clients="1"))
+
+
+def test_an_audit_leaves_out_whom_the_run_has_forgotten_also_where_names_are_numbers(federate, hosted, tree, digits):
+    for old, new in (("b", "1"), ("c, d", "2\\")):
+        os.rename(tree / old, tree / new)
+    hosted("forget.schedule={1:[1]} forget.purge=never")
+    run = federate.run()
+    plan = plan_of(run, [run.config.partition.names.index("1")], 1)
+    again = compose(digits, words_of(by_names(settings_of(plan)) | {"home": str(federate.home)}))
+    assert again.forget.schedule == plan.forget.schedule
+    assert again.partition == plan.partition
 
 
 def test_a_client_that_comes_later_changes_no_run(federate, hosted, tree):

@@ -101,7 +101,7 @@ def ask(
     Raises:
         TimeoutError: the run has not applied the request, or does not let go; it stays filed.
     """
-    handle = found.request(clients, by=by, right=right, signed=signed, how=how, selection=selection)
+    handle = found.file(clients, by=by, right=right, signed=signed, how=how, selection=selection)
     with stopped_by_signals(filed):
         see_to(found, handle, resources, wait=wait, limit=limit, verbose=verbose)
     return handle.requests()

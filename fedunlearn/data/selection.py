@@ -1,5 +1,6 @@
 """Select some of a client's images: by class, by patient, one by one."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from posixpath import normpath
@@ -99,7 +100,7 @@ class Selection:
             class_names: of the data set, where they are known.
         """
         names = {k: printable(class_names[k]) for k in self.classes if k < len(class_names)}
-        if not any(name.isdecimal() for name in class_names):
+        if not has_numbers(class_names):
             names = {k: f"{k} ({name})" for k, name in names.items()}
         classes = [names.get(k, str(k)) for k in self.classes]
         patients = list(map(printable, self.patients))
@@ -148,6 +149,23 @@ def image_name(path: str) -> str:
         ('a/1.png', 'b/2.png', '17')
     """
     return class_name(normpath(path.replace("\\", "/")))
+
+
+def has_numbers(names: Sequence[str]) -> bool:
+    """Say whether a name is a number: then a number that somebody types is a name, and never a place in the list.
+
+    Example:
+        >>> has_numbers(["a", "007"]), has_numbers(["hospital_1", "2nd", "1e999"])
+        (True, False)
+    """
+    return any(map(_is_number, names))
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(normalize("NFKC", name)))
+    except ValueError:
+        return False
 
 
 def _among(names: Sequence[str], wanted: Collection[str]) -> np.ndarray:

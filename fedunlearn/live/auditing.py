@@ -145,7 +145,7 @@ def train(handle: LiveRun, plan: Config, title: str) -> None:
     process = None
     if handle.state not in BUSY:
         app = "digits" if plan.scale == "auto" else "cifar10"  # all settings are named: an app says which scales it has
-        words = words_of(settings_of(plan) | {"run": handle.name, "home": handle.home})
+        words = words_of(by_names(settings_of(plan)) | {"run": handle.name, "home": handle.home})
         process = Background.started(["run", app, *words, *options_of(handle.resources)], handle.log)
     followed(
         lambda: process.is_working if process else handle.state in BUSY,
@@ -162,6 +162,20 @@ def settings_of(plan: Config) -> dict[str, Any]:
     return plan.model_dump(
         exclude={"run", "home", "fork", *OPERATIONAL} | ({"scale"} if plan.scale == "auto" else set())
     )
+
+
+def by_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Give settings with clients called as people call them, who may have names that are numbers.
+
+    Args:
+        values: settings as a run keeps them, where clients are numbers.
+    """
+    names = values["partition"].get("names")
+    if not names:
+        return values
+    schedule = {round_: [names[c] for c in clients] for round_, clients in values["forget"]["schedule"].items()}
+    readmit = [names[client] for client in values["readmit"]]
+    return values | {"forget": values["forget"] | {"schedule": schedule}, "readmit": readmit}
 
 
 def compared(ours: Run, retrained: Sequence[Run], forgotten: Sequence[int]) -> Audit:

@@ -247,9 +247,9 @@ class LiveRun:
         of its own applies it now.
 
         Args:
-            clients: their numbers, or names where they have some; one alone needs no list. With one of the next three,
-                none means all clients that have such images.
-            classes: images of these classes alone, by name or number.
+            clients: their numbers, or names where they have some; a number is a name where any client has one for a
+                name. One alone needs no list. With one of the next three, none means all clients that have such images.
+            classes: images of these classes alone, by name or number, as for clients.
             patients: images of these patients alone.
             examples: names of the images that alone are meant, or a file with one a line.
             by: who asks; the receipt says it.
@@ -291,9 +291,7 @@ class LiveRun:
             UserError: there is no such client, or the run has no sound checkpoint to forget from.
         """
         found = Run.opened(self.folder)
-        return found.request(
-            map(str, listed(clients)), by=by, right=right
-        )  # as in a command, a name wins over a number
+        return found.request(listed(clients), by=by, right=right)
 
     def receipts(self) -> "list[Receipt]":
         """Give the last receipt of every request that has ended."""

@@ -1,5 +1,6 @@
 """Settings as Python has them, as the words that a command takes."""
 
+import re
 from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from typing import Any
@@ -31,7 +32,7 @@ def words_of(settings: Mapping[str, Any], *, options: tuple[str, ...] = ()) -> l
         if name not in known and not name.startswith("unlearn."):
             raise UserError(f"{name} is no setting{nearest_of(name, [*known, *options])}")
     given = [(name, value) for name, value in pairs if value is not None or name.startswith("unlearn.")]
-    return [f"{name}={_text(value, quoted=name.startswith('unlearn.'))}" for name, value in given]
+    return [f"{name}={_text(value, name.startswith('unlearn.'), _escaped(name))}" for name, value in given]
 
 
 def options_for(about: Mapping[str, Any]) -> list[str]:
@@ -57,16 +58,21 @@ def _groups() -> set[str]:
     return {name.rpartition(".")[0] for name in setting_names(Config) if "." in name}
 
 
-def _text(value: Any, *, quoted: bool) -> str:
+def _escaped(name: str) -> str:
+    """Give the signs that a backslash is put before in a setting's texts; Hydra leaves others alone than we do."""
+    return "'" if name.startswith(("unlearn.", "model.options")) else r"'\\"
+
+
+def _text(value: Any, quoted: bool, escaped: str) -> str:
     """Write a value in Hydra's grammar; a text that Hydra could take for something else is quoted."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_text(below, quoted=True)}" for key, below in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_text(below, True, escaped)}" for key, below in value.items()) + "}"
     if isinstance(value, list | tuple | range):
-        return "[" + ",".join(_text(each, quoted=True) for each in value) + "]"
+        return "[" + ",".join(_text(each, True, escaped) for each in value) + "]"
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:
         return "null"
     if isinstance(value, str | PathLike) and quoted:
-        return "'" + fspath(value).replace("'", r"\'") + "'"
+        return "'" + re.sub(f"([{escaped}])", r"\\\1", fspath(value)) + "'"
     return str(value)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config, check_clients, stored
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
-from fedunlearn.naming import MOST_NAMED, listed, named, numbers_of, with_portions
+from fedunlearn.naming import MOST_NAMED, listed, name_of, named, numbers_of, with_portions
 from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.events import TamperedError
 from fedunlearn.runs.files import named_in_errors, sync
@@ -101,16 +102,15 @@ class Run:
         return [names[client] for client in clients] if names else []
 
     def numbers_of(self, clients: Iterable[int | str]) -> list[int]:
-        """Give the numbers of clients by their names or numbers, without repetition.
+        """Give the numbers of clients by what somebody calls them, without repetition.
+
+        Args:
+            clients: their names; or their numbers, where no client's name is a number.
 
         Raises:
             UserError: nobody has such a name.
         """
-        names = self.config.partition.names
-        numbers = (
-            c for one in listed(clients) for c in (numbers_of([one], names) if isinstance(one, str) else [int(one)])
-        )
-        return list(dict.fromkeys(numbers))
+        return list(dict.fromkeys(numbers_of(map(str, listed(clients)), self.config.partition.names)))
 
     # For whoever asks from outside -------------------------------------------------------------------------------
 
@@ -118,9 +118,24 @@ class Run:
         """Say whether a process holds the run."""
         return is_locked(self.folder)
 
-    def request(
+    def request(self, clients: Iterable[int | str], **about: Any) -> RequestHandle:
+        """Ask for clients to be forgotten, or for some of their images, together.
+
+        Args:
+            clients: as somebody calls them: their names; or their numbers, where no client's name is a number.
+            about: who asks, and for what else: as `file` takes it.
+
+        Returns:
+            A handle on the new request and on earlier ones that cover some of the clients.
+
+        Raises:
+            UserError: nobody has such a name, or as `file` says.
+        """
+        return self.file(self.numbers_of(clients), **about)
+
+    def file(
         self,
-        clients: Iterable[int | str],
+        clients: Collection[int],
         *,
         by: str = "",
         right: str = "",
@@ -128,12 +143,12 @@ class Run:
         how: Mapping[str, Any] | None = None,
         selection: Selection | None = None,
     ) -> RequestHandle:
-        """Ask for clients to be forgotten, or for some of their images, together.
+        """File a request for clients to be forgotten, or for some of their images, together.
 
         A live run takes the request at its next round boundary. Otherwise nobody does, until somebody serves the run.
 
         Args:
-            clients: their numbers, or their names; none, with a selection, for all clients that have such images.
+            clients: their numbers in the run; none, with a selection, for all clients that have such images.
             by: who asks; the receipt says it.
             right: by what right.
             signed: what the clients' key has signed.
@@ -147,8 +162,7 @@ class Run:
             UserError: a client is not in 0..C-1, the run has no sound checkpoint to forget from, or the request needs a
                 signature that it does not have; this is written down.
         """
-        asked_for = self.numbers_of(clients)
-        wanted = self.meant(asked_for, selection)
+        wanted = self.meant(clients, selection)
         self.check_signed(signed, wanted, action=action_of(selection))
         live, current = self.is_live(), self.ledger.current()
         if not live:
@@ -162,7 +176,7 @@ class Run:
             signed=asdict(signed) if signed else None,
             how=how,
             selection=selection,
-            all_clients=not asked_for,
+            all_clients=not clients,
             first_portion=self.config.clients,
         )
         return RequestHandle(self.folder, self.ledger, tuple(request.id for request in requests))
@@ -217,6 +231,7 @@ class Run:
         forget = self.config.forget
         if forget.signed or signed:
             about = {"run": self.ledger.key, "owners": self.config.owner_keys, "at": datetime.now(UTC)}
+            about |= {"name": partial(name_of, names=self.config.partition.names)}
             check(signed, clients, action=action, used=self.ledger.nonces(), **about)
 
     def check_checkpoint(self) -> None:

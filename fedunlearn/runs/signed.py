@@ -142,7 +142,8 @@ def check(
     if asked.run != run:
         raise UnsignedError("it was signed for another run")
     if asked.action != action or sorted(set(clients)) != asked.clients:
-        raise UnsignedError(f"what was signed is to {asked.action} clients {asked.clients}")
+        whom = ", ".join(f"{name(client)}" for client in asked.clients)
+        raise UnsignedError(f"what was signed is to {asked.action} clients [{whom}]")
     for client in asked.clients:
         if owners.get(client) != asked.key:
             raise UnsignedError(f"its key is not that of client {name(client)} (forget.keys, partition.keys)")

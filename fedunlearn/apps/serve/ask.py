@@ -113,7 +113,7 @@ def file(run: Run, asked: Asked, jobs: Jobs) -> None:
     clients, selection = asked.numbers(run), asked.selection()
     run.meant(clients, selection)
     if is_taken(run):
-        run.request(clients, by=asked.by, right=asked.right, signed=asked.signature(), selection=selection)
+        run.file(clients, by=asked.by, right=asked.right, signed=asked.signature(), selection=selection)
         if is_taken(run) or run.config.forget.signed:  # what was signed can be filed once: the next start takes it up
             return
     jobs.start(run.name, asked.options(run.class_names()), given=asked.signed)
