@@ -112,6 +112,8 @@ class SelectiveDampening(Strategy):
         """Collect F_D over all clients and F_f over the forget clients; warn of an alpha that selects nothing."""
         settings = self.settings
         fraction, temperature = settings.retain_fraction, settings.temperature
+        if settings.estimator == "per_example":
+            federation.say_fisher_cost(settings.loss_head)
         found = collect_fishers(federation, self.fisher, forget, fraction=fraction, temperature=temperature)
         n_forget = federation.examples(forget)
         n = n_forget + federation.examples(federation.retain)

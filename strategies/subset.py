@@ -78,6 +78,7 @@ class SubsetUnlearning(Relabelling):
         """Dampen as strongly as epsilon allows; returns what the receipt says of it."""
         settings = self.settings
         log.info("── Fisher diagonals of %d forget and %d retain clients", len(forget), len(federation.retain))
+        federation.say_fisher_cost()
         fraction, temperature = settings.fisher_fraction, settings.temperature
         full, forget_fisher = collect_fishers(
             federation, self.fisher, forget, fraction=fraction, temperature=temperature

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import reference
 from fedunlearn.nn.model import Outputs
 from fedunlearn.unlearning import fisher
-from fedunlearn.unlearning.fisher import diagonal_fisher
+from fedunlearn.unlearning.fisher import cost_in_words, diagonal_fisher
 
 EXAMPLES = 7
 
@@ -352,7 +352,20 @@ def test_what_has_no_closed_rule_is_said_once_with_its_cost(body, names, said):
     (line,) = said
     assert f"one backward pass an example for {names}" in line
     left = sum(p.numel() for name, p in model.named_parameters() if name in names)
-    assert f"({left:,} of {sum(p.numel() for p in model.parameters()):,} weights)" in line
+    of = sum(p.numel() for p in model.parameters())
+    assert f"({left:,} of {of:,} weights, {left / of:.0%})" in line
+    assert "each image takes a pass of its own" in line
+    assert cost_in_words(model, batches()[0]) == [line]
+
+
+def test_what_a_fisher_costs_is_known_beforehand(said):
+    assert cost_in_words(made(lambda: nn.Conv2d(3, 4, 3)), batches()[0]) == []
+    model = made(DependsOnValues)
+    lines = cost_in_words(model, batches()[0])
+    assert said == []
+    diagonal_fisher(model, batches())
+    assert said == lines
+    assert ["one by one" in line for line in lines] == [False, True]
 
 
 def test_passes_are_made_one_by_one_where_torch_cannot_make_many(said, monkeypatch):

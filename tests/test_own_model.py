@@ -19,6 +19,7 @@ from fedunlearn.nn.model import TwoHeadModel, TwoHeadResNet18
 from fedunlearn.nn.networks import network_of
 from fedunlearn.nn.sgd import LocalSGD
 from fedunlearn.runs.ledger import State
+from fedunlearn.unlearning.fisher import _PerExample
 from local_grid import LocalGrid, equal
 from naive import ONCE
 
@@ -264,6 +265,22 @@ def test_a_client_is_forgotten_whatever_the_network(federate, memorised, network
     assert all(value.isfinite().all() for value in after.values() if value.is_floating_point())
     if strategy == "subset":
         assert request.detail["relabelled"] == [3]
+
+
+@pytest.mark.parametrize("strategy", ["ssd", "subset"])
+def test_the_server_says_once_a_run_what_a_fisher_costs_and_nodes_need_not(federate, capsys, monkeypatch, strategy):
+    monkeypatch.setattr("fedunlearn.unlearning.fisher._PerExample.add", _in_another_process)
+    words = f"model=factories:TinyTransformer rounds=2 data.limit=40 {QUICK[strategy]} batch_norm_fraction=0"
+    for run in ("one", "two") if strategy == "ssd" else ("one",):  # "two" in a process that has said it before
+        federate(f"{words} forget.schedule={{1:[3],2:[2]}} run={run}", nodes=2)
+        assert capsys.readouterr().err.count("Fisher: one backward pass an example for network.cls_token, ") == 1
+
+
+def _in_another_process(self, batch, add=_PerExample.add):
+    """Add a batch where no log line reaches the server."""
+    with pytest.MonkeyPatch.context() as there:
+        there.setattr("fedunlearn.unlearning.fisher.said_once", lambda line: None)
+        return add(self, batch)
 
 
 def test_dropout_draws_the_same_whoever_hosts_a_client(federate):

@@ -31,6 +31,7 @@ from fedunlearn.nn.rng import generator_of
 from fedunlearn.runs.ledger import FORGOTTEN, TAKEN_UP
 from fedunlearn.runs.run import Run
 from fedunlearn.unlearning import batch_norm
+from fedunlearn.unlearning.fisher import cost_in_words, said_anew
 from fedunlearn.unlearning.likeness import unlikeness
 from fedunlearn.unlearning.retrain_estimate import estimate_retrained
 
@@ -87,6 +88,7 @@ class Federation:
         self._forget = ForgetSet(())
         self._class_counts: dict[int, Tensor] = {}
         self._classes: dict[int, Tensor] = {}  # [K] images of each class, of clients whose updates are looked at alone
+        self._said: set[str] = set()
         nodes.check_update = self._check_direction
         self._trained = ""  # who trained last, in words
         self._state_before = state  # of the request that is being applied
@@ -477,6 +479,15 @@ class Federation:
         """Name clients in a sentence, as `client hospital_b`."""
         own, nodes = self.config.partition.names, self.nodes
         return named(clients, with_portions(own, nodes.portions, self.server.class_names, nodes.examples))
+
+    def say_fisher_cost(self, loss_head: str = "class") -> None:
+        """Log, once a run, what makes Fishers of this network slow: what clients log stays on their machines."""
+        model = self.model()
+        for images, labels, clients in self.server.sample(1, torch.Generator()):
+            for line in cost_in_words(model, (images, labels, torch.zeros_like(clients)), loss_head=loss_head):
+                if line not in self._said:
+                    self._said.add(line)
+                    said_anew(line)
 
     def begin_anew(self) -> None:
         """Go back to the run's initial weights, with nothing kept beside them."""
