@@ -61,12 +61,12 @@ def check_strategy(found: Run, how: Mapping[str, Any]) -> None:
 
 def check_servable(found: Run) -> None:
     """Raise UserError where a run that is not live could not serve a request: then none is filed."""
-    from fedunlearn.build import loss_of
     from fedunlearn.federation.auditor import auditor_of
+    from fedunlearn.federation.server_data import check_own_loss
 
     found.check_checkpoint()
     check_strategy(found, {})
-    loss_of(found.config)
+    check_own_loss(found.config_here())
     if auditor := auditor_of(found.config):
         check_data(found, auditor.fingerprints())
 

@@ -82,6 +82,7 @@ class Rounds(FlowerStrategy):
         """
         torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         strategy, server = strategy_of(run.config), ServerData(run.config)
+        server.try_loss()
         state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(server_state.BESIDE.values())))
         key = run.ledger.key if run.config.partition.is_on_nodes else ""
         counted = auditor.examples() if auditor else {}

@@ -12,12 +12,18 @@ from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.data.store import Split
+from fedunlearn.errors import UserError
 from fedunlearn.nn.evaluate import Predictions, predict
-from fedunlearn.nn.hooks import train_batch_norms
+from fedunlearn.nn.hooks import kept_modes, train_batch_norms
+from fedunlearn.nn.losses import check_loss
 from fedunlearn.nn.model import Batch, TwoHeadModel
 from fedunlearn.nn.precision import at_least_fp32, autocast
+from fedunlearn.nn.rng import drawing_from, generator_of
+from fedunlearn.nn.schedule import loss_weights
 
 NOBODY = -1
+TRIED = 64
+"""Held-out images that a loss is tried on, at most."""
 
 
 class ServerData:
@@ -51,6 +57,29 @@ class ServerData:
     def new_model(self, *place: int) -> TwoHeadModel:
         """Make the run's untrained model, or at another `place` of random draws another one."""
         return self._make(*place)
+
+    def try_loss(self) -> None:
+        """Try a loss of somebody's own once, on held-out images as those of one client; the paper's is passed over.
+
+        Raises:
+            UserError: no model can be trained on it.
+        """
+        config = self.config
+        if not config.train.loss:
+            return
+        function, weights = build.loss_of(config), config.loss.model_dump()
+        warmup, params = weights.pop("warmup"), [p for p in self.model.parameters() if p.requires_grad]
+        images, classes, _ = next(self.sample(min(TRIED, config.train.batch_size), torch.Generator()))
+        with kept_modes(self.model), drawing_from(generator_of(config.seed)):
+            self.model.eval()
+            with autocast(self.device, config.train.precision):
+                outputs = self.model(images)
+            for progress in (0.0, 1.0):
+                chosen = loss_weights(progress, weights, warmup=warmup)
+                try:
+                    check_loss(function, outputs, classes, torch.zeros_like(classes), params=params, weights=chosen)
+                except UserError as error:
+                    raise UserError(f"train.loss={config.train.loss}: {error}") from error
 
     def leave_out(self, classes: Collection[int]) -> None:
         """Do without the held-out images of classes from now on."""
@@ -97,6 +126,12 @@ class ServerData:
     def _sample(self, data: Split, count: int, generator: torch.Generator) -> Iterator[Batch]:
         chosen = torch.randperm(len(data.labels), generator=generator)[:count].numpy()
         return batches(data, chosen, NOBODY, batch_size=self.config.train.batch_size, device=self.device)
+
+
+def check_own_loss(config: Config) -> None:
+    """Raise UserError where a run has a loss of somebody's own on which no model can be trained."""
+    if config.train.loss:
+        ServerData(config).try_loss()
 
 
 def known_to_server(config: Config) -> tuple[dict[str, str], build.Images]:

@@ -1,9 +1,14 @@
 """Compute the training objective: two cross-entropies and the disentanglement loss (paper, Eq. 4-7)."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedunlearn.errors import UserError, printable
+from fedunlearn.nn.model import Outputs
 from fedunlearn.nn.precision import at_least_fp32
 
 
@@ -102,6 +107,71 @@ def multi_task_loss(
             embeddings, client_ids, margin=margin, pull=pull, push=push, class_ids=class_ids if within_class else None
         )
     return loss
+
+
+def check_loss(
+    function: Callable[..., Tensor],
+    outputs: Outputs,
+    class_ids: Tensor,
+    client_ids: Tensor,
+    *,
+    params: Sequence[Tensor],
+    weights: Mapping[str, Any],
+) -> None:
+    """Call a loss of somebody's own once, as a step of training does, and see that a model can learn from it.
+
+    Args:
+        function: takes what `multi_task_loss` takes.
+        outputs: of a model, of N examples.
+        class_ids, client_ids: integers [N].
+        params: that are trained.
+        weights: keyword arguments.
+
+    Raises:
+        UserError: it fails, or gives anything but one finite number with finite gradients.
+
+    Example:
+        >>> outputs = Outputs(torch.zeros(4, 2, requires_grad=True), None, torch.zeros(4, 3))
+        >>> ids = torch.tensor([0, 1, 0, 1])
+        >>> check_loss(lambda *batch, **weights: 1.5, outputs, ids, ids, params=[outputs.class_logits], weights={})
+        Traceback (most recent call last):
+        fedunlearn.errors.UserError: it gives a float, and no tensor
+    """
+    try:
+        loss = function(*outputs, class_ids, client_ids, **weights)
+    except Exception as error:
+        raise UserError(f"{_in_one_line(error)} ({_called_with(weights)})") from error
+    if not isinstance(loss, Tensor):
+        raise UserError(f"it gives a {type(loss).__name__}, and no tensor")
+    if loss.ndim or not loss.is_floating_point():
+        given = f"{loss.dtype} {list(loss.shape)}".removeprefix("torch.")
+        raise UserError(
+            f"of {len(class_ids)} images it gives {given}, and not one number: take the mean over the batch"
+        )
+    if not loss.isfinite():
+        raise UserError(f"it gives {loss.item()} on {len(class_ids)} held-out images")
+    if not loss.requires_grad:
+        raise UserError(
+            "it has no gradient: compute it of the tensors themselves, not of numbers that are read from them"
+        )
+    try:
+        gradients = torch.autograd.grad(loss, params, allow_unused=True, retain_graph=True)
+    except Exception as error:
+        raise UserError(f"{_in_one_line(error)} where its gradients are computed") from error
+    reached = [gradient for gradient in gradients if gradient is not None]
+    if not reached:
+        raise UserError("its gradient reaches no weight of the model")
+    if not all(gradient.isfinite().all() for gradient in reached):
+        raise UserError(f"its gradients are not finite on {len(class_ids)} held-out images")
+
+
+def _in_one_line(error: Exception) -> str:
+    return printable(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _called_with(weights: Mapping[str, Any]) -> str:
+    places = ", ".join((*Outputs._fields[:2], "embeddings", "class_ids", "client_ids"))
+    return f"it is called with {places}, and by name with {', '.join(weights)}"
 
 
 def _equal(ids: Tensor) -> Tensor:
