@@ -75,6 +75,19 @@ def test_without_timm_its_names_say_what_to_install(monkeypatch):
         UserError, match=r"vit_tiny_patch16_224: timm is not installed: pip install 'fedunlearn\[timm\]'"
     ):
         of("timm:vit_tiny_patch16_224")
+    hint = (
+        r"pip install 'fedunlearn\[timm\]', on every machine, if it is one of timm's; one of your own is module:factory"
+    )
+    for name in ("vit_tiny_patch16_224", "mobilenet_v3_smal"):
+        with pytest.raises(UserError, match=rf"{name}: there is no such network.*\(timm is not installed: {hint}\)"):
+            of(name)
+
+
+def test_with_timm_a_wrong_name_is_none_of_its(monkeypatch):
+    monkeypatch.setattr("fedunlearn.nn.networks._has_timm", lambda: True)
+    monkeypatch.setattr("fedunlearn.nn.networks._timm_names", lambda: ["vit_tiny_patch16_224"])
+    with pytest.raises(UserError, match=r"no such network: did you mean vit_tiny_patch16_224\? \(one of your own"):
+        of("vit_tiny_patch16_225")
 
 
 def test_a_factory_gets_what_it_declares_and_options():

@@ -20,6 +20,7 @@ from fedunlearn.nn.model import MeanOverPositions, first_of, normalisation
 
 SHORT = {"mlp": "fedunlearn.nn.mlp:mlp"}
 """Factories that belong here, by name: `mlp` is for tables."""
+NO_TIMM = "timm is not installed: pip install 'fedunlearn[timm]', on every machine"
 
 DRAWN_BY_OLD_RULES = ("googlenet", "inception_v3")
 """Networks of torchvision that warn of their default initial weights unless somebody asks for these."""
@@ -114,7 +115,8 @@ def _made(name: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Modul
     if _has_timm() and _without_tag(name) in _timm_names():
         return _of_timm(name, given, options)
     known = ["resnet18", "small_cnn", *SHORT, *_torchvision_names(), *(_timm_names() if _has_timm() else [])]
-    raise UserError(f"there is no such network{_nearest(name, known)} (one of your own is module:factory)")
+    of_timm = "" if _has_timm() else f"{NO_TIMM}, if it is one of timm's; "
+    raise UserError(f"there is no such network{_nearest(name, known)} ({of_timm}one of your own is module:factory)")
 
 
 def _of_factory(name: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Module:
@@ -164,7 +166,7 @@ def _with_channels(layer: nn.Conv2d, channels: int) -> nn.Conv2d:
 
 def _of_timm(name: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     if not _has_timm():
-        raise UserError("timm is not installed: pip install 'fedunlearn[timm]', on every machine")
+        raise UserError(NO_TIMM)
     if _without_tag(name) not in _timm_names():
         raise UserError(f"timm has no model of that name{_nearest(name, _timm_names())}")
     timm: Any = import_module("timm")
