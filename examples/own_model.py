@@ -1,6 +1,10 @@
-"""A network of your own: train and forget with it, in one file.
+r"""A network of your own: train and forget with it, in one file.
 
-    PYTHONPATH=examples fedunlearn run digits model=own_model:separable rounds=8 'forget.schedule={6:[3]}'
+    PYTHONPATH=examples fedunlearn run digits model=own_model:separable \
+      rounds=30 train.lr=0.05 train.crop_padding=0 'forget.schedule={25:[3]}'
+
+That takes about a minute on two CPU cores. After 25 rounds the network gets 93% of the test images right, and 97% of
+client 3's. Once client 3 is forgotten, it gets 89% of them. The retrained model is expected to get 84%.
 
 Copy it, and put your layers in place of these. The network gives features [N, f] of images [N, channels, H, W], f being
 what you like. A projection, a class head and a client head are added to it.

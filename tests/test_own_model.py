@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import factories
+from command_line import command
 from fedunlearn import build, config
 from fedunlearn.apps import client_app, server_app
 from fedunlearn.composing import compose
@@ -18,6 +21,7 @@ from fedunlearn.federation.server_data import ServerData
 from fedunlearn.nn.model import TwoHeadModel, TwoHeadResNet18
 from fedunlearn.nn.networks import network_of
 from fedunlearn.nn.sgd import LocalSGD
+from fedunlearn.runs.home import open_run
 from fedunlearn.runs.ledger import State
 from fedunlearn.unlearning.fisher import _PerExample
 from local_grid import LocalGrid, equal
@@ -294,6 +298,22 @@ def _in_another_process(self, batch, add=_PerExample.add):
     with pytest.MonkeyPatch.context() as there:
         there.setattr("fedunlearn.unlearning.fisher.said_once", lambda line: None)
         return add(self, batch)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("page", ["docs/own-model.md", "examples/own_model.py"])
+def test_the_documented_commands_show_a_network_that_learns_and_forgets(home, tmp_path, monkeypatch, page):
+    text = (Path(__file__).parent.parent / page).read_text()
+    (tmp_path / "my_module.py").write_text("".join(re.findall(r"```python\n(.*?)```", text, re.S)[:1]))
+    for folder in (tmp_path, Path(__file__).parent.parent / "examples"):
+        monkeypatch.syspath_prepend(str(folder))
+    (line,) = re.findall(r"PYTHONPATH=\S+ fedunlearn (run digits model=\S+:.*\\\n.*)", text)
+    assert command(*shlex.split(line.replace("\\\n", "")), "run=shown", "--engine", "local") == 0
+    (row,) = (row for row in open_run("shown").metrics() if row["kind"] == "forget")
+    before, after = row["before"], row["after"]
+    assert before["test"]["class"] > 0.88
+    assert before["forgotten"]["3"]["class"] > after["forgotten"]["3"]["class"] + 0.02
+    assert after["test"]["class"] > 0.85
 
 
 def test_dropout_draws_the_same_whoever_hosts_a_client(federate):
