@@ -4,7 +4,6 @@ Nothing here imports torch, Flower or Ray before a command needs it.
 """
 
 import json
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.evidence import keys_cli, verify
 from fedunlearn.leave import leave
 from fedunlearn.log import set_up
-from fedunlearn.naming import class_numbers
+from fedunlearn.naming import as_command, class_numbers, for_shell
 from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, runs_folder
 from fedunlearn.runs.ledger import FAILED, Request
@@ -128,7 +127,7 @@ def run(
     `fedunlearn config ssd` lists the settings of a strategy.
     """
     set_up(verbose=verbose)
-    log.info("fedunlearn %s: %s", __version__, " ".join([app, *(words or [])]))
+    log.info("fedunlearn %s: %s", __version__, " ".join(map(for_shell, [app, *(words or [])])))
     from fedunlearn.apps.simulate import Resources, app_folder, simulate
 
     config = compose(app_folder(app) / "conf", words or [])
@@ -146,7 +145,7 @@ def run(
     log.info("run %s: starting %s", config.run, "Flower and Ray" if engine == "ray" else "in this process")
     folder = runs_folder(state_home(config.home)) / config.run
     named = [word for word in words or [] if setting_of(word) != "run"]
-    command = shlex.join(["fedunlearn", "run", app, *named, f"run={config.run}"])
+    command = as_command("run", app, *named, f"run={config.run}")
     simulate(
         lambda grid: train(grid, config, words or []),
         resources,

@@ -17,6 +17,7 @@ import typer
 
 from fedunlearn.commands import in_one_line
 from fedunlearn.errors import UserError, printable
+from fedunlearn.naming import for_shell
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -120,12 +121,12 @@ def key_of(file: Path) -> Found:
     from fedunlearn.runs import keys
 
     if not file.exists():
-        raise UserError(f"{file} is not here: `key.sh {file.name}` makes it")
+        raise UserError(f"{file} is not here: `key.sh {for_shell(file.name)}` makes it")
     key_id = keys.id_of(keys.load(file))
     is_curve = len(key_id) // 2 in keys.CURVES
     yield is_curve, f"{file} has the id {key_id}" + ("" if is_curve else ", and SuperNodes need ECDSA: `key.sh`")
     if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        yield False, f"{file} can be read by others: chmod 600 {file}"
+        yield False, f"{file} can be read by others: chmod 600 {for_shell(str(file))}"
 
 
 def images_in(folder: Path, client: str, *, read: bool = False) -> Found:

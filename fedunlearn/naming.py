@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -148,6 +149,57 @@ def _clients(clients: Sequence[int], names: Sequence[str], most: int) -> str:
 
 def _together(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def for_shell(word: str) -> str:
+    """Write a word of a command as a shell takes it, so that it can be pasted; nothing in it is hidden.
+
+    Example:
+        >>> print(for_shell("run=demo"), for_shell("Ward 2"), for_shell("no" + chr(0xA0) + "break"))
+        run=demo 'Ward 2' $'no\\U000000a0break'
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (c if c.isprintable() and c not in "\\'" else f"\\U{ord(c):08x}" for c in word)
+    return f"$'{''.join(plain)}'"
+
+
+def as_command(*words: str) -> str:
+    """Write a command of this package as a shell takes it.
+
+    Example:
+        >>> print(as_command("run", "digits", "forget.schedule={1:[2,3]}"))
+        fedunlearn run digits 'forget.schedule={1:[2,3]}'
+    """
+    return " ".join(map(for_shell, ("fedunlearn", *words)))
+
+
+def forget_command(clients: Sequence[int], names: Sequence[str] = ()) -> str:
+    """Write the command that asks for clients to be forgotten.
+
+    Example:
+        >>> print(forget_command([2, 3]), forget_command([1, 0], ["St. Mary, Ward 2", "b"]), sep="; ")
+        fedunlearn forget --client 2,3; fedunlearn forget --client b --client 'St. Mary, Ward 2'
+    """
+    own = [names[client] for client in clients] if names else [",".join(map(str, clients))]
+    options = ([f"--client={name}"] if name.startswith("-") else ["--client", name] for name in own)
+    return as_command("forget", *(word for option in options for word in option))
+
+
+def as_typed(clients: Sequence[int], names: Sequence[str] = ()) -> str:
+    """Write clients as a list in a setting, as somebody would type it there; a shell needs quotes around that.
+
+    Example:
+        >>> print(as_typed([0, 1], ["St. Mary, Ward 2", "b"]), as_typed([3]))
+        ["St. Mary, Ward 2",b] [3]
+    """
+    own = [names[client] if client < len(names) else str(client) for client in clients]
+    texts = (name if re.fullmatch(r"[\w.-]+", name) else f'"{_escaped(name)}"' for name in own)
+    return f"[{','.join(texts)}]"
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r'(["\\])', r"\\\1", name)
 
 
 def listed(values: Any) -> list[Any]:

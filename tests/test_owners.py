@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import subprocess
 from itertools import product
 
 import numpy as np
@@ -15,10 +16,22 @@ from fedunlearn.data.datasets import Choices, Owners, load, source_of
 from fedunlearn.data.folders import of_folders, of_table
 from fedunlearn.data.joined import Joined
 from fedunlearn.errors import UserError
-from fedunlearn.naming import class_numbers, named, numbers_of
+from fedunlearn.naming import as_typed, class_numbers, for_shell, forget_command, named, numbers_of
 from fedunlearn.owners import named_settings
 from fedunlearn.words import split_words
 
+ODD_NAMES = [
+    "St. Mary, Ward 2",
+    "it's",
+    'the "other"',
+    "a b",
+    "$HOME `x` !y",
+    "[1]",
+    "b\\",
+    "no\xa0break",
+    "병원",
+    "{1,2}",
+]
 HOSPITALS = ("a", "b", "c")
 
 
@@ -564,6 +577,20 @@ def test_no_setting_takes_a_place_for_a_name_that_is_a_number(home, digits, tree
     os.rename(tree / "a", tree / "007")
     with pytest.raises(UserError, match=r"no client is called '0'.* there are 007, b, c"):
         settings(digits, tree, words)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_what_is_to_be_pasted_into_a_shell_means_the_same_there(name):
+    names = ["a", name, "b"]
+    echo = ["bash", "-c", "for word in {}; do printf '%s\\0' \"$word\"; done"]
+    for text, expected in [
+        (forget_command([1, 0], names), ["fedunlearn", "forget", "--client", name, "--client", "a"]),
+        (for_shell(f"readmit={as_typed([1, 2], names)}"), [f"readmit={as_typed([1, 2], names)}"]),
+    ]:
+        assert text.isprintable()
+        told = subprocess.run([*echo[:2], echo[2].format(text)], capture_output=True, check=True, text=True)
+        assert told.stdout.split("\0")[:-1] == expected
+    assert named_settings([f"readmit={as_typed([1, 2], names)}"]) == {"readmit": [name, "b"]}
 
 
 def test_names_that_no_ledger_can_keep_are_refused(home, digits, tree):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 
 import pytest
@@ -19,6 +20,7 @@ from fedunlearn.live.auditing import by_names, plan_of, settings_of
 from fedunlearn.live.starting import open_run
 from fedunlearn.live.words import words_of
 from fedunlearn.runs import scan
+from fedunlearn.runs.ledger import State
 from fedunlearn.runs.receipts import FOLDER, write
 from fedunlearn.runs.verifying import verified
 from test_owners import hospitals, picture
@@ -194,6 +196,31 @@ def test_who_was_forgotten_is_known_by_name_whatever_its_images_are(federate, ho
         hosted("run=second")
     hosted("run=second readmit=[b]")
     assert [len(own) for own in open_dataset(federate.run("second").config_here()).slices] == [10, 10, 11, 10]
+
+
+def test_everybody_who_was_forgotten_is_named_at_once_and_what_is_said_can_be_pasted(federate, hosted):
+    hosted("forget.schedule={1:['c, d'], 2:[b]}", rounds=2)
+    with pytest.raises(UserError) as refused:
+        hosted("run=second forget.schedule={1:['amt <1>']}")
+    without, back = (word.removesuffix(",") for word in shlex.split(str(refused.value)) if "=" in word)
+    said = r"client b was forgotten by run test \(request r2\); client 'c, d' was .* \(request r1\): leave them out"
+    assert re.match(said, str(refused.value))
+    assert (without, back) == ('forget.schedule={0:[b,"c, d"],1:["amt <1>"]}', 'readmit=[b,"c, d"]')
+    with pytest.raises(UserError, match=r"^client 'c, d' was .*: leave it .*'readmit=\[b,\"c, d\"\]'$"):
+        hosted("run=second readmit=[b]")
+    hosted(f"run=second {back}")
+
+
+def test_hints_about_clients_have_their_names(federate, hosted, capsys):
+    hosted()
+    assert command("purge", "--client", "b", "--client", "c, d", "--run", "test") == 2
+    hint = "clients b and 'c, d' are not forgotten in run test: fedunlearn forget --client b --client 'c, d'"
+    assert hint in capsys.readouterr().err
+    ledger = federate.run().ledger
+    ledger.advance(ledger.file([0, 3])[0], State.QUARANTINED, gate={"passed": False})
+    ledger.advance(ledger.file([0])[0], State.COLLECTING)
+    with pytest.raises(UserError, match="`fedunlearn forget --client 'c, d'` asks for the rest"):
+        federate.run().ledger.accept("r1", "somebody")
 
 
 def test_a_purged_client_and_its_held_out_images_leave_a_run_that_goes_on(federate, hosted):

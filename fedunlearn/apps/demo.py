@@ -1,7 +1,6 @@
 """A demonstration: a client withdraws from a run, beside the model that is retrained without it."""
 
 import logging
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from fedunlearn.config import state_home
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.log import ROUNDS
+from fedunlearn.naming import as_command
 from fedunlearn.runs import report
 from fedunlearn.runs.home import log_of, open_run, runs_folder
 from fedunlearn.runs.ledger import Request
@@ -54,9 +54,7 @@ def demonstrate(name: str, home: str = "") -> Path:
             simulate(
                 lambda grid: failed.extend(train(grid, config, [*WORDS, *own])),
                 Resources("local", config.clients),
-                way_on=lambda: (
-                    f"{shlex.join(['fedunlearn', 'run', APP, *WORDS, *own])} goes on after round {last_round(folder)}"
-                ),
+                way_on=lambda: f"{as_command('run', APP, *WORDS, *own)} goes on after round {last_round(folder)}",
             )
         if failed:
             raise UserError(f"request {failed[0].id} is {failed[0].state}: {failed[0].detail.get('reason', '')}")

@@ -1,10 +1,11 @@
 """Whether nodes with their own clients' images are believed: one node a client, by its key, with the same images."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import getLogger
 
 from fedunlearn.federation.replies import Introduction
+from fedunlearn.naming import forget_command
 from fedunlearn.runs.keys import public_id
 
 log = getLogger("fedunlearn")
@@ -18,15 +19,21 @@ class Entrance:
         gone: by the id of a key, or the SHA-256 of images, who has forgotten its client.
         forgotten: clients that are not asked.
         name: of a client, in words.
+        ask: gives the command that asks for clients to be forgotten.
 
     Attributes:
         key_of: the id of the key of every node that has come; nothing where nobody knows it.
     """
 
     def __init__(
-        self, keys: Mapping[int, str], gone: Mapping[str, str], forgotten: Collection[int], name: Callable[[int], str]
+        self,
+        keys: Mapping[int, str],
+        gone: Mapping[str, str],
+        forgotten: Collection[int],
+        name: Callable[[int], str],
+        ask: Callable[[Sequence[int]], str] = forget_command,
     ) -> None:
-        self._keys, self._gone, self._forgotten, self._name = keys, gone, forgotten, name
+        self._keys, self._gone, self._forgotten, self._name, self._ask = keys, gone, forgotten, name, ask
         self.key_of: dict[int, str] = {}
         self._refused: set[int] = set()
 
@@ -51,7 +58,7 @@ class Entrance:
     def _refusal(self, key: str) -> str:
         if key in self._gone:
             here = [client for client, owner in self._keys.items() if owner == key and client not in self._forgotten]
-            way_on = f": `fedunlearn forget --client {self._name(here[0])}` has this run forget it too" if here else ""
+            way_on = f": `{self._ask(here)}` has this run forget it too" if here else ""
             return f"its key is that of a client that was forgotten ({self._gone[key]}){way_on}"
         if not self._keys:
             return ""

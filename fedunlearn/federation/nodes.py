@@ -37,7 +37,7 @@ from fedunlearn.federation.replies import (
 from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.federation.withdrawals import Withdrawals
 from fedunlearn.log import waiting
-from fedunlearn.naming import name_of
+from fedunlearn.naming import forget_command, name_of
 from fedunlearn.nn.model import TwoHeadModel
 
 WAIT_SECONDS = 600
@@ -132,7 +132,7 @@ class Nodes:
         """
         is_alone = self.config.partition.is_on_nodes
         with waiting("the nodes' first answers", limit=self._patience if is_alone else WAIT_SECONDS):
-            entrance = Entrance(self.config.partition.keys, gone, forgotten, self.name_of)
+            entrance = Entrance(self.config.partition.keys, gone, forgotten, self.name_of, self.forget_command)
             self._key_of = entrance.key_of
             found = self._introduced(grid, forgotten, entrance)
         if is_alone:
@@ -406,6 +406,10 @@ class Nodes:
     def name_of(self, client: int) -> str:
         """Give a client's name as text can show it."""
         return name_of(client, self.config.partition.names)
+
+    def forget_command(self, clients: Sequence[int]) -> str:
+        """Write the command that asks for clients to be forgotten."""
+        return forget_command(clients, self.config.partition.names)
 
     def query(
         self,

@@ -17,6 +17,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.replies import Results
 from fedunlearn.federation.tasks import BUILT_IN, tasks_of
+from fedunlearn.naming import for_shell
 from fedunlearn.runs.run import Run
 from fedunlearn.schema import check_names, name_of, nearest_of, setting_names, validated
 
@@ -196,7 +197,9 @@ def _value_of(word: str) -> Any:
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException as error:
-        hint = f": write it in quotes, as {name}='{text}'" if not text.isascii() and text[:1] not in "'\"" else ""
+        in_shell = for_shell(f'{name}="{text}"')
+        hint = f": write it in quotes, as {name}='{text}' (in a shell {in_shell})"
+        hint = hint if not text.isascii() and text[:1] not in "'\"" else ""
         raise UserError(f"{word}: {str(error).splitlines()[0]}{hint}") from None
     if override.is_sweep_override() or override.is_delete():
         raise UserError(f"{word}: a request has one value of a setting")

@@ -17,7 +17,7 @@ from fedunlearn.composing import check
 from fedunlearn.config import Config, state_home, stored, values_of
 from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError, printable
-from fedunlearn.naming import name_of
+from fedunlearn.naming import as_typed, for_shell, name_of, named
 from fedunlearn.owners import ON_NODES
 from fedunlearn.runs.events import EarlierVersionError
 from fedunlearn.runs.files import delete_unfinished, write_atomically
@@ -302,6 +302,7 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
         log.warning("whom run %s has forgotten is not known (%s)", run, reason)
         unknown = {}
     found: dict[int, str] = {}
+    refused: dict[int, str] = {}
     values = config.model_dump(include={"data", "partition"})
     for client in sorted(set(range(config.clients)) - set(never)):
         who = name_of(client, config.partition.names)
@@ -309,11 +310,8 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
         known = (data[str(client)], *own_keys, owner(values, client))
         names = {*known} & banned.keys()
         if names and client not in config.readmit:
-            raise UserError(
-                f"client {who} was forgotten by {banned[min(names)]}: leave it out with "
-                f"forget.schedule={{0:[{who}]}}, or take it back with readmit=[{who}]"
-            )
-        if unknown and client not in config.readmit:
+            refused[client] = banned[min(names)]
+        elif unknown and client not in config.readmit:
             run, reason = min(unknown.items())
             raise UserError(
                 f"whom run {run} has forgotten is not known, perhaps client {who} ({reason}): repair or remove that "
@@ -321,7 +319,31 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
             )
         if names or unknown:
             found[client] = banned[min(names)] if names else f"run {min(unknown)}, perhaps"
+    if refused:
+        raise UserError(_way_in(config, refused))
     return found
+
+
+def _way_in(config: Config, refused: Mapping[int, str]) -> str:
+    """Say who was forgotten by which request, and the settings with which a run begins all the same.
+
+    Args:
+        config: of the run that is to begin; what it says already is in these settings too.
+        refused: by client, the run and request that forgot it.
+    """
+    names, own, several = config.partition.names, sorted(refused), len(refused) > 1
+    by = {where: [client for client in own if refused[client] == where] for where in refused.values()}
+    who = "; ".join(
+        f"{named(clients, names)} {'were' if len(clients) > 1 else 'was'} forgotten by {where}"
+        for where, clients in by.items()
+    )
+    schedule = {0: [], **config.forget.schedule}
+    schedule[0] = sorted({*schedule[0], *own})
+    rounds = ",".join(f"{round_}:{as_typed(clients, names)}" for round_, clients in schedule.items())
+    without = for_shell(f"forget.schedule={{{rounds}}}")
+    back = for_shell(f"readmit={as_typed(sorted({*config.readmit, *own}), names)}")
+    them = "them" if several else "it"
+    return f"{who}: leave {them} out with {without}, or take {them} back with {back}"
 
 
 class Banned(NamedTuple):

@@ -3,7 +3,7 @@
 A transaction of the ledger is the only commit point of a run.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
@@ -15,6 +15,7 @@ from dateutil.relativedelta import relativedelta
 
 from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
+from fedunlearn.naming import forget_command, name_of
 from fedunlearn.runs.events import EventLog, now
 from fedunlearn.schema import check_text
 
@@ -170,6 +171,7 @@ class Ledger(EventLog[Standing]):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, Standing)
+        self.names: Callable[[], Sequence[str]] = list  # of clients, which the run knows
 
     def file(
         self,
@@ -438,12 +440,11 @@ class Ledger(EventLog[Standing]):
         if not (others := self._touching(request.clients)):
             return
         covered = {client for other in others for client in other.clients}
-        states = ", ".join(f"{other.id} for {_listed(other.clients)} is {other.state}" for other in others)
-        rest = ",".join(str(client) for client in request.clients if client not in covered)
-        raise UserError(
-            f"request {request.id} for {_listed(request.clients)} cannot be accepted any more: {states}; "
-            f"`fedunlearn forget --client {rest}` asks for the rest"
-        )
+        names, rest = self.names(), [client for client in request.clients if client not in covered]
+        states = ", ".join(f"{other.id} for {_listed(other.clients, names)} is {other.state}" for other in others)
+        way_on = "" if request.portions else f"; `{forget_command(rest, names)}` asks for the rest"
+        about = f"request {request.id} for {_listed(request.clients, names)}"
+        raise UserError(f"{about} cannot be accepted any more: {states}{way_on}")
 
     def write_down(self, clients: Iterable[int], action: str, reason: str) -> None:
         """Write down that somebody asked for something and may not."""
@@ -486,8 +487,8 @@ class Ledger(EventLog[Standing]):
         self.record(request=request.id, state=state, **detail)
 
 
-def _listed(clients: Sequence[int]) -> str:
-    return f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}"
+def _listed(clients: Sequence[int], names: Sequence[str]) -> str:
+    return f"client{'s' if len(clients) > 1 else ''} {', '.join(name_of(client, names) for client in clients)}"
 
 
 def due(received_at: str, months: int) -> str:

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
-from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from fedunlearn.data.folders import KINDS
 from fedunlearn.data.owned import OwnedSource
 from fedunlearn.data.store import Dataset, about
 from fedunlearn.errors import UserError
+from fedunlearn.naming import forget_command
 from fedunlearn.runs import checkpoint, parts, scan
 from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.home import all_runs
@@ -436,8 +436,6 @@ def check_purgeable(run: Run, clients: Collection[int]) -> list[Request]:
     requests = [r for r in run.ledger.requests() if r.state in FORGOTTEN and set(r.clients) & set(clients)]
     forgotten = {client for request in requests if request.state == State.COMPLETED for client in request.clients}
     if missing := sorted(set(clients) - forgotten):
-        (name,) = run.client_names(missing[:1]) or [str(missing[0])]
-        raise UserError(
-            f"{run.named(missing[:1])} is not forgotten in run {run.name}: fedunlearn forget --client {quote(name)}"
-        )
+        ask, are = forget_command(missing, run.config.partition.names), "are" if len(missing) > 1 else "is"
+        raise UserError(f"{run.named(missing)} {are} not forgotten in run {run.name}: {ask}")
     return requests

@@ -59,6 +59,9 @@ class Run:
     ledger: Ledger
     listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list, repr=False)
 
+    def __post_init__(self) -> None:
+        self.ledger.names = self.names
+
     @classmethod
     def opened(cls, folder: Path) -> "Run":
         """Open the run in `folder` to look at it and to ask for something; another process may hold it."""

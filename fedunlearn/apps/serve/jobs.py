@@ -1,6 +1,5 @@
 """Requests of runs that no process holds: `fedunlearn forget` applies them, in a process of its own."""
 
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -10,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from fedunlearn.errors import UserError, printable
+from fedunlearn.naming import as_command
 
 MOST = 4  # processes at once
 SHOWN = 40  # lines
@@ -108,4 +108,4 @@ class Jobs:
 
 def in_shell(words: list[str]) -> str:
     """Write a command as a person would type it."""
-    return shlex.join(["fedunlearn", *words])
+    return as_command(*words)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
@@ -25,6 +24,7 @@ from fedunlearn.apps.serve.guard import SEALED, is_from_here
 from fedunlearn.apps.serve.jobs import Jobs
 from fedunlearn.apps.serve.look import PACKAGE, Look, Parts, can_be_accepted, gate_of, stamp
 from fedunlearn.errors import UserError
+from fedunlearn.naming import as_command
 from fedunlearn.runs.figures import COLOURS
 from fedunlearn.runs.ledger import TAKEN_UP
 from fedunlearn.runs.overview import Glance
@@ -173,7 +173,7 @@ class Site:
                 words = ask.outlook(run, asked)
             except UserError as error:
                 return _form(request, run, asked, str(error))
-            command = shlex.join(["fedunlearn", *self._jobs.words(name, asked.options(run.class_names()))])
+            command = as_command(*self._jobs.words(name, asked.options(run.class_names())))
             return _page(request, "confirm.html.jinja", run=run, asked=asked, command=command, **words)
 
     def file(
