@@ -22,7 +22,7 @@ from fedunlearn.federation.replies import Results
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.runs import checkpoint
 from fedunlearn.runs.files import sync
-from fedunlearn.runs.run import Run
+from fedunlearn.runs.run import Run, stored_config
 
 FOLDER, AFTER = "updates", "after-"
 
@@ -74,9 +74,7 @@ class FedEraser(Strategy):
             if client in retain and round_ <= federation.round:  # later ones are of a round to be repeated
                 by_round.setdefault(round_, []).append(client)
         if not by_round:
-            raise NotNowError(
-                "no update of a retain client is stored: strategy=federaser has to be chosen from the start"
-            )
+            raise NotNowError(f"no update of a retain client is stored{why_none(federation)}")
         federation.begin_anew()
         for round_, clients in by_round.items():
             log.info("── replaying round %d of %d", round_, max(by_round))
@@ -126,6 +124,25 @@ class FedEraser(Strategy):
                 link = stored(here, stored_round, client)
                 link.unlink(missing_ok=True)  # of a copy that was stopped
                 os.link(stored(there, stored_round, client), link)
+
+
+def why_none(federation: Federation) -> str:
+    """Say why no update of a retain client is stored."""
+    now, round_ = federation.config.strategy, federation.round
+    if {now} != strategies_of(federation.folder):
+        return f": strategy={now} has to be chosen from the start"
+    every = stored_config(federation.folder).unlearn["every"]
+    if round_ < every:
+        return f" yet: the first are those of round {every} (unlearn.every), and the run is after round {round_}"
+    return f", of any round up to {round_} (unlearn.every={every})"
+
+
+def strategies_of(folder: Path) -> set[str]:
+    """Give the strategies that a run was trained under, and before it the runs that it goes on from."""
+    config = stored_config(folder)
+    base = folder.parent / config.fork
+    is_there = config.fork and base != folder and (base / "run.json").exists()
+    return {config.strategy} | (strategies_of(base) if is_there else set())
 
 
 def calibrated(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from command_line import command
 from fedunlearn.errors import UserError
 from fedunlearn.runs.files import NEW
 from fedunlearn.runs.ledger import State
@@ -98,3 +99,19 @@ def test_without_stored_updates_a_request_is_set_aside_with_the_reason(federate)
     (request,) = federate.requests()
     reason = "no update of a retain client is stored: strategy=federaser has to be chosen from the start"
     assert (request.state, request.detail["reason"]) == (State.QUARANTINED, reason)
+
+
+def test_before_the_first_stored_round_a_request_waits_for_it(federate, capsys):
+    federate("rounds=2 strategy=federaser unlearn.every=2 forget.schedule={1:[3]}")
+    reason = (
+        "no update of a retain client is stored yet: the first are those of round 2 (unlearn.every), and the run is"
+    )
+    assert f"attempt 1: {reason} after round 1; tried again at the next boundary" in capsys.readouterr().err
+    (request,) = federate.requests()
+    assert (request.state, request.detail["round"]) == (State.COMPLETED, 2)
+
+
+def test_a_request_of_its_own_strategy_comes_too_late_for_stored_updates(federate, capsys):
+    federate.shared("rounds=1", name="test")
+    assert command("forget", "--run", "test", "--client", "3", "strategy=federaser", "--engine", "local") == 1
+    assert "strategy=federaser has to be chosen from the start" in capsys.readouterr().err
