@@ -228,12 +228,27 @@ def forget(
         asked = signed_request(found, meant, key, signed, action=action_of(selection))
         if dry_run:
             found.would_take(asked, meant, action=action_of(selection))
+            refusal = "" if earlier else foreseen(found, meant, selection)
             log.info("run %s: nothing is filed (--dry-run)", found.name)
-            return show(found, earlier, as_json) if earlier else 0
+            return show(found, earlier, as_json) if earlier else int(bool(refusal))
         about: dict[str, Any] = {"by": by, "right": right, "signed": asked, "how": how, "selection": selection}
         with still_filed():
             asked_for = asking.ask(found, clients, resources, wait=wait, **about, **following)
             return show(found, asked_for, as_json)
+
+
+def foreseen(found: "Run", clients: list[int], selection: Selection | None) -> str:
+    """Say how many images a request would be about, and why it would be refused; gives that reason, if there is one."""
+    from fedunlearn.apps.foresight import outlook
+
+    seen = outlook(found, clients, selection)
+    if seen is None:
+        log.info("how many images are meant is known on the clients' own machines, when these are asked")
+        return ""
+    log.info("%s", seen.in_words(found))
+    if seen.refusal:
+        log.warning("the request would be refused: %s", seen.refusal)
+    return seen.refusal
 
 
 def selected(found: "Run", classes: list[str], patients: list[str], examples: Path | None) -> Selection | None:

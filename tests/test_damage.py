@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import re
 import shutil
 import sqlite3
 
@@ -233,6 +234,27 @@ def test_a_refused_request_that_is_taken_back_leaves_no_failed_run(two, capsys):
     assert command("run", "digits", "run=test", *LOCAL) == 1
     assert command("forget", "--run", "test", "--cancel", "r1") == 0
     assert command("run", "digits", "run=test", *LOCAL) == 0
+
+
+def test_a_dry_run_says_what_the_request_would_be_refused_for(two, capsys):
+    (two.home / "ids.txt").write_text("0\n99999\n")
+    nobody = "no client that was asked trains on an image of patient nobody that is not forgotten"
+    for words, reason in [
+        (["--client", "0,1,2,3"], "no client would be left"),
+        (["--examples", two.home / "ids.txt"], "of the 2 named images 1 were not found, or are forgotten already"),
+        (["--patient", "nobody"], nobody),
+    ]:
+        assert command("forget", "--run", "test", *words, "--dry-run") == 1
+        err = capsys.readouterr().err
+        assert f"the request would be refused: {reason}" in err
+        assert command("forget", "--run", "test", *words, *LOCAL) == 1
+        assert f"is refused: {reason}" in capsys.readouterr().err
+    assert [request.state for request in two.run().ledger.requests()] == [State.REFUSED] * 3
+    assert command("forget", "--run", "test", "--client", "1", "--class", "3", "--dry-run") == 0
+    foreseen = re.search(r"(\d+) training images? would be forgotten: \1 of client 1$", capsys.readouterr().err, re.M)
+    assert command("forget", "--run", "test", "--client", "1", "--class", "3", *LOCAL) == 0
+    (number,) = two.requests()[-1].clients
+    assert two.run().ledger.examples()[number] == int(foreseen[1])
 
 
 def test_a_dry_run_of_what_was_asked_for_before_shows_the_earlier_request(two, capsys):

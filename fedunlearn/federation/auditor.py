@@ -60,6 +60,15 @@ class Auditor:
         """Whether the client's images are there: those of a forgotten one may be gone."""
         return len(self._runtime.indices(client, portions)) > 0
 
+    def examples(self, client: int, portions: Mapping[int, Portion] = NO_PORTIONS) -> int:
+        """Count the training images of a client that are none of portions of it."""
+        return len(self._runtime.indices(client, portions))
+
+    def selected(self, portion: Portion, portions: Mapping[int, Portion] = NO_PORTIONS) -> int:
+        """Count the training images that a new portion of a client would have beside others."""
+        client = self._runtime.client(portion.client, 0, portions=portions)
+        return int(client.selected_counts(portion.selection).sum())
+
     def evaluate(self, params: Tensors, client: int, portions: Mapping[int, Portion] = NO_PORTIONS) -> Counts:
         """Count what a model gets right on the images of a client, or of a portion of one."""
         model = self._runtime.model

@@ -26,6 +26,8 @@ from fedunlearn.runs.signed import SignedRequest, UnsignedError, action_of, chec
 
 BY_ITSELF = "fedunlearn leave"
 """Who asks, where a client has asked on its own machine."""
+NOBODY_LEFT = "no client would be left"
+"""Why a request is refused that would leave nobody to train."""
 PARAMETERS = {*signature(Run.commit).parameters, *signature(Ledger.commit).parameters}
 
 log = getLogger("fedunlearn")
@@ -155,9 +157,9 @@ class Requests:
         federation = self._federation
         if federation.never_trained.issuperset(request.clients) and not request.portions:
             first = request.clients[:1]
-            return f"{self._run.named(first)} has {federation.examples(first)} examples and was never trained on"
+            return never_trained(self._run.named(first), federation.examples(first))
         if not set(federation.retain) - set(request.clients):
-            return "no client would be left"
+            return NOBODY_LEFT
         return self._unsigned(request) or self._impossible(request)
 
     def _take_apart(self, request: Request) -> str:
@@ -170,22 +172,17 @@ class Requests:
         if portions.keys() <= federation.nodes.portions.keys():
             return ""
         found = federation.count(portions.values())
-        if reason := unsuitable_portions(portions, found, self._named_before()):
+        if reason := unsuitable_portions(portions, found, named_before(self._ledger)):
             return reason
         stay = federation.retain + [portion.client for portion in portions.values()]
         left = {client: federation.nodes.examples[client] for client in stay}
         for number, portion in portions.items():
             left[portion.client] -= found[number]
         if max(left.values()) < 2:
-            return "no client would be left"
+            return NOBODY_LEFT
         self._ledger.keep_examples(found)
         federation.split()
         return ""
-
-    def _named_before(self) -> set[str]:
-        """Give the names of images that earlier requests have named, found and forgotten, whatever else they are."""
-        portions = self._ledger.portions(FORGOTTEN).values()
-        return {name for portion in portions if portion.selection.is_of_examples for name in portion.selection.examples}
 
     def _unsigned(self, request: Request) -> str:
         """Say why a request does not have the signature that the run asks for; nothing where it has."""
@@ -367,6 +364,17 @@ def unsuitable_portions(
 
 def _out(request: Request) -> str:
     return f"its {'images' if request.portions else 'clients'} stay out of training"
+
+
+def never_trained(who: str, examples: int) -> str:
+    """Say why a client cannot be forgotten that has too few images to be trained on."""
+    return f"{who} has {examples} examples and was never trained on"
+
+
+def named_before(ledger: Ledger) -> set[str]:
+    """Give the names of images that earlier requests have named, found and forgotten, whatever else they are."""
+    portions = ledger.portions(FORGOTTEN).values()
+    return {name for portion in portions if portion.selection.is_of_examples for name in portion.selection.examples}
 
 
 def own(scores: Scores, clients: Iterable[int]) -> Scores:

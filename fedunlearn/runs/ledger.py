@@ -36,6 +36,7 @@ class State(StrEnum):
 OPEN = (State.RECEIVED, State.COLLECTING, State.APPLIED, State.RECOVERING)
 FAILED = (State.REFUSED, State.QUARANTINED)
 VOID = (*FAILED, State.CANCELLED)
+NOT_VOID = tuple(state for state in State if state not in VOID)
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 RECEIPT = {
     "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts",
@@ -210,7 +211,7 @@ class Ledger(EventLog[Standing]):
         with self.transaction():
             self._check_unused(signed)
             self.check_how(clients, how, selection)
-            numbers, unused = self._numbered(clients, selection), count(first_portion + len(self.portions()))
+            numbers, unused = self.numbered(clients, selection), count(first_portion + len(self.portions()))
             wanted = [next(unused) if number is None else number for number in numbers.values()]
             earlier = self._touching(wanted)
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
@@ -229,7 +230,7 @@ class Ledger(EventLog[Standing]):
             self.record(at, request=id_, state=State.RECEIVED, clients=rest, **about)
             return [*earlier, self.request(id_)]
 
-    def _numbered(self, clients: Iterable[int], selection: Selection | None) -> dict[int, int | None]:
+    def numbered(self, clients: Iterable[int], selection: Selection | None) -> dict[int, int | None]:
         """Give each client's own number, or that of the portion it was asked for before; None for a new portion.
 
         A client that has asked to leave whole has its own number, and the same portion again that of the earlier one.
@@ -241,8 +242,7 @@ class Ledger(EventLog[Standing]):
         owners = sorted(set(clients))
         if not selection:
             return {owner: owner for owner in owners}
-        not_void = [state for state in State if state not in VOID]
-        known = {(portion.client, portion.selection): portion.number for portion in self.portions(not_void).values()}
+        known = {(portion.client, portion.selection): portion.number for portion in self.portions(NOT_VOID).values()}
         return {owner: owner if self._touching([owner]) else known.get((owner, selection)) for owner in owners}
 
     def portions(self, states: Iterable[State] = tuple(State)) -> dict[int, Portion]:
@@ -270,7 +270,7 @@ class Ledger(EventLog[Standing]):
             clients: their numbers.
             selection: which of their images are meant; all by default.
         """
-        wanted = set(self._numbered(clients, selection).values())
+        wanted = set(self.numbered(clients, selection).values())
         found = self._touching(number for number in wanted if number is not None)
         return found if wanted <= {client for request in found for client in request.clients} else []
 
@@ -278,7 +278,7 @@ class Ledger(EventLog[Standing]):
         self, clients: Iterable[int], how: Mapping[str, Any] | None, selection: Selection | None = None
     ) -> None:
         """Raise UserError where settings come too late for an earlier request of one of the clients."""
-        wanted = self._numbered(clients, selection).values()
+        wanted = self.numbered(clients, selection).values()
         if how and (earlier := self._touching(number for number in wanted if number is not None)):
             raise UserError(f"request {earlier[0].id} is {earlier[0].state}: its settings stay as they are")
 
