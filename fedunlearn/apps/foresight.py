@@ -48,7 +48,7 @@ def outlook(found: Run, clients: Collection[int], selection: Selection | None) -
     if auditor is None:
         return None
     known, asked = ledger.portions(BEFORE), set(ledger.clients_in(NOT_VOID))
-    left = {client: auditor.examples(client, known) for client in range(found.config.clients) if client not in asked}
+    left = {client: count for client, count in auditor.examples(known).items() if client not in asked}
     numbers = ledger.numbered(clients, selection)
     if selection:
         first = found.config.clients + len(ledger.portions())

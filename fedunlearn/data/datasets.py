@@ -358,7 +358,7 @@ def unpacked_to(archive: Path, cache: Path) -> Path:
 
 def unpacked_of(name: str, *, cache: Path, root: str, **options: Any) -> Path | None:
     """Give the folder that an archive of images is unpacked to; None for other sources."""
-    path = _existing(root) if name == "folder" else None
+    path = _existing(root, name) if name == "folder" else None
     return unpacked_to(path, cache) if path and not path.is_dir() else None
 
 

@@ -52,17 +52,13 @@ class Auditor:
         """Compute the SHA-256 of every client's images, and of the held-out ones."""
         return fingerprints_of(self._runtime.dataset, self._runtime.slices)
 
-    def examples(self) -> dict[int, int]:
-        """Count the examples of every client."""
-        return {client: len(places) for client, places in enumerate(self._runtime.slices)}
+    def examples(self, portions: Mapping[int, Portion] = NO_PORTIONS) -> dict[int, int]:
+        """Count the training images of every client that are in none of the portions."""
+        return {client: len(self._runtime.indices(client, portions)) for client in range(len(self._runtime.slices))}
 
     def has_images(self, client: int, portions: Mapping[int, Portion] = NO_PORTIONS) -> bool:
         """Whether the client's images are there: those of a forgotten one may be gone."""
         return len(self._runtime.indices(client, portions)) > 0
-
-    def examples(self, client: int, portions: Mapping[int, Portion] = NO_PORTIONS) -> int:
-        """Count the training images of a client that are none of portions of it."""
-        return len(self._runtime.indices(client, portions))
 
     def selected(self, portion: Portion, portions: Mapping[int, Portion] = NO_PORTIONS) -> int:
         """Count the training images that a new portion of a client would have beside others."""
