@@ -117,7 +117,7 @@ def test_files_stay_unpacked_while_a_run_with_another_copy_needs_them(federate, 
 def test_files_of_another_client_stay_away_when_one_is_readmitted(federate, hosted):
     hosted("forget.schedule={1:[b,d]}")
     assert unpacked(federate) == 24
-    with pytest.raises(UserError, match="client b was forgotten by run test"):
+    with pytest.raises(UserError, match="clients b and d were forgotten by run test"):
         hosted("run=plain")
     hosted("run=back readmit=[b] forget.schedule={0:[d]} forget.purge=never")
     assert unpacked(federate) == 48
