@@ -137,11 +137,11 @@ def run(
     resources.check()
     from fedunlearn.apps.server_app import asked_for, prepared, train
     from fedunlearn.build import open_dataset
-    from fedunlearn.federation.server_data import check_own_loss
+    from fedunlearn.federation.server_data import check_own_code
 
     complete = prepared(config, asked_for(words or [], config))
     open_dataset(complete)  # what cannot be read, or trained on, is said before Ray starts
-    check_own_loss(complete)
+    check_own_code(complete)
     log.info("run %s: starting %s", config.run, "Flower and Ray" if engine == "ray" else "in this process")
     folder = runs_folder(state_home(config.home)) / config.run
     named = [word for word in words or [] if setting_of(word) != "run"]

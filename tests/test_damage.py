@@ -281,6 +281,8 @@ def test_a_failed_request_counts_until_another_one_makes_up_for_it(two, capsys):
     [
         ("train.loss=nowhere:loss", "train.loss=nowhere:loss: No module named 'nowhere'"),
         ("train.loss=json:decoder", "train.loss=json:decoder is no function"),
+        ("model=json:nothing", "model.name=json:nothing: module 'json' has no attribute 'nothing'"),
+        ("model=torchvision:nowhere", "model.name=torchvision:nowhere"),
         ("strategy=nowhere:Mine", "strategy nowhere:Mine: No module named 'nowhere'"),
         ("rounds=1", "run test has rounds=2, not 1: use another run name"),
     ],

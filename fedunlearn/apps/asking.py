@@ -62,11 +62,11 @@ def check_strategy(found: Run, how: Mapping[str, Any]) -> None:
 def check_servable(found: Run) -> None:
     """Raise UserError where a run that is not live could not serve a request: then none is filed."""
     from fedunlearn.federation.auditor import auditor_of
-    from fedunlearn.federation.server_data import check_own_loss
+    from fedunlearn.federation.server_data import check_own_code
 
     found.check_checkpoint()
     check_strategy(found, {})
-    check_own_loss(found.config_here())
+    check_own_code(found.config_here())
     if auditor := auditor_of(found.config):
         check_data(found, auditor.fingerprints())
 

@@ -19,7 +19,7 @@ from fedunlearn.config import OURS, Config, state_home, values_of, writable_home
 from fedunlearn.errors import OneLine, UserError
 from fedunlearn.federation.auditor import Auditor, auditor_of
 from fedunlearn.federation.rounds import Rounds
-from fedunlearn.federation.server_data import check_own_loss, known_to_server
+from fedunlearn.federation.server_data import check_own_code, known_to_server
 from fedunlearn.federation.strategy import check_writable, completed
 from fedunlearn.log import set_up
 from fedunlearn.runs import purge, report
@@ -121,7 +121,7 @@ def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Audito
     config = prepared(config, asked)
     if not (runs_folder(state_home(config.home)) / config.run / "run.json").exists():
         decode_for_readmitted(config)
-    check_own_loss(config)
+    check_own_code(config)
     auditor = auditor_of(config)
     data, images = (auditor.fingerprints(), auditor.images) if auditor else known_to_server(config)
     with locked_run(config, data=data, images=images, asked=asked) as run:

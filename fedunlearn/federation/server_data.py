@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedunlearn import build
-from fedunlearn.config import Config
+from fedunlearn.config import OURS, Config
 from fedunlearn.data.batches import batches, evaluation_batch
 from fedunlearn.data.store import Split
 from fedunlearn.errors import UserError
@@ -17,6 +17,7 @@ from fedunlearn.nn.evaluate import Predictions, predict
 from fedunlearn.nn.hooks import kept_modes, train_batch_norms
 from fedunlearn.nn.losses import check_loss
 from fedunlearn.nn.model import Batch, TwoHeadModel
+from fedunlearn.nn.networks import SHORT
 from fedunlearn.nn.precision import at_least_fp32, autocast
 from fedunlearn.nn.rng import drawing_from, generator_of
 from fedunlearn.nn.schedule import loss_weights
@@ -128,9 +129,9 @@ class ServerData:
         return batches(data, chosen, NOBODY, batch_size=self.config.train.batch_size, device=self.device)
 
 
-def check_own_loss(config: Config) -> None:
-    """Raise UserError where a run has a loss of somebody's own on which no model can be trained."""
-    if config.train.loss:
+def check_own_code(config: Config) -> None:
+    """Raise UserError where a run has a network or a loss of somebody's own with which no model can be trained."""
+    if config.train.loss or config.model.name not in (*OURS, *SHORT):
         ServerData(config).try_loss()
 
 
