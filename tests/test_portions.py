@@ -15,6 +15,7 @@ from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.client import ClientRuntime
+from fedunlearn.federation.requests import nothing_left
 from fedunlearn.naming import class_numbers, with_portions
 from fedunlearn.runs import keys
 from fedunlearn.runs.ledger import Ledger, State
@@ -305,6 +306,17 @@ def test_a_new_portion_is_covered_by_no_request_about_something_else(tmp_path):
         ledger.check_how([0], {"strategy": "leave"}, old)
     (asked,) = ledger.file([3], selection=new, first_portion=4)
     assert (asked.clients, asked.owners) == ([6], [3])
+    ledger.close()
+
+
+def test_who_is_left_with_nothing_by_earlier_requests_was_trained_on(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert nothing_left(ledger, 1, "client 1", 0) == "client 1 has 0 examples and was never trained on"
+    (asked,) = ledger.file([1], selection=Selection.by(classes=[4]), first_portion=4)
+    ledger.advance(ledger.advance(asked, State.COLLECTING), State.QUARANTINED, reason="why")
+    expected = "client 1 has 0 examples beside those of earlier requests: r1 (QUARANTINED)"
+    assert nothing_left(ledger, 1, "client 1", 0) == expected
+    assert nothing_left(ledger, 2, "client 2", 1) == "client 2 has 1 examples and was never trained on"
     ledger.close()
 
 

@@ -126,6 +126,23 @@ def test_of_files_with_the_same_content_the_first_stands_for_both(tmp_path):
     assert wanted.found_in(mine[1]) == Found(files={0})
 
 
+def test_a_picture_that_its_owner_has_twice_is_found(tmp_path):
+    mine = [*saved(tmp_path / "a", "png"), *saved(tmp_path / "b", "png", icc_profile=bytes(range(1, 256)))]
+    wanted = looking_for(mine)
+    assert wanted.unknown_files == 0
+    assert all(wanted.found_in(file).files for file in mine)
+
+
+def test_another_clients_decoded_images_are_no_source_files(tmp_path):
+    """A bitmap that is not compressed has the pixels of the same picture in another format."""
+    mine = saved(tmp_path, "ppm")
+    theirs = np.stack([np.asarray(Image.open(file)) for file in mine[:2]])
+    np.save(tmp_path / "train_images.npy", theirs)
+    wanted = Wanted(NOTHING, np.empty(0, np.int64), others=theirs, files=mine)
+    assert wanted.unknown_files == 2
+    assert files_found(wanted, tmp_path) == {"2.ppm": {2}}
+
+
 @pytest.mark.parametrize("ending", ["jpg", "bmp"])
 def test_copies_are_found_within_other_files(tmp_path, ending):
     mine = saved(tmp_path / "mine", ending, black_in_the_middle)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.federation.auditor import Auditor, auditor_of
-from fedunlearn.federation.requests import NOBODY_LEFT, named_before, never_trained, unsuitable_portions
+from fedunlearn.federation.requests import NOBODY_LEFT, named_before, nothing_left, unsuitable_portions
 from fedunlearn.runs.ledger import NOT_VOID, TAKEN_UP, State
 from fedunlearn.runs.run import Run
 
@@ -49,19 +49,21 @@ def outlook(found: Run, clients: Collection[int], selection: Selection | None) -
         return None
     known, asked = ledger.portions(BEFORE), set(ledger.clients_in(NOT_VOID))
     left = {client: count for client, count in auditor.examples(known).items() if client not in asked}
-    numbers = ledger.numbered(clients, selection)
+    numbers, out = ledger.numbered(clients, selection), set(ledger.clients_in(TAKEN_UP))
     if selection:
         first = found.config.clients + len(ledger.portions())
         new = enumerate((client for client, number in numbers.items() if number is None), first)
         return _of_portions(
-            found, auditor, {number: Portion(number, client, selection) for number, client in new}, left
+            found,
+            auditor,
+            {number: Portion(number, client, selection) for number, client in new},
+            {client: count for client, count in left.items() if client not in out},
         )
     images = {client: left[client] for client in numbers if client in left}
     if max(images.values(), default=0) < 2 and images:
         first = min(images)
-        return Outlook(images, never_trained(found.named([first]), images[first]))
-    out = {*images, *ledger.clients_in(TAKEN_UP)}
-    others = [count for client, count in left.items() if client not in out]
+        return Outlook(images, nothing_left(ledger, first, found.named([first]), images[first]))
+    others = [count for client, count in left.items() if client not in {*images, *out}]
     return Outlook(images, "" if max(others, default=0) >= 2 else NOBODY_LEFT)
 
 

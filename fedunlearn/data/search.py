@@ -82,10 +82,11 @@ class Wanted:
             for n, place in np.argwhere(_are_varied(windows)).tolist()
         ]
         finder = Finder({window.tobytes(): ("image", n) for n, window in own})
-        shared = {window for rows in _layouts(others).values() for window, _ in finder.found_in(rows.tobytes())}
+        pixels = [rows.tobytes() for rows in _layouts(others).values()]
+        shared = {window for rows in pixels for window, _ in finder.found_in(rows)}
         told = [(n, window) for n, window in own if window.tobytes() not in shared]
         windows = {form: ("image", n) for n, window in told for form in forms(window)}
-        self._files = SourceFiles(files, other_files)
+        self._files = SourceFiles(files, other_files, pixels)
         windows |= {window: ("file", n) for window, n in self._files.windows.items()}
         self.unknown, self.unknown_files = len(images) - len({n for n, _ in told}), self._files.unknown
         self._finder = Finder(windows)

@@ -4,7 +4,6 @@ Files of one kind share much: headers, tables, colour profiles, black borders. S
 lie where bytes vary, behind the tables of known formats, and none of them is in any other file.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
@@ -27,48 +26,33 @@ PERIODS = (1, 2, 3, 4)
 
 
 class SourceFiles:
-    """Knows some files by windows of bytes that no file of other content has.
+    """Knows some files by windows of bytes that nothing else has.
 
     Args:
-        files: that are looked for; one that cannot be read is not known. Of files with the same content the first
-            stands for all.
+        files: that are looked for, all of them somebody's; one that cannot be read is not known.
         others: further files, none of which may be taken for one of these.
+        pixels: of further images as they are decoded, for the same.
 
     Attributes:
-        windows: each with the place of its file in `files`.
-        unknown: how many files have no window of their own.
+        windows: each with the place in `files` of the first file that has it.
+        unknown: how many files have no such window.
     """
 
-    def __init__(self, files: Sequence[Path], others: Iterable[Path]) -> None:
-        same, candidates = _by_content(files)
+    def __init__(self, files: Sequence[Path], others: Iterable[Path], pixels: Iterable[bytes] = ()) -> None:
+        own = [windows_of(_content(path)) for path in files]
+        candidates = {window: place for place in reversed(range(len(own))) for window in own[place]}
         finder = Finder({window: ("file", place) for window, place in candidates.items()})
-        shared = {window for window, _ in finder.found_in(_tables())}
-        for path, place in zip(files, same, strict=True):
-            shared |= {window for window, (_, owner) in _found_in(path, finder) if owner != place}
+        shared = {window for data in (_tables(), *pixels) for window, _ in finder.found_in(data)}
         for path in others:
             shared |= {window for window, _ in _found_in(path, finder)}
         self.windows = {window: place for window, place in candidates.items() if window not in shared}
         self._counts = Counter(self.windows.values())
-        self.unknown = sum(place not in self._counts for place in same)
+        self.unknown = sum(not windows & self.windows.keys() for windows in own)
 
     def having(self, windows: Collection[bytes]) -> set[int]:
         """Say which files have left at least half of their windows: fewer may be what another file has too."""
         found = Counter(self.windows[window] for window in windows)
         return {place for place, count in found.items() if 2 * count >= self._counts[place]}
-
-
-def _by_content(files: Sequence[Path]) -> tuple[list[int], dict[bytes, int]]:
-    """Give for each file the first of the same content, and the windows of these, each with its file."""
-    first: dict[bytes, int] = {}
-    same: list[int] = []
-    candidates: dict[bytes, int] = {}
-    for place, path in enumerate(files):
-        content = _content(path)
-        same.append(first.setdefault(hashlib.sha256(content).digest(), place))
-        if same[-1] == place:
-            for window in windows_of(content):
-                candidates.setdefault(window, place)
-    return same, candidates
 
 
 def windows_of(content: bytes) -> set[bytes]:

@@ -157,7 +157,7 @@ class Requests:
         federation = self._federation
         if federation.never_trained.issuperset(request.clients) and not request.portions:
             first = request.clients[:1]
-            return never_trained(self._run.named(first), federation.examples(first))
+            return nothing_left(self._ledger, first[0], self._run.named(first), federation.examples(first))
         if not set(federation.retain) - set(request.clients):
             return NOBODY_LEFT
         return self._unsigned(request) or self._impossible(request)
@@ -366,8 +366,20 @@ def _out(request: Request) -> str:
     return f"its {'images' if request.portions else 'clients'} stay out of training"
 
 
-def never_trained(who: str, examples: int) -> str:
-    """Say why a client cannot be forgotten that has too few images to be trained on."""
+def nothing_left(ledger: Ledger, client: int, who: str, examples: int) -> str:
+    """Say why a client cannot be forgotten that has too few images to be trained on.
+
+    Args:
+        who: its name in a sentence.
+        examples: that it has beside what earlier requests are about.
+    """
+    earlier = [
+        f"{request.id} ({request.state})"
+        for request in ledger.requests()
+        if request.state in TAKEN_UP and client in (portion.client for portion in request.portions.values())
+    ]
+    if earlier:
+        return f"{who} has {examples} examples beside those of earlier requests: {', '.join(earlier)}"
     return f"{who} has {examples} examples and was never trained on"
 
 
