@@ -80,3 +80,14 @@ def test_replies_are_taken_as_they_come_but_for_the_first():
     for count in range(2, 13):
         next(found)
         assert len(taken) == max(FIRST, count)
+
+
+@pytest.mark.parametrize("place", [0, 4, 5, 9])
+def test_a_large_update_is_taken_and_remembered(place):
+    sizes = [1.0, 0.9, 1.1, 0.5, 1.9, 1.0, 1.2, 0.8, 1.0, 1.0]
+    sizes[place] = 4.0
+    total = Results()
+    for _, one, reason in judged([(n, reply(n, size)) for n, size in enumerate(sizes)], 5.0, EXAMPLES):
+        assert not reason
+        total.include(one)
+    assert total.outsized == {place}

@@ -91,6 +91,24 @@ def test_the_liar_alone_is_named_and_the_round_is_that_of_the_others(federate, l
     assert equal(federate.state(), federate.state("without"))
 
 
+LEARNED = (
+    "data.limit=300 train.epochs=4 train.batch_size=16 train.crop_padding=0 train.lr=0.05 train.server_momentum=0 "
+    "reply_band=300"
+)
+
+
+@pytest.mark.parametrize("times", [-10, pytest.param(10, marks=pytest.mark.thorough)])
+def test_an_update_that_spoils_a_good_model_without_destroying_it_is_found(federate, times, capsys):
+    federate.shared(f"{WORDS} {LEARNED} rounds=5", nodes=4)
+    for run, band in {"kept": 1.3, "taken": 0}.items():
+        lying(federate, lambda v: times * v, f"{LEARNED} rounds=6 fork=before run={run} round_band={band}", round_=6)
+    named = [line for line in capsys.readouterr().err.splitlines() if "is left out" in line]
+    assert len(named) == 1
+    assert named[0].startswith("round 6: node 1 (clients 1) is left out: with its update")
+    kept, taken = (federate.run(run).metrics()[-1]["test"]["class"] for run in ("kept", "taken"))
+    assert kept > taken + 0.2
+
+
 def test_a_stored_update_of_a_liar_is_dropped(federate):
     lying(federate, lambda v: 1e6 * v, "strategy=federaser unlearn.every=2")
     stored = sorted(file.name for file in (federate.folder() / "updates" / "after-0").iterdir())

@@ -13,6 +13,7 @@ from fedunlearn.federation.replies import Results
 
 FIRST = 5
 FEWEST = 3
+OUTSIZED = 3  # times the usual size of an update; honest ones are at most twice as large
 VERBS = {"update": "is", "statistics": "are"}
 
 Replies = Iterable[tuple[Message, Results]]
@@ -22,7 +23,8 @@ def judged(replies: Replies, width: float, examples: Mapping[int, int]) -> Itera
     """Give replies in their order, each with the reason why it is refused, or an empty one.
 
     The first five wait for each other, and each is compared with the median of the others. Later ones are compared with
-    the median of all that were taken. Of fewer than three replies nobody can say which is the odd one.
+    the median of all that were taken. Of fewer than three replies nobody can say which is the odd one. An update
+    of more than three times the median is taken, but its clients are listed in `Results.outsized`.
 
     Args:
         replies: to one query, each with the message that it answers.
@@ -32,21 +34,24 @@ def judged(replies: Replies, width: float, examples: Mapping[int, int]) -> Itera
     if not width:
         yield from ((message, one, "") for message, one in replies)
         return
+    taken: list[dict[str, float]] = []
+
+    def judge(one: Results, size: dict[str, float], others: list[dict[str, float]]) -> str:
+        times = times_usual(size, others)
+        reason = too_large(times, width)
+        if not reason:
+            taken.append(size)
+            if times.get("update", 0.0) > OUTSIZED:
+                one.outsized |= one.counts.keys()
+        return reason
+
     coming = iter(replies)
     first = list(islice(coming, FIRST))
     sizes = [sizes_of(one, examples) for _, one in first]
-    taken = []
     for place, (message, one) in enumerate(first):
-        reason = too_large(sizes[place], sizes[:place] + sizes[place + 1 :], width)
-        if not reason:
-            taken.append(sizes[place])
-        yield message, one, reason
+        yield message, one, judge(one, sizes[place], sizes[:place] + sizes[place + 1 :])
     for message, one in coming:
-        size = sizes_of(one, examples)
-        reason = too_large(size, taken, width)
-        if not reason:
-            taken.append(size)
-        yield message, one, reason
+        yield message, one, judge(one, sizes_of(one, examples), taken)
 
 
 def sizes_of(one: Results, examples: Mapping[int, int]) -> dict[str, float]:
@@ -64,11 +69,19 @@ def sizes_of(one: Results, examples: Mapping[int, int]) -> dict[str, float]:
     return found
 
 
-def too_large(size: Mapping[str, float], others: list[dict[str, float]], width: float) -> str:
-    """Say why a reply is refused beside the sizes of others; nothing where it is not."""
+def times_usual(size: Mapping[str, float], others: list[dict[str, float]]) -> dict[str, float]:
+    """Give each size of a reply as times the median of others', as far as there are enough of them."""
+    found = {}
     for kind, value in size.items():
         known = [other[kind] for other in others if kind in other]
-        usual = median(known) if len(known) >= FEWEST - 1 else math.inf
-        if usual and value > width * usual:
-            return f"its {kind} {VERBS[kind]} {value / usual:.3g} times as large as is usual (reply_band)"
+        if len(known) >= FEWEST - 1 and (usual := median(known)):
+            found[kind] = value / usual
+    return found
+
+
+def too_large(times: Mapping[str, float], width: float) -> str:
+    """Say why a reply is refused whose sizes are so many times the usual; nothing where it is not."""
+    for kind, value in times.items():
+        if value > width:
+            return f"its {kind} {VERBS[kind]} {value:.3g} times as large as is usual (reply_band)"
     return ""

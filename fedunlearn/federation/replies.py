@@ -53,6 +53,7 @@ class Results:
         work: processor seconds of all workers together.
         bytes: of all tensors sent in both directions.
         seconds: wall-clock seconds of the query.
+        outsized: the clients of updates that are far larger than is usual.
     """
 
     tensors: Tensors = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Results:
     work: float = 0.0
     bytes: int = 0
     seconds: float = 0.0
+    outsized: set[int] = field(default_factory=set)
 
     def sum(self) -> Tensors:
         """Give the sum of weight times tensor."""
@@ -96,6 +98,7 @@ class Results:
         self.weight += one.weight
         self.counts |= one.counts
         self.statistics |= one.statistics
+        self.outsized |= one.outsized
         self.worker_seconds.update(one.worker_seconds)
         self.worker_mebibytes |= one.worker_mebibytes
         self.work += one.work

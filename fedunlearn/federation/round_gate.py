@@ -1,7 +1,7 @@
 """A round that would destroy the model is not committed: the replies that do it are found, and left out."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from logging import getLogger
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from fedunlearn.federation.nodes import Nodes
 from fedunlearn.federation.replies import MOST, Results
 
 IMAGES = 64  # of the server's, on which a round's update is looked at
+GOOD = 0.1  # of the loss of guessing: that of a model with nine in ten right, about
 DIVERGED = 5  # times the limit: with such a loss training does not go on, whoever is to blame
 Combine = Callable[[Sequence[Results]], Tensors]
 OnReply = Callable[[Results], None]
@@ -51,6 +52,8 @@ class RoundGate:
     ) -> tuple[Results, list[Results]]:
         """Give a query's results; where they would destroy the model, without the replies that do, and these apart.
 
+        Where an update is far larger than is usual (`outsized`), less is let pass: a good model is to stay good.
+
         Args:
             results: of clients that trained; the model moves by their mean.
             round_: for the log.
@@ -63,32 +66,40 @@ class RoundGate:
             return results, []
         reached = self._loss(results.mean())
         of_guessing = limit(0.0, self._classes, self._band)
-        if reached <= of_guessing:  # whatever the loss was before
+        if reached <= of_guessing and not results.outsized:  # whatever the loss was before
             return results, []
         before = self._loss({})
         most = limit(before, self._classes, self._band)
-        if reached <= most:
+        usual = self._band * max(before, GOOD * math.log(self._classes))
+        if reached <= (usual if results.outsized else most):
             return results, []
         found = None
         if before <= of_guessing:  # of another model honest replies may do harm too
-            log.warning("round %d: its update would destroy the model; asking again: whose reply does that?", round_)
+            log.warning("round %d: its update would harm the model; asking again: whose reply does that?", round_)
             replies: list[Results] = []
             ask_again(replies.append)
-            found = without_destroyers(replies, self._nodes.mean, self._loss, most)
+            found = without_destroyers(replies, self._nodes.mean, self._loss, usual, among=results.outsized)
+            if found is None and reached > most:
+                found = without_destroyers(replies, self._nodes.mean, self._loss, most)
         if found is None:
-            if reached <= DIVERGED * most:
+            if reached > DIVERGED * most:
+                raise DestroyedError(f"the held-out loss would be more than {DIVERGED * most:.3g}, whoever is left out")
+            if reached > most:
                 log.warning("round %d: its held-out loss is high, and nobody in particular is to blame", round_)
-                return results, []
-            raise DestroyedError(f"the held-out loss would be more than {DIVERGED * most:.3g}, whoever is left out")
+            return results, []
+        return self._without(found, round_, results.seconds), found.dropped
+
+    def _without(self, found: Found, round_: int, seconds: float) -> Results:
+        """Name whose replies are left out, and give the results of the others."""
         for one in found.dropped:
             node, clients = self._nodes.node_of(one.counts), self._nodes.listed(one.counts)
             reason = "with its update the held-out loss is above the limit, without it below (round_band)"
             log.warning("round %d: node %d (clients %s) is left out: %s", round_, node, clients, reason)
-        kept = Results(seconds=results.seconds)
+        kept = Results(seconds=seconds)
         for one in found.kept:
             kept.include(one)
         kept.tensors = {name: kept.weight * value for name, value in self._nodes.mean(found.kept).items()}
-        return kept, found.dropped
+        return kept
 
 
 def limit(before: float, classes: int, band: float) -> float:
@@ -103,7 +114,12 @@ def limit(before: float, classes: int, band: float) -> float:
 
 
 def without_destroyers(
-    replies: Sequence[Results], combine: Combine, loss: Callable[[Tensors], float], most: float
+    replies: Sequence[Results],
+    combine: Combine,
+    loss: Callable[[Tensors], float],
+    most: float,
+    *,
+    among: Container[int] | None = None,
 ) -> Found | None:
     """Leave out the replies whose update alone does most harm, until the loss is as low as it may be; no more of them.
 
@@ -112,12 +128,14 @@ def without_destroyers(
         combine: makes the update of some replies.
         loss: held-out loss of the model after an update; infinite where it is not finite.
         most: that the loss may be.
+        among: clients whose replies may be left out; by default all.
 
     Returns:
-        None where nobody in particular is to blame: half of the replies would have to go.
+        None where nobody in particular is to blame: half of the replies would have to go, or others.
     """
-    alone = [loss(combine([one])) for one in replies]
-    by_harm = sorted(range(len(replies)), key=lambda place: alone[place], reverse=True)
+    suspects = [place for place, one in enumerate(replies) if among is None or any(c in among for c in one.counts)]
+    alone = {place: loss(combine([replies[place]])) for place in suspects}
+    by_harm = sorted(suspects, key=alone.__getitem__, reverse=True)
     dropped: list[int] = []
 
     def is_sound() -> bool:
@@ -125,7 +143,7 @@ def without_destroyers(
         return loss(combine(kept)) <= most
 
     while not is_sound():
-        if 2 * (len(dropped) + 1) >= len(replies):
+        if len(dropped) == len(by_harm) or 2 * (len(dropped) + 1) >= len(replies):
             return None
         dropped.append(by_harm[len(dropped)])
     for place in dropped[::-1]:
