@@ -25,7 +25,8 @@ from fedunlearn.log import set_up
 from fedunlearn.nn.precision import precision_on
 from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.formats import duration
-from fedunlearn.study.dag.settings import StudySettings
+from fedunlearn.study.dag.earlier import adopt, agree
+from fedunlearn.study.dag.settings import StudySettings, defaults_of
 from fedunlearn.study.dag.tasks import Task, check_needs, seconds_a_cost, work_on
 
 UNFINISHED = 3
@@ -60,8 +61,8 @@ class StudyData(Protocol):
 class StudyPlan(Protocol):
     """All tasks of a study."""
 
-    def tasks(self, stages: Sequence[str]) -> list[Task]:
-        """Give all tasks of the stages; needs come before what needs them."""
+    def tasks(self, stages: Sequence[str] = ...) -> list[Task]:
+        """Give all tasks of the stages, by default of all; needs come before what needs them."""
         ...
 
 
@@ -137,6 +138,8 @@ def run_study(study: Study, *, only_plan: bool = False) -> int:
     study.workspace.check()
     root, workers, tasks = study_folder(study), number_of_workers(study), wanted(study)
     check_identity(study, root)
+    if adopted := adopt(study.plan.tasks(), root):
+        log.info("%d tasks are done: an earlier version made them with these settings", len(adopted))
     if not tasks and (scope.only != "*" or "report" not in scope.stages):
         raise UserError(f"study.only={scope.only} matches no task of {', '.join(scope.stages)}")
     check_needs(tasks, root)
@@ -196,8 +199,9 @@ def check_identity(study: Study, root: Path) -> None:
         stored = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} was cut short ({error}): delete it, and the same command makes it again") from None
+    defaults = json.loads(json.dumps(defaults_of(type(settings))))
     for key, value in about.items():
-        if stored.get(key) != value:
+        if not agree(stored.get(key), value, defaults.get(key)):
             raise UserError(f"{root} is a study with {key}={stored.get(key)}, not {value}: choose another study.name")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from fedunlearn.composing import spelled_out
 from fedunlearn.config import Data, Loss, Model, Partition, Scale, Settings, check_clients, settings
@@ -113,6 +113,11 @@ def composed(schema: type[S], package: str, words: Iterable[str]) -> S:
     put(values, texts)
     _check_options(schema, values)
     return validated(schema, values)
+
+
+def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
+    """Give the default of every setting that has one, before any preset; groups are dicts."""
+    return schema.model_construct().model_dump()
 
 
 def check_scope(chosen: StudySettings) -> None:

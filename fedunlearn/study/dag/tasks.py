@@ -44,6 +44,7 @@ class Task:
         needs: the tasks whose results it takes.
         work: makes the result, a dict that JSON can hold, and may leave further files in the task's folder.
         cost: how much work it is, in images trained on: for estimates alone.
+        defaults: of the settings, as far as they have any. Earlier versions may not have had these settings yet.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Task:
     needs: tuple["Task", ...]
     work: Callable[["TaskContext"], dict[str, Any]]
     cost: float
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -60,7 +62,12 @@ class Task:
 
     def folder(self, root: Path) -> Path:
         """Give the folder of the task's files."""
-        return root / "tasks" / f"{self.name.replace('/', '.')}-{self.key}"
+        return root / "tasks" / f"{self.prefix}-{self.key}"
+
+    @property
+    def prefix(self) -> str:
+        """Give what the folder's name begins with, whatever the settings are."""
+        return self.name.replace("/", ".")
 
     def is_done(self, root: Path) -> bool:
         """Say whether the result is there."""
@@ -72,11 +79,19 @@ class Task:
         Raises:
             UserError: the file was damaged.
         """
-        file = self.folder(root) / "result.json"
-        try:
-            return json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file} was cut short ({error}): delete it, and the same command makes it again") from None
+        return read(self.folder(root) / "result.json")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read a result.
+
+    Raises:
+        UserError: the file was damaged.
+    """
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} was cut short ({error}): delete it, and the same command makes it again") from None
 
 
 @dataclass
@@ -205,8 +220,8 @@ def _do(task: Task, root: Path, over: Callable[[], bool], left: Callable[[], str
             finally:
                 seconds = before + time.monotonic() - context.started
                 write_atomically(spent, f"{seconds:.3f}".encode())
-            content = {"task": task.name, "settings": task.settings, "seconds": seconds, "cost": task.cost}
-            content |= {"machine": machine(), **result}
+            content = {"task": task.name, "format": FORMAT, "settings": task.settings, "seconds": seconds}
+            content |= {"cost": task.cost, "machine": machine(), **result}
             write_atomically(folder / "result.json", json.dumps(content, indent=1).encode())
             (folder / PARTIAL).unlink(missing_ok=True)
             log.info(f"done in {duration(seconds)}; {left()}")

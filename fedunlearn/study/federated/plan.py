@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedunlearn.federation.strategy import source_of
-from fedunlearn.study.dag.settings import PIPELINES, Pipeline
+from fedunlearn.federation.strategy import source_of, strategy_class
+from fedunlearn.study.dag.settings import PIPELINES, Pipeline, defaults_of
 from fedunlearn.study.dag.tasks import Task, TaskContext
 from fedunlearn.study.federated.runs import FederatedRun, Start, federate
 from fedunlearn.study.federated.settings import STAGES, FederatedSettings, identity_of, keepers
@@ -144,4 +144,7 @@ class Plan:
 
         about = {**identity_of(self.settings), "data": self.workspace.dataset.fingerprint, **settings}
         needs = (planned.start.base,) if planned.start else ()
-        return Task(name, about, needs, work, rounds * self.images)
+        defaults = defaults_of(FederatedSettings) | {
+            "unlearn": defaults_of(strategy_class(planned.config.strategy).Settings)
+        }
+        return Task(name, about, needs, work, rounds * self.images, defaults)

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fedunlearn.study.dag.settings import PIPELINES, Pipeline
+from fedunlearn.study.dag.settings import PIPELINES, Pipeline, defaults_of
 from fedunlearn.study.dag.tasks import Task, TaskContext
 from fedunlearn.study.pooled.embeddings import clip_tsne, tsne
 from fedunlearn.study.pooled.learning import fisher, train
@@ -228,7 +228,7 @@ class Plan:
         def of_context(context: TaskContext) -> dict[str, Any]:
             return work(self.workspace, context)
 
-        return Task(name, settings, tuple(needs), of_context, cost)
+        return Task(name, settings, tuple(needs), of_context, cost, defaults_of(type(self.settings)))
 
     def _cost_of_ssd(self, forgotten: Sequence[int], full: Task | None) -> float:
         search = self.settings.search
