@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedunlearn.apps.scale import ScalingStudy
 from fedunlearn.cli import default_of
 from fedunlearn.config import Config
 from fedunlearn.federation import tasks
+from fedunlearn.federation.gate import Gate
 from fedunlearn.federation.handle import Federation
 from fedunlearn.federation.requests import Requests
 from fedunlearn.federation.rounds import Rounds
@@ -39,7 +40,13 @@ MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
 SCHEMAS: dict[str, type[BaseModel]] = {
     "run": Config, "paper": PaperSettings, "federated": FederatedSettings, "scale": ScalingStudy,
 }  # fmt: skip
-ROUNDS = ("start", "configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+ROUNDS = tuple(
+    (Rounds, name)
+    for name in ("start", "configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+)
+"""Methods that ask clients in every round."""
+FRAME = ((Requests, "serve"), (Gate, "__init__"), (Gate, "verdict"))
+"""Methods that ask clients at every request."""
 OBJECTS = {"federation": Federation, "_federation": Federation, "_scorer": Scorer, "requests": Requests}
 """How the code calls what asks clients on somebody's behalf."""
 ONLY_WITH = {"class_counts": "with `robust`", "selected_counts": "before a request about some of its images"}
@@ -97,10 +104,12 @@ def shares(name: str = "") -> str:
     known: dict[str, ClientTask] = {}
     for strategy in strategies.values():
         known |= tasks_of(strategy)
-    always, asked = asked_in_a_run(), {name: asked_by(strategy) for name, strategy in strategies.items()}
+    always, framing = asked_in(ROUNDS), asked_in(FRAME)
+    asked = {name: asked_by(strategy) for name, strategy in strategies.items()}
     rows = []
     for task in known.values():
         names = [f"`{name}`" for name in asked if task.name in asked[name]]
+        names = ["all"] if task.name in framing else names
         in_rounds = ONLY_WITH.get(task.name, "yes") if task.name in always else "no"
         rows.append([f"`{task.name}`", task.shares, in_rounds, ", ".join(names) or "none"])
     return table(["task", "what a client shares", "in rounds", "at a request, with"], rows)
@@ -111,10 +120,10 @@ def asked_by(strategy: type[Strategy]) -> set[str]:
     return set(_asked(strategy, "forget", set()))
 
 
-def asked_in_a_run() -> set[str]:
-    """Name the client tasks that rounds ask for, whatever the strategy."""
+def asked_in(methods: Iterable[tuple[type, str]]) -> set[str]:
+    """Name the client tasks that methods ask for, whatever the strategy."""
     seen: set[tuple[Any, str]] = set()
-    return {task for method in ROUNDS for task in _asked(Rounds, method, seen)}
+    return {task for owner, method in methods for task in _asked(owner, method, seen)}
 
 
 def _asked(owner: Any, name: str, seen: set[tuple[Any, str]]) -> Iterator[str]:

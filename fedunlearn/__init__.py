@@ -6,7 +6,7 @@ The public names are loaded when they are first used, so that a look at a run do
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 if TYPE_CHECKING:
     from fedunlearn.composing import compose

@@ -165,7 +165,8 @@ def test_what_strategies_ask_for_is_found_in_their_code():
     assert {"fisher", "class_counts", "evaluate"} <= generate.asked_by(strategy_class("ssd"))
     assert {"climb", "train", "class_counts"} <= generate.asked_by(strategy_class("pga"))
     assert {"relabel", "repair"} <= generate.asked_by(strategy_class("subset"))
-    assert {"train", "evaluate"} <= generate.asked_in_a_run()
+    assert {"train", "evaluate"} <= generate.asked_in(generate.ROUNDS)
+    assert {"evaluate", "class_counts", "batch_norm_statistics"} <= generate.asked_in(generate.FRAME)
 
 
 def test_the_page_on_privacy_says_what_every_task_reveals():
