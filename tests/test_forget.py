@@ -253,6 +253,13 @@ def test_without_a_live_run_the_request_is_applied_here(finished, capsys):
     assert (finished.folder() / "report" / "index.html").exists()
 
 
+def test_images_are_decoded_in_the_state_folder_that_the_run_lies_in_and_in_no_other(finished, monkeypatch, tmp_path):
+    """Else images that were removed come back in the folder of the environment."""
+    monkeypatch.setenv("FEDUNLEARN_HOME", str(tmp_path / "other"))
+    assert command("forget", "--client", "3", "--dry-run", "--engine", "local", "--home", str(finished.home)) == 0
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_run_without_a_name_is_applied_in_its_own_folder(federate):
     federate("rounds=1 run=''")
     (folder,) = (federate.home / "runs").iterdir()

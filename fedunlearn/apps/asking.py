@@ -67,7 +67,7 @@ def check_servable(found: Run) -> None:
     found.check_checkpoint()
     check_strategy(found, {})
     check_own_code(found.config_here())
-    if auditor := auditor_of(found.config):
+    if auditor := auditor_of(found.config_here()):
         check_data(found, auditor.fingerprints())
 
 
@@ -169,7 +169,7 @@ def serve(found: Run, resources: Resources, *, verbose: bool) -> None:
     """Apply the open requests of a run that nobody holds."""
     from fedunlearn.apps import server_app
 
-    config = found.config.model_copy(update={"run": found.name, "home": str(found.folder.parent.parent)})
+    config = found.config_here().model_copy(update={"run": found.name})
     simulate(
         lambda grid: server_app.serve(grid, config),
         resources,
