@@ -491,6 +491,19 @@ def test_only_forgotten_clients_are_purged_and_no_live_run_is(federate, capsys):
     assert (receipt(federate).deleted, len(images_of(federate, 3)[0])) == ([], 28)
 
 
+def test_whoever_was_forgotten_together_is_purged_together_or_not_at_all(federate, capsys):
+    federate("forget.schedule={1:[1,3]} rounds=1 strategy=leave train.client_head_steps=1")
+    counts = {client: len(images_of(federate, client)[0]) for client in (1, 3)}
+    assert min(counts.values()) > 0
+    assert command("purge", "--client", "3", "--run", "test") == 2
+    said = "request r1 was about clients 1 and 3 together: name client 1 too"
+    assert said in capsys.readouterr().err
+    assert {client: len(images_of(federate, client)[0]) for client in (1, 3)} == counts
+    assert federate.run().ledger.purged() == []
+    assert command("purge", "--client", "3,1", "--run", "test") == 0
+    assert [len(images_of(federate, client)[0]) for client in (1, 3)] == [0, 0]
+
+
 def test_what_a_receipt_says_is_gone_follows_from_the_ledger(federate):
     federate(FORGOTTEN)
     file = federate.folder() / FOLDER / "r1-2.json"

@@ -431,11 +431,15 @@ def check_purgeable(run: Run, clients: Collection[int]) -> list[Request]:
     """Give the requests by which clients were forgotten.
 
     Raises:
-        UserError: one of them was not, or not completely yet.
+        UserError: one of them was not, or not completely yet; or together with a client that is not named.
     """
     requests = [r for r in run.ledger.requests() if r.state in FORGOTTEN and set(r.clients) & set(clients)]
     forgotten = {client for request in requests if request.state == State.COMPLETED for client in request.clients}
     if missing := sorted(set(clients) - forgotten):
         ask, are = forget_command(missing, run.config.partition.names), "are" if len(missing) > 1 else "is"
         raise UserError(f"{run.named(missing)} {are} not forgotten in run {run.name}: {ask}")
+    for request in requests:
+        if others := sorted(set(request.clients) - set(clients)):
+            together = f"request {request.id} was about {run.named(request.clients)} together"
+            raise UserError(f"{together}: name {run.named(others)} too")
     return requests
