@@ -1,6 +1,7 @@
 """Requests from outside a run: the command, and the door of `Run` that it goes through."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -221,13 +222,27 @@ def test_who_comes_second_to_a_run_follows_the_first(finished, capsys, monkeypat
         first.start()
         while first.is_alive() and not found.is_live():
             time.sleep(0.02)
-        raise LockedError("the first holds it")
+        raise LockedError("the first holds it", finished.folder())
 
     serve = asking.serve
     monkeypatch.setattr(asking, "serve", come_second)
     assert command("forget", "--client", "3", "--engine", "local") == 0
     assert "request r1: COMPLETED" in capsys.readouterr().err
     assert finished.requests()[0].state == State.COMPLETED
+
+
+def test_a_purge_that_cannot_begin_is_an_error_and_the_same_command_does_it(federate, capsys, monkeypatch):
+    """Another purge of the state folder takes longer than this one waits."""
+    federate("rounds=1 strategy=leave forget.purge=always train.client_head_steps=1")
+    monkeypatch.setattr("fedunlearn.runs.purge.LOCK_SECONDS", 0.1)
+    with lock(federate.home / "data"):
+        for _ in range(2):  # the request is applied by the first, and what is left is to be removed by the second
+            assert command("forget", "--client", "3", "--engine", "local") == 2
+            said = f"the folder {federate.home / 'data'} is locked by process {os.getpid()}: wait for it, or end it"
+            assert said in capsys.readouterr().err
+            assert federate.requests()[0].state == State.COMPLETED
+    assert command("forget", "--client", "3", "--engine", "local") == 0
+    assert [request.id for request in federate.run().ledger.purged()] == ["r1"]
 
 
 def test_waiting_for_a_run_that_stops_says_how_to_go_on(finished, capsys, monkeypatch):

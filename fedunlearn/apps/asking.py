@@ -1,7 +1,6 @@
 """Asking a run to forget clients: what is said and checked before, and who applies the request."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from logging import getLogger
 from typing import Any
 
@@ -152,17 +151,23 @@ def see_to(found: Run, handle: RequestHandle, resources: Resources, *, wait: boo
         log.info("the request is applied here, on %d virtual nodes", resources.nodes)
         try:
             serve(found, resources, verbose=verbose)
-        except LockedError:  # another command came first, and serves all open requests
-            follow()
+        except LockedError as error:
+            if error.folder != found.folder:
+                raise
+            follow()  # another command came first, and serves all open requests
 
 
 def after_a_crash(found: Run) -> None:
     """Do what a process had still to do that was killed after the end of a request, where nobody holds the run."""
     from fedunlearn.apps.server_app import conclude
 
-    with suppress(LockedError), lock(found.folder):
-        tidy(found)
-        conclude(found)
+    try:
+        with lock(found.folder):
+            tidy(found)
+            conclude(found)
+    except LockedError as error:
+        if error.folder != found.folder:
+            raise
 
 
 def serve(found: Run, resources: Resources, *, verbose: bool) -> None:

@@ -94,7 +94,7 @@ def private(folder: Path) -> Path:
 
 def _start_if_needed(place: Path, arguments: list[str], patience: float) -> None:
     if not _is_there(place, patience):
-        with lock(place.parent, patience=START_SECONDS):
+        with lock(place.parent, of=f"the folder {place.parent}", patience=START_SECONDS):
             if not _is_there(place, patience):
                 _start(place, arguments)
 

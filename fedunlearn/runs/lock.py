@@ -15,12 +15,25 @@ ELSEWHERE = "--home or FEDUNLEARN_HOME names another state folder"
 
 
 class LockedError(UserError):
-    """Another process has the lock."""
+    """Another process has the lock.
+
+    Attributes:
+        folder: whose lock it is.
+    """
+
+    def __init__(self, reason: str, folder: Path) -> None:
+        super().__init__(reason)
+        self.folder = folder
 
 
 @contextmanager
-def lock(folder: Path, *, patience: float = 0.5) -> Iterator[None]:
-    """Have the folder's lock; `patience` is in seconds.
+def lock(folder: Path, *, of: str = "", patience: float = 0.5) -> Iterator[None]:
+    """Have the folder's lock.
+
+    Args:
+        folder: of a run, or of something else.
+        of: what it is of, in words; a run by default.
+        patience: seconds.
 
     Raises:
         LockedError: another process has it.
@@ -32,7 +45,8 @@ def lock(folder: Path, *, patience: float = 0.5) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written ({error.strerror}): {ELSEWHERE}") from error
     with file:
         if not _try(file, fcntl.LOCK_EX, patience=patience):
-            raise LockedError(f"run {folder.name} is locked by process {owner(folder)}: wait for it, or end it")
+            locked = f"{of or f'run {folder.name}'} is locked by process {owner(folder)}"
+            raise LockedError(f"{locked}: wait for it, or end it", folder)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

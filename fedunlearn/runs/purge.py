@@ -105,7 +105,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
     who = run.named(clients, most=len(clients))
     if request.portions:
         return _purge_portions(run, request, who)
-    with lock(home / "data", patience=LOCK_SECONDS):
+    with lock(home / "data", of=f"the folder {home / 'data'}", patience=LOCK_SECONDS):
         try:
             with scan.owned_by(run, clients) as owned:
                 look_for = scan.wanted(owned)
