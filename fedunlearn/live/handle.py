@@ -280,7 +280,7 @@ class LiveRun:
             about |= {name: value for name, value in options.items() if value}
             words = [*options_for(about), *words_of(settings)]
             requests = self._command(["forget", *words, "--wait", "--json"], deadline=deadline, quiet=quiet)
-        return Receipt(self._receipt_of(requests[-1]["id"]))
+        return Receipt(self._receipt_of(requests[-1]["id"], deadline))
 
     def request(self, clients: int | str | Sequence[int | str], *, by: str = "", right: str = "") -> "RequestHandle":
         """Ask for clients to be forgotten, and go on at once; `follow()` of the result waits.
@@ -371,7 +371,7 @@ class LiveRun:
             raise UserError(process.reason())
         return json.loads(said)
 
-    def _receipt_of(self, request_id: str) -> Path:
+    def _receipt_of(self, request_id: str, deadline: float | None) -> Path:
         """Find the last receipt of a request that has ended; the process that holds the run writes it at once."""
         while True:
             live = is_locked(self.folder)
@@ -383,6 +383,8 @@ class LiveRun:
                 return self.folder / "receipts" / files[-1]
             if not live:
                 raise UserError(f"request {request_id} of run {self.name} has not ended: there is no receipt of it")
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"run {self.name} has not written the receipt of request {request_id} yet")
             time.sleep(POLL_SECONDS)
 
     def _repr_html_(self) -> str:
