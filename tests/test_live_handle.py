@@ -1,8 +1,14 @@
 """What a handle from Python does where a run is held, is starting, or does not end. Nothing here trains for long."""
 
+import subprocess
+import sys
+
+import psutil
 import pytest
 
 import fedunlearn as fu
+from fedunlearn.errors import UserError
+from fedunlearn.live.background import Background
 from fedunlearn.live.handle import LiveRun
 from fedunlearn.runs.lock import lock
 
@@ -21,3 +27,27 @@ def test_who_waits_for_a_receipt_waits_no_longer_than_was_asked(finished, monkey
     monkeypatch.setattr(LiveRun, "_command", lambda *words, **options: [{"id": "r1"}])
     with lock(finished.folder), pytest.raises(TimeoutError, match="run test has not written the receipt of request r1"):
         finished.forget(clients=[3], timeout=0.1)
+
+
+def test_a_run_that_is_starting_is_no_damaged_one(home, tmp_path):
+    process = Background(
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE), tmp_path / "log", 0
+    )
+    try:
+        with pytest.raises(UserError, match=r"^run new has not begun: it is starting$"):
+            LiveRun("new", home, _process=process).request([3])
+    finally:
+        process.process.communicate()
+    assert not home.exists()
+
+
+def test_a_handle_on_a_request_keeps_no_file_open(finished):
+    def opened():
+        return [file for file in psutil.Process().open_files() if file.path == str(finished.folder / "ledger.sqlite")]
+
+    before = opened()
+    handle = finished.request([3])
+    assert ([request.state for request in handle.requests()], handle.is_open) == (["RECEIVED"], True)
+    with pytest.raises(UserError, match="run test stopped before the request was applied"):
+        handle.follow()
+    assert opened() == before

@@ -119,7 +119,7 @@ def accept(found: Run, request_id: str, by: str, resources: Resources, *, limit:
     check_strategy(found, found.ledger.request(request_id).detail.get("how", {}))
     if not found.is_live():
         check_servable(found)
-    handle = RequestHandle(found.folder, found.ledger, (found.ledger.accept(request_id, by).id,))
+    handle = found.handle([found.ledger.accept(request_id, by).id])
     with stopped_by_signals(filed):
         see_to(found, handle, resources, wait=True, limit=limit, verbose=verbose)
     return found.ledger.request(request_id)

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from fedunlearn.live.cards import Page, card, shown
 from fedunlearn.live.words import options_for, words_of
 from fedunlearn.naming import listed
 from fedunlearn.runs.home import log_of, runs_folder
+from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.lock import is_locked, owner
 from fedunlearn.runs.run import Run, last_round
 
@@ -288,10 +289,11 @@ class LiveRun:
         A live run takes the request at its next round boundary. Else nobody does, until somebody serves the run.
 
         Raises:
-            UserError: there is no such client, or the run has no sound checkpoint to forget from.
+            UserError: the run has not begun, there is no such client, or there is no sound checkpoint to forget from.
         """
-        found = Run.opened(self.folder)
-        return found.request(listed(clients), by=by, right=right)
+        with self.opened() as found:
+            handle = found.request(listed(clients), by=by, right=right)
+        return replace(handle, opened=self._ledger)
 
     def receipts(self) -> "list[Receipt]":
         """Give the last receipt of every request that has ended."""
@@ -322,6 +324,12 @@ class LiveRun:
         return audit(self, retrained)
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _ledger(self) -> Iterator[Ledger]:
+        """Open the run's ledger."""
+        with self.opened() as found:
+            yield found.ledger
 
     def _has_begun(self) -> bool:
         return (self.folder / "run.json").exists()

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,20 +21,21 @@ class RequestHandle:
 
     Attributes:
         folder: the run's.
-        ledger: the run's.
         ids: of the requests.
+        opened: opens the run's ledger, or gives one that is open.
 
     Example:
         `fedunlearn.open_run("demo").request([3]).follow(print)`
     """
 
     folder: Path
-    ledger: Ledger
     ids: tuple[str, ...]
+    opened: Callable[[], AbstractContextManager[Ledger]]
 
     def requests(self) -> list[Request]:
         """Read the requests as they stand now."""
-        return [self.ledger.request(request_id) for request_id in self.ids]
+        with self.opened() as ledger:
+            return self._of(ledger)
 
     @property
     def is_open(self) -> bool:
@@ -51,7 +53,8 @@ class RequestHandle:
         """
         deadline = None
         while is_locked(self.folder):
-            current = self.ledger.current()
+            with self.opened() as ledger:
+                current = ledger.current()
             if current is None or not current.finished:
                 return True
             if deadline is None:
@@ -80,20 +83,24 @@ class RequestHandle:
         """
         seen: dict[str, State] = {}
         deadline = time.monotonic() + limit
-        while True:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"run {self.folder.name} has not applied the request within {limit:g} s")
-            live = is_locked(self.folder)
-            requests = self.requests()
-            for request in requests:
-                if seen.get(request.id) != request.state:
-                    seen[request.id] = request.state
-                    on_change(request)
-            if not any(request.state in OPEN for request in requests):
-                return requests
-            if not live:
-                raise UserError(
-                    f"run {self.folder.name} stopped before the request was applied: repeat this command, or resume "
-                    f"the run with run={self.folder.name}"
-                )
-            time.sleep(POLL_SECONDS)
+        with self.opened() as ledger:
+            while True:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"run {self.folder.name} has not applied the request within {limit:g} s")
+                live = is_locked(self.folder)
+                requests = self._of(ledger)
+                for request in requests:
+                    if seen.get(request.id) != request.state:
+                        seen[request.id] = request.state
+                        on_change(request)
+                if not any(request.state in OPEN for request in requests):
+                    return requests
+                if not live:
+                    raise UserError(
+                        f"run {self.folder.name} stopped before the request was applied: repeat this command, or "
+                        f"resume the run with run={self.folder.name}"
+                    )
+                time.sleep(POLL_SECONDS)
+
+    def _of(self, ledger: Ledger) -> list[Request]:
+        return [ledger.request(request_id) for request_id in self.ids]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -182,7 +183,11 @@ class Run:
             all_clients=not clients,
             first_portion=self.config.clients,
         )
-        return RequestHandle(self.folder, self.ledger, tuple(request.id for request in requests))
+        return self.handle(request.id for request in requests)
+
+    def handle(self, request_ids: Iterable[str]) -> RequestHandle:
+        """Give a handle on requests, which reads the run's ledger as long as that is open."""
+        return RequestHandle(self.folder, tuple(request_ids), partial(nullcontext, self.ledger))
 
     def meant(self, clients: Collection[int], selection: Selection | None = None) -> list[int]:
         """Give the clients whose images a request is about.
