@@ -18,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedunlearn.apps import resident
 from fedunlearn.errors import UserError
-from fedunlearn.runs.lock import is_locked, owner
+from fedunlearn.runs.lock import holder, is_locked
 
 APP = "node_app_of_tests:app"
 
@@ -43,7 +43,7 @@ def is_running(pid):
 
 def there(folder):
     """The processes that live and listen."""
-    return [int(owner(file.parent)) for file in folder.glob("*/socket") if is_locked(file.parent, patience=0)]
+    return [int(holder(file.parent)) for file in folder.glob("*/socket") if is_locked(file.parent, patience=0)]
 
 
 @pytest.fixture

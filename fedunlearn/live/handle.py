@@ -21,7 +21,7 @@ from fedunlearn.live.words import options_for, words_of
 from fedunlearn.naming import listed
 from fedunlearn.runs.home import log_of, runs_folder
 from fedunlearn.runs.ledger import Ledger
-from fedunlearn.runs.lock import is_locked, owner
+from fedunlearn.runs.lock import holder, is_locked
 from fedunlearn.runs.run import Run, last_round
 
 if TYPE_CHECKING:
@@ -151,9 +151,9 @@ class LiveRun:
         if self._process and self._process.is_working:
             self._process.stop()
         elif is_locked(self.folder):
-            holder = psutil.Process(int(owner(self.folder)))
-            holder.terminate()
-            psutil.wait_procs([holder], timeout=30)
+            process = psutil.Process(int(holder(self.folder)))
+            process.terminate()
+            psutil.wait_procs([process], timeout=30)
 
     # What there is to see ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedunlearn.errors import UserError
 from fedunlearn.runs.ledger import OPEN, Ledger, Request, State
-from fedunlearn.runs.lock import is_locked, owner
+from fedunlearn.runs.lock import holder, is_locked
 
 POLL_SECONDS = 0.5
 CLOSING_SECONDS = 600
@@ -62,7 +62,7 @@ class RequestHandle:
                 deadline = time.monotonic() + CLOSING_SECONDS
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"run {self.folder.name} has trained all rounds, but process {owner(self.folder)} still holds it "
+                    f"run {self.folder.name} has trained all rounds, but process {holder(self.folder)} still holds it "
                     f"after {CLOSING_SECONDS} s: end that process, and repeat this command"
                 )
             time.sleep(POLL_SECONDS)

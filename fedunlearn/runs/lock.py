@@ -45,7 +45,7 @@ def lock(folder: Path, *, of: str = "", patience: float = 0.5) -> Iterator[None]
         raise UserError(f"{folder} cannot be written ({error.strerror}): {ELSEWHERE}") from error
     with file:
         if not _try(file, fcntl.LOCK_EX, patience=patience):
-            locked = f"{of or f'run {folder.name}'} is locked by process {owner(folder)}"
+            locked = f"{of or f'run {folder.name}'} is locked by process {holder(folder)}"
             raise LockedError(f"{locked}: wait for it, or end it", folder)
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -68,7 +68,7 @@ def is_locked(folder: Path, *, patience: float = 0.5) -> bool:
         raise UserError(f"{folder / 'lock'} cannot be read ({error.strerror})") from error
 
 
-def owner(folder: Path) -> str:
+def holder(folder: Path) -> str:
     """Give the id of the process that took the lock last."""
     return (folder / "lock").read_text()
 
