@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import datetime
 from importlib import import_module
 from logging import getLogger
 from pathlib import Path
@@ -31,7 +30,7 @@ from fedunlearn.leave import leave
 from fedunlearn.log import set_up
 from fedunlearn.naming import as_command, class_numbers, for_shell
 from fedunlearn.residue import purge, scan
-from fedunlearn.runs.home import all_runs, runs_folder
+from fedunlearn.runs.home import all_runs, new_name, runs_folder
 from fedunlearn.runs.ledger import FAILED, Request
 from fedunlearn.runs.overview import glance
 from fedunlearn.runs.run import last_round
@@ -132,7 +131,7 @@ def run(
 
     config = compose(app_folder(app) / "conf", words or [])
     if not config.run:
-        config = config.model_copy(update={"run": f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"})
+        config = config.model_copy(update={"run": new_name(config.data.name)})
     resources = Resources(engine, min(nodes, config.clients), cpus, gpus, workers)
     resources.check()
     from fedunlearn.apps.server_app import asked_for, prepared, train
@@ -405,7 +404,7 @@ def demo(home: Home = "") -> int:
     set_up()
     from fedunlearn.apps.demo import demonstrate
 
-    print(f"report: {demonstrate(f'demo-{datetime.now():%Y%m%d-%H%M%S}', home)}")
+    print(f"report: {demonstrate(new_name('demo'), home)}")
     return 0
 
 

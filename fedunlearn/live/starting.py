@@ -1,7 +1,6 @@
 """What begins in Python: a run in the background, or a handle on one that exists."""
 
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.live.background import Background
 from fedunlearn.live.handle import LiveRun, options_of
 from fedunlearn.live.words import words_of
-from fedunlearn.runs.home import find_run, log_of, runs_folder
+from fedunlearn.runs.home import find_run, log_of, new_name, runs_folder
 from fedunlearn.runs.lock import is_locked
 
 
@@ -55,7 +54,7 @@ def run(
     resources.check()
     config = _checked(str(app), words)
     home, words = state_home(config.home), [word for word in words if not word.startswith(("run=", "home="))]
-    name, log = (config.run, log_of(home, config.run)) if config.run else _new_name(home, config.data.name)
+    name, log = (config.run, log_of(home, config.run)) if config.run else _unused_name(home, config.data.name)
     if is_locked(runs_folder(home) / name):
         raise UserError(f"run {name} is live: fedunlearn.open_run({name!r}) is a handle on it")
     own = [f"run={name}", f"home={home}"]
@@ -92,9 +91,9 @@ def _checked(app: str, words: list[str]) -> Config:
     return prepared(config, asked_for(words, config))
 
 
-def _new_name(home: Path, data: str) -> tuple[str, Path]:
+def _unused_name(home: Path, data: str) -> tuple[str, Path]:
     """Make up a name that no run has, by data set and time; its log is made so that nobody else takes it."""
-    first = f"{data}-{datetime.now():%Y%m%d-%H%M%S}"
+    first = new_name(data)
     number = 1
     while True:
         name = first if number == 1 else f"{first}-{number}"

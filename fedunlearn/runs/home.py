@@ -89,6 +89,11 @@ def runs_folder(home: Path) -> Path:
     return home / "runs"
 
 
+def new_name(of: str) -> str:
+    """Make up the name of a run that begins now: what it is of, as the data set, and the time."""
+    return f"{of}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
 def log_of(home: Path, name: str) -> Path:
     """Say where a process in the background writes its lines about a run to."""
     return home / "logs" / f"{name}.log"
@@ -140,7 +145,7 @@ def locked_run(config: Config, *, data: Mapping[str, str], images: "Images", ask
     Raises:
         UserError: another process holds the run, it has other settings than `asked`, or other data.
     """
-    name = config.run or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = config.run or new_name(config.data.name)
     config = config.model_copy(update={"run": name})
     folder = runs_folder(state_home(config.home)) / name
     with lock(folder):
