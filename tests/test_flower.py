@@ -14,6 +14,7 @@ import pytest
 
 import command_line
 from benchmarks.superlink import superlink as started
+from fedunlearn.runs.lock import holder
 
 APP = Path(__file__).parent.parent / "simulations" / "digits"
 SMALL = "rounds=4 data.limit=200 data.test_limit=40 forget.schedule={2:[3]}"
@@ -87,7 +88,7 @@ def test_flwr_run_on_two_actors_gives_the_bits_of_one_process_whatever_is_killed
                 os.kill(killed[0], signal.SIGKILL)
             if line.startswith("round   2/4"):
                 time.sleep(0.1)  # into round 3
-                os.kill(int((home / "runs" / "two" / "lock").read_text()), signal.SIGKILL)
+                os.kill(int(holder(home / "runs" / "two")), signal.SIGKILL)
                 run.terminate()
                 break
     assert len(killed) == 2

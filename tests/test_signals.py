@@ -17,6 +17,7 @@ from command_line import command
 from fedunlearn.apps import signals
 from fedunlearn.runs.home import open_run
 from fedunlearn.runs.ledger import State
+from fedunlearn.runs.lock import holder
 
 SMALL = ["clients=4", "data.limit=200", "data.test_limit=40", "train.client_head_steps=20", "strategy=leave"]
 RUN = ["run", "digits", *SMALL, "rounds=6", "forget.schedule={3:[1]}"]
@@ -141,7 +142,7 @@ def test_a_run_of_flwr_ends_with_its_superlink(home):
             for line in run.stdout:
                 if line.startswith("round   2/"):
                     break
-            server = psutil.Process(int((home / "runs" / "orphan" / "lock").read_text()))
+            server = psutil.Process(int(holder(home / "runs" / "orphan")))
             below = [server, *server.children(recursive=True)]
             (link,) = (process for process in server.parents() if "flower-superlink" in " ".join(process.cmdline()))
             link.kill()

@@ -11,10 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+import psutil
+
 from fedunlearn.apps.signals import SIGNALS
+from fedunlearn.errors import UserError
 from fedunlearn.runs.files import named_in_errors
+from fedunlearn.runs.lock import holder, holder_trains, is_locked
 
 POLL_SECONDS = 0.2
+STOP_SECONDS = 30
 WIDTH = 100  # characters, of a line that is written over
 STOPPED = tuple(status for number in SIGNALS for status in (128 + number, -number))  # later, or before it listens
 A_ROUND = re.compile(r" *round +\d+/\d+ ")
@@ -88,6 +93,30 @@ class Background:
         if self.is_working:
             self.process.terminate()
             self.process.wait()
+
+
+def end_run(folder: Path) -> None:
+    """End the process that trains a run, or applies its requests, and wait until it has let go of the run.
+
+    Raises:
+        UserError: it does not end, or another process holds the run.
+    """
+    name, number = folder.name, holder(folder)
+    if not holder_trains(folder):
+        raise UserError(f"process {number} holds run {name}, and does not train it: wait for it, or end it")
+    try:
+        process = psutil.Process(int(number))
+        if (folder / "lock").resolve() not in [Path(file.path) for file in process.open_files()]:
+            raise psutil.NoSuchProcess(process.pid)  # another one has its id now
+        process.terminate()
+    except (ValueError, psutil.Error) as error:
+        if is_locked(folder):
+            raise UserError(f"run {name} goes on: process {number} cannot be ended ({error})") from error
+    deadline = time.monotonic() + STOP_SECONDS
+    while is_locked(folder, patience=0):
+        if time.monotonic() > deadline:
+            raise UserError(f"run {name} goes on: process {number} has not let go of it in {STOP_SECONDS} s")
+        time.sleep(POLL_SECONDS)
 
 
 def last_words(log: Path, begins: int = 0) -> str:

@@ -10,18 +10,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from fedunlearn.apps.resources import Resources
 from fedunlearn.errors import UserError
 from fedunlearn.live import frames
-from fedunlearn.live.background import POLL_SECONDS, Background, Lines, followed, last_words
+from fedunlearn.live.background import POLL_SECONDS, Background, Lines, end_run, followed, last_words
 from fedunlearn.live.cards import Page, card, shown
 from fedunlearn.live.words import options_for, words_of
 from fedunlearn.naming import listed
 from fedunlearn.runs.home import log_of, runs_folder
 from fedunlearn.runs.ledger import Ledger
-from fedunlearn.runs.lock import holder, is_locked
+from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.run import Run, last_round
 
 if TYPE_CHECKING:
@@ -147,13 +145,15 @@ class LiveRun:
         return self
 
     def stop(self) -> None:
-        """End the run's process. What is committed stays, and the same `fedunlearn.run(..., run=NAME)` goes on."""
+        """End the run's process. What is committed stays, and the same `fedunlearn.run(..., run=NAME)` goes on.
+
+        Raises:
+            UserError: the process does not end, or it holds the run for something else, such as a purge or a fork.
+        """
         if self._process and self._process.is_working:
             self._process.stop()
         elif is_locked(self.folder):
-            process = psutil.Process(int(holder(self.folder)))
-            process.terminate()
-            psutil.wait_procs([process], timeout=30)
+            end_run(self.folder)
 
     # What there is to see ------------------------------------------------------------------------------------------
 

@@ -148,7 +148,7 @@ def locked_run(config: Config, *, data: Mapping[str, str], images: "Images", ask
     name = config.run or new_name(config.data.name)
     config = config.model_copy(update={"run": name})
     folder = runs_folder(state_home(config.home)) / name
-    with lock(folder):
+    with lock(folder, trains=True):
         if not (folder / "run.json").exists():
             _make(folder, config, data, images)
         ledger = open_ledger(folder)

@@ -12,6 +12,7 @@ from typing import Any
 from fedunlearn.errors import UserError
 
 ELSEWHERE = "--home or FEDUNLEARN_HOME names another state folder"
+TRAINS = " trains"  # what a lock says beside the process's id
 
 
 class LockedError(UserError):
@@ -27,12 +28,13 @@ class LockedError(UserError):
 
 
 @contextmanager
-def lock(folder: Path, *, of: str = "", patience: float = 0.5) -> Iterator[None]:
+def lock(folder: Path, *, of: str = "", trains: bool = False, patience: float = 0.5) -> Iterator[None]:
     """Have the folder's lock.
 
     Args:
         folder: of a run, or of something else.
         of: what it is of, in words; a run by default.
+        trains: whether this process trains the run, or applies its requests; the lock says so.
         patience: seconds.
 
     Raises:
@@ -48,7 +50,7 @@ def lock(folder: Path, *, of: str = "", patience: float = 0.5) -> Iterator[None]
             locked = f"{of or f'run {folder.name}'} is locked by process {holder(folder)}"
             raise LockedError(f"{locked}: wait for it, or end it", folder)
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()}{TRAINS if trains else ''}")
         file.flush()
         yield
 
@@ -69,8 +71,13 @@ def is_locked(folder: Path, *, patience: float = 0.5) -> bool:
 
 
 def holder(folder: Path) -> str:
-    """Give the id of the process that took the lock last."""
-    return (folder / "lock").read_text()
+    """Give the id of the process that took the lock last; `?` while it is about to say it."""
+    return (folder / "lock").read_text().removesuffix(TRAINS) or "?"
+
+
+def holder_trains(folder: Path) -> bool:
+    """Say whether that process took the lock to train the run, or to apply its requests."""
+    return (folder / "lock").read_text().endswith(TRAINS)
 
 
 def _try(file: Any, kind: int, *, patience: float = 0.5) -> bool:
