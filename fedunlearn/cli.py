@@ -32,7 +32,7 @@ from fedunlearn.naming import as_command, class_numbers, for_shell
 from fedunlearn.residue import purge, scan
 from fedunlearn.runs.home import all_runs, new_name, runs_folder
 from fedunlearn.runs.ledger import FAILED, Request
-from fedunlearn.runs.overview import glance
+from fedunlearn.runs.overview import glance, size_of
 from fedunlearn.runs.run import last_round
 from fedunlearn.runs.signed import action_of
 from fedunlearn.schema import fields_of, is_mapping, range_of
@@ -310,11 +310,10 @@ def still_filed() -> Iterator[None]:
 
 def row_of(folder: Path) -> dict[str, Any]:
     """Say of a run how far it is; of a damaged one, what is wrong with it."""
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     columns = ("run", "state", "round", "rounds", "data", "strategy", "requests", "MB", "created")
     row: dict[str, Any] = dict.fromkeys(columns, "")
     found = glance(folder)
-    row |= {"run": found.run, "state": found.state, "MB": round(size / 1e6, 1)}
+    row |= {"run": found.run, "state": found.state, "MB": round(size_of(folder) / 1e6, 1)}
     if found.error:
         log.warning("run %s: %s", folder.name, found.error)
         return row

@@ -5,6 +5,7 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -155,6 +156,25 @@ def test_runs_are_listed(finished, capsys):
     assert (row["run"], row["state"], row["round"], row["requests"]) == ("test", "live", 3, "r1 COMPLETED")
     assert command("runs", "--home", finished.home / "other") == 0
     assert capsys.readouterr().out == "no runs\n"
+
+
+def test_files_that_vanish_beside_a_live_run_end_no_list_of_runs(finished, capsys, monkeypatch):
+    """A live run deletes files at any time: after they were listed, and after they were looked at first."""
+    gone = finished.folder() / "checkpoints" / ".new-model"
+    gone.write_bytes(bytes(1000))
+    (finished.folder() / "checkpoints" / ".new-other").symlink_to("nowhere")
+    stat = Path.stat
+
+    def vanishes(path, **options):
+        found = stat(path, **options)
+        if path.name == gone.name:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", vanishes)
+    assert command("runs") == 0
+    assert not gone.exists()
+    assert "test  idle" in capsys.readouterr().out
 
 
 def test_requests_are_listed_and_shown(finished, capsys):

@@ -1,6 +1,7 @@
 """A run at a glance, also one that is damaged."""
 
-from contextlib import closing
+import os
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,3 +70,13 @@ def damaged(folder: Path, error: Exception) -> Glance:
     is_said = isinstance(error, UserError | OSError)
     text = str(error) if is_said else f"it is not as this version writes it ({type(error).__name__}: {error})"
     return Glance(folder.name, error=text)
+
+
+def size_of(folder: Path) -> int:
+    """Add up the bytes of a folder's files; those that vanish meanwhile, as beside a live run, do not count."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                size += Path(place, name).stat().st_size
+    return size
