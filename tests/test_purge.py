@@ -7,6 +7,7 @@ import lzma
 import shutil
 import sqlite3
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from fedunlearn.data.search import Found, Wanted
 from fedunlearn.data.store import REMOVED_FILES
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
-from fedunlearn.runs import keys, scan
+from fedunlearn.runs import checkpoint, keys, scan
 from fedunlearn.runs.lock import lock
 from fedunlearn.runs.purge import known_class_counts
 from fedunlearn.runs.receipts import FOLDER, signed, statement_of
@@ -444,6 +445,19 @@ def test_a_damaged_copy_is_named_and_the_receipt_is_written(federate, capsys, ca
     assert receipt(federate).kept != [NOTHING_REMOVED]
     with pytest.raises(UserError, match=f"{name} is missing or damaged .*: remove the folder {store}"):
         federate("rounds=2 run=other")
+
+
+def test_what_is_kept_beside_the_model_is_said_whatever_it_is_called(federate, monkeypatch):
+    forgotten_once(federate)
+    for kind, prefix in (("momentum", "impulse."), ("predictions", "probs.")):
+        monkeypatch.setitem(checkpoint.BESIDE, kind, prefix)
+    state, run = federate.server_state(), federate.run()
+    beside = replace(state, momentum={"w": torch.zeros(1)}, predictions={"0": torch.zeros(1)})
+    run.commit(beside.tensors(), state.round)
+    assert command("purge", "--client", "3", "--run", "test") == 0
+    said = receipt(federate)
+    assert {one.what for one in said.kept} >= {"the server's momentum"}
+    assert not any("predictions" in line for line in said.deleted)  # those of round 0 knew the client
 
 
 def test_figures_are_removed_where_that_is_asked_for(federate):

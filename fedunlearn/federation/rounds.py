@@ -31,6 +31,7 @@ from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.log import ROUNDS
+from fedunlearn.runs.checkpoint import BESIDE
 from fedunlearn.runs.fingerprints import fingerprints_of, forgotten_for_good, keep_fingerprints, keep_keys
 from fedunlearn.runs.formats import progress
 from fedunlearn.runs.ledger import FORGOTTEN
@@ -83,7 +84,7 @@ class Rounds(FlowerStrategy):
         torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         strategy, server = strategy_of(run.config), ServerData(run.config)
         server.try_loss()
-        state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(server_state.BESIDE.values())))
+        state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(BESIDE.values())))
         key = run.ledger.key if run.config.partition.is_on_nodes else ""
         counted = auditor.examples() if auditor else {}
         nodes = Nodes(run.config, server.model, pixels=server.pixels, run=key, counted=counted)

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from fedunlearn.errors import DestroyedError
 from fedunlearn.federation.messages import Tensors
+from fedunlearn.runs.checkpoint import BESIDE
 from fedunlearn.unlearning.pruning import PRUNED, PRUNED_CLASSES, pruned, pruned_classes
 
-BESIDE = {"momentum": "momentum.", "frozen": "frozen.", "predictions": "predictions."}
-"""Fields beside the model, and how their names begin in a checkpoint."""
 SOFTENED = "class_head.out."
 """How names of the layer begin that gives class logits."""
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fedunlearn.errors import UserError
 from fedunlearn.runs.files import write_atomically
 
+BESIDE = {"momentum": "momentum.", "frozen": "frozen.", "predictions": "predictions."}
+"""What the server keeps beside the model, and how the names of these tensors begin."""
 HINT = "restore the file, or start a new run"
 LATER = {"pruned_classes"}  # marks that checkpoints of earlier versions lack: nothing is marked there
 

@@ -27,8 +27,10 @@ from fedunlearn.runs.ledger import FORGOTTEN, Request, State
 from fedunlearn.runs.lock import lock
 from fedunlearn.runs.parts import say_left_files
 from fedunlearn.runs.run import Run
+from fedunlearn.unlearning.pruning import PRUNED
 
 LOCK_SECONDS = 600
+BESIDE_IN_WORDS = {"momentum": "the server's momentum", "frozen": "the mark of frozen weights"}
 PURGE = "purge"  # the kind of a row of metrics
 
 log = getLogger("fedunlearn")
@@ -373,17 +375,17 @@ def _looked_up_in_model(run: Run, request: Request) -> tuple[list[str], list[dic
     else:
         deleted.append(f"earlier models: checkpoints/ has {current.checkpoint} alone")
     tensors, _ = checkpoint.read_tensors(here / current.checkpoint, sha256=current.sha256)
-    pruned = tensors["pruned"]
+    pruned = tensors[PRUNED]
     whole = [client for client in request.clients if client not in request.portions]
     if len(pruned) and whole and all(bool(pruned[client]) for client in whole):
         deleted.append("the output neurons of the clients: the model marks them as pruned")
         kept.append({"what": "the mark of pruned neurons", "why": "the model's output has the place of every client"})
-    rounds = [name.partition(".")[2] for name in tensors if name.startswith("predictions.")]
-    if all(int(round_) >= request.detail["round"] for round_ in rounds):
+    names = {kind: [n.removeprefix(p) for n in tensors if n.startswith(p)] for kind, p in checkpoint.BESIDE.items()}
+    if all(int(round_) >= request.detail["round"] for round_ in names.pop("predictions")):
         deleted.append("predictions on held-out images of models before the request: there are none")
-    for beside, what in (("momentum.", "the server's momentum"), ("frozen.", "the mark of frozen weights")):
-        if any(name.startswith(beside) for name in tensors):
-            kept.append({"what": what, "why": "training goes on with it"})
+    kept += [
+        {"what": BESIDE_IN_WORDS.get(kind, kind), "why": "training goes on with it"} for kind in names if names[kind]
+    ]
     return deleted, kept
 
 
