@@ -202,9 +202,11 @@ def forget(
         if status:
             return show(found, [found.ledger.request(status)], as_json)
         if cancel:
+            from fedunlearn.runs import receipts
+
             whose = found.ledger.request(cancel).owners
             asked = signed_request(found, whose, key, signed, action=f"cancel {cancel}")
-            return show(found, [found.cancel(cancel, signed=asked)], as_json)
+            return show(found, [receipts.cancel(found, cancel, signed=asked)], as_json)
         clients, selection = found.numbers_of(client or []), selected(found, class_ or [], patient or [], examples)
         if accept and (client or selection or words or dry_run or not by):
             raise UserError("--accept ID goes with --by NAME, and with neither --client nor --dry-run nor settings")

@@ -26,6 +26,7 @@ def purge(
     """Remove what is left of forgotten clients, and say what is left after that."""
     set_up()
     from fedunlearn.runs import purge as purging
+    from fedunlearn.runs import receipts
     from fedunlearn.runs.lock import lock
 
     with opened(run, home) as found:
@@ -38,7 +39,7 @@ def purge(
                     print(f"gone: {line}")
                 for one in kept:
                     print(f"left: {one['what']}, since: {one['why']}")
-            for receipt in found.write_receipts():
+            for receipt in receipts.write_all(found):
                 print(f"receipt: {receipt}")
     return 0
 

@@ -425,7 +425,7 @@ def without(run, first, is_left_out, *, also=()):
 
 def test_with_the_ledger_no_event_can_be_left_out_by_whoever_has_the_key(run, first, capsys):
     run.ledger.keep_purge(run.ledger.request("r1"), deleted=["all"], kept=[{"what": "a copy", "why": "it is needed"}])
-    run.write_receipts()
+    receipts.write_all(run)
     last, log = first.parent / "r1-3.json", run.folder / "ledger.sqlite"
     assert verified(last.read_bytes(), log=log).deleted == ["all"]
     assert command("verify", "--run", "one") == 0
@@ -452,7 +452,7 @@ def test_that_a_model_was_refused_first_cannot_be_left_out(federate):
     run.ledger.advance(request, State.QUARANTINED, reason="no", gate={"passed": False, "reason": "no"})
     run.ledger.accept("r1", by="somebody")
     run.ledger.advance(request, State.QUARANTINED, reason="no reply")
-    (file,) = run.write_receipts()
+    (file,) = receipts.write_all(run)
     assert verified(file.read_bytes(), log=run.folder / "ledger.sqlite").reason == "no reply"
     first_try = iter(["COLLECTING", "QUARANTINED", ""])
     left_out = [next(first_try)]
@@ -543,7 +543,7 @@ def test_a_receipt_of_a_late_request_is_valid_and_says_that_it_is_late(federate,
     federate("rounds=1")
     run = federate.run()
     run.ledger.file([1], months=0)
-    run.cancel("r1")
+    receipts.cancel(run, "r1")
     run.ledger.close()
     file = federate.folder() / "receipts" / "r1.json"
     assert verified(file.read_bytes()).is_late

@@ -22,10 +22,9 @@ from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.server_data import check_own_code, known_to_server
 from fedunlearn.federation.strategy import check_writable, completed
 from fedunlearn.log import set_up
-from fedunlearn.runs import purge, report
+from fedunlearn.runs import purge, receipts, report
 from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
 from fedunlearn.runs.ledger import Request
-from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run, open_ledger
 from fedunlearn.runs.statement import finite
 from fedunlearn.schema import name_of
@@ -97,8 +96,8 @@ def carry_out(grid: Grid, run: Run, auditor: Auditor | None, *, rounds: int) -> 
     page = write_with(run, counts)
     log.info(report.summary(run, counts))
     log.info("report: %s", page)
-    if (receipts := run.folder / FOLDER).exists():
-        log.info("receipts: %s (`fedunlearn verify FILE` checks one)", receipts)
+    if (folder := run.folder / receipts.FOLDER).exists():
+        log.info("receipts: %s (`fedunlearn verify FILE` checks one)", folder)
     failed = run.ledger.unmet()
     for request in failed:
         if request.id not in before:
@@ -112,7 +111,7 @@ def conclude(run: Run) -> None:
     """Remove what is left of clients that were forgotten, and write the receipts that are missing."""
     if run.config.is_for_good:
         purge.purge_due(run)
-    run.write_receipts(renew=True)
+    receipts.write_all(run, renew=True)
 
 
 @contextmanager

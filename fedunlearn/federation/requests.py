@@ -19,6 +19,7 @@ from fedunlearn.federation.replies import listed
 from fedunlearn.federation.scores import Scorer, Scores
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.federation.withdrawals import believed
+from fedunlearn.runs import receipts
 from fedunlearn.runs.formats import forgotten
 from fedunlearn.runs.ledger import FORGOTTEN, OPEN, RECEIPT, TAKEN_UP, Ledger, Request, State
 from fedunlearn.runs.run import Run
@@ -85,7 +86,7 @@ class Requests:
             if request.state in OPEN and not waits:
                 self._carry(request, no_more_rounds)
         if not is_last:
-            self._run.write_receipts()
+            receipts.write_all(self._run)
 
     def file_carried(self) -> list[Request]:
         """File what clients have signed on their own machines and replies have carried; gives the new requests.

@@ -381,11 +381,13 @@ class LiveRun:
 
     def _receipt_of(self, request_id: str, deadline: float | None) -> Path:
         """Find the last receipt of a request that has ended; the process that holds the run writes it at once."""
+        from fedunlearn.runs import receipts
+
         while True:
             live = is_locked(self.folder)
             with self.opened() as found:
                 if not live:
-                    found.write_receipts()
+                    receipts.write_all(found)
                 files = [event["receipt"] for event in found.ledger.events() if event.get("of") == request_id]
             if files:
                 return self.folder / "receipts" / files[-1]

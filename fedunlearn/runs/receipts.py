@@ -24,6 +24,7 @@ from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.ledger import Request, State
 from fedunlearn.runs.page import rendered
 from fedunlearn.runs.run import Run
+from fedunlearn.runs.signed import SignedRequest
 from fedunlearn.runs.statement import (
     ENDED,
     Event,
@@ -50,8 +51,29 @@ DOES_NOT_PROVE = [
 ]
 
 
+def write_all(run: Run, *, renew: bool = False) -> list[Path]:
+    """Write the receipts of requests that have ended and have none yet; gives the files.
+
+    Args:
+        run: that is open.
+        renew: write further ones too, for models that were measured after more rounds.
+    """
+    is_study = not (run.folder / "run.json").exists()  # where nobody asked anything
+    if is_study or not run.ledger.requests():
+        return []
+    with _alone(run):
+        return write_due(run) + (write_further(run) if renew else [])
+
+
+def cancel(run: Run, request_id: str, *, signed: SignedRequest | None = None) -> Request:
+    """Take a request back as `Run.cancel` does, and write its receipt."""
+    cancelled = run.cancel(request_id, signed=signed)
+    write_all(run)
+    return cancelled
+
+
 @contextmanager
-def alone(run: Run) -> Iterator[None]:
+def _alone(run: Run) -> Iterator[None]:
     """Let one process at a time write receipts of a run."""
     folder = run.folder / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +89,7 @@ def write_due(run: Run) -> list[Path]:
     return [write(run, request, _later(run, request)) for request in due]
 
 
-def renew(run: Run) -> list[Path]:
+def write_further(run: Run) -> list[Path]:
     """Write a further receipt for every completed request whose model has been measured since; gives the files."""
     written = []
     for request in run.ledger.requests():

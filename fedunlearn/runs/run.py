@@ -222,9 +222,7 @@ class Run:
         """
         request = self.ledger.request(request_id)
         self.check_signed(signed, request.owners, action=f"{CANCEL} {request_id}")
-        cancelled = self.ledger.cancel(request_id, signed=asdict(signed) if signed else None)
-        self.write_receipts()
-        return cancelled
+        return self.ledger.cancel(request_id, signed=asdict(signed) if signed else None)
 
     def check_signed(self, signed: SignedRequest | None, clients: Collection[int], *, action: str = FORGET) -> None:
         """Raise UserError, and write it down, where a signature is needed or given and is not good."""
@@ -387,20 +385,6 @@ class Run:
         if damaged > 1:  # a crash leaves one that is cut short
             log.warning("%s: %d lines are damaged and passed over", path, damaged)
         return sorted(rows.values(), key=lambda row: row["round"])
-
-    def write_receipts(self, *, renew: bool = False) -> list[Path]:
-        """Write the receipts of requests that have ended and have none yet; gives the files.
-
-        Args:
-            renew: write further ones too, for models that were measured after more rounds.
-        """
-        from fedunlearn.runs import receipts
-
-        is_study = not (self.folder / "run.json").exists()  # where nobody asked anything
-        if is_study or not self.ledger.requests():
-            return []
-        with receipts.alone(self):
-            return receipts.write_due(self) + (receipts.renew(self) if renew else [])
 
     def about(self) -> dict[str, Any]:
         """Read `run.json`: when it was made, of which data, with which versions and settings."""

@@ -25,11 +25,11 @@ from fedunlearn.apps.serve.jobs import Jobs
 from fedunlearn.apps.serve.look import PACKAGE, Look, Parts, can_be_accepted, gate_of, stamp
 from fedunlearn.errors import UserError
 from fedunlearn.naming import as_command
+from fedunlearn.runs import receipts
 from fedunlearn.runs.figures import COLOURS
 from fedunlearn.runs.ledger import TAKEN_UP
 from fedunlearn.runs.overview import Glance
 from fedunlearn.runs.page import IN_THE_DARK, Picture, encoded, rendered
-from fedunlearn.runs.receipts import FOLDER
 from fedunlearn.runs.run import Run
 
 SECONDS = 1.0  # between two looks
@@ -148,7 +148,7 @@ class Site:
         """Give a receipt: the page for people, or what is signed, to keep."""
         if not RECEIPT.fullmatch(file):
             raise HTTPException(404, f"{file!r} is no receipt.")
-        return self._file_of(name, FOLDER, file)
+        return self._file_of(name, receipts.FOLDER, file)
 
     # Asking -------------------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Site:
         """Take a request back."""
         _check_form(request, token)
         with self._opened(name) as run:
-            run.cancel(request_id)
+            receipts.cancel(run, request_id)
         return _back_to(name)
 
     def answer_for(self, request: Request, name: str, request_id: str) -> Response:
