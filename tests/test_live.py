@@ -25,7 +25,7 @@ from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.live import auditing, background, frames
-from fedunlearn.live.handle import RunState
+from fedunlearn.live.base import RunState
 from fedunlearn.live.receipt import Receipt
 from fedunlearn.live.words import options_for, words_of
 from fedunlearn.runs.home import runs_folder

@@ -12,7 +12,8 @@ import fedunlearn as fu
 from fedunlearn.errors import UserError
 from fedunlearn.live import background
 from fedunlearn.live.background import Background
-from fedunlearn.live.handle import LiveRun, RunState
+from fedunlearn.live.base import RunState
+from fedunlearn.live.handle import LiveRun
 from fedunlearn.runs.lock import lock
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config
 from fedunlearn.errors import UserError
 from fedunlearn.live.background import Background, Lines, followed, screen
+from fedunlearn.live.base import BUSY, Handle, RunState, options_of
 from fedunlearn.live.cards import card
 from fedunlearn.live.frames import frame, scores_of
-from fedunlearn.live.handle import BUSY, LiveRun, RunState, options_of
 from fedunlearn.live.words import words_of
 from fedunlearn.runs.formats import duration
 from fedunlearn.runs.home import OPERATIONAL, RETRAINED, file_first, is_finished
@@ -67,8 +67,8 @@ class Audit:
         return card(title, self.verdict, [("", self.text)], level=self._first.level, table=table)
 
 
-def audit(live: LiveRun, retrained: int) -> Audit:
-    """Do what `LiveRun.audit` promises."""
+def audit(live: Handle, retrained: int) -> Audit:
+    """Do what `fedunlearn.LiveRun.audit` promises."""
     if retrained < 1:
         raise UserError(f"retrained={retrained} is too few: there is nothing to compare with")
     if live.state in BUSY:
@@ -81,7 +81,7 @@ def audit(live: LiveRun, retrained: int) -> Audit:
             raise UserError(f"run {live.name} has forgotten nobody: there is nothing to audit")
         check_images(ours, forgotten)
         plans = [plan_of(ours, forgotten, number) for number in range(1, retrained + 1)]
-        handles = [LiveRun(_name_of(ours, plan), live.home, live.resources) for plan in plans]
+        handles = [Handle(_name_of(ours, plan), live.home, live.resources) for plan in plans]
         missing = [pair for pair in zip(handles, plans, strict=True) if not _is_done(pair[0])]
         if missing:
             _say(announcement(ours, forgotten, len(missing)))
@@ -105,7 +105,7 @@ def plan_of(run: Run, forgotten: Sequence[int], number: int) -> Config:
     return config.model_copy(update={**others, "forget": forget})
 
 
-def without_portions(run: Run, retrained: LiveRun) -> None:
+def without_portions(run: Run, retrained: Handle) -> None:
     """Ask a retrained run that has not begun for what requests about some images of clients have asked the run."""
     if (retrained.folder / "run.json").exists():
         return
@@ -140,7 +140,7 @@ def announcement(run: Run, forgotten: Sequence[int], count: int) -> str:
     )
 
 
-def train(handle: LiveRun, plan: Config, title: str) -> None:
+def train(handle: Handle, plan: Config, title: str) -> None:
     """Train a retrained model, go on with it, or wait for the process of an earlier audit that does."""
     process = None
     if handle.state not in BUSY:
@@ -238,12 +238,12 @@ def _name_of(run: Run, plan: Config) -> str:
     return f"{RETRAINED}{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
-def _is_done(handle: LiveRun) -> bool:
+def _is_done(handle: Handle) -> bool:
     return (handle.folder / "run.json").exists() and is_finished(handle.folder)
 
 
 @contextmanager
-def _all_opened(handles: Sequence[LiveRun]) -> Iterator[list[Run]]:
+def _all_opened(handles: Sequence[Handle]) -> Iterator[list[Run]]:
     with ExitStack() as stack:
         yield [stack.enter_context(handle.opened()) for handle in handles]
 

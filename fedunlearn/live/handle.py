@@ -5,22 +5,21 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedunlearn.apps.resources import Resources
 from fedunlearn.errors import UserError
 from fedunlearn.live import frames
-from fedunlearn.live.background import POLL_SECONDS, Background, Lines, end_run, followed, last_words
+from fedunlearn.live.auditing import Audit, audit
+from fedunlearn.live.background import POLL_SECONDS, Background, Lines, end_run, followed
+from fedunlearn.live.base import BUSY, Handle, RunState, options_of
 from fedunlearn.live.cards import Page, card, shown
 from fedunlearn.live.words import options_for, words_of
 from fedunlearn.naming import listed
-from fedunlearn.runs.home import log_of, runs_folder
+from fedunlearn.runs.home import log_of
 from fedunlearn.runs.ledger import Ledger
 from fedunlearn.runs.lock import is_locked
-from fedunlearn.runs.run import Run, last_round
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,29 +27,15 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor
 
-    from fedunlearn.config import Config
-    from fedunlearn.live.auditing import Audit
     from fedunlearn.live.receipt import Receipt
     from fedunlearn.nn.model import TwoHeadModel
     from fedunlearn.runs.door import RequestHandle
 
-
-class RunState(StrEnum):
-    """Where a run stands."""
-
-    STARTING = "starting"  # its process reads code and data
-    LIVE = "live"  # a process works on it
-    FINISHED = "finished"  # all rounds are trained
-    STOPPED = "stopped"  # nobody works on it, and rounds are missing
-    FAILED = "failed"  # its process ended with an error
-
-
-BUSY = (RunState.STARTING, RunState.LIVE)
 LEVELS = {RunState.FINISHED: "good", RunState.FAILED: "failed", RunState.STOPPED: "warning"}
 
 
 @dataclass
-class LiveRun:
+class LiveRun(Handle):
     """A handle on a run, live or not.
 
     Attributes:
@@ -59,63 +44,11 @@ class LiveRun:
         resources: what commands about it work on.
     """
 
-    name: str
-    home: Path
-    resources: Resources = Resources()
-    _process: Background | None = field(default=None, repr=False)
     _lines: Lines = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         begins = self._process.begins if self._process else _size(self.log)
         self._lines = Lines(self.log, begins)
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return runs_folder(self.home) / self.name
-
-    @property
-    def log(self) -> Path:
-        """What the run's process says, where it was started from Python."""
-        return log_of(self.home, self.name)
-
-    @property
-    def config(self) -> "Config":
-        """The settings that the run was started with."""
-        with self.opened() as found:
-            return found.config_here()
-
-    @property
-    def round(self) -> int:
-        """How many rounds are trained."""
-        return last_round(self.folder)
-
-    @property
-    def state(self) -> RunState:
-        """Where the run stands: starting, live, finished, stopped or failed."""
-        process = self._process
-        if is_locked(self.folder):
-            return RunState.LIVE
-        if process and process.is_working:
-            return RunState.LIVE if self._is_trained() else RunState.STARTING
-        if process and process.process.returncode and not process.is_stopped:
-            return RunState.FAILED
-        return RunState.FINISHED if self._is_trained() else RunState.STOPPED
-
-    @contextmanager
-    def opened(self) -> Iterator[Run]:
-        """Open the run's folder, to see everything: ledger, settings, rows of metrics.
-
-        Raises:
-            UserError: the run has not begun yet.
-        """
-        if not (self.folder / "run.json").exists():
-            raise UserError(f"run {self.name} has not begun: {self._reason() or f'it is {self.state}'}")
-        found = Run.opened(self.folder)
-        try:
-            yield found
-        finally:
-            found.ledger.close()
 
     # Until it ends -------------------------------------------------------------------------------------------------
 
@@ -303,7 +236,7 @@ class LiveRun:
             files = {event["of"]: event["receipt"] for event in found.ledger.events() if "receipt" in event}
         return [Receipt(self.folder / "receipts" / file) for file in files.values()]
 
-    def audit(self, retrained: int = 2) -> "Audit":
+    def audit(self, retrained: int = 2) -> Audit:
         """Compare the current model with models that are retrained without the forgotten clients.
 
         It costs that many trainings from scratch, and says beforehand about how long they take. They are runs of the
@@ -319,8 +252,6 @@ class LiveRun:
             >>> run.audit(retrained=2).verdict  # doctest: +SKIP
             'Like the retrained model'
         """
-        from fedunlearn.live.auditing import audit
-
         return audit(self, retrained)
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -330,18 +261,6 @@ class LiveRun:
         """Open the run's ledger."""
         with self.opened() as found:
             yield found.ledger
-
-    def _has_begun(self) -> bool:
-        return (self.folder / "run.json").exists()
-
-    def _is_trained(self) -> bool:
-        return self._has_begun() and self.round >= self.config.rounds
-
-    def _reason(self) -> str:
-        """Say why the run's process ended; nothing where it works, or was another one."""
-        if self._process and not self._process.is_working:
-            return self._process.reason()
-        return "" if self._process else last_words(self.log)
 
     def _check(self) -> None:
         """Raise UserError where the run has not been trained to its end."""
@@ -411,11 +330,6 @@ class LiveRun:
         if state == RunState.FAILED:
             facts.append(("reason", self._reason()))
         return card(f"Run {self.name}", state, facts, level=LEVELS.get(state, "open"))
-
-
-def options_of(resources: Resources, *names: str) -> list[str]:
-    """Write resources as options of a command, all of them by default."""
-    return [f"--{name}={value}" for name, value in asdict(resources).items() if not names or name in names]
 
 
 def _size(file: Path) -> int:

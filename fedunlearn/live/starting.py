@@ -8,7 +8,8 @@ from fedunlearn.apps.resources import Resources
 from fedunlearn.config import Config, state_home
 from fedunlearn.errors import UserError
 from fedunlearn.live.background import Background
-from fedunlearn.live.handle import LiveRun, options_of
+from fedunlearn.live.base import options_of
+from fedunlearn.live.handle import LiveRun
 from fedunlearn.live.words import words_of
 from fedunlearn.runs.home import find_run, log_of, new_name, runs_folder
 from fedunlearn.runs.lock import is_locked
