@@ -34,11 +34,9 @@ def purge(
         check_clients(clients, found.config.clients)
         with lock(found.folder):
             for request in purging.check_purgeable(found, clients):
-                deleted, kept = purging.purge(found, request, figures=metrics or found.config.forget.purge_metrics)
-                for line in deleted:
-                    print(f"gone: {line}")
-                for one in kept:
-                    print(f"left: {one['what']}, since: {one['why']}")
+                purged = purging.purge(found, request, figures=metrics or found.config.forget.purge_metrics)
+                for line in purging.in_lines(*purged):
+                    print(line)
             for receipt in receipts.write_all(found):
                 print(f"receipt: {receipt}")
     return 0

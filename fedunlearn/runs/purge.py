@@ -6,7 +6,7 @@ decoded copy may go on: an image is taken out of it when the last run does witho
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from fedunlearn.build import deal_of, slices_of, source_of, unpacked_of
 from fedunlearn.data import unpacked
 from fedunlearn.data.folders import KINDS
 from fedunlearn.data.owned import OwnedSource
+from fedunlearn.data.search import Found, Wanted
 from fedunlearn.data.store import Dataset, about
 from fedunlearn.errors import UserError
 from fedunlearn.naming import forget_command
@@ -69,11 +70,8 @@ def purge_due(run: Run) -> None:
         if request.state == State.COMPLETED and (
             request.id not in done or (is_whole and _has_images(run, request.clients))
         ):
-            deleted, kept = purge(run, request, figures=run.config.forget.purge_metrics)
-            for line in deleted:
-                log.info("── gone: %s", line)
-            for one in kept:
-                log.info("── left: %s, since: %s", one["what"], one["why"])
+            for line in in_lines(*purge(run, request, figures=run.config.forget.purge_metrics)):
+                log.info("── %s", line)
 
 
 def _has_images(run: Run, clients: Collection[int]) -> bool:
@@ -103,62 +101,107 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
     Returns:
         What is gone, and what is left, each with `what` and `why`.
     """
-    clients, home = request.clients, run.home
-    who = run.named(clients, most=len(clients))
+    who = run.named(request.clients, most=len(request.clients))
     if request.portions:
         return _purge_portions(run, request, who)
-    with lock(home / "data", of=f"the folder {home / 'data'}", patience=LOCK_SECONDS):
-        try:
-            with scan.owned_by(run, clients) as owned:
-                look_for = scan.wanted(owned)
-        except UserError as error:
-            log.warning("no image is looked for: %s", error)
-            owned, look_for = None, None
-        try:
-            gone, needed_by = _take_out(run, clients)
-        except UserError as error:  # nobody knows what a damaged run needs
-            log.warning("no image is removed: %s", error)
-            gone, needed_by = 0, [f"somebody, perhaps: {error}"]
-        try:
-            stale = _delete_stale(home)
-        except UserError as error:
-            log.warning("no copy is deleted: %s", error)
-            stale = []
-        unpacked_files = _delete_unpacked(run)
-        updates, kept_updates = _delete_files(run, clients)
-        if owned and not figures:
-            keep_class_counts(run, request, owned.class_counts)
-        if figures:
-            delete_figures(run, clients)
-        left = list(scan.scan(look_for, [home / "data", run.folder])) if look_for else []
-    in_model, kept = _looked_up_in_model(run, request)
-    kept += kept_updates
+    data = run.home / "data"
+    with lock(data, of=f"the folder {data}", patience=LOCK_SECONDS):
+        removed = _remove(run, request, figures=figures)
+    deleted, kept = _looked_up_in_model(run, request)
+    deleted += _gone_in_words(removed, who, figures=figures)
+    kept += _left_in_words(run, removed, who, figures=figures)
+    run.ledger.keep_purge(request, deleted=deleted, kept=kept)
+    return deleted, kept
+
+
+def in_lines(deleted: Iterable[str], kept: Iterable[Mapping[str, str]]) -> list[str]:
+    """Say in lines what `purge` has given."""
+    return [f"gone: {what}" for what in deleted] + [f"left: {one['what']}, since: {one['why']}" for one in kept]
+
+
+class Removed(NamedTuple):
+    """What was removed of clients, and what was found after that.
+
+    Attributes:
+        images: of theirs, taken out of the decoded copy.
+        needed_by: who needs the others.
+        stale: names of copies that no run used.
+        unpacked: files of an unpacked archive.
+        updates: stored updates.
+        kept_updates: those that could not be deleted, each with `what` and `why`.
+        look_for: what was searched for; None where nobody has the images to compare with.
+        found: files in which something was found.
+    """
+
+    images: int
+    needed_by: list[str]
+    stale: list[str]
+    unpacked: int
+    updates: int
+    kept_updates: list[dict[str, str]]
+    look_for: Wanted | None
+    found: list[tuple[Path, Found]]
+
+
+def _remove(run: Run, request: Request, *, figures: bool) -> Removed:
+    """Remove what is left of a request's clients, and search for the rest; nobody else may touch `data/` meanwhile."""
+    clients, data = request.clients, run.home / "data"
+    try:
+        with scan.owned_by(run, clients) as owned:
+            look_for = scan.wanted(owned)
+    except UserError as error:
+        log.warning("no image is looked for: %s", error)
+        owned, look_for = None, None
+    try:
+        images, needed_by = _take_out(run, clients)
+    except UserError as error:  # nobody knows what a damaged run needs
+        log.warning("no image is removed: %s", error)
+        images, needed_by = 0, [f"somebody, perhaps: {error}"]
+    try:
+        stale = _delete_stale(run.home)
+    except UserError as error:
+        log.warning("no copy is deleted: %s", error)
+        stale = []
+    unpacked_files = _delete_unpacked(run)
+    updates, kept_updates = _delete_files(run, clients)
+    if owned and not figures:
+        keep_class_counts(run, request, owned.class_counts)
+    if figures:
+        delete_figures(run, clients)
+    found = list(scan.scan(look_for, [data, run.folder])) if look_for else []
+    return Removed(images, needed_by, stale, unpacked_files, updates, kept_updates, look_for, found)
+
+
+def _gone_in_words(removed: Removed, who: str, *, figures: bool) -> list[str]:
     deleted = [
-        *in_model,
-        *([] if kept_updates and not updates else [_updates_in_words(updates, who)]),
-        *([f"{gone} decoded images of {who}, with their labels"] if gone else []),
-        *([f"files of {who} in the unpacked archive: {unpacked_files} deleted"] if unpacked_files else []),
-        *([f"copies of images that no run uses: {', '.join(stale)}"] if stale else []),
+        *([] if removed.kept_updates and not removed.updates else [_updates_in_words(removed.updates, who)]),
+        *([f"{removed.images} decoded images of {who}, with their labels"] if removed.images else []),
+        *([f"files of {who} in the unpacked archive: {removed.unpacked} deleted"] if removed.unpacked else []),
+        *([f"copies of images that no run uses: {', '.join(removed.stale)}"] if removed.stale else []),
         *([f"accuracies by round and class counts of {who}, in metrics and report"] if figures else []),
     ]
-    if look_for and not left:
-        apart = "; ".join(scan.not_told_apart(look_for))
+    if removed.look_for and not removed.found:
+        apart = "; ".join(scan.not_told_apart(removed.look_for))
         said = f"images of {who}: none was found in data/ and in the run's folder"
         deleted.append(f"{said} ({apart})" if apart else said)
-    for path, found in left:
-        what = f"{scan.in_words(found)} of {who} in {path.relative_to(home)}"
+    return deleted
+
+
+def _left_in_words(run: Run, removed: Removed, who: str, *, figures: bool) -> list[dict[str, str]]:
+    kept, needed_by = [*removed.kept_updates], removed.needed_by
+    for path, found in removed.found:
+        what = f"{scan.in_words(found)} of {who} in {path.relative_to(run.home)}"
         is_own_copy = _store_of(run) in path.resolve().parents
         reason = f"needed by {', '.join(needed_by)}" if needed_by and is_own_copy and not found.unread else ""
-        kept.append({"what": what, "why": reason or scan.why_left(path, found, home)})
-    if not look_for:
+        kept.append({"what": what, "why": reason or scan.why_left(path, found, run.home)})
+    if not removed.look_for:
         why = "nobody could look for them: there are none to compare with, in the decoded copy or at the source"
         if run.config.partition.is_on_nodes:
             why = "they and their decoded copy are on a machine of their own, whose owner can delete them"
         kept.append({"what": f"perhaps images of {who}", "why": why})
     if not figures:
         kept.append({"what": f"accuracies by round of {who}", "why": "audits compare with them (forget.purge_metrics)"})
-    run.ledger.keep_purge(request, deleted=deleted, kept=kept)
-    return deleted, kept
+    return kept
 
 
 def _updates_in_words(count: int, who: str) -> str:
