@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedunlearn.commands import AsJson, Home, RunName, in_one_line, opened
 from fedunlearn.config import check_clients
+from fedunlearn.errors import UserError
 from fedunlearn.log import set_up
+
+if TYPE_CHECKING:
+    from fedunlearn.runs.run import Run
 
 Clients = Annotated[
     list[str] | None,
@@ -30,8 +34,7 @@ def purge(
     from fedunlearn.runs.lock import lock
 
     with opened(run, home) as found:
-        clients = found.numbers_of(client or [])
-        check_clients(clients, found.config.clients)
+        clients = clients_named(found, client)
         with lock(found.folder):
             for request in purging.check_purgeable(found, clients):
                 purged = purging.purge(found, request, figures=metrics or found.config.forget.purge_metrics)
@@ -60,8 +63,7 @@ def scan(
 
     with opened(run, home) as found:
         places = [*scanning.default_places(found.home), *scanning.existing(also or [])]
-        clients = found.numbers_of(client or [])
-        check_clients(clients, found.config.clients)
+        clients = clients_named(found, client)
         with scanning.owned_by(found, clients) as owned:
             look_for = scanning.wanted(owned)
         rows = [row_of(path, one, found.home) for path, one in scanning.scan(look_for, places)]
@@ -94,3 +96,16 @@ def row_of(path: Path, found: Any, home: Path) -> dict[str, Any]:
         "unread": found.unread,
         "way_out": scanning.why_left(path, found, home),
     }
+
+
+def clients_named(found: "Run", named: list[str] | None) -> list[int]:
+    """Give the numbers of the clients that a command names, without repetition.
+
+    Raises:
+        UserError: it names none, or one that there is not.
+    """
+    clients = found.numbers_of(named or [])
+    if not clients:
+        raise UserError("nobody is named: say whom with --client")
+    check_clients(clients, found.config.clients)
+    return clients

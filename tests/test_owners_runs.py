@@ -216,6 +216,9 @@ def test_hints_about_clients_have_their_names(federate, hosted, capsys):
     assert command("purge", "--client", "b", "--client", "c, d", "--run", "test") == 2
     hint = "clients b and 'c, d' are not forgotten in run test: fedunlearn forget --client b --client 'c, d'"
     assert hint in capsys.readouterr().err
+    for name in ("purge", "scan"):
+        assert command(name, "--run", "test") == 2
+        assert "nobody is named: say whom with --client" in capsys.readouterr().err
     ledger = federate.run().ledger
     ledger.advance(ledger.file([0, 3])[0], State.QUARANTINED, gate={"passed": False})
     ledger.advance(ledger.file([0])[0], State.COLLECTING)

@@ -6,7 +6,7 @@ import torch
 
 from fedunlearn.errors import UserError
 from fedunlearn.runs.formats import duration
-from fedunlearn.runs.lock import lock
+from fedunlearn.runs.lock import LockedError, lock
 from fedunlearn.study.dag import tasks
 from fedunlearn.study.dag.tasks import PARTIAL, Task, check_needs, time_left, work_on
 
@@ -130,3 +130,11 @@ def test_the_time_left_is_measured_on_what_was_done(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 3600}))
     assert time_left(plan, tmp_path, 100.0, 1) == "1 of 3 tasks done, about 2 h 0 min left in all"
     assert duration(75.4) == "1 min 15 s"
+
+
+def test_a_lock_of_another_folder_is_an_error_and_not_somebody_elses_work(tmp_path):
+    def work(context):
+        raise LockedError("the images are locked by process 1", tmp_path / "data")
+
+    with pytest.raises(LockedError, match="the images are locked"):
+        run([task("a", work)], tmp_path)

@@ -226,7 +226,9 @@ def _do(task: Task, root: Path, over: Callable[[], bool], left: Callable[[], str
             (folder / PARTIAL).unlink(missing_ok=True)
             log.info(f"done in {duration(seconds)}; {left()}")
             return True
-    except LockedError:
+    except LockedError as error:
+        if error.folder != folder:  # work in another folder failed
+            raise
         return False
 
 
