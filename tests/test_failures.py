@@ -5,10 +5,13 @@ import torch
 from flwr.app import ArrayRecord, Error, Message
 from torch.testing import assert_close
 
-from fedunlearn.errors import UserError
+from fedunlearn.errors import NotNowError, UserError
 from fedunlearn.federation import messages
+from fedunlearn.federation.handle import ForgetSet
+from fedunlearn.federation.rounds import Rounds
 from fedunlearn.runs.ledger import State
 from local_grid import LocalGrid, kinds
+from naive import ONCE
 from test_federation import ONE_STEP
 
 
@@ -251,3 +254,45 @@ def test_two_nodes_that_contradict_each_other_both_go_on(federate, capsys):
     assert "nodes contradict each other about clients 0, 1, 2, 3: who hosts one is believed" in capsys.readouterr().err
     assert set(federate.run().metrics()[0]["clients"]) <= {0, 1, 2, 3}
     assert federate.run().ledger.examples() == {}
+
+
+def dead_from(grid, task, node=1):
+    """Let a node say nothing from the first message on that asks for a client task, whoever gets that."""
+    dead = []
+
+    def deliver(message):
+        is_its = grid.nodes[message.metadata.dst_node_id] == node
+        if messages.task_of(message).name == task:
+            dead.append(task)
+        return None if dead and is_its else grid.call(message)
+
+    grid.deliver = deliver
+
+
+def test_one_dead_retain_client_stops_no_request(federate):
+    grid = LocalGrid(4)
+    dead_from(grid, "class_counts")
+    words = f"rounds=1 strategy=relabel unlearn.rounds=1 unlearn.epochs=1 {ONCE} timeout=0.1"
+    federate(f"{words} forget.schedule={{1:[3]}} forget.gate=true forget.budget=1", grid=grid)
+    (request,) = federate.requests()
+    assert (request.state, request.detail.get("attempts", 0)) == (State.COMPLETED, 0)
+
+
+def test_a_client_that_does_not_say_its_class_counts_is_asked_once_in_a_request(federate):
+    federate.shared("rounds=1 strategy=leave", name="before")
+    run = federate.run("before")
+    run.ledger.advance(run.ledger.file([3])[0], State.COLLECTING)
+    federation = Rounds.assemble(run).federation
+    grid = federation.grid = LocalGrid(4)
+    federation.nodes.identify(grid, {})
+    grid.deliver = lambda m: failed(None, m) if grid.nodes[m.metadata.dst_node_id] == 1 else grid.call(m)
+    for asked in (1, 2):
+        with federation.applying(ForgetSet((3,))):
+            for _ in range(2):
+                assert federation.class_counts([0, 1, 2, 3]).keys() == {0, 2, 3}
+                assert federation.class_counts([1]) == {}
+                federation.know_classes([1, 2])
+        assert len(grid.sent_for("class_counts")) == 4 * asked
+    grid.deliver = lambda m: grid.call(m) if grid.nodes[m.metadata.dst_node_id] == 3 else failed(None, m)
+    with federation.applying(ForgetSet((3,))), pytest.raises(NotNowError, match="no retain client replied"):
+        federation.estimate_retrained(federation.predictions())

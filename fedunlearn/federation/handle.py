@@ -87,6 +87,7 @@ class Federation:
         self._grid: Grid | None = None
         self._forget = ForgetSet(())
         self._class_counts: dict[int, Tensor] = {}
+        self._counted: set[int] = set()  # whom the present request has asked for class counts, whether they replied
         self._classes: dict[int, Tensor] = {}  # [K] images of each class, of clients whose updates are looked at alone
         self._said: set[str] = set()
         nodes.check_update = self._check_direction
@@ -243,19 +244,26 @@ class Federation:
         return self.run(tasks.evaluate, on=on).counts
 
     def class_counts(self, clients: Iterable[int]) -> dict[int, Tensor]:
-        """Ask clients how many images of each class they have, [K] each, once in a request; then it is dropped."""
+        """Ask clients how many images of each class they have, [K] each, once in a request; then it is dropped.
+
+        Retain clients that do not reply are left out, and are not asked again in the same request.
+        """
         wanted = list(clients)
-        if unknown := [client for client in wanted if client not in self._class_counts]:
-            self._class_counts |= self.run(tasks.class_counts, on=unknown).statistics
+        if new := [client for client in wanted if client not in self._counted]:
+            self._counted.update(new)
+            self._class_counts |= self._ask_classes(new)
         return {client: self._class_counts[client] for client in wanted if client in self._class_counts}
 
     def know_classes(self, clients: Iterable[int]) -> None:
         """Ask clients that are about to train for their class counts, once, where `robust` looks at each update."""
         if unknown := sorted(set(clients) - self._classes.keys() - set(self._forget)):
             try:
-                self._classes |= self.run(tasks.class_counts, on=unknown).statistics
+                self._classes |= self.class_counts(unknown) if self._forget else self._ask_classes(unknown)
             except NotNowError as error:
                 log.warning("round %d: %s", self.round, error)
+
+    def _ask_classes(self, clients: list[int]) -> dict[int, Tensor]:
+        return self.run(tasks.class_counts, on=clients).statistics
 
     # Changing the state ------------------------------------------------------------------------------------------
 
@@ -507,11 +515,16 @@ class Federation:
 
         Args:
             predictions: of the present model.
+
+        Raises:
+            NotNowError: no retain client has said how many images of each class it has.
         """
         retain = self.retain
         portions = self.nodes.portions.keys() - self.never_trained
         trained_on = sorted((self.trainable | portions) - set(self._ledger.clients_in(FORGOTTEN)))
         counts = self.class_counts(trained_on)
+        if counts.keys().isdisjoint(retain):
+            raise NotNowError(f"no retain client replied to {tasks.class_counts.name}")
         before = total_counts(counts[client] for client in trained_on if client in counts)
         after = total_counts(counts[client] for client in retain if client in counts)
         by_round = {int(round_): probs.cpu() for round_, probs in self.state.predictions.items()}
@@ -543,6 +556,7 @@ class Federation:
         finally:
             self._classes = {client: counts for client, counts in self._classes.items() if client not in forget.clients}
             self._forget, self._class_counts, self._state_before = ForgetSet(()), {}, self.state
+            self._counted = set()
             self.config = self.nodes.config = usual
             self.server.forget_classes = frozenset()
 
