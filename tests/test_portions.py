@@ -6,13 +6,16 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from flwr.app import Error, Message
 
+from fedunlearn.apps.foresight import outlook
 from fedunlearn.apps.reports import class_counts_of
 from fedunlearn.apps.serve.ask import Asked
 from fedunlearn.cli import main as cli
 from fedunlearn.commands import read_names
 from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
+from fedunlearn.federation import messages
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.client import ClientRuntime
 from fedunlearn.federation.requests import nothing_left
@@ -23,7 +26,7 @@ from fedunlearn.runs.purge import known_class_counts
 from fedunlearn.runs.report import comparison
 from fedunlearn.runs.signed import read
 from fedunlearn.runs.verifying import verified
-from local_grid import equal
+from local_grid import LocalGrid, equal
 from naive import SETTINGS
 
 LABELS = np.array([5, 0, 5, 1])
@@ -367,3 +370,64 @@ def test_a_key_signs_what_is_selected(federate, tmp_path, words):
     else:
         with pytest.raises(UserError, match="turned away"):
             run.request([1], **asked)
+
+
+def silent_about_images(federate, words, *, times, client=1):
+    """Go on with a run in which a client does not say at first how many images are meant."""
+    grid, left = LocalGrid(4), [times]
+
+    def deliver(message):
+        task = messages.task_of(message)
+        if (task.name, task.clients) == ("selected_counts", [client]) and left[0]:
+            left[0] -= 1
+            return Message(Error(0, "out of memory"), reply_to=message)
+        return grid.call(message)
+
+    grid.deliver = deliver
+    federate(f"strategy=leave {words}", grid=grid)
+    return grid
+
+
+def trained_in_rounds(federate):
+    return [(row["clients"], row["examples"]) for row in federate.run().metrics() if row["kind"] == "round"]
+
+
+def test_who_cannot_say_what_is_meant_stays_out_alone_and_comes_back_without_it(federate, capsys):
+    federate("rounds=1 strategy=leave forget.attempts=2", nodes=4)
+    ask(federate, [], Selection.by(classes=[7]))
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        silent_about_images(federate, "rounds=5 forget.attempts=2", times=3)
+    assert (
+        "client 1 did not say which of its images are meant; set aside, its images stay out" in capsys.readouterr().err
+    )
+    own, of_class = (counts_of(federate)[rows].sum(1) for rows in (slice(0, 4), slice(4, 8)))
+    out = ([0, 2, 3], own.sum() - own[1])
+    assert of_class[1] > 0
+    assert trained_in_rounds(federate) == [([0, 1, 2, 3], 120), out, out, out, ([0, 1, 2, 3], 120 - of_class.sum())]
+
+
+def test_what_was_set_aside_and_is_asked_again_is_forgotten_whole(federate):
+    federate("rounds=1 strategy=leave forget.attempts=1", nodes=4)
+    for rounds, times, state in ((2, 1, State.QUARANTINED), (3, 0, State.COMPLETED)):
+        foreseen = outlook(federate.run(), range(4), Selection.by(classes=[7]))
+        assert (sum(foreseen.images.values()), foreseen.refusal) == (12, "")
+        ask(federate, [], Selection.by(classes=[7]))
+        with nullcontext() if state == State.COMPLETED else pytest.raises(UserError, match="QUARANTINED"):
+            silent_about_images(federate, f"rounds={rounds} forget.attempts=1", times=times)
+        request = federate.requests()[-1]
+        assert (request.state, request.clients) == (state, [4, 5, 6, 7])
+    assert {n: s["examples"] for n, s in request.detail["before"]["forgotten"].items()} == {
+        str(n): count for n, count in enumerate(counts_of(federate)[4:, 7], 4)
+    }
+    assert federate.run().ledger.unmet() == []
+    assert verified((federate.folder() / "receipts" / "r2.json").read_bytes()).portions.keys() == {"4", "5", "6", "7"}
+
+
+def test_what_a_refused_request_had_taken_out_is_trained_on_again(federate):
+    federate("rounds=1 strategy=leave", nodes=4)
+    image = str(ClientRuntime(federate.run().config).slices[2][0])
+    ask(federate, [], Selection.by(examples=[image, "99999"]))
+    with pytest.raises(UserError, match="REFUSED"):
+        silent_about_images(federate, "rounds=3", times=1)
+    own = 120 - len(ClientRuntime(federate.run().config).slices[1])
+    assert trained_in_rounds(federate)[1:] == [([0, 2, 3], own - 1), ([0, 1, 2, 3], 120)]

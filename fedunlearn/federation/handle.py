@@ -139,24 +139,35 @@ class Federation:
         return sum(self.nodes.examples[client] for client in clients)
 
     def count(self, portions: Iterable[Portion]) -> dict[int, int]:
-        """Ask clients how many images portions of them would have, by the portions' numbers.
+        """Ask clients how many images portions of them would have, by the portions' numbers; who is silent is left out.
 
-        Raises:
-            NotNowError: one does not reply.
+        Args:
+            portions: one of a client at most, since its next one has what is left beside that.
         """
         found = {}
         for selection, same in groupby(portions, lambda portion: portion.selection):
             numbers = {portion.client: portion.number for portion in same}
-            replies = self.run(tasks.selected_counts, on=numbers, selection=selection.content()).statistics
-            if missing := sorted(numbers.keys() - replies.keys()):
-                raise NotNowError(f"client {missing[0]} did not say which of its images are meant")
-            found |= {numbers[client]: int(counts.sum()) for client, counts in replies.items()}
+            replies = self.nodes.query(
+                self.grid,
+                tasks.selected_counts,
+                self.round,
+                numbers,
+                self.state.params,
+                arguments={"selection": selection.content()},
+            )
+            found |= {numbers[client]: int(counts.sum()) for client, counts in replies.statistics.items()}
         return found
 
     def split(self) -> None:
-        """Take everything out of the clients' images that requests were taken up about, into portions of their own."""
-        examples = self._ledger.examples()
-        for number, portion in sorted(self._ledger.portions(TAKEN_UP).items()):
+        """Take everything out of the clients' images that requests were taken up about, into portions of their own.
+
+        What was taken out for a request that is refused since goes back.
+        """
+        examples, taken_up = self._ledger.examples(), self._ledger.portions(TAKEN_UP)
+        for number in self.nodes.portions.keys() - taken_up.keys():
+            self._classes.pop(self.nodes.portions[number].client, None)
+            self.nodes.join(number)
+        for number, portion in sorted(taken_up.items()):
             if number in examples and number not in self.nodes.portions:
                 self.nodes.split(portion, examples[number])
                 self._classes.pop(portion.client, None)

@@ -59,6 +59,7 @@ class Requests:
         self._last_round: int | None = None  # of this process's training, where it trains
         self._scores: Scores = {}  # of the model that was applied last, while it is the present one
         self._carried_at: dict[int, int] = {}  # by client, the round at which what it has signed was filed last
+        self._silent: set[int] = set()  # clients that have not said, at this boundary, which images are meant
 
     def expect_rounds(self, rounds: int) -> int:
         """Learn how many rounds this process is to train; returns how many it takes to complete every open request."""
@@ -75,6 +76,7 @@ class Requests:
             no_more_rounds: requests are completed at once.
         """
         self.file_carried()
+        self._silent = set()
         round_ = self._federation.round
         scheduled = set(self._settings.schedule.get(round_, []))
         asked = {c for request in self._ledger.requests() if request.state != State.CANCELLED for c in request.clients}
@@ -85,6 +87,8 @@ class Requests:
             waits = self._last_round is not None and request.detail["not_before"] > round_ and not no_more_rounds
             if request.state in OPEN and not waits:
                 self._carry(request, no_more_rounds)
+            elif request.state == State.QUARANTINED and not is_last:
+                self._count_again(request)
         if not is_last:
             receipts.write_all(self._run)
 
@@ -167,23 +171,59 @@ class Requests:
         """Learn how many images the portions have that a request is about; says why that cannot be, if so.
 
         Raises:
-            NotNowError: a client does not reply.
+            NotNowError: a client does not reply. What the others have said is kept.
         """
-        federation, portions = self._federation, request.portions
-        if portions.keys() <= federation.nodes.portions.keys():
-            return ""
-        found = federation.count(portions.values())
-        if reason := unsuitable_portions(portions, found, named_before(self._ledger)):
+        nodes, portions = self._federation.nodes, request.portions
+        found = self._count(portions)
+        known = found | {number: nodes.examples[number] for number in portions.keys() & nodes.portions.keys()}
+        missing = [portion.client for number, portion in portions.items() if number not in known]
+        is_known = portions and not missing
+        if is_known and (reason := unsuitable_portions(portions, known, named_before(self._ledger))):
             return reason
-        stay = federation.retain + [portion.client for portion in portions.values()]
-        left = {client: federation.nodes.examples[client] for client in stay}
-        for number, portion in portions.items():
-            left[portion.client] -= found[number]
-        if max(left.values()) < 2:
+        if portions and not self._leaves_anybody(portions, found):
             return NOBODY_LEFT
-        self._ledger.keep_examples(found)
-        federation.split()
+        self._keep(found)
+        if missing:
+            raise NotNowError(f"{self._federation.named(missing[:1])} did not say which of its images are meant")
         return ""
+
+    def _leaves_anybody(self, portions: Mapping[int, Portion], found: Mapping[int, int]) -> bool:
+        """Say whether anybody can be trained without portions of so many examples, as far as they are known."""
+        federation = self._federation
+        left = {c: federation.nodes.examples[c] for c in federation.retain}
+        left |= {p.client: federation.nodes.examples.get(p.client, 0) for p in portions.values()}
+        for number, examples in found.items():
+            left[portions[number].client] -= examples
+        return max(left.values()) >= 2
+
+    def _count(self, portions: Mapping[int, Portion]) -> dict[int, int]:
+        """Ask clients how many images portions have that nobody has counted yet; who is silent is left out.
+
+        A client says it of one portion after the other, since each has what is left beside those before. A client that
+        was silent is not asked again at the same boundary.
+        """
+        first: dict[int, int] = {}  # by client, the portion that it is asked about next
+        for number, portion in sorted(self._ledger.portions(TAKEN_UP).items()):
+            if number not in self._federation.nodes.portions:
+                first.setdefault(portion.client, number)
+        asked = [p for n, p in portions.items() if first.get(p.client) == n and p.client not in self._silent]
+        found = self._federation.count(asked)
+        self._silent.update(portion.client for portion in asked if portion.number not in found)
+        return found
+
+    def _keep(self, found: Mapping[int, int]) -> None:
+        """Keep how many examples portions have, and take them out of their clients' images."""
+        self._ledger.keep_examples(found)
+        self._federation.split()
+
+    def _count_again(self, request: Request) -> None:
+        """Let clients train again, without what a request that was set aside is about, that were silent about it."""
+        gone = self._ledger.clients_in(TAKEN_UP)
+        found = self._count({n: p for n, p in request.portions.items() if p.client not in gone})
+        self._keep(found)
+        if found:
+            who = self._federation.named([request.portions[number].client for number in found])
+            log.info("── request %s: %s said which images are meant, and can train on the others", request.id, who)
 
     def _unsigned(self, request: Request) -> str:
         """Say why a request does not have the signature that the run asks for; nothing where it has."""
@@ -223,7 +263,11 @@ class Requests:
             reason = self._take_apart(request)
         except NotNowError as error:
             return self._failed(request, str(error))
-        return self._refused(request, reason) if reason else self._apply(request)
+        if not reason:
+            return self._apply(request)
+        refused = self._refused(request, reason)
+        self._federation.split()
+        return refused
 
     def _apply(self, request: Request) -> Request:
         """Let the strategy forget, and commit what passes the gate; or restore the state.

@@ -37,6 +37,7 @@ OPEN = (State.RECEIVED, State.COLLECTING, State.APPLIED, State.RECOVERING)
 FAILED = (State.REFUSED, State.QUARANTINED)
 VOID = (*FAILED, State.CANCELLED)
 NOT_VOID = tuple(state for state in State if state not in VOID)
+COUNTED = (*NOT_VOID, State.QUARANTINED)  # where the portions of a request are apart from their clients, or will be
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 RECEIPT = {
     "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts",
@@ -233,7 +234,8 @@ class Ledger(EventLog[Standing]):
     def numbered(self, clients: Iterable[int], selection: Selection | None) -> dict[int, int | None]:
         """Give each client's own number, or that of the portion it was asked for before; None for a new portion.
 
-        A client that has asked to leave whole has its own number, and the same portion again that of the earlier one.
+        A client that has asked to leave whole has its own number, and the same portion again that of the earlier one:
+        also of one that was set aside, whose images are out of training already.
 
         Args:
             clients: their numbers.
@@ -242,7 +244,7 @@ class Ledger(EventLog[Standing]):
         owners = sorted(set(clients))
         if not selection:
             return {owner: owner for owner in owners}
-        known = {(portion.client, portion.selection): portion.number for portion in self.portions(NOT_VOID).values()}
+        known = {(portion.client, portion.selection): portion.number for portion in self.portions(COUNTED).values()}
         return {owner: owner if self._touching([owner]) else known.get((owner, selection)) for owner in owners}
 
     def portions(self, states: Iterable[State] = tuple(State)) -> dict[int, Portion]:
