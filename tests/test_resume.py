@@ -10,6 +10,7 @@ import pytest
 from command_line import command
 from conftest import Federate, rewrite
 from fedunlearn.cli import main
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.runs import checkpoint
@@ -268,3 +269,18 @@ def test_a_damaged_checkpoint_is_named(federate):
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(UserError, match=r"round-00001.safetensors was cut short or changed"):
         federate("rounds=1")
+
+
+def test_a_run_that_goes_on_after_a_class_has_left_has_its_predictions(federate):
+    words = "clients=2 data.limit=60 data.test_limit=20 train.client_head_steps=5 strategy=leave"
+    for name in ("whole", "test"):
+        federate(f"{words} rounds=1 run={name}", nodes=1)
+        run = federate.run(name)
+        run.request([], selection=Selection.by(classes=[7]))
+        run.ledger.close()
+    federate(f"{words} rounds=3 run=whole", nodes=1)
+    with pytest.raises(KeyboardInterrupt):
+        federate(f"{words} rounds=3", grid=stopping(LocalGrid(1), lambda task: task.round == 3))
+    federate(f"{words} rounds=3", nodes=1)
+    assert federate.server_state("whole").predictions.keys() == {"2", "3"}
+    assert equal(federate.server_state().tensors(), federate.server_state("whole").tensors())
