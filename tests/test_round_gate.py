@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from fedunlearn.errors import UserError
 from fedunlearn.federation import messages, tasks
+from fedunlearn.federation.handle import ForgetSet
 from fedunlearn.federation.replies import Results
 from fedunlearn.federation.round_gate import limit, without_destroyers
+from fedunlearn.federation.rounds import Rounds
+from fedunlearn.federation.server_state import softened
 from local_grid import LocalGrid, equal
+from strategies.ssd import SelectiveDampening
 
 WORDS = "rounds=3 train.precision=fp32 message_dtype=fp32 reply_band=0"
 
@@ -222,3 +226,27 @@ def test_when_a_forget_client_leads_the_model_astray_nobody_who_repairs_is_named
     assert reason.startswith("the model has gone astray: 3 of 3 nodes could not use it (repair: it sent")
     assert reason.endswith("clients 3 had answered to relabel before")
     assert "is left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_who_sends_a_bad_fisher_of_a_softened_model_is_blamed_if_the_model_itself_is_good(federate, capsys, spoilt):
+    federate.shared(f"{WORDS} {LEARNED} rounds=1 train.epochs=5", nodes=4)
+    federation = Rounds.assemble(federate.run("before")).federation
+    grid = federation.grid = LocalGrid(4)
+    federation.nodes.identify(grid, {})
+
+    def deliver(message):
+        reply = grid.call(message)
+        if messages.task_of(message).clients == [1]:
+            tensors = messages.unpack(reply)
+            reply.content["arrays"] = messages.pack({n: torch.nan * v for n, v in tensors.items()}, "fp32")
+        return reply
+
+    grid.deliver = deliver
+    with federation.applying(ForgetSet((3,))):
+        if spoilt:
+            federation.state = softened(federation.state, 100)
+        with federation.softened(100.0):
+            federation.run(SelectiveDampening.fisher, on=[0, 1, 2])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "(clients 1)" in line]
+    assert ("is left out: it sent NaN" in line, "the model has gone astray" in line) == (not spoilt, spoilt)

@@ -93,6 +93,7 @@ class Federation:
         nodes.check_update = self._check_direction
         self._trained = ""  # who trained last, in words
         self._state_before = state  # of the request that is being applied
+        self._hard: ServerState | None = None  # the state, while clients work with a softened one
 
     # Who takes part ----------------------------------------------------------------------------------------------
 
@@ -303,12 +304,12 @@ class Federation:
         Example:
             `with federation.softened(4.0): results = federation.run(self.fisher, on=federation.retain)`
         """
-        state = self.state
+        self._hard = state = self.state
         self.state = server_state.softened(state, temperature)
         try:
             yield
         finally:
-            self.state = state
+            self.state, self._hard = state, None
 
     def apply(self, update: Mapping[str, Tensor]) -> None:
         """Add an update to the parameters: theta += update."""
@@ -465,10 +466,14 @@ class Federation:
     def _is_of_use(self) -> bool:
         """Whether the model in between is about as good as before the request, and better than guessing.
 
-        Of a worse one nobody is blamed.
+        Of a worse one nobody is blamed. A model is not worse because clients meanwhile work with a softened one.
         """
-        before, now = (float(self._right_probs(state)[0].mean()) for state in (self._state_before, self.state))
-        return self.round_gate.is_of_use() and now >= before - self.config.forget.budget
+        sent, self.state = self.state, self._hard or self.state
+        try:
+            before, now = (float(self._right_probs(state)[0].mean()) for state in (self._state_before, self.state))
+            return self.round_gate.is_of_use() and now >= before - self.config.forget.budget
+        finally:
+            self.state = sent
 
     def _right_probs(self, state: ServerState) -> tuple[Tensor, Tensor]:
         """Give the probabilities of the right classes of some held-out images, and these classes."""
