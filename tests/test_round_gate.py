@@ -84,6 +84,8 @@ def test_the_liar_alone_is_named_and_the_round_is_that_of_the_others(federate, l
     assert [row["clients"] for row in rows] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
     assert all(value.isfinite().all() for value in federate.state().values() if value.is_floating_point())
     assert rows[-1]["test"]["class"] > 0
+    bytes_ = [row["train"]["bytes"] for row in rows]
+    assert bytes_ == [bytes_[0], 2 * bytes_[0], bytes_[0]]
 
     def silent(message):
         task = messages.task_of(message)
@@ -195,6 +197,8 @@ def test_who_would_destroy_a_model_in_a_request_is_named_alone_and_the_rest_repa
     assert all("node 1 (clients 1) is left out: with its update" in line for line in named)
     requested(federate, "train", 1, lambda reply: None, "strategy=retrain run=silent timeout=1")
     assert equal(federate.state("lied"), federate.state("silent"))
+    lied, silent = (federate.requests(run)[0].detail["costs"]["train"] for run in ("lied", "silent"))
+    assert (lied["queries"], lied["bytes"]) == (2 * silent["queries"], 3 * silent["bytes"])  # 3 reply twice, 2 once
 
 
 @pytest.mark.thorough

@@ -230,7 +230,9 @@ class Federation:
             about: dict[str, Any] = {"arguments": arguments, "one_client_each": one_client_each, "on_reply": on_reply}
             if self._forget:  # in a request the model in between may be of no use
                 about["is_of_use"] = self._is_of_use
-            return self.nodes.query(self.grid, task, round_, asked, self.state.params, **about)
+            found = self.nodes.query(self.grid, task, round_, asked, self.state.params, **about)
+            add_cost(self.costs, task.name, found.cost)
+            return found
 
         if self.nodes.is_robust(task):
             self.know_classes(asked)
@@ -244,7 +246,6 @@ class Federation:
             raise NotNowError(f"{self.named(missing[:1])} did not reply to {task.name}")
         if not results.counts:
             raise NotNowError(f"no retain client replied to {task.name}")
-        add_cost(self.costs, task.name, results.cost)
         if task.kind == "train":
             self._trained = f"; clients {self.nodes.listed(asked)} had answered to {task.name} before"
             if not set(asked) & set(self._forget):

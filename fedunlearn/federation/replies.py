@@ -99,10 +99,15 @@ class Results:
         self.counts |= one.counts
         self.statistics |= one.statistics
         self.outsized |= one.outsized
-        self.worker_seconds.update(one.worker_seconds)
-        self.worker_mebibytes |= one.worker_mebibytes
-        self.work += one.work
-        self.bytes += one.bytes
+        self.charge(one)
+
+    def charge(self, other: "Results") -> None:
+        """Add what other replies cost, and nothing else of them."""
+        self.worker_seconds.update(other.worker_seconds)
+        self.worker_mebibytes |= other.worker_mebibytes
+        self.work += other.work
+        self.bytes += other.bytes
+        self.seconds += other.seconds
 
 
 def add_cost(costs: dict[str, Any], name: str, cost: Mapping[str, float]) -> None:

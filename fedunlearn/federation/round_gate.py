@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 from logging import getLogger
 from typing import NamedTuple
 
@@ -48,9 +49,11 @@ class RoundGate:
         return self._loss({}) < math.log(self._classes)
 
     def passed(
-        self, results: Results, round_: int, ask_again: Callable[[OnReply], object]
+        self, results: Results, round_: int, ask_again: Callable[[OnReply], Results]
     ) -> tuple[Results, list[Results]]:
         """Give a query's results; where they would destroy the model, without the replies that do, and these apart.
+
+        The results have the costs of all that was asked, of what is left out too.
 
         Where an update is far larger than is usual (`outsized`), less is let pass: a good model is to stay good.
 
@@ -77,7 +80,7 @@ class RoundGate:
         if before <= of_guessing:  # of another model honest replies may do harm too
             log.warning("round %d: its update would harm the model; asking again: whose reply does that?", round_)
             replies: list[Results] = []
-            ask_again(replies.append)
+            results.charge(ask_again(replies.append))
             found = without_destroyers(replies, self._nodes.mean, self._loss, usual, among=results.outsized)
             if found is None and reached > most:
                 found = without_destroyers(replies, self._nodes.mean, self._loss, most)
@@ -87,19 +90,26 @@ class RoundGate:
             if reached > most:
                 log.warning("round %d: its held-out loss is high, and nobody in particular is to blame", round_)
             return results, []
-        return self._without(found, round_, results.seconds), found.dropped
+        return self._without(found, round_, results), found.dropped
 
-    def _without(self, found: Found, round_: int, seconds: float) -> Results:
-        """Name whose replies are left out, and give the results of the others."""
+    def _without(self, found: Found, round_: int, asked: Results) -> Results:
+        """Name whose replies are left out, and give the results of the others, at the cost of all that was asked."""
         for one in found.dropped:
             node, clients = self._nodes.node_of(one.counts), self._nodes.listed(one.counts)
             reason = "with its update the held-out loss is above the limit, without it below (round_band)"
             log.warning("round %d: node %d (clients %s) is left out: %s", round_, node, clients, reason)
-        kept = Results(seconds=seconds)
+        kept = Results()
         for one in found.kept:
             kept.include(one)
-        kept.tensors = {name: kept.weight * value for name, value in self._nodes.mean(found.kept).items()}
-        return kept
+        tensors = {name: kept.weight * value for name, value in self._nodes.mean(found.kept).items()}
+        return replace(
+            asked,
+            tensors=tensors,
+            weight=kept.weight,
+            counts=kept.counts,
+            statistics=kept.statistics,
+            outsized=kept.outsized,
+        )
 
 
 def limit(before: float, classes: int, band: float) -> float:

@@ -181,10 +181,10 @@ class Rounds(FlowerStrategy):
         """Give a round's results; where they would destroy the model, without the replies that do."""
         federation = self.federation
 
-        def ask_again(on_reply: Callable[[Results], None]) -> None:
+        def ask_again(on_reply: Callable[[Results], None]) -> Results:
             asked, one_each = sample(federation.retain, self._config, round_), self._strategy.one_reply_each(round_)
             grid, params = federation.grid, federation.state.params
-            federation.nodes.query(
+            return federation.nodes.query(
                 grid, tasks.train, round_, asked, params, one_client_each=one_each, on_reply=on_reply
             )
 
