@@ -343,7 +343,7 @@ class Relabelling(Guided):
             missed = [c for c in goal.known if errors_above(found[c], goal.accuracy[c]) > MISSED]
             if number >= settings.rounds and not missed:
                 return
-            correct = {c: corrected(correct[c], goal.accuracy[c], found[c].class_accuracy) for c in goal.known}
+            correct |= {c: corrected(correct[c], goal.accuracy[c], found[c].class_accuracy) for c in asked}
         log.warning(
             "%s is still known better than the retrained model is estimated to know it: after %d rounds of relabelling "
             "%.3f of the images are right, not %.3f (unlearn.most_rounds, unlearn.lr)",

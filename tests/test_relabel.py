@@ -214,6 +214,23 @@ def test_every_round_corrects_by_what_all_before_it_missed(federate):
         assert arguments["correct_fraction"] == {"3": pytest.approx(fraction, rel=1e-4)}
 
 
+def test_soft_labels_of_whoever_is_not_asked_in_a_round_stay_as_they_were(federate, monkeypatch):
+    half = torch.arange(40)[:, None] % 2 * torch.ones(10)  # of the held-out images are right in the estimate
+    monkeypatch.setattr(
+        "fedunlearn.federation.handle.estimate_retrained",
+        lambda found, labels, *counts: half * torch.eye(10)[labels] + torch.eye(10)[(labels + 1) % 10] / 2,
+    )
+    sizes = {c: federate.pooled(SETTINGS).examples(c) for c in (1, 3)}
+    right = {1: iter([1, 1, 0, 1, 0]), 3: iter([1, 1, 1, 0, 0])}  # of each client's images, before and after each round
+    grid = telling(lambda client: Counts(sizes[client], 1.0, sizes[client] * next(right[client])), [1, 3])
+    settings = "unlearn.rounds=1 unlearn.most_rounds=4 unlearn.epochs=1 unlearn.passes=1"
+    forgotten(federate, "relabel", settings, forgets="forget.schedule={2:[1,3]}", grid=grid)
+    sent = {messages.task_of(m).round: messages.arguments_of(m)["correct_fraction"] for m in grid.sent_for("relabel")}
+    assert [set(fractions) for fractions in sent.values()] == [{"1", "3"}, {"1", "3"}, {"3"}, {"1"}]
+    assert sent[4]["1"] < 0.8
+    assert sent[6]["1"] == min(1.0, sent[4]["1"] + 0.5)  # in round 4 none was right, and in round 5 it was not asked
+
+
 @pytest.mark.parametrize(
     ("correct", "found", "expected"),
     [(1.0, 0.6, 0.9), (0.9, 0.6, 0.8), (0.8, 0.3, 1.0), (1.0, 0.3, 1.0), (0.2, 1.0, 0.0)],
