@@ -1,6 +1,7 @@
 """The whole server app against the whole client app, over a grid in this process."""
 
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -286,3 +287,12 @@ def test_a_sample_is_part_of_the_clients_examples_in_order(federate):
     assert not torch.equal(part, other)
     places = [next(k for k, image in enumerate(whole) if torch.equal(image, chosen)) for chosen in part]
     assert places == sorted(places)
+
+
+def test_a_client_trains_no_other_model_than_the_one_that_it_was_given(federate):
+    pooled = federate.pooled("rounds=1")
+    before = pooled.state()
+    with pytest.raises(ValueError, match="trains the model that the task was given: load other weights into that"):
+        pooled.client(0, 1).fit(deepcopy(pooled.model))
+    assert equal(pooled.state(), before)
+    assert pooled.client(0, 1).fit(pooled.model).examples == pooled.examples(0)

@@ -227,9 +227,16 @@ class Client:
         """Train the model locally for one round, in place.
 
         Args:
+            model: the one that the task was given.
             fraction: of its examples to train on.
             lr: in place of the schedule's learning rate.
+
+        Raises:
+            ValueError: it is another model, which the optimiser does not have.
         """
+        if model is not self._runtime.model:
+            way_on = "load other weights into that with load_state_dict, or train the other one by a loop over `epochs`"
+            raise ValueError(f"client.fit trains the model that the task was given: {way_on}")
         config = self.config
         progress, loss = build.progress_of(config, self.round), config.loss.model_dump()
         warmup = loss.pop("warmup")
