@@ -110,7 +110,7 @@ def taken_up(trained: Trained, client: int) -> Iterator[ForgetSet]:
     """Let a request for the client be taken up, as while a strategy is at work; afterwards it is as if never made."""
     ledger = trained.run.ledger
     request = ledger.advance(ledger.file([client])[0], State.COLLECTING)
-    forget = ForgetSet((client,), request.id)
+    forget = ForgetSet((client,))
     try:
         with trained.federation.applying(forget):
             yield forget

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from fedunlearn.errors import UserError
-from fedunlearn.owners import ON_NODES, OWNED
+from fedunlearn.owners import ON_NODES
 from fedunlearn.schema import in_one_line, is_mapping
 
 Passes = Literal["auto", "bf16", "fp32"]
@@ -119,11 +119,6 @@ class Partition(Settings):
     def _without_empty_names(self, write: Any) -> dict[str, Any]:
         """Write what earlier versions knew, where nobody owns an image: what depends on settings stays as it was."""
         return {name: value for name, value in write(self).items() if value or name not in OPTIONAL}
-
-    @property
-    def has_owners(self) -> bool:
-        """Whether images have owners with names, and are not dealt out."""
-        return self.kind in OWNED
 
     @property
     def is_on_nodes(self) -> bool:

@@ -228,7 +228,7 @@ def test_when_a_forget_client_leads_the_model_astray_nobody_who_repairs_is_named
         requested(federate, "relabel", 3, larger(1e15, "bf16"), "strategy=relabel unlearn.guide_images=30")
     reason = federate.requests()[0].detail["reason"]
     assert reason.startswith("the model has gone astray: 3 of 3 nodes could not use it (repair: it sent")
-    assert reason.endswith("clients 3 had answered to relabel before")
+    assert reason.endswith("; client 3 had answered to relabel before")
     assert "is left out" not in capsys.readouterr().err
 
 

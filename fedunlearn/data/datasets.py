@@ -32,9 +32,6 @@ from fedunlearn.data.store import (
 from fedunlearn.data.tables import decode_table
 from fedunlearn.errors import UserError, printable
 
-NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "medmnist", "npz", "hf", "table")
-"""The data sets that `load` knows."""
-
 OF_FILES = ("medmnist", "npz", "hf", "table")
 """Those whose `root` is a file, or a folder of such."""
 
@@ -151,14 +148,15 @@ def load(
     Slow work is logged, at INFO, before it begins.
 
     Args:
-        name: `digits` (scikit-learn's, embedded), `cifar10`, `cifar100` (through torchvision), `folder`, or `random`
-            (ten noisy patterns, 10,000 images for training and 1,000 for testing if no limit says otherwise: for
-            measuring speed where no images are at hand).
+        name: `digits` (scikit-learn's, embedded), `cifar10`, `cifar100` (through torchvision), `folder`, `medmnist`,
+            `npz`, `hf` (of Hugging Face), `table`, or `random` (ten noisy patterns, 10,000 images for training and
+            1,000 for testing if no limit says otherwise: for measuring speed where no images are at hand).
         cache: where downloads and decoded arrays are kept.
         root: for `folder`: a folder of one subfolder of images a class, or an archive of one. With
             subfolders `train/` and `test/` these are the splits; otherwise every sixth image of a class is for testing.
+            For those of `OF_FILES`: a file, or a folder of such.
         limit, test_limit: keep that many images, the first of each class in equal numbers; 0 keeps all.
-        image_size: for `folder` and `random`: pixels a side.
+        image_size: for `folder`, `hf` and `random`: pixels a side.
         choices: for images of one's own.
         owners: who owns which image, where somebody says that.
 

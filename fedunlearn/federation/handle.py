@@ -46,12 +46,10 @@ class ForgetSet:
 
     Attributes:
         clients: in ascending order.
-        request: the id of the request.
         classes: of which nobody has an image left.
     """
 
     clients: tuple[int, ...]
-    request: str = ""
     classes: frozenset[int] = frozenset()
 
     def __iter__(self) -> Iterator[int]:
@@ -204,15 +202,15 @@ class Federation:
     ) -> Results:
         """Run a client task where the clients' data is, on the model as it is now, and sum what they send back.
 
+        Retain clients that trained are asked once more where their mean update would destroy the model, and the replies
+        that do are left out.
+
         Args:
             on: the clients. Those that are to be forgotten must all reply.
             at_round: that the clients' random draws depend on; the present one by default.
             one_client_each: give every client a message, and so a reply, of its own.
             on_reply: is shown every reply alone.
             arguments: of the task: numbers, words, lists, tensors, dicts of tensors.
-
-        Retain clients that trained are asked once more where their mean update would destroy the model, and the replies
-        that do are left out.
 
         Returns:
             Sums over the clients: `.mean()`, `.sum()`, `.counts`, `.statistics`.
@@ -245,11 +243,11 @@ class Federation:
         if missing:
             raise NotNowError(f"{self.named(missing[:1])} did not reply to {task.name}")
         if not results.counts:
-            raise NotNowError(f"no retain client replied to {task.name}")
+            raise NotNowError(f"nobody who was asked replied to {task.name}")
+        if task.kind == "train" and not set(asked) & set(self._forget):
+            results, _ = self.round_gate.passed(results, round_, ask)
         if task.kind == "train":
-            self._trained = f"; clients {self.nodes.listed(asked)} had answered to {task.name} before"
-            if not set(asked) & set(self._forget):
-                results, _ = self.round_gate.passed(results, round_, ask)
+            self._trained = f"; {self.named(sorted(results.counts))} had answered to {task.name} before"
         return results
 
     def evaluate(self, on: Iterable[int]) -> dict[int, Counts]:

@@ -277,7 +277,7 @@ class Requests:
         """
         federation = self._federation
         clients = tuple(sorted(set(request.clients) - federation.never_trained))
-        forget = ForgetSet(clients, request.id, frozenset(request.classes))
+        forget = ForgetSet(clients, frozenset(request.classes))
         state, config = federation.state, self._config_of(request)
         stored_bytes = state.stored_bytes + self._strategy.stored_bytes(self._run)
         try:
