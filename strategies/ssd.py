@@ -16,7 +16,6 @@ from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.server_state import SOFTENED
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.federation.tasks import ClientTask, client_task, nonnegative, parameters
-from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.unlearning.dampening import dampen, largest_alpha, selected_fraction
 from fedunlearn.unlearning.fisher import diagonal_fisher
@@ -156,7 +155,7 @@ class SelectiveDampening(Strategy):
             federation.state = before
             self.dampen(federation, full, forget_fisher, alpha=alpha, lambda_=lambda_)
             federation.recalibrate_batch_norm()
-            found = sum(federation.evaluate(forget).values(), Counts())
+            found = federation.counts(forget)
             test = federation.predictions().total.class_accuracy
             return {
                 "alpha": alpha,

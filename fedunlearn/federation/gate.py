@@ -10,7 +10,7 @@ from fedunlearn.errors import NotNowError
 from fedunlearn.federation.handle import Federation, ForgetSet, total_counts
 from fedunlearn.federation.messages import floating
 from fedunlearn.federation.scores import Scores
-from fedunlearn.nn.evaluate import Counts, Predictions
+from fedunlearn.nn.evaluate import Predictions
 from fedunlearn.runs.budget import MEASURED_BY, Figures, refusal
 from fedunlearn.runs.uncertainty import Estimate, fall, fraction, held_out
 
@@ -83,7 +83,7 @@ class Gate:
     def _figures(self, scores: Scores, predictions: Predictions) -> Figures:
         """Ask the forget clients how well the present model knows their images; all else is in its scores."""
         federation, forget = self._federation, self._forget
-        found = sum(federation.evaluate(forget).values(), Counts())
+        found = federation.counts(forget)
         counts = total_counts(federation.class_counts(forget).values())
         own = fraction(found.class_accuracy, found.examples)
         others = held_out(predictions.expected_accuracy(counts), predictions.total.examples, counts.numpy())

@@ -254,6 +254,10 @@ class Federation:
         """Let clients count what the model gets right on their images."""
         return self.run(tasks.evaluate, on=on).counts
 
+    def counts(self, on: Iterable[int]) -> Counts:
+        """Let clients count what the model gets right on all their images together."""
+        return self.run(tasks.evaluate, on=on).total
+
     def class_counts(self, clients: Iterable[int]) -> dict[int, Tensor]:
         """Ask clients how many images of each class they have, [K] each, once in a request; then it is dropped.
 
