@@ -249,3 +249,24 @@ def test_a_dtype_that_messages_do_not_know_is_refused_where_the_task_is_defined(
 
         @client_task(dtype="fp16")
         def climb(client, model, settings): ...
+
+
+def test_a_kind_that_flower_does_not_know_is_refused_where_the_task_is_defined():
+    with pytest.raises(ValueError, match="kind='training' of the client task climb is none of train, evaluate, query"):
+
+        @client_task(kind="training")
+        def climb(client, model, settings): ...
+
+
+def test_a_task_that_trains_sends_changes_of_the_model(federate, renewed):
+    federate("rounds=1 strategy=renewed:Renewed unlearn.stage=3")
+    lines = renewed.read_text().replace('kind="train"', 'kind="train", sends=lambda model: {"else": model.pruned}')
+    renewed.with_name("other.py").write_text(lines)
+    with pytest.raises(UserError, match='task train_stage has kind="train" and sends else, which is no tensor of'):
+        federate("rounds=1 run=other strategy=other:Renewed")
+    run = federate.run()
+    run.request([3], how={"strategy": "other:Renewed", "unlearn": {"stage": 3, "lr": 0.01}})
+    run.ledger.close()
+    with pytest.raises(UserError, match="r1 is REFUSED"):
+        federate("rounds=1 strategy=renewed:Renewed unlearn.stage=3")
+    assert federate.requests()[0].detail["reason"].startswith("the client task train_stage has kind=")

@@ -18,6 +18,7 @@ from fedunlearn.federation.handle import Federation, ForgetSet
 from fedunlearn.federation.replies import listed
 from fedunlearn.federation.scores import Scorer, Scores
 from fedunlearn.federation.strategy import Strategy, strategy_of
+from fedunlearn.federation.tasks import check_tasks
 from fedunlearn.federation.withdrawals import believed
 from fedunlearn.runs import receipts
 from fedunlearn.runs.formats import forgotten
@@ -248,7 +249,7 @@ class Requests:
     def _impossible(self, request: Request) -> str:
         """Say why the strategy that a request asks for cannot be had here; nothing where it can."""
         try:
-            strategy_of(self._config_of(request))
+            check_tasks(type(strategy_of(self._config_of(request))), self._federation.server.model)
         except UserError as error:
             return str(error)
         return ""

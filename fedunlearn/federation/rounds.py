@@ -84,6 +84,7 @@ class Rounds(FlowerStrategy):
         torch.set_num_threads(run.config.train.threads)  # what the server computes must not depend on its machine
         strategy, server = strategy_of(run.config), ServerData(run.config)
         server.leave_out(run.ledger.classes_left())
+        tasks.check_tasks(type(strategy), server.model)
         server.try_loss()
         state = ServerState.from_tensors(*run.restore(server.model, beside=tuple(BESIDE.values())))
         key = run.ledger.key if run.config.partition.is_on_nodes else ""

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fedunlearn.data.selection import Selection
+from fedunlearn.errors import UserError
 from fedunlearn.federation.client import Client
 from fedunlearn.federation.messages import Tensors, floating
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.unlearning import batch_norm
 
+KINDS = ("train", "evaluate", "query")
 ROUNDING = 1e-3  # of sums in fp32, relative
 Shapes = Callable[[TwoHeadModel], Mapping[str, Tensor]]
 
@@ -78,7 +80,9 @@ class ClientTask:
 
     Attributes:
         function: what runs; `model` is the broadcast model, which it may change.
-        kind: of message, in Flower's words: `train`, `evaluate` or `query`.
+        kind: of message, in Flower's words: `train`, `evaluate` or `query`. What a `train` task sends is a change of
+            the model. So `robust` averages it, the round's gate looks at it, and it may count examples once an epoch.
+            An `evaluate` task counts all of a client's examples.
         sends: names and shapes of the tensors that are summed over clients. A reply with others is refused.
         sends_apart: the shape of the `statistics` of each client, if it sends any.
         dtype: of the tensors that it sends, `fp32` or `bf16`; by default the run's `message_dtype`.
@@ -157,6 +161,8 @@ def client_task_of(function: Function, **options: Any) -> ClientTask:
     if plain.__annotations__.get("return") in (Counts, Tensor, "Counts", "Tensor"):
         options = {"sends": nothing, **options}
     task = ClientTask(plain, **options)
+    if task.kind not in KINDS:
+        raise ValueError(f"kind={task.kind!r} of the client task {task.name} is none of {', '.join(KINDS)}")
     if task.dtype not in ("", "fp32", "bf16"):
         raise ValueError(f"dtype={task.dtype!r} of the client task {task.name} is neither 'fp32' nor 'bf16'")
     return task
@@ -283,6 +289,17 @@ def tasks_of(strategy: type) -> dict[str, ClientTask]:
     """Give every task that clients of a strategy can be asked for, by name."""
     own = {name: value for name, value in inspect.getmembers(strategy) if isinstance(value, ClientTask)}
     return BUILT_IN | {task.name: task for task in own.values()}
+
+
+def check_tasks(strategy: type, model: TwoHeadModel) -> None:
+    """Raise UserError where a strategy's client task of kind `train` sends anything but a change of the model."""
+    known = weights(model)
+    for task in tasks_of(strategy).values():
+        sent = task.sends(model) if task.kind == "train" else {}
+        foreign = [name for name, shape in sent.items() if name not in known or shape.shape != known[name].shape]
+        if foreign:
+            about = f'the client task {task.name} has kind="train" and sends {foreign[0]}'
+            raise UserError(f'{about}, which is no tensor of the model: leave kind="train" out')
 
 
 def _classes(model: nn.Module) -> int:
