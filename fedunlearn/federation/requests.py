@@ -175,13 +175,14 @@ class Requests:
             NotNowError: a client does not reply. What the others have said is kept.
         """
         nodes, portions = self._federation.nodes, request.portions
+        if not portions:
+            return ""
         found = self._count(portions)
         known = found | {number: nodes.examples[number] for number in portions.keys() & nodes.portions.keys()}
         missing = [portion.client for number, portion in portions.items() if number not in known]
-        is_known = portions and not missing
-        if is_known and (reason := unsuitable_portions(portions, known, named_before(self._ledger))):
+        if not missing and (reason := unsuitable_portions(portions, known, named_before(self._ledger))):
             return reason
-        if portions and not self._leaves_anybody(portions, found):
+        if not self._leaves_anybody(portions, found):
             return NOBODY_LEFT
         self._keep(found)
         if missing:
