@@ -15,10 +15,10 @@ from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_clien
 from fedunlearn.config import Config
 from fedunlearn.data.selection import Portion
 from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
-from fedunlearn.federation import direction, round_gate, server_state, tasks
-from fedunlearn.federation.messages import STATISTICS
+from fedunlearn.federation import server_state, tasks
+from fedunlearn.federation.judge import Judge
 from fedunlearn.federation.nodes import Nodes
-from fedunlearn.federation.replies import AstrayError, RefusedError, Results, add_cost
+from fedunlearn.federation.replies import RefusedError, Results, add_cost
 from fedunlearn.federation.round_gate import RoundGate
 from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
@@ -32,7 +32,6 @@ from fedunlearn.runs.ledger import FORGOTTEN, TAKEN_UP
 from fedunlearn.runs.run import Run
 from fedunlearn.unlearning import batch_norm
 from fedunlearn.unlearning.fisher import cost_in_words, said_anew
-from fedunlearn.unlearning.likeness import unlikeness
 from fedunlearn.unlearning.retrain_estimate import estimate_retrained
 
 SERVER = 2**32 - 1  # the place of the server's random draws: no client has this number
@@ -80,8 +79,10 @@ class Federation:
         self.config, self.folder, self._ledger = run.config, run.folder, run.ledger
         self.server, self.nodes, self.state = server, nodes, state
         self.costs: dict[str, Any] = {}
-        classes = len(server.class_names)
-        self.round_gate = RoundGate(nodes, self._held_out_loss, classes, self.config.round_band)
+        self._judge = judge = Judge(server)
+        self.round_gate = RoundGate(
+            nodes, lambda update: judge.loss(self.state, update), len(server.class_names), self.config.round_band
+        )
         self._grid: Grid | None = None
         self._forget = ForgetSet(())
         self._class_counts: dict[int, Tensor] = {}
@@ -391,30 +392,14 @@ class Federation:
             tasks.batch_norm_statistics,
             on=clients,
             at_round=at_round,
-            on_reply=self._refuse_unlike_statistics(),
+            on_reply=self._judge.refusing_unlike_statistics(
+                self.state, self.config.statistics_band, generator_of(self.config.seed, SERVER)
+            ),
             fraction=fraction,
         )
         with self.editing() as model, unusable_replies():
             batch_norm.recalibrate(model, results.sum())
         return results.cost
-
-    def _refuse_unlike_statistics(self) -> Callable[[Results], None]:
-        """Give what refuses BatchNorm statistics that are far from those of the server's own images."""
-        most = self.config.statistics_band
-        if not most:
-            return lambda one: None
-        images = (
-            images for images, _, _ in self.server.sample(round_gate.IMAGES, generator_of(self.config.seed, SERVER))
-        )
-        expected = batch_norm.batch_statistics(self.model(), images, precision=self.config.train.precision)
-
-        def refuse(one: Results) -> None:
-            found = unlikeness(one.tensors, expected)
-            if found > most:
-                how = f"unlike those of held-out images by {found:.3g}, at most {most:g} (statistics_band)"
-                raise AstrayError(f"its BatchNorm statistics are {how}")
-
-        return refuse
 
     def held_out_batch_norm(self, images: int = 500) -> None:
         """Estimate BatchNorm statistics of the present model on held-out images: no client is asked.
@@ -448,11 +433,6 @@ class Federation:
             assert model.client_head is not None
             train_client_head(model.client_head, there, steps=steps, generator=generator)
 
-    def _held_out_loss(self, update: Mapping[str, Tensor]) -> float:
-        """Give the class cross-entropy on some held-out images that the model would have after an update."""
-        self.server.model.load_state_dict(server_state.apply_update(self.state, update).params)
-        return self.server.loss(self.server.model, round_gate.IMAGES)
-
     def _check_direction(self, one: Results) -> None:
         """Refuse the update of one retain client that points the wrong way, or of whose classes nothing is known."""
         (client,) = one.counts
@@ -460,29 +440,14 @@ class Federation:
             return
         if client not in self._classes:
             raise RefusedError("it did not say how many images of each class it has (robust)")
-        update = one.mean()
-        opposite = {name: v if name.endswith(STATISTICS) else -v for name, v in update.items()}
-        probs, labels = self._right_probs(server_state.apply_update(self.state, update))
-        of_opposite, _ = self._right_probs(server_state.apply_update(self.state, opposite))
-        direction.check_direction(probs, of_opposite, labels, self._classes[client].to(labels.device))
+        self._judge.check_direction(self.state, one.mean(), self._classes[client])
 
     def _is_of_use(self) -> bool:
         """Whether the model in between is about as good as before the request, and better than guessing.
 
         Of a worse one nobody is blamed. A model is not worse because clients meanwhile work with a softened one.
         """
-        sent, self.state = self.state, self._hard or self.state
-        try:
-            before, now = (float(self._right_probs(state)[0].mean()) for state in (self._state_before, self.state))
-            return self.round_gate.is_of_use() and now >= before - self.config.forget.budget
-        finally:
-            self.state = sent
-
-    def _right_probs(self, state: ServerState) -> tuple[Tensor, Tensor]:
-        """Give the probabilities of the right classes of some held-out images, and these classes."""
-        self.server.model.load_state_dict(state.params)
-        losses, labels = self.server.losses(self.server.model, direction.IMAGES)
-        return (-losses).exp(), labels
+        return self._judge.is_of_use(self._hard or self.state, self._state_before, self.config.forget.budget)
 
     def freeze(self, *, since: ServerState, fraction: float) -> None:
         """Freeze that fraction of the weights, those that changed most since an earlier state.

@@ -44,10 +44,6 @@ class RoundGate:
         """Give the held-out loss with which a model can still be trained, after one of a loss before."""
         return DIVERGED * limit(before, self._classes, self._band) if self._band else MOST
 
-    def is_of_use(self) -> bool:
-        """Say whether the model that clients are sent predicts held-out images better than guessing does."""
-        return self._loss({}) < math.log(self._classes)
-
     def passed(
         self, results: Results, round_: int, ask_again: Callable[[OnReply], Results]
     ) -> tuple[Results, list[Results]]:
