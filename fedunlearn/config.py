@@ -83,6 +83,11 @@ class Data(Settings):
     client: str = Field(default="", description="for hf and table: the column of the client, if there is one")
     columns: list[str] = Field(default=[], description="for table: the columns to learn from; empty takes all others")
 
+    @property
+    def is_table(self) -> bool:
+        """Whether an example is a row of numbers, and no picture."""
+        return self.name == "table"
+
 
 class Partition(Settings):
     """Who owns which image."""
@@ -344,6 +349,14 @@ class Config(Settings):
         default_factory=dict, description="settings of the strategy: `fedunlearn config STRATEGY` lists them"
     )
     forget: Forget = Forget()
+
+    @property
+    def batch_norm_part(self) -> float:
+        """The part of a client's examples that BatchNorm statistics are estimated from; 0 where nobody estimates them.
+
+        Of a table it is all rows: a forward pass of them costs nothing, and few rows lack rare categories.
+        """
+        return 1.0 if self.data.is_table and self.batch_norm_fraction else self.batch_norm_fraction
 
     @property
     def owner_keys(self) -> dict[int, str]:

@@ -365,9 +365,7 @@ class Federation:
     def recalibrate_batch_norm(
         self, *, on: Iterable[int] | None = None, at_round: int | None = None
     ) -> dict[str, float]:
-        """Estimate BatchNorm statistics of the present model on `batch_norm_fraction` of each client's images.
-
-        Of tables all rows are taken: a forward pass of them costs nothing, and few rows lack rare categories.
+        """Estimate BatchNorm statistics of the present model on a part of each client's images (`batch_norm_fraction`).
 
         The run does so after every round of training and at the end of every request, whatever the strategy: models
         are compared with statistics that were made in the same way. A strategy calls it where it needs a model in
@@ -383,10 +381,9 @@ class Federation:
         Raises:
             NotNowError: nobody replied, or no statistics can be made of the replies.
         """
-        fraction = self.config.batch_norm_fraction
+        fraction = self.config.batch_norm_part
         if not fraction or not batch_norm.no_statistics(self.server.model):
             return {}
-        fraction = 1.0 if self.config.data.name == "table" else fraction
         clients = self.retain if on is None else on
         results = self.run(
             tasks.batch_norm_statistics,

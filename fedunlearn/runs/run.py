@@ -297,7 +297,7 @@ class Run:
         from fedunlearn.data.store import Split
         from fedunlearn.nn.evaluate import predict
 
-        expected, dtype = self.images().shape, "float32" if self.config.data.name == "table" else "uint8"
+        expected, dtype = self.images().shape, "float32" if self.config.data.is_table else "uint8"
         if images.dtype != dtype or list(images.shape[1:]) != list(expected):
             takes = f"{dtype} [N, {', '.join(map(str, expected))}]"
             raise UserError(f"images are {images.dtype} {list(images.shape)}: run {self.name} takes {takes}")
