@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from inspect import signature
 from logging import getLogger
@@ -33,6 +33,23 @@ NOBODY_LEFT = "no client would be left"
 PARAMETERS = {*signature(Run.commit).parameters, *signature(Ledger.commit).parameters}
 
 log = getLogger("fedunlearn")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a strategy has made of the model for a request, before anything of it counts.
+
+    Attributes:
+        strategy: that did it.
+        figures: for the receipt, the strategy's own among them.
+        verdict: of the gate; empty where it was not asked.
+        after: scores of the new model; empty where the gate was not asked.
+    """
+
+    strategy: Strategy
+    figures: dict[str, Any]
+    verdict: dict[str, Any]
+    after: Scores
 
 
 class Requests:
@@ -272,63 +289,73 @@ class Requests:
         return refused
 
     def _apply(self, request: Request) -> Request:
-        """Let the strategy forget, and commit what passes the gate; or restore the state.
+        """Let the strategy forget, and commit what passes the gate; or restore the state."""
+        federation, state = self._federation, self._federation.state
+        try:
+            attempt = self._attempt(request)
+        except Exception as error:
+            federation.state = state
+            return self._undone(request, error)
+        if attempt.verdict and not attempt.verdict["passed"] and "accepted_by" not in request.detail:
+            federation.state = state
+            return self._not_taken(request, attempt.verdict)
+        return self._commit(request, attempt)
+
+    def _attempt(self, request: Request) -> Attempt:
+        """Let the strategy forget, and the gate look at the model; nothing of it counts yet.
 
         The model's BatchNorm statistics are those of the retain clients before and after, so that what changes in the
         scores comes from the weights. Of clients that were never trained on there is nothing to forget.
         """
-        federation = self._federation
+        federation, config = self._federation, self._config_of(request)
         clients = tuple(sorted(set(request.clients) - federation.never_trained))
         forget = ForgetSet(clients, frozenset(request.classes))
-        state, config = federation.state, self._config_of(request)
-        stored_bytes = state.stored_bytes + self._strategy.stored_bytes(self._run)
-        try:
-            strategy = strategy_of(config) if "how" in request.detail else self._strategy
-            committed = federation.predictions()
-            federation.recalibrate_batch_norm()
-            before = self._scorer.now(forget)
-            with federation.applying(forget, config):
-                # a model that nobody has trained knows nobody; who takes a refused one is told what is wrong with it
-                is_asked = (self._settings.gate or "accepted_by" in request.detail) and federation.round
-                gate = Gate(federation, forget, before, committed) if is_asked else None
-                federation.costs, started = {}, time.monotonic()
-                result = self._unlearn(strategy, request, forget)
-                costs, seconds = federation.costs, time.monotonic() - started
-                after = self._scorer.now(forget) if gate else {}
-                verdict = gate.verdict(after) if gate else {}
-        except DestroyedError as error:
-            federation.state = state
+        stored_bytes = federation.state.stored_bytes + self._strategy.stored_bytes(self._run)
+        strategy = strategy_of(config) if "how" in request.detail else self._strategy
+        committed = federation.predictions()
+        federation.recalibrate_batch_norm()
+        before = self._scorer.now(forget)
+        with federation.applying(forget, config):
+            # a model that nobody has trained knows nobody; who takes a refused one is told what is wrong with it
+            is_asked = (self._settings.gate or "accepted_by" in request.detail) and federation.round
+            gate = Gate(federation, forget, before, committed) if is_asked else None
+            federation.costs, started = {}, time.monotonic()
+            result = self._unlearn(strategy, request, forget)
+            costs, seconds = federation.costs, time.monotonic() - started
+            after = self._scorer.now(forget) if gate else {}
+            verdict = gate.verdict(after) if gate else {}
+        figures = {"strategy": config.strategy, "seconds": seconds, "costs": costs, "stored_bytes": stored_bytes}
+        figures["before"] = own(before, request.clients)
+        return Attempt(strategy, figures | result, verdict, after)
+
+    def _undone(self, request: Request, error: Exception) -> Request:
+        """Say what becomes of a request that could not be applied: it is tried again, or set aside.
+
+        Raises:
+            Exception: the error itself, where it is a bug, or of this machine.
+        """
+        if isinstance(error, DestroyedError):
             return self._not_taken(request, {"passed": False, "reason": str(error)})
-        except NotNowError as error:
-            federation.state = state
+        if isinstance(error, NotNowError):
             return self._failed(request, str(error))
-        except Exception as error:
-            if "how" not in request.detail or isinstance(error, OSError):  # a disk that fails is no strategy's fault
-                raise
-            log.exception("── strategy=%s of request %s failed", config.strategy, request.id)
-            federation.state = state
-            reason = printable(f"strategy={config.strategy} failed with {type(error).__name__}: {error}")
-            return self._not_taken(request, {"passed": False, "reason": reason})
-        if verdict and not verdict["passed"] and "accepted_by" not in request.detail:
-            federation.state = state
-            return self._not_taken(request, verdict)
-        receipt = {
-            "round": federation.round,
-            "completes_at": self._completes_at(),
-            "strategy": config.strategy,
-            "seconds": seconds,
-            "costs": costs,
-            "stored_bytes": stored_bytes,
-            "before": own(before, request.clients),
-            **({"gate": verdict} if verdict else {}),
-        }
-        tensors = federation.state.tensors()
-        applied = self._run.commit(tensors, federation.round, request, **receipt, **result)
+        if "how" not in request.detail or isinstance(error, OSError):  # a disk that fails is no strategy's fault
+            raise error
+        strategy = self._config_of(request).strategy
+        log.exception("── strategy=%s of request %s failed", strategy, request.id)
+        reason = printable(f"strategy={strategy} failed with {type(error).__name__}: {error}")
+        return self._not_taken(request, {"passed": False, "reason": reason})
+
+    def _commit(self, request: Request, attempt: Attempt) -> Request:
+        """Commit the model together with the request, and tell the strategies."""
+        federation = self._federation
+        receipt = {"round": federation.round, "completes_at": self._completes_at(), **attempt.figures}
+        receipt |= {"gate": attempt.verdict} if attempt.verdict else {}
+        applied = self._run.commit(federation.state.tensors(), federation.round, request, **receipt)
         assert applied is not None
         federation.split()
-        for one in {self._strategy, strategy}:
-            one.after_request(self._run)
-        self._scores = after
+        for strategy in {self._strategy, attempt.strategy}:
+            strategy.after_request(self._run)
+        self._scores = attempt.after
         return applied
 
     def _unlearn(self, strategy: Strategy, request: Request, forget: ForgetSet) -> dict[str, Any]:
