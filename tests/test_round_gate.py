@@ -12,9 +12,9 @@ from fedunlearn.federation import messages, tasks
 from fedunlearn.federation.handle import ForgetSet
 from fedunlearn.federation.replies import Results
 from fedunlearn.federation.round_gate import RoundGate, limit, without_destroyers
-from fedunlearn.nn.evaluate import Counts
 from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.server_state import softened
+from fedunlearn.nn.evaluate import Counts
 from local_grid import LocalGrid, equal
 from strategies.ssd import SelectiveDampening
 
