@@ -86,7 +86,8 @@ def test_settings_agree_with_themselves_and_without_defaults_with_nothing_else(o
 
 def test_a_study_goes_on_in_the_folder_of_an_earlier_version(home, monkeypatch, caplog):
     words = "dataset=digits data.limit=80 clients=3 model.width=8 rounds=1 study.after=[0] study.strategies=[leave] "
-    words += f"study.order=[0] study.seeds=[0] study.scenarios=[single] study.stages=[train,retrain] train.client_head_steps=1 study.workers=1 study.home={home}"
+    words += "study.order=[0] study.seeds=[0] study.scenarios=[single] study.stages=[train,retrain] study.workers=1 "
+    words += f"train.client_head_steps=1 study.home={home}"
     assert command.run_study(FederatedStudy(words.split())) == 0
     (root,) = (home / "studies").iterdir()
     made = {file.parent.name for file in root.glob("tasks/*/result.json")}
