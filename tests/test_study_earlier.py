@@ -1,6 +1,7 @@
 """Results of an earlier version, whose settings were fewer."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given
@@ -64,6 +65,16 @@ def test_another_task_another_format_and_a_damaged_file_are_left_alone(tmp_path,
         patch.setattr("fedunlearn.study.dag.earlier.FORMAT", tasks.FORMAT + 1)
         assert adopt([task(NOW)], tmp_path) == []
     assert len(adopt([task(NOW)], tmp_path)) == 1
+
+
+def test_a_link_to_a_result_that_was_deleted_does_not_stand_in_the_way(tmp_path):
+    before, now = task(BEFORE), task(NOW)
+    run(before, root=tmp_path)
+    adopt([now], tmp_path)
+    shutil.rmtree(before.folder(tmp_path))
+    assert adopt([now], tmp_path) == []
+    run(now, root=tmp_path)
+    assert now.is_done(tmp_path)
 
 
 def test_what_has_been_begun_anew_is_not_replaced(tmp_path):

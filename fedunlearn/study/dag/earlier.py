@@ -21,6 +21,8 @@ def adopt(tasks: Iterable[Task], root: Path) -> list[Task]:
     adopted = []
     for task in tasks:
         folder = task.folder(root)
+        if folder.is_symlink() and not folder.exists():  # somebody has deleted what it led to
+            folder.unlink(missing_ok=True)
         if not folder.exists() and (found := earlier(task, root)):
             with suppress(FileExistsError):  # another process was faster
                 folder.symlink_to(found.name)
