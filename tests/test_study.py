@@ -169,11 +169,14 @@ def wait_until(condition, process=None):
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_killed_in_the_midst_of_training_it_continues(tmp_path, blocked, workers):
-    """One worker is the command itself; of two, the command alone is killed, and they must not outlive it."""
+    """One worker is the command itself; of two, the command alone is killed, and they must not outlive it.
+
+    They need not keep pace with each other: it is killed when the first of them has an epoch behind it.
+    """
     words = [*TRAIN, "learning.epochs=5", f"study.seeds={[*range(workers)]}", f"study.workers={workers}"]
     process = subprocess.Popen(command(*words), env=blocked, stdout=subprocess.DEVNULL, start_new_session=True)
     tasks = tmp_path / "home" / "studies" / "digits-laptop" / "tasks"
-    wait_until(lambda: len(list(tasks.glob("*/partial.safetensors"))) == workers, process)
+    wait_until(lambda: any(tasks.glob("*/partial.safetensors")), process)
     process.kill()
     process.wait()
     wait_until(lambda: not processes_of(process.pid))

@@ -22,7 +22,7 @@ from fedunlearn.schema import fields_of
 from fedunlearn.study.dag.command import UNFINISHED, study_folder, wanted
 from fedunlearn.study.federated.figures import frontier
 from fedunlearn.study.federated.plan import Case
-from fedunlearn.study.federated.report import inside
+from fedunlearn.study.federated.report import inside, over_clients
 from fedunlearn.study.federated.settings import STRATEGIES, FederatedSettings, load
 from fedunlearn.study.federated.study import FederatedStudy
 from fedunlearn.study.federated.tables import Results, Row, reach
@@ -230,18 +230,20 @@ def test_every_client_in_turn_the_worst_is_named(home):
     def scores(name, seed, round_):
         return next(row for row in found[f"{name}/seed{seed}"]["scores"] if row["round"] == round_ and "mia" in row)
 
-    distances = {}
+    distances, differences = {}, []
     for client in range(3):
         key, names = f"client_{client}", (f"forget/subset/ce_dl/at2/{client}", f"retrained/ce_dl/{client}")
         pairs = [[scores(name, seed, 3)[key] for name in names] for seed in (0, 1)]
         distances[client] = statistics.mean(abs(ours - retrained) for ours, retrained in pairs)
+        differences.append(statistics.mean(ours - retrained for ours, retrained in pairs))
     lines = next(home.glob("studies/*/report/results.csv")).read_text().splitlines()
     assert len(set(lines)) == len(lines)
     worst = max(distances, key=distances.get)
-    mean, sd = statistics.mean(distances.values()), statistics.stdev(distances.values())
+    mean, sd, apart = statistics.mean(differences), statistics.stdev(differences), statistics.mean(distances.values())
     report = next(home.glob("studies/*/report/REPORT.md")).read_text()
-    cell = f"{mean:.3f} ± {sd:.3f}; client {worst}: {distances[worst]:.3f}"
+    cell = f"{mean:+.3f} ± {sd:.3f} ({apart:.3f}; client {worst}: {distances[worst]:.3f})"
     assert f"| dampen + relabel (ours) | 1 | 3 | {cell} |" in report
+    assert len(re.findall(r"\| dampen \+ relabel \(ours\) \| 3 \|( [\d.]+ ± [\d.]+ \|){5}", report)) == 1
     targets = [scores("retrained/ce_dl/2", seed, 3)["client_2"] for seed in (0, 1)]
     cell = f"{statistics.mean(targets):.3f} ± {statistics.stdev(targets):.3f} ({abs(targets[0] - targets[1]):.3f})"
     assert f"| 2 | 1 | retrained | {cell} |" in report
@@ -299,6 +301,14 @@ def test_by_hand_95_of_100_pairs_of_retrained_models_are_within_reach():
     rows[1].models["forget"] = [0.40, 0.42]
     assert reach(rows, "forget") == pytest.approx(4.3027 * math.sqrt(2 * (0.0008 + 0.0002) / 2), rel=1e-4)
     assert math.isnan(reach([row("leave", 10)][:0], "forget"))
+
+
+def test_by_hand_over_clients_differences_of_two_signs_cancel_out_and_distances_do_not():
+    """Client 0 is 0.01 below at both seeds in the mean, client 1 0.04 above; a retrained model is its own measure."""
+    rows = [row("leave", 10, (0.46, 0.56)), row("leave", 10, (0.55, 0.57), forgotten=(1,))]
+    assert over_clients(rows, "forget") == "+0.015 ± 0.035 (0.035; client 1: 0.040)"
+    assert over_clients([row("retrained", 10)], "forget") == "(0.040; client 0: 0.040)"
+    assert over_clients(rows, "mia") == "–"
 
 
 def test_further_retrained_models_say_how_far_two_are_apart():

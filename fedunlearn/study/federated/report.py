@@ -9,7 +9,7 @@ from importlib.resources import files
 from itertools import product
 from math import isnan, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jinja2 import Environment
@@ -188,10 +188,12 @@ def everyone(results: Results, pipeline: Pipeline) -> list[dict[str, Any]]:
     applied, strategies = accuracies_when_applied(results, pipeline, rows, asked)
     return [
         {
-            "title": f"{PIPELINES[pipeline]}: every client in turn, distance to the retrained model",
+            "title": f"{PIPELINES[pipeline]}: every client in turn, beside the retrained model",
             "by": 0,
             "columns": ["strategy", "rounds after", "clients", *MEASURES.values(), RESURFACED, INSIDE],
-            "lines": distances(results, rows, asked),
+            "lines": differences(results, rows, asked),
+            "cost_columns": ["strategy", "clients", *COSTS.values()],
+            "costs": costs_over_clients(results, pipeline, cases),
         },
         {
             "title": f"{PIPELINES[pipeline]}: every client in turn, accuracy on its images when applied",
@@ -202,8 +204,8 @@ def everyone(results: Results, pipeline: Pipeline) -> list[dict[str, Any]]:
     ]
 
 
-def distances(results: Results, rows: dict[tuple[str, int, int], Row], asked: list[int]) -> list[list[str]]:
-    """Write distances to the retrained model, over clients: a line for every strategy and time."""
+def differences(results: Results, rows: dict[tuple[str, int, int], Row], asked: list[int]) -> list[list[str]]:
+    """Write differences to the retrained model, over clients: a line for every strategy and time."""
     study, lines = results.plan.settings.study, []
     for strategy, after in product([*study.strategies, RETRAINED], study.after):
         found = [rows[strategy, after, client] for client in asked if (strategy, after, client) in rows]
@@ -211,6 +213,17 @@ def distances(results: Results, rows: dict[tuple[str, int, int], Row], asked: li
             cells = [over_clients(found, measure) for measure in MEASURES]
             cells += [spread([rate for row in found for rate in results.resurfaced(row)], "gap"), inside(found)]
             lines.append([label(strategy), str(after), str(len(found)), *cells])
+    return lines
+
+
+def costs_over_clients(results: Results, pipeline: Pipeline, cases: list[Case]) -> list[list[str]]:
+    """Write what a request cost, over clients: a line a strategy."""
+    lines = []
+    for strategy in results.plan.settings.study.strategies:
+        found = [costs for case in cases if (costs := results.costs(case, pipeline, strategy))]
+        if found:
+            cells = [spread([statistics.fmean(costs[name]) for costs in found], name) for name in COSTS]
+            lines.append([label(strategy), str(len(found)), *cells])
     return lines
 
 
@@ -234,12 +247,19 @@ def accuracies_when_applied(
 
 
 def over_clients(rows: list[Row], measure: str) -> str:
-    """Write the mean distance to the retrained model ± deviation over clients; the largest and whose it is."""
+    """Write the mean difference to the retrained model ± deviation over clients, and the distance.
+
+    Differences of two signs cancel out, distances do not. The mean distance stands in parentheses, with the largest
+    and whose it is. Of retrained models themselves, there is the distance alone.
+    """
     found = {row.forgotten[0]: row.distance(measure) for row in rows if not isnan(row.distance(measure))}
     if not found:
         return "–"
     worst = max(found, key=found.__getitem__)
-    return f"{spread([*found.values()], measure)}; client {worst}: {number(found[worst], measure)}"
+    apart = f"({number(statistics.fmean(found.values()), measure)}; client {worst}: {number(found[worst], measure)})"
+    signed = [row.difference(measure) for row in rows if row.strategy != RETRAINED]
+    mean = spread([one for one in signed if not isnan(one)], measure, sign="+")
+    return f"{mean} {apart}" if signed else apart
 
 
 def inside(rows: Sequence[Row]) -> str:
@@ -265,11 +285,11 @@ def cell(row: Row, measure: str, error: float | None = None) -> str:
     return text if isnan(distance) else f"{text} ({number(distance, measure)})"
 
 
-def spread(values: list[float], measure: str, error: float | None = None) -> str:
+def spread(values: list[float], measure: str, error: float | None = None, sign: Literal["", "+"] = "") -> str:
     """Write mean ± standard deviation; of a single value, ± its standard error if that is known."""
     if not values:
         return "–"
-    text = number(statistics.fmean(values), measure)
+    text = number(statistics.fmean(values), measure, sign)
     around = statistics.stdev(values) if len(values) > 1 else error
     return text if around is None else f"{text} ± {number(around, measure)}"
 

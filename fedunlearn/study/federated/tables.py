@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, product
 from math import isnan, nan, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scipy.stats import t as student
 
@@ -80,6 +80,11 @@ class Row:
         """
         pairs = combinations(self.models.get(measure, []), 2) if self.strategy == RETRAINED else self.pairs(measure)
         apart = [abs(a - b) for a, b in pairs]
+        return statistics.fmean(apart) if apart else nan
+
+    def difference(self, measure: str) -> float:
+        """Give the mean over seeds of the value less the retrained model's; nan where nothing was measured."""
+        apart = [ours - retrained for ours, retrained in self.pairs(measure)]
         return statistics.fmean(apart) if apart else nan
 
     def pairs(self, measure: str) -> list[tuple[float, float]]:
@@ -235,11 +240,11 @@ class Results:
         return found
 
 
-def number(value: float, measure: str) -> str:
-    """Write a value as it is printed."""
+def number(value: float, measure: str, sign: Literal["", "+"] = "") -> str:
+    """Write a value as it is printed, with `sign="+"` as a difference."""
     if isnan(value):
         return "–"
-    return f"{value:.1f}" if measure in ("mia", *COSTS) else f"{value:.3f}"
+    return f"{value:{sign}.1f}" if measure in ("mia", *COSTS) else f"{value:{sign}.3f}"
 
 
 def title(case: Case, pipeline: Pipeline) -> str:
