@@ -8,7 +8,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.runs.formats import duration
 from fedunlearn.runs.lock import LockedError, lock
 from fedunlearn.study.dag import tasks
-from fedunlearn.study.dag.tasks import PARTIAL, Task, check_needs, time_left, work_on
+from fedunlearn.study.dag.tasks import PARTIAL, Left, Task, check_needs, work_on
 
 
 def task(name, work, needs=(), settings=None):
@@ -124,12 +124,46 @@ def test_nested_tensors_and_rows_come_back(tmp_path, monkeypatch):
 
 def test_the_time_left_is_measured_on_what_was_done(tmp_path):
     plan = [task(name, sum_of()) for name in "abc"]
-    assert time_left(plan, tmp_path, 100.0, 2) == "0 of 3 tasks done, about 2 min 30 s left in all"
+    left = Left(plan, tmp_path, 100.0, 2)
+    assert left.in_words() == "0 of 3 tasks done, about 2 min 30 s left in all"
+    assert (
+        left.in_words(0.5, cost=0.25, seconds=10) == "0 of 3 tasks done, about 50 s left in all"
+    )  # 2.5 at 40 s, two at work
     run(plan[:1], tmp_path)
     file = plan[0].folder(tmp_path) / "result.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 3600}))
-    assert time_left(plan, tmp_path, 100.0, 1) == "1 of 3 tasks done, about 2 h 0 min left in all"
+    assert left.in_words() == "1 of 3 tasks done, about 1 h 0 min left in all"
+    run(plan[:2], tmp_path)
+    assert "2 of 3 tasks done, about 30 min" in left.in_words(), "the last task is one process's"
     assert duration(75.4) == "1 min 15 s"
+
+
+def test_what_an_earlier_start_did_counts_only_until_something_is_done_here(tmp_path):
+    def do(work, seconds):
+        run([work], tmp_path)
+        file = work.folder(tmp_path) / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": seconds}))
+
+    plan = [task(name, sum_of()) for name in "abcd"]
+    do(plan[0], 3600)
+    left = Left(plan, tmp_path, 1.0, 1)
+    assert left.in_words() == "1 of 4 tasks done, about 3 h 0 min left in all"
+    do(plan[1], 60)
+    assert left.in_words() == "2 of 4 tasks done, about 2 min 0 s left in all"
+
+
+def test_units_of_an_earlier_task_do_not_count_as_done(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(tasks, "LOG_EVERY", 0.0)
+    monkeypatch.setattr(Left, "in_words", lambda left, done=0.0, **of: said.append((done, of.get("cost"))) or "")
+
+    def work(context):
+        for number in (61, 62, 63):
+            context.tick(number, 64, "round", begun=60)
+        return {}
+
+    run([task("later", work)], tmp_path)
+    assert said[:3] == [(0.25, 0.25), (0.5, 0.5), (0.75, 0.75)]
 
 
 def test_a_lock_of_another_folder_is_an_error_and_not_somebody_elses_work(tmp_path):

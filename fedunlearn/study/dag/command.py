@@ -105,7 +105,7 @@ class Job:
 
     Attributes:
         deadline: when to stop, as `time.time` has it.
-        rate: seconds a unit of cost, for as long as no task has been finished.
+        rate: seconds a unit of cost, for as long as nothing has been done here.
         workers: processes at work.
     """
 
@@ -217,7 +217,7 @@ def print_plan(tasks: Sequence[Task], root: Path, rate: float, workers: int) -> 
     total = 0.0
     for part, own in parts.items():
         missing = [task for task in own if not task.is_done(root)]
-        seconds = rate * sum(task.cost for task in missing) / workers
+        seconds = rate * sum(task.cost for task in missing) / max(1, min(workers, len(missing)))
         total += seconds
         table.add_row(part, str(len(own)), str(len(own) - len(missing)), duration(seconds))
     Console(width=110).print(table)

@@ -107,7 +107,7 @@ class TaskContext:
     root: Path
     task: Task
     over: Callable[[], bool]
-    left: Callable[[], str]
+    left: "Left"
     started: float = field(default_factory=time.monotonic)
     logged: float = field(default_factory=time.monotonic)
     saved: float = 0.0
@@ -126,8 +126,11 @@ class TaskContext:
         """Read the result of an earlier task."""
         return need.result(self.root)
 
-    def tick(self, done: int, total: int, unit: str, rate: str = "") -> None:
+    def tick(self, done: int, total: int, unit: str, rate: str = "", *, begun: int = 0) -> None:
         """Log how far the work is; to be called after each unit of it.
+
+        Args:
+            begun: units of `total` that belong to an earlier task.
 
         Raises:
             OutOfTimeError: the time is over. Whatever was done must be saved before the call.
@@ -136,8 +139,10 @@ class TaskContext:
         self.earlier = done - 1 if self.earlier is None else self.earlier
         if now - self.logged > LOG_EVERY:
             self.logged = now
-            remaining = (now - self.started) / (done - self.earlier) * (total - done)
-            log.info(f"{unit} {done} of {total}{rate}, {duration(remaining)} left; {self.left()}")
+            seconds, just_done, cost = now - self.started, done - self.earlier, self.task.cost / (total - begun)
+            remaining = duration(seconds / just_done * (total - done))
+            left = self.left.in_words(cost * (done - begun), cost=cost * just_done, seconds=seconds)
+            log.info(f"{unit} {done} of {total}{rate}, {remaining} left; {left}")
         if done < total and self.over():
             raise OutOfTimeError
 
@@ -186,16 +191,17 @@ def work_on(tasks: Sequence[Task], root: Path, *, over: Callable[[], bool], rate
 
     Args:
         over: says whether to stop, at the next unit of work that is saved.
-        rate: seconds a unit of cost, for as long as no task has been finished.
+        rate: seconds a unit of cost, for as long as nothing has been done here.
         workers: processes at work, for the estimate of the time left.
 
     Returns:
         Whether all was done in time.
     """
+    left = Left(tasks, root, rate, workers)
     try:
         while missing := [task for task in tasks if not task.is_done(root)]:
             ready = [task for task in missing if all(need.is_done(root) for need in task.needs)]
-            did_one = any(_do(task, root, over, lambda: time_left(tasks, root, rate, workers)) for task in ready)
+            did_one = any(_do(task, root, over, left) for task in ready)
             if over():
                 break
             if not did_one:
@@ -205,7 +211,7 @@ def work_on(tasks: Sequence[Task], root: Path, *, over: Callable[[], bool], rate
     return all(task.is_done(root) for task in tasks)
 
 
-def _do(task: Task, root: Path, over: Callable[[], bool], left: Callable[[], str]) -> bool:
+def _do(task: Task, root: Path, over: Callable[[], bool], left: "Left") -> bool:
     """Do the task unless another process is at it; returns whether it was this process's to do."""
     folder = task.folder(root)
     try:
@@ -224,7 +230,7 @@ def _do(task: Task, root: Path, over: Callable[[], bool], left: Callable[[], str
             content |= {"cost": task.cost, "machine": machine(), **result}
             write_atomically(folder / "result.json", json.dumps(content, indent=1).encode())
             (folder / PARTIAL).unlink(missing_ok=True)
-            log.info(f"done in {duration(seconds)}; {left()}")
+            log.info(f"done in {duration(seconds)}; {left.in_words()}")
             return True
     except LockedError as error:
         if error.folder != folder:  # work in another folder failed
@@ -239,11 +245,30 @@ def seconds_a_cost(tasks: Sequence[Task], root: Path, rate: float) -> float:
     return sum(result["seconds"] for result in done) / cost if cost else rate
 
 
-def time_left(tasks: Sequence[Task], root: Path, rate: float, workers: int) -> str:
-    """Estimate in words how much is left to do."""
-    missing = [task for task in tasks if not task.is_done(root)]
-    seconds = sum(task.cost for task in missing) * seconds_a_cost(tasks, root, rate) / workers
-    return f"{len(tasks) - len(missing)} of {len(tasks)} tasks done, about {duration(seconds)} left in all"
+class Left:
+    """Estimates how much is left of a study, by what has been done since it was started.
+
+    What an earlier start has done may be of another machine, or of one that had other work.
+    """
+
+    def __init__(self, tasks: Sequence[Task], root: Path, rate: float, workers: int) -> None:
+        self.tasks, self.root, self.workers = tasks, root, workers
+        self.rate = seconds_a_cost(tasks, root, rate)
+        self.to_do = [task for task in tasks if not task.is_done(root)]
+
+    def in_words(self, done: float = 0.0, *, cost: float = 0.0, seconds: float = 0.0) -> str:
+        """Say how much is left.
+
+        Args:
+            done: of the cost of a task that is not finished.
+            cost: as much of it as was done since the start, which took so many seconds.
+        """
+        missing = [task for task in self.to_do if not task.is_done(self.root)]
+        for result in [task.result(self.root) for task in self.to_do if task.is_done(self.root)]:
+            cost, seconds = cost + result["cost"], seconds + result["seconds"]
+        pace = seconds / cost if cost else self.rate
+        left = pace * (sum(task.cost for task in missing) - done) / max(1, min(self.workers, len(missing)))
+        return f"{len(self.tasks) - len(missing)} of {len(self.tasks)} tasks done, about {duration(left)} left in all"
 
 
 def hint(file: Path) -> str:

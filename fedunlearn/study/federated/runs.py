@@ -121,7 +121,8 @@ class Measuring:
             OutOfTimeError: the time is over; the run goes on here when it is started again.
         """
         self._measure(round_)
-        self.context.tick(round_, self.planned.rounds, "round")
+        start = self.planned.start
+        self.context.tick(round_, self.planned.rounds, "round", begun=start.round if start else 0)
 
     def _measure(self, round_: int) -> None:
         """Measure what is due after a round, and keep its checkpoint if another task needs it."""
