@@ -139,7 +139,7 @@ class TaskContext:
         self.earlier = done - 1 if self.earlier is None else self.earlier
         if now - self.logged > LOG_EVERY:
             self.logged = now
-            seconds, just_done, cost = now - self.started, done - self.earlier, self.task.cost / (total - begun)
+            seconds, just_done, cost = now - self.started, done - self.earlier, self.task.cost / max(1, total - begun)
             remaining = duration(seconds / just_done * (total - done))
             left = self.left.in_words(cost * (done - begun), cost=cost * just_done, seconds=seconds)
             log.info(f"{unit} {done} of {total}{rate}, {remaining} left; {left}")
