@@ -344,6 +344,23 @@ def test_by_hand_what_resurfaces_is_the_part_of_the_gap_that_has_come_back():
     assert Results.resurfaced(found, row("subset", 0)) == []
 
 
+def test_by_hand_work_is_beside_as_many_rounds_as_before_each_with_that_of_the_median_round_after(monkeypatch):
+    """Work 3 and 1 for the request after four rounds, of 2 each: a half. The first round after may be a slow one."""
+    cost = {"relabel": {"work": 3.0, "queries": 2, "bytes": 4e6}, "evaluate": {"work": 1.0, "queries": 5, "bytes": 1e6}}
+    result = {"forgets": [{"costs": cost, "seconds": 7.0, "stored_bytes": 0}]}
+    result["rounds"] = {"5": {"work": 9.0}, "6": {"work": 2.0}, "7": {"work": 2.0}}
+    study = SimpleNamespace(seeds=[0])
+    plan = SimpleNamespace(
+        settings=SimpleNamespace(study=study), forget=lambda *of: None, workspace=SimpleNamespace(slices=[])
+    )
+    results = Results(plan, None)
+    monkeypatch.setattr(results, "of", lambda task: result)
+    found = results.costs(CASE, "ce_dl", "subset")
+    assert found == {"work": [50.0], "rounds": [2], "bytes": [5.0], "seconds": [7.0], "stored": [0.0]}
+    result["rounds"] = {}
+    assert math.isnan(results.costs(CASE, "ce_dl", "subset")["work"][0])
+
+
 def test_of_several_patterns_the_first_ones_tasks_come_first_and_none_twice(home):
     chosen = FederatedStudy([*SMALL, "study.strategies=[subset,leave]", "study.only=forget/leave/* base/* */seed0"])
     names = [task.name for task in wanted(chosen)]

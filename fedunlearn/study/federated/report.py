@@ -84,7 +84,8 @@ def said_of(results: Results, table: Table | None) -> tuple[str, list[Verdict]]:
     sizes = {measure: images_of(results, forgotten, measure) for measure in ("forget", "test")}
     for one in compared(rows, forgotten, sizes):
         costs = results.costs(case, pipeline, one.row.strategy)
-        found.append(replace(one, work=statistics.fmean(costs["work"])) if costs else one)
+        work = statistics.fmean(costs["work"]) if costs else nan
+        found.append(one if isnan(work) else replace(one, work=work))
     return title(case, pipeline), verdicts(found)
 
 

@@ -217,17 +217,20 @@ class Results:
     def costs(self, case: Case, pipeline: Pipeline, strategy: str) -> dict[str, list[float]]:
         """Give what the first request took until it was applied, by seed.
 
-        Rounds are the queries of client tasks that train.
+        Rounds are the queries of client tasks that train. Retraining takes as many rounds as there were before the
+        request, each with the work of the median round after it. So both are of one machine, whatever made the
+        retrained model. Without rounds after the request nobody knows (nan).
         """
         found: dict[str, list[float]] = {}
         tasks = tasks_of(strategy_class(strategy))
         for seed in self.plan.settings.study.seeds:
             result = self.of(self.plan.forget(strategy, pipeline, case, seed))
-            retrained = self.of(self.plan.retrained(pipeline, case.forgotten(0), seed))
-            if not (result and retrained):
+            if not result:
                 continue
             costs = result["forgets"][0]["costs"]
-            again = sum(cost["work"] for round_, cost in retrained["rounds"].items() if int(round_) <= case.round)
+            again = case.round * statistics.median(
+                cost["work"] for cost in result["rounds"].values() or [{"work": nan}]
+            )
             values = {
                 "work": 100 * sum(cost["work"] for cost in costs.values()) / again,
                 "rounds": sum(cost["queries"] for name, cost in costs.items() if tasks[name].trains),
