@@ -29,7 +29,7 @@ class GradientRelabelling(Guided):
     The soft labels, the guide F_D and all that comes after are those of `strategies.relabel`. The forget clients send a
     mean gradient, one pass over their images, as they do for a Fisher. The server guides it and takes the step. It goes
     on until as many of their images are right as the retrained model is estimated to get, and shortens the last step to
-    that.
+    that. The repair that follows brings some of them back, so that there are further rounds of both.
     """
 
     label, colour, marker = "few gradients", "#8338ec", "X"
@@ -37,7 +37,15 @@ class GradientRelabelling(Guided):
     class Settings(GuidedSettings):
         """Settings of relabelling by gradients."""
 
-        steps: int = Field(default=8, ge=1, le=1000, description="at most, each with a gradient of the forget clients")
+        steps: int = Field(
+            default=8, ge=1, le=1000, description="of a round at most, each with a gradient of the forget clients"
+        )
+        most_rounds: int = Field(
+            default=4,
+            ge=1,
+            le=10**6,
+            description="of steps and a repair, at most, where clients are still known better than after retraining",
+        )
         lr: float = Field(default=4.0, ge=0, le=1e6, description="length of a step, in guided gradients")
 
     @client_task(sends=parameters, compared=False)
@@ -72,13 +80,25 @@ class GradientRelabelling(Guided):
         return Update(found, client.examples, client.evaluate(model))
 
     def relabel_known(self, federation: Federation, goal: Goal) -> None:
-        """Step until the forget clients' accuracy is the estimated one, then let the retain clients repair.
+        """Step and repair, in rounds, until no client is known better than the retrained model would know it."""
+        guide = kronecker.symmetric({name: p.float() for name, p in self.guide(federation).items()})
+        rounds = self.settings.most_rounds
+        for number in range(1, rounds + 1):
+            self.step_to(federation, goal, guide)
+            self.repair_round(federation, number, last=True)
+            federation.held_out_batch_norm()
+            found = federation.evaluate(goal.known)
+            if not goal.missed(found):
+                return
+        self.say_missed(federation, goal, found, rounds)
+
+    def step_to(self, federation: Federation, goal: Goal, guide: Tensors) -> None:
+        """Step until the forget clients' accuracy is the estimated one.
 
         A step after which more images are right than before went too far. It is taken back, and the next are half as
         long.
         """
         last = federation.state
-        guide = kronecker.symmetric({name: p.float() for name, p in self.guide(federation).items()})
         examples = {client: federation.examples([client]) for client in goal.known}
         aim = sum(goal.accuracy[client] * n for client, n in examples.items()) / sum(examples.values())
         lr, least = self.settings.lr, 1.0
@@ -99,7 +119,6 @@ class GradientRelabelling(Guided):
             last, least = federation.state, found
             federation.apply(self.guided(federation, results.mean(), guide, lr))
         self.shorten(federation, goal, last, aim)
-        self.repair_round(federation, 1, last=True)
 
     def guided(self, federation: Federation, gradient: Tensors, guide: Tensors, lr: float) -> Tensors:
         """Give the step that a gradient becomes."""

@@ -55,6 +55,10 @@ class Goal:
     total: float
     memorised: float
 
+    def missed(self, found: Mapping[int, Counts]) -> list[int]:
+        """List the clients of which the model still gets more right than it should, by more than chance."""
+        return [client for client in self.known if errors_above(found[client], self.accuracy[client]) > MISSED]
+
 
 class GuidedSettings(CheckedSettings):
     """Settings of what guides a relabelling, and of what follows it."""
@@ -172,6 +176,14 @@ class Guided(Strategy):
     def relabel_known(self, federation: Federation, goal: Goal) -> None:
         """Relabel the images of `goal.known`, which are some client's at least."""
         raise NotImplementedError
+
+    def say_missed(self, federation: Federation, goal: Goal, found: Mapping[int, Counts], rounds: int) -> None:
+        """Warn that clients are still known better than they should be, after so many rounds."""
+        log.warning(
+            "%s is still known better than the retrained model is estimated to know it: after %d rounds of relabelling "
+            "%.3f of the images are right, not %.3f (unlearn.most_rounds, unlearn.lr)",
+            federation.named(goal.missed(found)), rounds, sum(found.values(), Counts()).class_accuracy, goal.total,
+        )  # fmt: skip
 
     def guide(self, federation: Federation) -> Tensors:
         """Give what guides the forget clients' steps at the present model, matrices as triangles, in half precision.
@@ -340,15 +352,11 @@ class Relabelling(Guided):
             self.repair_round(federation, number, last=number >= settings.rounds)
             federation.held_out_batch_norm()
             found = federation.evaluate(goal.known)
-            missed = [c for c in goal.known if errors_above(found[c], goal.accuracy[c]) > MISSED]
+            missed = goal.missed(found)
             if number >= settings.rounds and not missed:
                 return
             correct |= {c: corrected(correct[c], goal.accuracy[c], found[c].class_accuracy) for c in asked}
-        log.warning(
-            "%s is still known better than the retrained model is estimated to know it: after %d rounds of relabelling "
-            "%.3f of the images are right, not %.3f (unlearn.most_rounds, unlearn.lr)",
-            federation.named(missed), number, sum(found.values(), Counts()).class_accuracy, goal.total,
-        )  # fmt: skip
+        self.say_missed(federation, goal, found, number)
 
     def relabel_lr(self, config: Config, round_: int) -> float:
         """Give `lr`, up to twice of it where the schedule's rate has still to fall by as much.

@@ -11,12 +11,12 @@ from fedunlearn.nn.rng import generator_of
 from fedunlearn.unlearning.fisher import with_drawn_labels
 from fedunlearn.unlearning.soft_labels import assign_soft_labels
 from local_grid import LocalGrid, asked
-from naive import before, estimated, forgotten, pruned
+from naive import SETTINGS, before, estimated, forgotten, pruned
 from strategies.gradients import GradientRelabelling
-from test_relabel import views_of
+from test_relabel import telling, views_of
 
 pytestmark = pytest.mark.usefixtures("memorised")
-QUICK = "unlearn.repair_lr=0 train.lr=0 unlearn.freeze_fraction=0"
+QUICK = "unlearn.repair_lr=0 train.lr=0 unlearn.freeze_fraction=0 unlearn.most_rounds=1"
 
 
 def soft_gradient(pooled, client, estimate):
@@ -110,3 +110,15 @@ def test_the_forget_client_sends_gradients_and_never_trains(federate):
     after = tasks[tasks.index("gradient") :]
     assert set(after) <= {"gradient", "evaluate"}
     assert 1 <= after.count("gradient") <= 2
+
+
+def test_rounds_of_steps_and_repair_go_on_until_clients_are_known_no_better_than_estimated(federate, capsys):
+    """The client counts after its steps and after the repair; only the last count is not far above the estimate."""
+    examples = federate.pooled(SETTINGS).examples(3)
+    for most, hits, rounds in ((4, [examples, examples, 0], 3), (4, [0], 1), (2, [examples] * 2, 2)):
+        found = iter([examples, *(count for hit in hits for count in (examples, hit))])
+        grid = telling(lambda client, found=found: Counts(examples, 1.0, next(found), 0), [3])
+        settings = f"{QUICK} unlearn.steps=1 unlearn.lr=0 unlearn.most_rounds={most}"
+        forgotten(federate, "gradients", settings, run=f"{most}-{len(hits)}", grid=grid)
+        assert len(grid.sent_for("gradient")) == rounds
+        assert ("still known better" in capsys.readouterr().err) == (hits[-1] > 0)
