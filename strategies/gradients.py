@@ -82,13 +82,14 @@ class GradientRelabelling(Guided):
     def relabel_known(self, federation: Federation, goal: Goal) -> None:
         """Step and repair, in rounds, until no client is known better than the retrained model would know it."""
         guide = kronecker.symmetric({name: p.float() for name, p in self.guide(federation).items()})
-        rounds = self.settings.most_rounds
+        missed, rounds = goal.known, self.settings.most_rounds
         for number in range(1, rounds + 1):
-            self.step_to(federation, goal, guide)
+            self.step_to(federation, replace(goal, known=missed), guide)
             self.repair_round(federation, number, last=True)
             federation.held_out_batch_norm()
             found = federation.evaluate(goal.known)
-            if not goal.missed(found):
+            missed = goal.missed(found)
+            if not missed:
                 return
         self.say_missed(federation, goal, found, rounds)
 

@@ -112,6 +112,16 @@ def test_the_forget_client_sends_gradients_and_never_trains(federate):
     assert 1 <= after.count("gradient") <= 2
 
 
+def test_further_rounds_are_of_those_alone_who_are_still_known_better(federate, monkeypatch):
+    examples, grid = federate.pooled(SETTINGS).examples(3), LocalGrid(1)
+    monkeypatch.setattr("strategies.relabel.is_known_better", lambda *found: True)
+    monkeypatch.setattr("strategies.relabel.errors_above", lambda found, aim: 9.0 * (found.examples == examples))
+    settings = f"{QUICK} unlearn.steps=1 unlearn.lr=0 unlearn.most_rounds=2"
+    forgotten(federate, "gradients", settings, forgets="forget.schedule={2:[1,3]}", grid=grid)
+    clients = [client for task, client in asked(grid) if task == "gradient"]
+    assert (clients.count(1), clients.count(3)) == (1, 2)
+
+
 def test_rounds_of_steps_and_repair_go_on_until_clients_are_known_no_better_than_estimated(federate, capsys):
     """The client counts after its steps and after the repair; only the last count is not far above the estimate."""
     examples = federate.pooled(SETTINGS).examples(3)
