@@ -106,6 +106,7 @@ def test_rounds_of_relabelling_correct_each_other(federate, monkeypatch, forget)
         c: Counts(pooled.examples(c), 1.0, round(part * pooled.examples(c))) for c, part in {1: 0.45, 3: 0.3}.items()
     }
     monkeypatch.setattr(messages, "travels_as", lambda name, tensor, dtype: tensor.dtype)  # nothing is rounded to bf16
+    monkeypatch.setattr(torch.Tensor, "half", torch.Tensor.float)  # nor the guide
     # what a model predicts after two rounds is all alike, and last bits would decide which image gets which soft label
     for module in ("strategies.relabel", __name__):
         monkeypatch.setattr(f"{module}.assign_soft_labels", whatever_the_model_predicts)
@@ -131,10 +132,12 @@ def test_rounds_of_relabelling_correct_each_other(federate, monkeypatch, forget)
         assert lr > 0.005  # the repair's own
         state = average(pooled, {c: trained(pooled, c, state, round_, lr=lr) for c in retain})
     start, expected = federate.state("before"), pruned(state, *forget)
-    for name in trainable:  # the guide travels in half precision
-        assert float((state_after[name] - expected[name]).norm()) <= 0.05 * float(
-            (expected[name] - start[name]).norm()
-        ), name
+    for layer in {name.rpartition(".")[0] for name in trainable}:  # a hinge can decide alone where a bias goes
+        off, moved = (
+            sum(float((expected[n] - found[n]).square().sum()) for n in trainable if n.rpartition(".")[0] == layer)
+            for found in (state_after, start)
+        )
+        assert off <= 0.02**2 * moved, layer
     assert_same(state_after, expected, atol=1e-4)
     assert detail["predicted"] == pytest.approx(estimate.expected_accuracy(pooled.class_counts(forget)))
 
