@@ -21,10 +21,13 @@ from fedunlearn.runs.home import log_of, open_run, runs_folder
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.run import last_round
 
-APP, CLIENT, REQUESTED, ROUNDS_IN_ALL = "digits", 7, 12, 20
-SPLIT = "partition.dirichlet_alpha=0.1"  # the client owns nearly all images of one class: there is something to forget
-WORDS = [SPLIT, f"rounds={ROUNDS_IN_ALL}", f"forget.schedule={{{REQUESTED}:[{CLIENT}]}}"]
-RETRAINED = [SPLIT, f"rounds={ROUNDS_IN_ALL}", f"forget.schedule={{0:[{CLIENT}]}}", "strategy=leave"]
+APP, CLIENT, REQUESTED, ROUNDS_IN_ALL = "digits", 7, 20, 30
+BOTH = [
+    "partition.dirichlet_alpha=0.1",  # the client owns nearly all images of one class: there is something to forget
+    f"rounds={ROUNDS_IN_ALL}", "train.epochs=2", "train.server_momentum=0.5",  # by round 20 it is learned for good
+]  # fmt: skip
+WORDS = [*BOTH, f"forget.schedule={{{REQUESTED}:[{CLIENT}]}}"]
+RETRAINED = [*BOTH, f"forget.schedule={{0:[{CLIENT}]}}", "strategy=leave"]
 
 log = getLogger("fedunlearn")
 
