@@ -271,8 +271,8 @@ class Relabelling(Guided):
             default=5,
             ge=1,
             le=1000,
-            description="how many a round has at most: each at twice the rate of the one before, until no more images "
-            "are right than soft labels are",
+            description="how many a round has at most, until no more images are right than soft labels are: each at "
+            "twice the rate of the one before, or at a quarter where that one came no nearer and was undone",
         )
         lr: float = Field(
             default=0.06,
