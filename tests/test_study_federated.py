@@ -296,11 +296,15 @@ def measured(rows, *, work=5.0):
 
 
 def test_by_hand_95_of_100_pairs_of_retrained_models_are_within_reach():
-    """Variances 0.0008 and 0.0002 of two requests, one degree of freedom each: t_2 = 4.303."""
-    rows = [row("leave", 10), row("leave", 10)]
-    rows[1].models["forget"] = [0.40, 0.42]
-    assert reach(rows, "forget") == pytest.approx(4.3027 * math.sqrt(2 * (0.0008 + 0.0002) / 2), rel=1e-4)
-    assert math.isnan(reach([row("leave", 10)][:0], "forget"))
+    """Variances 0.0008 and 0.0002 of two requests, one degree of freedom each: t_2 = 4.303.
+
+    Of a second request or of another time is the same; two strategies at one time have the same retrained models.
+    """
+    for other in (row("leave", 10, forgotten=(1,)), row("leave", 3)):
+        other.models["forget"] = [0.40, 0.42]
+        rows = [row("leave", 10), row("ssd", 10), other]
+        assert reach(rows, "forget") == pytest.approx(4.3027 * math.sqrt(2 * (0.0008 + 0.0002) / 2), rel=1e-4)
+    assert math.isnan(reach([], "forget"))
 
 
 def test_by_hand_over_clients_differences_of_two_signs_cancel_out_and_distances_do_not():
@@ -319,11 +323,11 @@ def test_further_retrained_models_say_how_far_two_are_apart():
 
 
 def test_a_model_is_inside_where_it_is_as_near_as_retrained_models_are_to_each_other():
-    limit = reach([row("leave", 10)], "forget")  # 12.7 * 0.04
-    assert inside([row("leave", 10, [0.5 + 1.1 * limit, 0.54])]) == f"1 of 2 (± {limit:.3f})"
+    assert inside([row("leave", 10, [0.5 + 0.11, 0.54])], 0.1) == "1 of 2 (± 0.100)"
+    assert inside([row("retrained", 10)], 0.1) == "(± 0.100)"
     alone = row("leave", 10, [0.5])
     alone.models["forget"] = [0.5]
-    assert inside([alone]) == "–"
+    assert inside([alone], reach([alone], "forget")) == "–"
 
 
 def test_by_hand_what_resurfaces_is_the_part_of_the_gap_that_has_come_back():

@@ -159,10 +159,10 @@ def shown_settings(chosen: FederatedSettings) -> Iterator[tuple[str, Any, str | 
 
 def table_of(results: Results, case: Case, pipeline: Pipeline, rows: list[Row]) -> dict[str, Any]:
     """Write a table as words: a line for every strategy and time, and one for what each strategy cost."""
-    lines = []
+    lines, limit = [], reach(rows, "forget")
     for row in rows:
         cells = [cell(row, measure, error_of(results, row, measure)) for measure in MEASURES]
-        cells += [spread(results.resurfaced(row), "gap"), inside([row])]
+        cells += [spread(results.resurfaced(row), "gap"), inside([row], limit)]
         lines.append([", ".join(map(str, row.forgotten)), str(row.after), label(row.strategy), *cells])
     costs = []
     for strategy in results.plan.settings.study.strategies:
@@ -207,12 +207,12 @@ def everyone(results: Results, pipeline: Pipeline) -> list[dict[str, Any]]:
 
 def differences(results: Results, rows: dict[tuple[str, int, int], Row], asked: list[int]) -> list[list[str]]:
     """Write differences to the retrained model, over clients: a line for every strategy and time."""
-    study, lines = results.plan.settings.study, []
+    study, lines, limit = results.plan.settings.study, [], reach(rows.values(), "forget")
     for strategy, after in product([*study.strategies, RETRAINED], study.after):
         found = [rows[strategy, after, client] for client in asked if (strategy, after, client) in rows]
         if found:
             cells = [over_clients(found, measure) for measure in MEASURES]
-            cells += [spread([rate for row in found for rate in results.resurfaced(row)], "gap"), inside(found)]
+            cells += [spread([rate for row in found for rate in results.resurfaced(row)], "gap"), inside(found, limit)]
             lines.append([label(strategy), str(after), str(len(found)), *cells])
     return lines
 
@@ -263,12 +263,13 @@ def over_clients(rows: list[Row], measure: str) -> str:
     return f"{mean} {apart}" if signed else apart
 
 
-def inside(rows: Sequence[Row]) -> str:
+def inside(rows: Sequence[Row], limit: float) -> str:
     """Write how many models know the client as well as a retrained model, to within what two of these are apart.
 
-    The distance that counts is fixed by the retrained models alone (`tables.reach`).
+    Args:
+        rows: of the models.
+        limit: the distance that counts, fixed by the retrained models alone (`tables.reach`).
     """
-    limit = reach(rows, "forget")
     apart = [abs(a - b) for row in rows if row.strategy != RETRAINED for a, b in row.pairs("forget")]
     if isnan(limit):
         return "–"

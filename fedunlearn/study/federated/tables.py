@@ -95,13 +95,15 @@ class Row:
 def reach(rows: Iterable[Row], measure: str) -> float:
     """Give the distance within which 95 of 100 pairs of retrained models are, whatever any strategy does.
 
-    It is t sqrt(2 s^2), with s^2 the variance over retrained models of one request, pooled over requests, and t the
-    97.5 % quantile of Student's distribution with as many degrees of freedom as s^2 has.
+    It is t sqrt(2 s^2), with s^2 the variance over retrained models of one request at one time, pooled over requests
+    and times, and t the 97.5 % quantile of Student's distribution with as many degrees of freedom as s^2 has. Times
+    count as if they were independent. They are not quite, so that the distance is rather too small than too large.
 
     Args:
-        rows: one a request; nan where no request has two retrained models.
+        rows: of any strategies; nan where no request has two retrained models.
     """
-    groups = [values for row in rows if len(values := row.models.get(measure, [])) > 1]
+    models = {(row.forgotten, row.after): row.models.get(measure, []) for row in rows}
+    groups = [values for values in models.values() if len(values) > 1]
     freedom = sum(len(values) - 1 for values in groups)
     if not freedom:
         return nan
