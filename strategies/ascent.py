@@ -35,34 +35,40 @@ class GradientAscent(Strategy):
         )
         repair_lr: float = Field(default=0.01, ge=0, le=100, description="learning rate of these rounds")
 
-    @client_task(kind="train", compared=False)
+    @client_task(kind="train", trains=True, compared=False)
     @staticmethod
     def climb(
-        client: Client, model: TwoHeadModel, settings: Settings, *, until: float, radius: float | None = None
+        client: Client, model: TwoHeadModel, settings: Settings, *, until: dict[str, float], radius: float | None = None
     ) -> Update:
         """Its model's update after gradient ascent on its own images.
 
         Args:
-            until: class accuracy on its images at which it stops.
+            until: by client, the class accuracy on its images at which it stops.
             radius: largest distance from the broadcast model; None for any.
         """
+        least = until[str(client.id)]
         counts = ascend(
             model,
             client.epochs(settings.epochs),
+            examples=client.examples,
             lr=settings.lr,
             clip=settings.clip,
             radius=math.inf if radius is None else radius,
             precision=client.precision,
-            finished=lambda: client.accuracy(model) <= until,
+            finished=lambda: client.accuracy(model) <= least,
         )
         return Update(client.changes(model), client.examples, counts)
 
     def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
         """Climb, then repair."""
-        until = federation.estimated_accuracy(forget)
+        until = self.aims(federation, forget)
         federation.apply(federation.run(self.climb, on=forget, until=until).mean())
         self.repair(federation)
         return {"until": until}
+
+    def aims(self, federation: Federation, forget: ForgetSet) -> dict[str, float]:
+        """Estimate the retrained model's accuracy on each forget client's images."""
+        return {str(client): accuracy for client, accuracy in federation.estimated_accuracy(forget).items()}
 
     def repair(self, federation: Federation) -> None:
         """Train on with the retain clients."""

@@ -26,10 +26,11 @@ log = getLogger("fedunlearn")
 class GradientRelabelling(Guided):
     """theta <- theta - lr (F_D + damping)^-1 g, a few times, g being the forget clients' gradient to their soft labels.
 
-    The soft labels, the guide F_D and all that comes after are those of `strategies.relabel`. The forget clients send a
-    mean gradient, one pass over their images, as they do for a Fisher. The server guides it and takes the step. It goes
-    on until as many of their images are right as the retrained model is estimated to get, and shortens the last step to
-    that. The repair that follows brings some of them back, so that there are further rounds of both.
+    The soft labels, the guide F_D and all that comes after are those of `strategies.relabel`. For a step each forget
+    client assigns soft labels, by what the model predicts on views of its images, and sends the mean gradient towards
+    them. It never trains. The server guides the gradient and takes the step. It goes on until as many of their images
+    are right as the retrained model is estimated to get, and shortens the last step to that. The repair that follows
+    brings some of them back, so that there are further rounds of both.
     """
 
     label, colour, marker = "few gradients", "#8338ec", "X"
@@ -96,10 +97,10 @@ class GradientRelabelling(Guided):
     def step_to(self, federation: Federation, goal: Goal, guide: Tensors) -> None:
         """Step until the forget clients' accuracy is the estimated one.
 
-        A step after which more images are right than before went too far. It is taken back, and the next are half as
-        long.
+        A step after which more images are right than before went too far. It is taken anew, half as long; the last one
+        is taken back.
         """
-        last = federation.state
+        last, gradient = federation.state, {}
         examples = {client: federation.examples([client]) for client in goal.known}
         aim = sum(goal.accuracy[client] * n for client, n in examples.items()) / sum(examples.values())
         lr, least = self.settings.lr, 1.0
@@ -116,9 +117,12 @@ class GradientRelabelling(Guided):
                 break
             if found > least:
                 federation.state, lr = last, lr / 2
-                continue
-            last, least = federation.state, found
-            federation.apply(self.guided(federation, results.mean(), guide, lr))
+            else:
+                last, least, gradient = federation.state, found, results.mean()
+            federation.apply(self.guided(federation, gradient, guide, lr))
+        else:
+            if federation.counts(goal.known).class_accuracy > least:
+                federation.state = last
         self.shorten(federation, goal, last, aim)
 
     def guided(self, federation: Federation, gradient: Tensors, guide: Tensors, lr: float) -> Tensors:

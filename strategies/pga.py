@@ -29,7 +29,7 @@ class ProjectedAscent(GradientAscent):
     def forget(self, federation: Federation, forget: ForgetSet) -> dict[str, Any]:
         """Find the reference, climb within its ball, repair."""
         own = federation.run(tasks.train, on=forget, embeddings=False)
-        until = federation.estimated_accuracy(forget)
+        until = self.aims(federation, forget)
         examples = federation.examples(own.counts)
         fraction = examples / federation.examples(federation.retain)
         federation.apply(opposite(own.mean(), fraction, federation.state.params))

@@ -23,7 +23,8 @@ def two_models():
 
 
 def climb(model, epochs, *, radius=torch.inf, finished=lambda: False):
-    return ascend(model, epochs, lr=0.05, clip=1.0, radius=radius, precision="fp32", finished=finished)
+    settings = {"lr": 0.05, "clip": 1.0, "radius": radius, "precision": "fp32"}
+    return ascend(model, epochs, examples=sum(len(x) for x, _, _ in epochs[0]), finished=finished, **settings)
 
 
 def distance(model, twin):

@@ -6,6 +6,7 @@ import torch
 import reference
 from fedunlearn.federation.handle import Federation
 from fedunlearn.federation.rounds import Rounds
+from fedunlearn.unlearning.ascent import ascend
 from naive import assert_same, before, estimated, forgotten, pruned, trained
 from strategies import pga
 
@@ -15,7 +16,7 @@ ONE_EPOCH = "unlearn.repair_rounds=0 unlearn.epochs=1 unlearn.lr=0.05 unlearn.cl
 @pytest.fixture
 def unbounded(monkeypatch):
     """No accuracy is low enough for an ascent to end early."""
-    monkeypatch.setattr(Federation, "estimated_accuracy", lambda self, forget: -1.0)
+    monkeypatch.setattr(Federation, "estimated_accuracy", lambda self, forget: dict.fromkeys(forget, -1.0))
 
 
 def climbed(pooled, state, *, radius=torch.inf):
@@ -49,8 +50,24 @@ def test_an_ascent_ends_when_the_accuracy_is_that_of_held_out_images(federate):
     pooled = before(federate)
     predicted = estimated(federate, pooled, [3]).expected_accuracy(pooled.class_counts([3]))
     _, detail = forgotten(federate, "ascent", "unlearn.repair_rounds=0 unlearn.epochs=1000 unlearn.lr=0.01")
-    assert detail["until"] == pytest.approx(predicted)
+    assert detail["until"] == {"3": pytest.approx(predicted)}
     assert detail["after"]["forgotten"]["3"]["class"] < 1
+
+
+def test_each_client_climbs_to_its_own_accuracy(federate, monkeypatch):
+    """Client 1 stops at the first look at its images, and client 3 never."""
+    monkeypatch.setattr(Federation, "estimated_accuracy", lambda self, forget: {1: 1.0, 3: -1.0})
+    pooled, steps = before(federate), {}
+
+    def recorded(*given, examples, **named):
+        counts = ascend(*given, examples=examples, **named)
+        steps[examples] = counts.examples / examples
+        return counts
+
+    monkeypatch.setattr("strategies.ascent.ascend", recorded)
+    forgotten(federate, "ascent", "unlearn.repair_rounds=0 unlearn.epochs=3", forgets="forget.schedule={2:[1,3]}")
+    assert steps[pooled.examples(1)] <= 0.5
+    assert steps[pooled.examples(3)] == 3
 
 
 def test_after_the_ascent_the_retain_clients_repair(federate):

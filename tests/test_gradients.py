@@ -1,5 +1,7 @@
 """Relabelling by a few gradients, on four clients of handwritten digits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -101,6 +103,37 @@ def test_by_hand_the_last_step_is_shortened_to_where_the_accuracy_is_the_aimed_o
     monkeypatch.setattr(Counts, "class_accuracy", property(lambda self: 1.0))
     found, _ = forgotten(federate, "gradients", f"{QUICK} unlearn.steps=1")
     assert float((found[place] - start[place]).mean()) == pytest.approx(stop, abs=1 / 2**4)
+
+
+class OneWeight:
+    """A federation whose model is one number, of which the forget client's accuracy depends."""
+
+    def __init__(self, right):
+        self.state, self.right, self.seen = 0, right, []
+
+    def run(self, task, *, on, **arguments):
+        self.seen.append(self.state)
+        return SimpleNamespace(total=self.counts(on), mean=lambda: self.seen[-1] + 1)
+
+    def counts(self, clients):
+        return Counts(100, class_correct=self.right[self.state])
+
+    def examples(self, clients):
+        return 100
+
+    def apply(self, by):
+        self.state += by
+
+
+@pytest.mark.parametrize(("steps", "seen", "end"), [(3, [0, 4, 2], 2), (4, [0, 4, 2, 8], 5), (1, [0], 0)])
+def test_by_hand_a_step_that_goes_too_far_is_taken_anew_half_as_long(monkeypatch, steps, seen, end):
+    """Steps 4 from 0 and 2 * 3 from 2 get more images right than before; where no step is left, it is taken back."""
+    monkeypatch.setattr(GradientRelabelling, "guided", lambda self, federation, gradient, guide, lr: lr * gradient)
+    strategy, federation = GradientRelabelling.__new__(GradientRelabelling), OneWeight({0: 90, 4: 95, 2: 80, 8: 85, 5: 70})
+    strategy.settings = GradientRelabelling.Settings(steps=steps, lr=4)
+    goal = SimpleNamespace(known=[3], accuracy={3: 0.4}, estimate=SimpleNamespace(class_probs=0, class_labels=0))
+    strategy.step_to(federation, goal, {})
+    assert (federation.seen, federation.state) == (seen, end)
 
 
 def test_the_forget_client_sends_gradients_and_never_trains(federate):

@@ -513,10 +513,10 @@ class Federation:
         estimate = estimate_retrained(by_round, predictions.class_labels, before, after)
         return predictions._replace(class_probs=estimate)
 
-    def estimated_accuracy(self, forget: Iterable[int]) -> float:
-        """Estimate the retrained model's class accuracy on images of the clients' class counts, 0..1."""
-        counts = total_counts(self.class_counts(forget).values())
-        return self.estimate_retrained(self.predictions()).expected_accuracy(counts)
+    def estimated_accuracy(self, forget: Iterable[int]) -> dict[int, float]:
+        """Estimate the retrained model's class accuracy on images of each client's class counts, 0..1."""
+        estimate, counts = self.estimate_retrained(self.predictions()), self.class_counts(forget)
+        return {client: estimate.expected_accuracy(counts[client]) for client in forget}
 
     # For the request that is being applied -----------------------------------------------------------------------
 

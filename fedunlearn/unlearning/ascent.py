@@ -15,6 +15,7 @@ def ascend(
     model: nn.Module,
     epochs: Iterable[Iterable[Batch]],
     *,
+    examples: int,
     lr: float,
     clip: float,
     radius: float,
@@ -30,11 +31,12 @@ def ascend(
     Args:
         model: gives `nn.model.Outputs`.
         epochs: of batches on the model's device.
+        examples: of an epoch.
         lr: learning rate.
         clip: largest norm of a gradient.
         radius: of the ball; `inf` for none.
         precision: of forward passes (`nn.precision`).
-        finished: is called after every fourth of an epoch.
+        finished: is called after every fourth of an epoch's examples.
 
     Returns:
         Loss and hits of every example at the moment before its step, summed over all steps.
@@ -42,16 +44,15 @@ def ascend(
     Example:
         >>> from fedunlearn.nn.model import TwoHeadResNet18
         >>> batch = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]), torch.zeros(4, dtype=torch.int64)
-        >>> steps = {"lr": 0.1, "clip": 1.0, "radius": 0.5, "precision": "fp32"}
+        >>> steps = {"examples": 4, "lr": 0.1, "clip": 1.0, "radius": 0.5, "precision": "fp32"}
         >>> ascend(TwoHeadResNet18(2, 0, width=8), [[batch]] * 9, **steps, finished=lambda: True).examples
         4
     """
     start = [p.detach().clone() for p in model.parameters()]
     total = Counts()
     for epoch in epochs:
-        steps = list(epoch)
-        checks = {round(len(steps) * quarter / 4) for quarter in (1, 2, 3, 4)}
-        for number, batch in enumerate(steps, 1):
+        seen = 0
+        for batch in epoch:
             model.train()
             with autocast(batch[0].device, precision):
                 outputs = model(batch[0])
@@ -59,7 +60,8 @@ def ascend(
             _climb(list(model.parameters()), loss, lr=lr, clip=clip)
             _project(list(model.parameters()), start, radius)
             total += count(outputs, batch, float(loss.detach()) * len(batch[0]))
-            if number in checks and finished():
+            before, seen = seen, seen + len(batch[0])
+            if 4 * seen // examples > 4 * before // examples and finished():
                 return total
     return total
 
