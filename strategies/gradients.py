@@ -101,8 +101,7 @@ class GradientRelabelling(Guided):
         is taken back.
         """
         last, gradient = federation.state, {}
-        examples = {client: federation.examples([client]) for client in goal.known}
-        aim = sum(goal.accuracy[client] * n for client, n in examples.items()) / sum(examples.values())
+        aim = goal.aim({client: federation.examples([client]) for client in goal.known})
         lr, least = self.settings.lr, 1.0
         for step in range(1, self.settings.steps + 1):
             results = federation.run(

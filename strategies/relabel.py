@@ -55,6 +55,10 @@ class Goal:
     total: float
     memorised: float
 
+    def aim(self, examples: Mapping[int, int]) -> float:
+        """Give the estimated accuracy on the images of some clients together, of so many examples each."""
+        return sum(self.accuracy[client] * n for client, n in examples.items()) / sum(examples.values())
+
     def missed(self, found: Mapping[int, Counts]) -> list[int]:
         """List the clients of which the model still gets more right than it should, by more than chance."""
         return [client for client in self.known if errors_above(found[client], self.accuracy[client]) > MISSED]
@@ -131,7 +135,8 @@ class Guided(Strategy):
         """Relabel the forget clients that are known too well, and freeze.
 
         Returns:
-            `predicted`, the estimated accuracy on all forget clients' images, and `relabelled`, which clients were.
+            `predicted`, the estimated accuracy on all forget clients' images, `relabelled`, which clients were, and
+            `frozen`, the fraction of the weights.
         """
         before, goal = federation.state, self.goal(federation, forget)
         return self.relabel_and_freeze(federation, goal, since=before)
@@ -179,10 +184,12 @@ class Guided(Strategy):
 
     def say_missed(self, federation: Federation, goal: Goal, found: Mapping[int, Counts], rounds: int) -> None:
         """Warn that clients are still known better than they should be, after so many rounds."""
+        missed = {client: found[client] for client in goal.missed(found)}
+        right = sum(missed.values(), Counts()).class_accuracy
         log.warning(
             "%s is still known better than the retrained model is estimated to know it: after %d rounds of relabelling "
             "%.3f of the images are right, not %.3f (unlearn.most_rounds, unlearn.lr)",
-            federation.named(goal.missed(found)), rounds, sum(found.values(), Counts()).class_accuracy, goal.total,
+            federation.named([*missed]), rounds, right, goal.aim({c: one.examples for c, one in missed.items()}),
         )  # fmt: skip
 
     def guide(self, federation: Federation) -> Tensors:
@@ -336,8 +343,9 @@ class Relabelling(Guided):
         settings, guide = self.settings, self.guide(federation)
         missed, correct = goal.known, dict.fromkeys(goal.known, 1.0)
         for number in range(1, max(settings.rounds, settings.most_rounds) + 1):
-            log.info("── relabelling, round %d: clients' images towards %.3f", number, goal.total)
             asked = goal.known if number <= settings.rounds else missed
+            aim = goal.aim({client: federation.examples([client]) for client in asked})
+            log.info("── relabelling, round %d: clients' images towards %.3f", number, aim)
             results = federation.run(
                 self.relabel,
                 on=asked,

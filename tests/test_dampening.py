@@ -82,13 +82,22 @@ def test_other_names_and_shapes_are_refused():
         dampen(theta, full | {"a": full["a"].T}, forget, alpha=1, lambda_=1)
 
 
+@pytest.mark.parametrize(("examples", "forget"), [(1617, 158), (50000, 5000), (3001, 312)])
+def test_what_the_forget_clients_alone_reach_is_not_selected_at_the_largest_alpha(examples, forget):
+    """F_D is F_f n_f / N there, as single precision has it after the sum that a client sends."""
+    fisher = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+    full = {"w": (fisher * forget) / examples}
+    assert selected_fraction(full, {"w": fisher}, alpha=examples / forget) > 0
+    assert selected_fraction(full, {"w": fisher}, alpha=largest_alpha(examples, forget)) == 0
+
+
 def test_no_ratio_exceeds_the_largest_alpha():
     g = torch.Generator().manual_seed(0)
     retain, forget = torch.rand(1000, generator=g), torch.rand(1000, generator=g)
     retain[:10] = 0  # weights that matter to the forget set alone
     full = {"w": (90 * retain + 10 * forget) / 100}
     limit = largest_alpha(100, 10)
-    assert limit == 10
+    assert limit == pytest.approx(10, rel=1e-4)
     assert selected_fraction(full, {"w": forget}, alpha=limit * 1.001) == 0
     assert selected_fraction(full, {"w": forget}, alpha=limit * 0.999) == 0.01
 

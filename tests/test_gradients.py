@@ -15,6 +15,7 @@ from fedunlearn.unlearning.soft_labels import assign_soft_labels
 from local_grid import LocalGrid, asked
 from naive import SETTINGS, before, estimated, forgotten, pruned
 from strategies.gradients import GradientRelabelling
+from strategies.relabel import Goal
 from test_relabel import telling, views_of
 
 pytestmark = pytest.mark.usefixtures("memorised")
@@ -129,9 +130,10 @@ class OneWeight:
 def test_by_hand_a_step_that_goes_too_far_is_taken_anew_half_as_long(monkeypatch, steps, seen, end):
     """Steps 4 from 0 and 2 * 3 from 2 get more images right than before; where no step is left, it is taken back."""
     monkeypatch.setattr(GradientRelabelling, "guided", lambda self, federation, gradient, guide, lr: lr * gradient)
-    strategy, federation = GradientRelabelling.__new__(GradientRelabelling), OneWeight({0: 90, 4: 95, 2: 80, 8: 85, 5: 70})
-    strategy.settings = GradientRelabelling.Settings(steps=steps, lr=4)
-    goal = SimpleNamespace(known=[3], accuracy={3: 0.4}, estimate=SimpleNamespace(class_probs=0, class_labels=0))
+    strategy = GradientRelabelling(GradientRelabelling.Settings(steps=steps, lr=4))
+    federation = OneWeight({0: 90, 4: 95, 2: 80, 8: 85, 5: 70})
+    estimate = SimpleNamespace(class_probs=0, class_labels=0)
+    goal = Goal(estimate, accuracy={3: 0.4}, known=[3], total=0.4, memorised=1.0)
     strategy.step_to(federation, goal, {})
     assert (federation.seen, federation.state) == (seen, end)
 

@@ -341,9 +341,11 @@ def test_weights_freeze_only_where_something_was_memorised(federate, monkeypatch
         "relabel",
         f"unlearn.rounds=1 unlearn.epochs=1 {ONCE} unlearn.freeze_fraction=0.5",
     )
-    masks = torch.cat([mask.flatten() for mask in federate.server_state("forgets").frozen.values()])
+    masks = [mask.flatten() for mask in federate.server_state("forgets").frozen.values()]
     assert detail["frozen"] == frozen
-    assert float(masks.double().mean()) == pytest.approx(frozen, abs=0.02)
+    assert bool(masks) == bool(frozen)
+    if frozen:
+        assert float(torch.cat(masks).double().mean()) == pytest.approx(frozen, abs=0.02)
 
 
 def test_where_nobody_is_relabelled_the_client_head_is_trained_anew_all_the_same(federate, monkeypatch):

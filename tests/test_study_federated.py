@@ -20,7 +20,7 @@ from fedunlearn.runs.page import embedded
 from fedunlearn.runs.verdicts import Level
 from fedunlearn.schema import fields_of
 from fedunlearn.study.dag.command import UNFINISHED, study_folder, wanted
-from fedunlearn.study.federated.figures import frontier
+from fedunlearn.study.federated.figures import curve, frontier
 from fedunlearn.study.federated.plan import Case
 from fedunlearn.study.federated.report import inside, over_clients
 from fedunlearn.study.federated.settings import STRATEGIES, FederatedSettings, load
@@ -330,6 +330,17 @@ def test_a_model_is_inside_where_it_is_as_near_as_retrained_models_are_to_each_o
     assert inside([alone], reach([alone], "forget")) == "–"
 
 
+def test_a_curve_has_the_model_before_and_after_each_request_of_several_in_turn():
+    """Clients 0 and 1 have 3 and 1 of the images; requests come after rounds 4 and 6."""
+    right = [(4, [], 1.0, 1.0), (4, [0], 0.6, 0.9), (6, [0], 0.4, 0.8), (6, [0, 1], 0.3, 0.4)]
+    rows = [{"round": at, "forgotten": who, "client_0": a, "client_1": b} for at, who, a, b in right]
+    plan = SimpleNamespace(settings=SimpleNamespace(study=SimpleNamespace(seeds=[0])), forget=lambda *of: None)
+    results = SimpleNamespace(plan=plan, scores=lambda task: rows)
+    assert curve(results, CASE, "ce_dl", "subset", {"client_0": 3}) == [(4, 1.0), (4, 0.6), (6, 0.4), (6, 0.3)]
+    both = curve(results, CASE, "ce_dl", "subset", {"client_0": 3, "client_1": 1})
+    assert [value for _, value in both] == pytest.approx([1.0, 0.675, 0.5, 0.325])
+
+
 def test_by_hand_what_resurfaces_is_the_part_of_the_gap_that_has_come_back():
     """Of two seeds of three; of the third the run is not done yet, and a fourth had nothing to forget."""
     gaps = {0: (1.0, 0.0, 0.1), 1: (0.9, 0.1, 0.1), 3: (0.52, 0.0, 0.3)}  # accuracy before, gap when applied, gap now
@@ -341,7 +352,7 @@ def test_by_hand_what_resurfaces_is_the_part_of_the_gap_that_has_come_back():
         plan=SimpleNamespace(
             settings=SimpleNamespace(study=SimpleNamespace(seeds=[0, 1, 2, 3])), forget=lambda *of: of[-1]
         ),
-        of=tasks.get,
+        scores=lambda task: tasks[task]["scores"],
         scored=lambda task, round_, _: task in gaps and {"gap": gaps[task][1 if round_ == CASE.round else 2]},
     )
     assert Results.resurfaced(found, row("subset", 10)) == pytest.approx([0.2, 0.0])

@@ -100,6 +100,8 @@ def freeze(state: ServerState, before: Mapping[str, Tensor], fraction: float, pa
     The measure is |change| / root mean square of the layer's changes. Weights that tie with the last one stay free;
     those frozen before stay frozen.
     """
+    if not fraction:
+        return state
     changes = {name: (state.params[name] - before[name]).abs() for name in parameters}
     relative = {name: c / c.square().mean().sqrt().clamp(min=1e-12) for name, c in changes.items()}
     everything = torch.cat([value.flatten() for value in relative.values()])

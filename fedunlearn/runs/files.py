@@ -1,5 +1,6 @@
 """Files that have their old or their new content after a crash, never a part of it."""
 
+import hashlib
 import os
 import re
 import tempfile
@@ -71,3 +72,8 @@ def _replaced(path: Path, data: bytes) -> bool:
         Path(temporary).unlink(missing_ok=True)
         raise
     return True
+
+
+def sha256_of(file: Path) -> str:
+    """Hash a file's bytes."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,6 +1,5 @@
 """One run: its folder with settings, ledger, checkpoints and metrics, and the door for requests from outside."""
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.naming import MOST_NAMED, listed, name_of, named, numbers_of, with_portions
 from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.events import TamperedError
-from fedunlearn.runs.files import named_in_errors, sync
+from fedunlearn.runs.files import named_in_errors, sha256_of, sync
 from fedunlearn.runs.ledger import TAKEN_UP, Ledger, Request
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.rows import check as check_row
@@ -441,7 +440,7 @@ def check_about(folder: Path, ledger: Ledger) -> None:
     """Raise TamperedError unless `run.json` is as the run's processes wrote it."""
     file = folder / "run.json"
     try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()  # before the ledger: that goes on meanwhile
+        found = sha256_of(file)  # before the ledger: that goes on meanwhile
     except OSError:
         found = ""
     known = ledger.about()

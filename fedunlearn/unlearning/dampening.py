@@ -147,20 +147,21 @@ def dampening_cost(params: Mapping[str, Tensor], dampened: Mapping[str, Tensor],
 
 
 def largest_alpha(examples: int, forget_examples: int) -> float:
-    """Compute the largest ratio F_f,i / F_D,i that a parameter can have: N / n_f.
+    """Compute the largest ratio F_f,i / F_D,i that a parameter can have, N / n_f, and a little more for rounding.
 
     F_D is a mean over all N examples, n_f of which are the forget set, so that F_D >= F_f n_f / N. SSD's usual
-    alpha = 10 therefore selects nothing for a client that owns a tenth of the data.
+    alpha = 10 therefore selects nothing for a client that owns a tenth of the data. A parameter that no other client's
+    images reach has just this ratio.
 
     Args:
         examples: N.
         forget_examples: n_f.
 
     Example:
-        >>> largest_alpha(100, 10)
+        >>> round(largest_alpha(100, 10), 3)
         10.0
     """
-    return examples / forget_examples
+    return examples / forget_examples * (1 + ROUNDING)
 
 
 def selected_fraction(fisher_full: Mapping[str, Tensor], fisher_forget: Mapping[str, Tensor], *, alpha: float) -> float:

@@ -1,6 +1,7 @@
 """Pictures of a federated study: accuracy over rounds, and distance to the retrained model against cost."""
 
 import statistics
+from collections.abc import Mapping
 from math import isnan
 from typing import TYPE_CHECKING
 
@@ -33,17 +34,18 @@ def _story(results: Results, case: Case, pipeline: Pipeline) -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    columns = {"forget": f"client_{case.forgotten(0)[0]}", "retain": "retain", "test": "test"}
+    first = {f"client_{client}": results.sizes[client] for client in case.forgotten(0)}
+    panels = {"forget": first, "retain": {"retain": 1}, "test": {"test": 1}}
     shown = [s for s in results.plan.settings.study.strategies if s in STORY or s not in STRATEGIES]
-    for axes, (name, column) in zip(figure.subplots(1, 3, sharey=True), columns.items(), strict=True):
+    for axes, (name, columns) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
         axes.axvline(case.round, color=GREY, linewidth=1)
         axes.annotate(" request", (case.round, 0.02), ha="left", fontsize=8, color=GREY)
         for strategy in shown:
-            points = curve(results, case, pipeline, strategy, column)
+            points = curve(results, case, pipeline, strategy, columns)
             if points:
                 colour = strategy_class(strategy).colour
                 axes.plot(*zip(*points, strict=True), color=colour, marker="o", ms=3, label=label(strategy))
-        points = curve(results, case, pipeline, RETRAINED, column)
+        points = curve(results, case, pipeline, RETRAINED, columns)
         if points:
             axes.plot(*zip(*points, strict=True), color=GREY, linestyle="--", label=label(RETRAINED))
         axes.set(title=name, xlabel="round", ylim=(0, 1.03), xlim=(max(0, case.round - BEFORE), None))
@@ -54,18 +56,25 @@ def _story(results: Results, case: Case, pipeline: Pipeline) -> "Figure":
     return figure
 
 
-def curve(results: Results, case: Case, pipeline: Pipeline, strategy: str, column: str) -> list[tuple[float, float]]:
-    """Give (round, mean over seeds) of a column; a strategy's begins with its base, before the request."""
-    values: dict[tuple[int, bool], list[float]] = {}
-    plan, first = results.plan, 0
+def curve(
+    results: Results, case: Case, pipeline: Pipeline, strategy: str, columns: Mapping[str, int]
+) -> list[tuple[float, float]]:
+    """Give (round, mean over seeds); a strategy's begins with its base, before the request.
+
+    Args:
+        columns: whose mean is drawn, with their weights.
+    """
+    values: dict[tuple[int, int], list[float]] = {}
+    plan, first, total = results.plan, 0, sum(columns.values())
     for seed in plan.settings.study.seeds:
         if strategy == RETRAINED:
             task, first = plan.retrained(pipeline, case.forgotten(0), seed), min(plan.request_rounds())
         else:
             task = plan.forget(strategy, pipeline, case, seed)
-        for row in (results.of(task) or {"scores": []})["scores"]:
-            if column in row and row["round"] >= first:
-                values.setdefault((row["round"], bool(row["forgotten"])), []).append(row[column])
+        for row in results.scores(task):
+            if columns.keys() <= row.keys() and row["round"] >= first:
+                value = sum(row[name] * weight for name, weight in columns.items()) / total
+                values.setdefault((row["round"], len(row["forgotten"])), []).append(value)
     return [(round_, statistics.fmean(found)) for (round_, _), found in sorted(values.items())]
 
 

@@ -1,11 +1,11 @@
 """The tasks of a federated study."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedunlearn.federation.strategy import source_of, strategy_class
+from fedunlearn.runs.files import sha256_of
 from fedunlearn.study.dag.settings import PIPELINES, Pipeline, defaults_of
 from fedunlearn.study.dag.tasks import Task, TaskContext
 from fedunlearn.study.federated.runs import FederatedRun, Start, federate
@@ -126,7 +126,7 @@ class Plan:
             "mirror": self.settings.data.mirror,
         }
         source = source_of(strategy)
-        return settings | ({"source": hashlib.sha256(source.read_bytes()).hexdigest()} if source else {})
+        return settings | ({"source": sha256_of(source)} if source else {})
 
     def _measured(self, forgotten: tuple[int, ...]) -> list[int]:
         """Give the rounds at which this retrained model may be compared with something, whatever the scenarios."""

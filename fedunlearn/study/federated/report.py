@@ -184,9 +184,10 @@ def everyone(results: Results, pipeline: Pipeline) -> list[dict[str, Any]]:
     cases = [case for case in results.plan.cases() if case.scenario == "everyone"]
     rows = {(row.strategy, row.after, row.forgotten[0]): row for case in cases for row in results.rows(case, pipeline)}
     asked = sorted({client for _, _, client in rows})
+    cases = [case for case in cases if case.forgotten(0)[0] in asked]
     if not asked:
         return []
-    applied, strategies = accuracies_when_applied(results, pipeline, rows, asked)
+    applied, strategies = accuracies_when_applied(results, pipeline, cases, rows)
     return [
         {
             "title": f"{PIPELINES[pipeline]}: every client in turn, beside the retrained model",
@@ -229,15 +230,14 @@ def costs_over_clients(results: Results, pipeline: Pipeline, cases: list[Case]) 
 
 
 def accuracies_when_applied(
-    results: Results, pipeline: Pipeline, rows: dict[tuple[str, int, int], Row], asked: list[int]
+    results: Results, pipeline: Pipeline, cases: list[Case], rows: dict[tuple[str, int, int], Row]
 ) -> tuple[list[list[str]], list[str]]:
     """Write each client's accuracy before and after, beside the estimate: a line a client; and which strategies."""
-    study = results.plan.settings.study
-    cases = [case for case in results.plan.cases() if case.scenario == "everyone"]
-    strategies = [*(s for s in study.strategies if any((s, 0, c) in rows for c in asked)), RETRAINED]
+    study, applied = results.plan.settings.study, {strategy for strategy, after, _ in rows if after == 0}
+    strategies = [*(strategy for strategy in study.strategies if strategy in applied), RETRAINED]
     lines = []
-    for client in asked:
-        case = next(c for c in cases if c.forgotten(0) == (client,))
+    for case in cases:
+        (client,) = case.forgotten(0)
         base = results.before(case, pipeline)
         known = [[row[f"{kind}_{client}"] for row in base] for kind in ("client", "held_out")]
         known.append(results.estimated(case, pipeline))

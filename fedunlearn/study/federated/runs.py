@@ -1,11 +1,9 @@
 """What a task of a federated study does: a run of the real strategy over the real client app, in this process."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fedunlearn.apps import client_app
@@ -19,6 +17,7 @@ from fedunlearn.federation.strategy import strategy_of
 from fedunlearn.log import ROUNDS
 from fedunlearn.nn.evaluate import Counts, Predictions
 from fedunlearn.runs import checkpoint
+from fedunlearn.runs.files import sha256_of
 from fedunlearn.runs.ledger import FORGOTTEN, Ledger
 from fedunlearn.runs.run import Run
 from fedunlearn.study.dag.tasks import Task, TaskContext, hint
@@ -227,8 +226,3 @@ def outcome(context: TaskContext, run: Run, kept: Sequence[int]) -> dict[str, An
         "forgets": [row for row in rows if row["kind"] == "forget"],
         "rounds": {str(row["round"]): row["train"] for row in rows if row["kind"] == "round"},
     }
-
-
-def sha256_of(file: Path) -> str:
-    """Hash a file's bytes."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()

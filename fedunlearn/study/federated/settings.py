@@ -1,6 +1,5 @@
 """The settings of a federated study."""
 
-import hashlib
 import inspect
 import pkgutil
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from fedunlearn.config import Config, Forget, Train
 from fedunlearn.errors import UserError
 from fedunlearn.federation.strategy import Strategy, settings_for, strategy_class, strategy_names, strategy_of
 from fedunlearn.nn.networks import is_factory
+from fedunlearn.runs.files import sha256_of
 from fedunlearn.schema import nearest_of
 from fedunlearn.study.dag.settings import Pipeline, Scope, StudySettings, check_scope, composed
 
@@ -188,8 +188,8 @@ def identity_of(chosen: FederatedSettings) -> dict[str, Any]:
     values = chosen.model_dump(include=shared)
     if chosen.train.loss:
         file = Path(inspect.getfile(loss_of(chosen.config("ce_dl", "leave", 0))))
-        values["source_of_loss"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        values["source_of_loss"] = sha256_of(file)
     if is_factory(chosen.model.name):
         file = Path(inspect.getfile(pkgutil.resolve_name(chosen.model.name)))
-        values["source_of_model"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        values["source_of_model"] = sha256_of(file)
     return values

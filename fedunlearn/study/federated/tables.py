@@ -124,7 +124,7 @@ def measures(row: dict[str, Any], forgotten: Sequence[int], sizes: Sequence[int]
     def of(kind: str) -> float:
         return sum(sizes[client] * row[f"{kind}_{client}"] for client in forgotten) / total
 
-    found = {"forget": of("client"), "gap": of("client") - of("held_out")}
+    found = {"forget": of("client"), "gap": gap_of(row, forgotten, sizes)}
     found |= {"retain": row["retain"], "test": row["test"], "mia": row["mia"]}
     worst = max(abs(row[f"client_{client}"] - row[f"held_out_{client}"]) for client in forgotten)
     return found | {"id": row["id_retain"] if f"id_client_{forgotten[0]}" in row else nan, "worst": worst}
@@ -144,9 +144,13 @@ class Results:
             self._cache[task.key] = task.result(self.root)
         return self._cache.get(task.key)
 
+    def scores(self, task: Task) -> list[dict[str, Any]]:
+        """Give what was measured of a task's run, a row a time; nothing where it is not done."""
+        return (self.of(task) or {"scores": []})["scores"]
+
     def scored(self, task: Task, round_: int, forgotten: Sequence[int]) -> dict[str, float] | None:
         """Give the measures of a run after a round in which those clients are forgotten."""
-        for row in (self.of(task) or {"scores": []})["scores"]:
+        for row in self.scores(task):
             if row["round"] == round_ and row["forgotten"] == sorted(forgotten) and "mia" in row:
                 return measures(row, forgotten, self.sizes)
         return None
@@ -192,8 +196,8 @@ class Results:
             task = self.plan.forget(row.strategy, row.pipeline, case, seed)
             then, now = (self.scored(task, case.round + after, forgotten) for after in (0, row.after))
             if then and now:
-                scores = (self.of(task) or {})["scores"]
-                before = gap_of(next(one for one in scores if one["request"] == "before"), forgotten, self.sizes)
+                first = next(one for one in self.scores(task) if one["request"] == "before")
+                before = gap_of(first, forgotten, self.sizes)
                 if before - then["gap"] >= LEAST_GAP:
                     found.append((now["gap"] - then["gap"]) / (before - then["gap"]))
         return found

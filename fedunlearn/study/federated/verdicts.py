@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isnan, sqrt
+from math import sqrt
 
 from fedunlearn.naming import named
 from fedunlearn.runs.uncertainty import Estimate, fraction
@@ -89,7 +89,7 @@ def compared(rows: Sequence[Row], forgotten: tuple[int, ...], sizes: Sizes) -> l
         forgotten: the clients whose request it is about.
         sizes: how many images there are.
     """
-    ours = [row for row in rows if row.forgotten == forgotten and row.strategy != RETRAINED and row.values]
+    ours = [row for row in rows if row.forgotten == forgotten and row.strategy != RETRAINED]
     times = [{row.after for row in ours if row.strategy == strategy} for strategy in {row.strategy for row in ours}]
     common = set.intersection(*times) if times else set()
     return [
@@ -104,8 +104,8 @@ def difference(row: Row, measure: str, images: int) -> Estimate:
 
     The standard error is the larger of two: that over seeds, and that of so many images, which the seeds share.
     """
-    pairs = [*zip(row.values[measure], row.retrained[measure], strict=False)]
-    each = [a - b for a, b in pairs if not (isnan(a) or isnan(b))]
+    pairs = row.pairs(measure)
+    each = [a - b for a, b in pairs]
     ours, target = (fraction(statistics.fmean(side), images) for side in zip(*pairs, strict=True))
     over_seeds = statistics.stdev(each) / sqrt(len(each)) if len(each) > 1 else 0.0
-    return Estimate(statistics.fmean(each), max(over_seeds, (ours - target).error))
+    return Estimate(row.difference(measure), max(over_seeds, (ours - target).error))

@@ -1,6 +1,5 @@
 """The tasks of the paper's study, from its settings: which models, from which, scored against which."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -8,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fedunlearn.runs.files import sha256_of
 from fedunlearn.study.dag.settings import PIPELINES, Pipeline, defaults_of
 from fedunlearn.study.dag.tasks import Task, TaskContext
 from fedunlearn.study.pooled.embeddings import clip_tsne, tsne
@@ -91,7 +91,7 @@ class Plan:
         work = partial(tsne, pipeline=pipeline, seed=seed, models=models)
         tasks = [self._task(f"tsne/{pipeline}/seed{seed}", {}, models, work, PICTURE * len(models))]
         if study.clip:
-            digest = hashlib.sha256(Path(study.clip).read_bytes()).hexdigest()
+            digest = sha256_of(Path(study.clip))
             settings = {"clip": digest, "data": self.workspace.dataset.fingerprint}
             work = partial(clip_tsne, path=study.clip, seed=seed)
             tasks.insert(0, self._task(f"tsne/clip/seed{seed}", settings, [], work, 4 * PICTURE))
