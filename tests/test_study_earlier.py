@@ -11,6 +11,7 @@ from fedunlearn.study.dag import command, tasks
 from fedunlearn.study.dag.earlier import adopt, agree
 from fedunlearn.study.dag.tasks import Task, work_on
 from fedunlearn.study.federated.study import FederatedStudy
+from fedunlearn.study.pooled.study import PaperStudy
 
 DEFAULTS = {"lr": 0.1, "model": {"width": 64, "name": "resnet18"}, "seeds": [0]}
 
@@ -93,6 +94,17 @@ values = st.recursive(
 def test_settings_agree_with_themselves_and_without_defaults_with_nothing_else(one, other):
     assert agree(one, one, None)
     assert agree(one, other, None) == (one == other)
+
+
+@pytest.mark.parametrize("other", ["learning.epochs=7", "loss.client_weight=0.5", "model.width=16"])
+def test_what_is_made_of_models_of_other_settings_counts_no_more_than_these_models(tmp_path, other):
+    words = ["dataset=digits", "data.limit=80", "clients=3", "study.order=[0]", "learning.epochs=1"]
+    for made in PaperStudy(words).plan.tasks():
+        made.folder(tmp_path).mkdir(parents=True)
+        (made.folder(tmp_path) / "result.json").write_text(
+            json.dumps({"settings": made.settings, "format": tasks.FORMAT})
+        )
+    assert adopt(PaperStudy([*words, other]).plan.tasks(), tmp_path) == []
 
 
 def test_a_study_goes_on_in_the_folder_of_an_earlier_version(home, monkeypatch, caplog):

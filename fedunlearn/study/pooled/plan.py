@@ -228,6 +228,9 @@ class Plan:
         def of_context(context: TaskContext) -> dict[str, Any]:
             return work(self.workspace, context)
 
+        if needs:  # an earlier version's result counts by its settings alone, so that these say what its needs are of
+            shared = self.settings.model_dump(include={"clients", "partition", "model", "learning", "loss"})
+            settings = {"made_of": {"data": self.workspace.dataset.fingerprint, **shared}, **settings}
         return Task(name, settings, tuple(needs), of_context, cost, defaults_of(type(self.settings)))
 
     def _cost_of_ssd(self, forgotten: Sequence[int], full: Task | None) -> float:
