@@ -217,7 +217,8 @@ def test_a_lie_about_batch_norm_statistics_before_a_request_hides_no_loss(federa
     assert gate["test"][0] == federate.run("before").metrics()[-1]["test"]["class"]
 
 
-def test_where_most_clients_images_are_unlike_the_servers_averages_do(federate, capsys):
+@pytest.mark.parametrize("strategy", ["leave", "retrain", "subset"])
+def test_where_most_clients_images_are_unlike_the_servers_averages_do(federate, capsys, strategy):
     grid = LocalGrid(4)
 
     def deliver(message):
@@ -226,8 +227,10 @@ def test_where_most_clients_images_are_unlike_the_servers_averages_do(federate, 
         return of_other_images(4)(reply, message) if is_asked else reply
 
     grid.deliver = deliver
-    federate("rounds=1", grid=grid)
+    federate(f"rounds=1 strategy={strategy} forget.schedule={{1:[3]}}", grid=grid)
+    assert [request.state for request in federate.requests()] == [State.COMPLETED]
     said = capsys.readouterr().err
+    assert "request r1: no BatchNorm statistics, averages in their place: the model has gone astray: 3 of 3" in said
     assert "round 1: no BatchNorm statistics, averages in their place: the model has gone astray: 4 of 4" in said
     assert "is left out" not in said
 

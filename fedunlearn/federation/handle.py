@@ -328,10 +328,10 @@ class Federation:
             round_: whose learning rate and random draws are taken.
 
         Returns:
-            What the BatchNorm statistics cost.
+            What the BatchNorm statistics cost. Where there are none, the model keeps averages of the clients' running
+            statistics.
 
         Raises:
-            NotNowError: there are none, and the model keeps averages of the clients' running statistics.
             DestroyedError: the new model is not finite.
         """
         self.state = server_state.apply_round(
@@ -346,8 +346,9 @@ class Federation:
         asked = self.retain if is_evaluated(self.config, round_) else results.counts
         try:
             return self.recalibrate_batch_norm(on=asked, at_round=round_)
-        except DestroyedError as error:  # the model is sound: most clients' images are unlike the server's
-            raise NotNowError(str(error)) from error
+        except (NotNowError, DestroyedError) as error:  # clients are silent, or have images unlike the server's
+            log.warning("round %d: no BatchNorm statistics, averages in their place: %s", round_, error)
+            return {}
 
     def train(self, *, on: Iterable[int], rounds: int, lr: float | None = None) -> None:
         """Let clients train for some rounds; the server adds their mean updates and trains the client head.

@@ -313,7 +313,8 @@ class Requests:
         stored_bytes = federation.state.stored_bytes + self._strategy.stored_bytes(self._run)
         strategy = strategy_of(config) if "how" in request.detail else self._strategy
         committed = federation.predictions()
-        federation.recalibrate_batch_norm()
+        if not self._estimates_batch_norm(request):
+            config = config.model_copy(update={"batch_norm_fraction": 0.0})
         before = self._scorer.now(forget)
         with federation.applying(forget, config):
             # a model that nobody has trained knows nobody; who takes a refused one is told what is wrong with it
@@ -327,6 +328,19 @@ class Requests:
         figures = {"strategy": config.strategy, "seconds": seconds, "costs": costs, "stored_bytes": stored_bytes}
         figures["before"] = own(before, request.clients)
         return Attempt(strategy, figures | result, verdict, after)
+
+    def _estimates_batch_norm(self, request: Request) -> bool:
+        """Estimate BatchNorm statistics of the model before a request, and say whether any can be.
+
+        Most clients may have images so unlike the server's that it refuses their statistics. Training goes on with
+        averages of running statistics then, and so do requests.
+        """
+        try:
+            self._federation.recalibrate_batch_norm()
+        except DestroyedError as error:
+            log.warning("── request %s: no BatchNorm statistics, averages in their place: %s", request.id, error)
+            return False
+        return True
 
     def _undone(self, request: Request, error: Exception) -> Request:
         """Say what becomes of a request that could not be applied: it is tried again, or set aside.

@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedunlearn.build import is_evaluated
 from fedunlearn.config import Config
-from fedunlearn.errors import DestroyedError, NotNowError, UserError
+from fedunlearn.errors import DestroyedError, UserError
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.handle import Federation
@@ -159,11 +159,7 @@ class Rounds(FlowerStrategy):
             if not results.counts:
                 raise UserError(f"round {round_}: no client answered")
             results = self._sound(results, round_)
-            try:
-                batch_norm = self.federation.apply_round(results, results.mean(), round_)
-            except NotNowError as error:
-                log.warning("round %d: no BatchNorm statistics, averages in their place: %s", round_, error)
-                batch_norm = {}
+            batch_norm = self.federation.apply_round(results, results.mean(), round_)
         self.federation.state = replace(self.federation.state, round=round_)
         total, clients = results.total, sorted(results.counts)
         self._row = {
