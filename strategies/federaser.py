@@ -4,7 +4,7 @@ Data Removal from Federated Learning Models")."""
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,35 @@ class FedEraser(Strategy):
         retain = federation.retain
         by_round: dict[int, list[int]] = {}
         for round_, client in updates(here):
-            if client in retain and round_ <= federation.round:  # later ones are of a round to be repeated
+            if client in retain:
                 by_round.setdefault(round_, []).append(client)
-        if not by_round:
-            raise NotNowError(f"no update of a retain client is stored{why_none(federation)}")
+        self.check_complete(federation, by_round)
         federation.begin_anew()
         for round_, clients in by_round.items():
             log.info("── replaying round %d of %d", round_, max(by_round))
             self.replay(federation, round_, clients, here, there)
         return {"replayed": len(by_round)}
 
+    def check_complete(self, federation: Federation, rounds: Iterable[int]) -> None:
+        """Raise NotNowError where no round is stored, or not those of the whole run."""
+        every, own = self.settings.every, federation.config.strategy
+        if (strategies_of(federation.folder) | federation.applied_by) - {own}:
+            why = f"strategy={own} has to be chosen from the start, and for every request"
+            raise NotNowError(f"updates of some rounds are not stored: {why}")
+        if rounds:
+            return
+        why = f", of any round up to {federation.round} (unlearn.every={every})"
+        if federation.round < every:
+            why = f" yet: the first are those of round {every} (unlearn.every), and the run is after round "
+            why += str(federation.round)
+        raise NotNowError(f"no update of a retain client is stored{why}")
+
     def after_request(self, run: Run) -> None:
-        """Delete the updates that were stored before the last request was applied."""
-        now = place(run.folder, run.ledger.applied())
+        """Delete the updates that were stored before the last request was applied, or in a round that was cut short."""
+        now, commit = place(run.folder, run.ledger.applied()), run.ledger.current()
+        for round_, client in updates(now):
+            if commit is None or round_ > commit.round:
+                stored(now, round_, client).unlink()
         for folder in (run.folder / FOLDER).glob(f"{AFTER}*"):
             if folder != now:
                 shutil.rmtree(folder)
@@ -126,23 +142,16 @@ class FedEraser(Strategy):
                 os.link(stored(there, stored_round, client), link)
 
 
-def why_none(federation: Federation) -> str:
-    """Say why no update of a retain client is stored."""
-    now, round_ = federation.config.strategy, federation.round
-    if {now} != strategies_of(federation.folder):
-        return f": strategy={now} has to be chosen from the start"
-    every = stored_config(federation.folder).unlearn["every"]
-    if round_ < every:
-        return f" yet: the first are those of round {every} (unlearn.every), and the run is after round {round_}"
-    return f", of any round up to {round_} (unlearn.every={every})"
-
-
 def strategies_of(folder: Path) -> set[str]:
-    """Give the strategies that a run was trained under, and before it the runs that it goes on from."""
+    """Give the strategies that a run was trained under, and before it the runs that it goes on from.
+
+    A study's runs do not say it: what they go on from is theirs to know.
+    """
+    if not (folder / "run.json").exists():
+        return set()
     config = stored_config(folder)
     base = folder.parent / config.fork
-    is_there = config.fork and base != folder and (base / "run.json").exists()
-    return {config.strategy} | (strategies_of(base) if is_there else set())
+    return {config.strategy} | (strategies_of(base) if config.fork and base != folder else set())
 
 
 def calibrated(

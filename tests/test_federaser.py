@@ -1,12 +1,15 @@
 """FedEraser beside a naive version, on four clients of handwritten digits."""
 
+import shutil
+
 import pytest
 
 from command_line import command
 from fedunlearn.errors import UserError
+from fedunlearn.federation import messages
 from fedunlearn.runs.files import NEW
 from fedunlearn.runs.ledger import State
-from local_grid import equal
+from local_grid import LocalGrid, equal
 from naive import FORGETS, SETTINGS, assert_same, average, pruned, settings_of, trained
 from strategies import federaser
 
@@ -97,8 +100,43 @@ def test_without_stored_updates_a_request_is_set_aside_with_the_reason(federate)
     with pytest.raises(UserError, match="request r1 is QUARANTINED; all else of the run is done"):
         federate(f"rounds=1 {EVERY} fork=before forget.schedule={{1:[3]}} forget.attempts=1")
     (request,) = federate.requests()
-    reason = "no update of a retain client is stored: strategy=federaser has to be chosen from the start"
+    reason = "updates of some rounds are not stored: "
+    reason += "strategy=federaser has to be chosen from the start, and for every request"
     assert (request.state, request.detail["reason"]) == (State.QUARANTINED, reason)
+
+
+def test_rounds_of_another_strategy_before_a_fork_are_missing(federate):
+    federate.shared("rounds=1")
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        federate(f"rounds=2 {EVERY} fork=before forget.schedule={{2:[3]}} forget.attempts=1")
+    assert "updates of some rounds are not stored" in federate.requests()[0].detail["reason"]
+
+
+def test_after_a_request_of_another_strategy_the_rounds_before_it_are_missing(federate, capsys):
+    federate(f"rounds=1 {EVERY}")
+    assert command("forget", "--run", "test", "--client", "3", "strategy=leave", "--engine", "local") == 0
+    federate(f"rounds=2 {EVERY}")
+    federate.run().ledger.file([2])
+    with pytest.raises(UserError, match="request r2 is QUARANTINED"):
+        federate(f"rounds=2 {EVERY}")
+    assert "updates of some rounds are not stored" in federate.requests()[1].detail["reason"]
+
+
+def test_updates_of_a_round_that_was_cut_short_are_not_replayed(federate):
+    """Client 2 answered before the crash, and is silent when the round is repeated."""
+    federate(f"rounds=1 {EVERY} run=other")
+    federate(f"rounds=1 {EVERY}")
+    there, here = (federaser.place(federate.folder(name), 0) for name in ("other", "test"))
+    shutil.copy(federaser.stored(there, 1, 2), federaser.stored(here, 2, 2))
+    grid = LocalGrid(4)
+    grid.deliver = lambda message: None if is_training(message, 2) else grid.call(message)
+    federate(f"rounds=2 {EVERY} timeout=0.5", grid=grid, nodes=4)
+    assert federaser.updates(here) == [*((1, client) for client in range(4)), *((2, client) for client in (0, 1, 3))]
+
+
+def is_training(message, client):
+    task = messages.task_of(message)
+    return task.name == "train" and client in task.clients
 
 
 def test_before_the_first_stored_round_a_request_waits_for_it(federate, capsys):

@@ -130,7 +130,7 @@ def test_no_row_is_lost_and_as_many_are_correct_as_are_wanted(seed, labels, held
 
 def test_views_are_shifted_by_a_sixteenth_and_mirrored():
     images = torch.randint(256, (3, 32, 32, 3), generator=generator(), dtype=torch.uint8)
-    plain, mirrored = (augmented_views(images, mirror=mirror) for mirror in (False, True))
+    plain, mirrored = ([*augmented_views(images, mirror=mirror)] for mirror in (False, True))
     assert all(
         torch.equal(view, shifted(images, 2 * down, 2 * right, 0))
         for view, (down, right) in zip(plain, SHIFTS, strict=True)
@@ -143,3 +143,9 @@ def test_views_are_shifted_by_a_sixteenth_and_mirrored():
 def test_small_images_are_shifted_by_one_pixel():
     images = torch.ones(1, 8, 8, 1, dtype=torch.uint8)
     assert [int(view.sum()) for view in augmented_views(images, mirror=False)] == [56] * 4
+
+
+def test_rows_of_a_table_are_their_only_view():
+    rows = torch.randn(5, 1, 7)
+    (view,) = augmented_views(rows, mirror=True)
+    assert view is rows

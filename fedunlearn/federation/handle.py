@@ -107,6 +107,11 @@ class Federation:
         return self._ledger.applied()
 
     @property
+    def applied_by(self) -> set[str]:
+        """The strategies of the requests that have been applied."""
+        return {request.detail["strategy"] for request in self._ledger.requests() if request.state in FORGOTTEN}
+
+    @property
     def retain(self) -> list[int]:
         """The retain clients: those that can be trained and have no request that was taken up.
 

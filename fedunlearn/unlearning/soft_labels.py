@@ -1,5 +1,6 @@
 """Make soft labels for images that a model has memorised, from predictions on held-out images."""
 
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -12,28 +13,29 @@ SHIFTS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """Down and right, in sixteenths of an image's height."""
 
 
-def augmented_views(images: Tensor, *, mirror: bool) -> list[Tensor]:
+def augmented_views(images: Tensor, *, mirror: bool) -> Iterator[Tensor]:
     """Shift images up, down, left and right by a sixteenth of their height, and mirror them or not.
 
     A model's predictions on these views depend less on what it memorised than those on the images themselves.
 
     Args:
-        images: uint8 [N, H, W, channels], on the CPU.
+        images: uint8 [N, H, W, channels], on the CPU. Rows of a table, fp32, have no other views than themselves.
         mirror: whether every shifted view also comes mirrored.
 
-    Returns:
+    Yields:
         4 views of the images, or 8 with mirrored ones, each uint8 [N, H, W, channels].
 
     Example:
         >>> images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-        >>> len(augmented_views(images, mirror=False)), len(augmented_views(images, mirror=True))
-        (4, 8)
+        >>> [len([*augmented_views(images, mirror=mirror)]) for mirror in (False, True)]
+        [4, 8]
     """
+    if images.dtype != torch.uint8:
+        yield images
+        return
     by = max(1, images.shape[1] // 16)
-    return [
-        shifted(images, by * down, by * right, mirrored)
-        for (down, right), mirrored in product(SHIFTS, (0, 1) if mirror else (0,))
-    ]
+    for (down, right), mirrored in product(SHIFTS, (0, 1) if mirror else (0,)):
+        yield shifted(images, by * down, by * right, mirrored)
 
 
 def assign_soft_labels(
