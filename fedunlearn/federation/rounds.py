@@ -132,17 +132,16 @@ class Rounds(FlowerStrategy):
         self.requests.serve()
         self._round_clock = time.monotonic()
         round_ = self.federation.round + 1
-        clients = sample(self.federation.retain, self._config, round_)
         if self.federation.nodes.is_robust(tasks.train):
-            self.federation.know_classes(clients)
-        self._sent = self.federation.nodes.messages(
-            tasks.train,
-            round_,
-            clients,
-            self.federation.state.params,
-            one_client_each=self._strategy.one_reply_each(round_),
-        )
+            self.federation.know_classes(sample(self.federation.retain, self._config, round_))
+        self._sent = self._training(round_)
         return self._sent
+
+    def _training(self, round_: int) -> list[Message]:
+        """Make the messages that ask a round's clients to train, always the same."""
+        clients, one_each = sample(self.federation.retain, self._config, round_), self._strategy.one_reply_each(round_)
+        params = self.federation.state.params
+        return self.federation.nodes.messages(tasks.train, round_, clients, params, one_client_each=one_each)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -179,11 +178,9 @@ class Rounds(FlowerStrategy):
         federation = self.federation
 
         def ask_again(on_reply: Callable[[Results], None]) -> Results:
-            asked, one_each = sample(federation.retain, self._config, round_), self._strategy.one_reply_each(round_)
-            grid, params = federation.grid, federation.state.params
-            return federation.nodes.query(
-                grid, tasks.train, round_, asked, params, one_client_each=one_each, on_reply=on_reply
-            )
+            sent = self._training(round_)
+            replies = federation.grid.send_and_receive(sent, timeout=self._config.timeout)
+            return federation.nodes.add_up(tasks.train, sent, replies, on_reply=on_reply)
 
         kept, dropped = federation.round_gate.passed(results, round_, ask_again)
         for one in dropped:
