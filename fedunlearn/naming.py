@@ -174,18 +174,6 @@ def as_command(*words: str) -> str:
     return " ".join(map(for_shell, ("fedunlearn", *words)))
 
 
-def forget_command(clients: Sequence[int], names: Sequence[str] = ()) -> str:
-    """Write the command that asks for clients to be forgotten.
-
-    Example:
-        >>> print(forget_command([2, 3]), forget_command([1, 0], ["St. Mary, Ward 2", "b"]), sep="; ")
-        fedunlearn forget --client 2,3; fedunlearn forget --client b --client 'St. Mary, Ward 2'
-    """
-    own = [names[client] for client in clients] if names else [",".join(map(str, clients))]
-    options = ([f"--client={name}"] if name.startswith("-") else ["--client", name] for name in own)
-    return as_command("forget", *(word for option in options for word in option))
-
-
 def as_typed(clients: Sequence[int], names: Sequence[str] = ()) -> str:
     """Write clients as a list in a setting, as somebody would type it there; a shell needs quotes around that.
 

@@ -150,7 +150,7 @@ def test_a_destroyed_model_is_never_taken(trained, capsys, strategy):
     assert trained.run().ledger.current().round == 8
     said = capsys.readouterr().err
     assert "the model stays as it was" in said
-    assert "fedunlearn forget --accept r1" in said
+    assert "fedunlearn forget --accept=r1 --by=NAME --run=" in said
 
 
 def test_a_request_that_changes_nothing_of_a_memorised_client_is_not_completed(trained):

@@ -299,7 +299,8 @@ def test_a_run_that_cannot_hear_it_any_more_says_how_it_forgets_the_client_too(t
     three("rounds=2")
     three("run=other rounds=3")
     assert three.federate.requests("other") == []
-    assert "(run test (request r1)): `fedunlearn forget --client hospital_b` has this run forget it too" in warnings()
+    hint = "`fedunlearn forget --client hospital_b --run=other` has this run forget it too"
+    assert f"(run test (request r1)): {hint}" in warnings()
     assert command("forget", "--run", "other", "--client", "hospital_b") == 0
     three("run=other rounds=4")
     assert [(r.state, r.clients) for r in three.federate.requests("other")] == [("COMPLETED", [1])]

@@ -3,6 +3,7 @@ import threading
 import pytest
 
 from fedunlearn.errors import UserError
+from fedunlearn.runs.hints import forget_command
 from fedunlearn.runs.ledger import Ledger, State, due
 
 
@@ -45,7 +46,7 @@ def test_a_request_is_not_accepted_where_another_covers_one_of_its_clients(ledge
             ledger.accept("r1", "somebody")
         assert str(refused.value) == (
             f"request r1 for clients 2, 3 cannot be accepted any more: r2 for client 3 is {state}; "
-            "`fedunlearn forget --client 2` asks for the rest"
+            f"`{forget_command([2], (), ledger.folder)}` asks for the rest"
         )
     assert ledger.request("r1").state == State.QUARANTINED
     assert ledger.file([2])[0].id == "r3"

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from fedunlearn.data.datasets import Choices, Owners, load, source_of
 from fedunlearn.data.folders import of_folders, of_table
 from fedunlearn.data.joined import Joined
 from fedunlearn.errors import UserError
-from fedunlearn.naming import as_typed, class_numbers, for_shell, forget_command, named, numbers_of
+from fedunlearn.naming import as_typed, class_numbers, for_shell, named, numbers_of
 from fedunlearn.owners import named_settings
+from fedunlearn.runs.hints import forget_command
 from fedunlearn.words import split_words
 
 ODD_NAMES = [
@@ -584,7 +586,10 @@ def test_what_is_to_be_pasted_into_a_shell_means_the_same_there(name):
     names = ["a", name, "b"]
     echo = ["bash", "-c", "for word in {}; do printf '%s\\0' \"$word\"; done"]
     for text, expected in [
-        (forget_command([1, 0], names), ["fedunlearn", "forget", "--client", name, "--client", "a"]),
+        (
+            forget_command([1, 0], names, Path("/a home/runs/x")),
+            ["fedunlearn", "forget", "--client", name, "--client", "a", "--run=x", "--home=/a home"],
+        ),
         (for_shell(f"readmit={as_typed([1, 2], names)}"), [f"readmit={as_typed([1, 2], names)}"]),
     ]:
         assert text.isprintable()

@@ -214,7 +214,8 @@ def test_everybody_who_was_forgotten_is_named_at_once_and_what_is_said_can_be_pa
 def test_hints_about_clients_have_their_names(federate, hosted, capsys):
     hosted()
     assert command("purge", "--client", "b", "--client", "c, d", "--run", "test") == 2
-    hint = "clients b and 'c, d' are not forgotten in run test: fedunlearn forget --client b --client 'c, d'"
+    hint = "clients b and 'c, d' are not forgotten in run test: "
+    hint += "fedunlearn forget --client b --client 'c, d' --run=test"
     assert hint in capsys.readouterr().err
     for name in ("purge", "scan"):
         assert command(name, "--run", "test") == 2
@@ -222,7 +223,7 @@ def test_hints_about_clients_have_their_names(federate, hosted, capsys):
     ledger = federate.run().ledger
     ledger.advance(ledger.file([0, 3])[0], State.QUARANTINED, gate={"passed": False})
     ledger.advance(ledger.file([0])[0], State.COLLECTING)
-    with pytest.raises(UserError, match="`fedunlearn forget --client 'c, d'` asks for the rest"):
+    with pytest.raises(UserError, match="`fedunlearn forget --client 'c, d' --run=test` asks for the rest"):
         federate.run().ledger.accept("r1", "somebody")
 
 

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,13 +176,17 @@ def request(state, **detail):
 
 
 def test_what_can_be_done_next_is_said():
-    assert "You may ask again" in what_follows(request(State.CANCELLED))
-    assert "You may ask again" in what_follows(request(State.REFUSED))
-    assert "--accept" not in what_follows(request(State.QUARANTINED))
-    assert "--accept r1" in what_follows(request(State.QUARANTINED, gate=REFUSED))
+    folder = Path("/state/runs/demo")
+    refused, quarantined = what_follows(request(State.REFUSED), folder), request(State.QUARANTINED, gate=REFUSED)
+    assert "You may ask again" in what_follows(request(State.CANCELLED), folder)
+    assert "You may ask again" in refused
+    assert "forget --cancel=r1 --run=demo --home=/state`" in refused
+    assert "--accept" not in what_follows(request(State.QUARANTINED), folder)
+    assert "--accept=r1 --by=NAME --run=demo --home=/state`" in what_follows(quarantined, folder)
     later = [Request("r2", [3], State.COMPLETED, "", {})]
     for state in (State.CANCELLED, State.REFUSED, State.QUARANTINED):
-        assert what_follows(request(state, gate=REFUSED), later) == "Request r2 has taken its place, and is COMPLETED."
+        said = what_follows(request(state, gate=REFUSED), folder, later)
+        assert said == "Request r2 has taken its place, and is COMPLETED."
 
 
 def test_of_an_open_request_that_nobody_is_at_work_on_the_page_says_how_to_go_on(finished, page):  # noqa: F811

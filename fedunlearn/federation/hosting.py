@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import getLogger
 
 from fedunlearn.federation.replies import Introduction
-from fedunlearn.naming import forget_command
 from fedunlearn.runs.keys import public_id
 
 log = getLogger("fedunlearn")
@@ -31,7 +30,7 @@ class Entrance:
         gone: Mapping[str, str],
         forgotten: Collection[int],
         name: Callable[[int], str],
-        ask: Callable[[Sequence[int]], str] = forget_command,
+        ask: Callable[[Sequence[int]], str],
     ) -> None:
         self._keys, self._gone, self._forgotten, self._name, self._ask = keys, gone, forgotten, name, ask
         self.key_of: dict[int, str] = {}

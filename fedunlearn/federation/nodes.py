@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedunlearn.config import Config, Forget, to_json
+from fedunlearn.config import Config, Forget, state_home, to_json
 from fedunlearn.data.folders import hidden
 from fedunlearn.data.partition import hosted
 from fedunlearn.data.selection import Portion
@@ -37,8 +37,10 @@ from fedunlearn.federation.replies import (
 from fedunlearn.federation.tasks import ClientTask
 from fedunlearn.federation.withdrawals import Withdrawals
 from fedunlearn.log import waiting
-from fedunlearn.naming import forget_command, name_of
+from fedunlearn.naming import name_of
 from fedunlearn.nn.model import TwoHeadModel
+from fedunlearn.runs.hints import forget_command
+from fedunlearn.runs.home import runs_folder
 
 WAIT_SECONDS = 600
 ATTEMPTS = 3
@@ -417,7 +419,8 @@ class Nodes:
 
     def forget_command(self, clients: Sequence[int]) -> str:
         """Write the command that asks for clients to be forgotten."""
-        return forget_command(clients, self.config.partition.names)
+        folder = runs_folder(state_home(self.config.home)) / self.config.run
+        return forget_command(clients, self.config.partition.names, folder)
 
     def query(
         self,

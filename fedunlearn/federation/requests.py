@@ -20,8 +20,10 @@ from fedunlearn.federation.scores import Scorer, Scores
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.federation.tasks import check_tasks
 from fedunlearn.federation.withdrawals import believed
+from fedunlearn.naming import as_command
 from fedunlearn.runs import receipts
 from fedunlearn.runs.formats import forgotten
+from fedunlearn.runs.hints import of_run
 from fedunlearn.runs.ledger import FORGOTTEN, OPEN, RECEIPT, TAKEN_UP, Ledger, Request, State
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.signed import SignedRequest, UnsignedError, action_of, check, read
@@ -396,10 +398,12 @@ class Requests:
 
     def _not_taken(self, request: Request, verdict: dict[str, Any]) -> Request:
         """Set a request aside whose model did not pass the gate."""
+        here = of_run(self._run.folder)
         log.warning(
-            "── request %s is set aside: %s; the model stays as it was, %s. Figures: "
-            "fedunlearn requests %s --json. To make it again and take it: fedunlearn forget --accept %s --by NAME",
-            request.id, verdict["reason"], _out(request), request.id, request.id,
+            "── request %s is set aside: %s; the model stays as it was, %s. Figures: %s. "
+            "To make it again and take it: %s",
+            request.id, verdict["reason"], _out(request), as_command("requests", request.id, "--json", *here),
+            as_command("forget", f"--accept={request.id}", "--by=NAME", *here),
         )  # fmt: skip
         return self._ledger.advance(request, State.QUARANTINED, reason=verdict["reason"], gate=verdict)
 

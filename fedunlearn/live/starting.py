@@ -57,7 +57,8 @@ def run(
     home, words = state_home(config.home), [word for word in words if not word.startswith(("run=", "home="))]
     name, log = (config.run, log_of(home, config.run)) if config.run else _unused_name(home, config.data.name)
     if is_locked(runs_folder(home) / name):
-        raise UserError(f"run {name} is live: fedunlearn.open_run({name!r}) is a handle on it")
+        here = repr(name) if home == state_home() else f"{name!r}, home={str(home)!r}"
+        raise UserError(f"run {name} is live: fedunlearn.open_run({here}) is a handle on it")
     own = [f"run={name}", f"home={home}"]
     process = Background.started(["run", str(app), *words, *own, *options_of(resources)], log)
     return LiveRun(name, home, replace(resources, nodes=min(nodes, config.clients)), process)

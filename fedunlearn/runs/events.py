@@ -82,7 +82,7 @@ class EventLog(Generic[T]):
     """
 
     def __init__(self, path: Path, begin: Callable[[], T]) -> None:
-        folder = path.parent
+        folder = self.folder = path.parent
         state_folder = folder.parent.parent if folder.parent.name == RUNS else folder
         self.keys = state_folder / "keys"
         self.head_file = state_folder / "heads" / f"{folder.name}.json"

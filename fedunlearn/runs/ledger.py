@@ -15,8 +15,9 @@ from dateutil.relativedelta import relativedelta
 
 from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import UserError
-from fedunlearn.naming import forget_command, name_of
+from fedunlearn.naming import name_of
 from fedunlearn.runs.events import EventLog, now
+from fedunlearn.runs.hints import forget_command
 from fedunlearn.schema import check_text
 
 
@@ -444,7 +445,8 @@ class Ledger(EventLog[Standing]):
         covered = {client for other in others for client in other.clients}
         names, rest = self.names(), [client for client in request.clients if client not in covered]
         states = ", ".join(f"{other.id} for {_listed(other.clients, names)} is {other.state}" for other in others)
-        way_on = "" if request.portions else f"; `{forget_command(rest, names)}` asks for the rest"
+        way_on = f"; `{forget_command(rest, names, self.folder)}` asks for the rest"
+        way_on = "" if request.portions else way_on
         about = f"request {request.id} for {_listed(request.clients, names)}"
         raise UserError(f"{about} cannot be accepted any more: {states}{way_on}")
 

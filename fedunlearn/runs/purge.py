@@ -20,9 +20,9 @@ from fedunlearn.data.owned import OwnedSource
 from fedunlearn.data.search import Found, Wanted
 from fedunlearn.data.store import Dataset, about
 from fedunlearn.errors import UserError
-from fedunlearn.naming import forget_command
 from fedunlearn.runs import checkpoint, parts, scan
 from fedunlearn.runs.files import write_atomically
+from fedunlearn.runs.hints import forget_command
 from fedunlearn.runs.home import all_runs
 from fedunlearn.runs.ledger import FORGOTTEN, Request, State
 from fedunlearn.runs.lock import lock
@@ -481,7 +481,7 @@ def check_purgeable(run: Run, clients: Collection[int]) -> list[Request]:
     requests = [r for r in run.ledger.requests() if r.state in FORGOTTEN and set(r.clients) & set(clients)]
     forgotten = {client for request in requests if request.state == State.COMPLETED for client in request.clients}
     if missing := sorted(set(clients) - forgotten):
-        ask, are = forget_command(missing, run.config.partition.names), "are" if len(missing) > 1 else "is"
+        ask, are = forget_command(missing, run.config.partition.names, run.folder), "are" if len(missing) > 1 else "is"
         raise UserError(f"{run.named(missing)} {are} not forgotten in run {run.name}: {ask}")
     for request in requests:
         if others := sorted(set(request.clients) - set(clients)):

@@ -193,7 +193,7 @@ def card(
         "who": run.named(request.clients),
         "level": verdict.level,
         "is_applied": request.state in FORGOTTEN,
-        "follows": what_follows(request, run.ledger.covering(request.clients)),
+        "follows": what_follows(request, run.folder, run.ledger.covering(request.clients)),
         "timeline": timeline(request, events),
         "cost": _cost_line(detail, costs),
         "tasks": costs,

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fedunlearn.errors import printable
+from fedunlearn.naming import as_command
+from fedunlearn.runs.hints import of_run
 from fedunlearn.runs.ledger import VOID, Request, State
 
 ABOUT_STATES = {
@@ -33,11 +36,12 @@ def _remark(event: Mapping[str, Any]) -> str:
     return attempt + event.get("reason", "") or ABOUT_STATES.get(event["state"], "")
 
 
-def what_follows(request: Request, later: Sequence[Request] = ()) -> str:
+def what_follows(request: Request, folder: Path, later: Sequence[Request] = ()) -> str:
     """Say what happens next to a request that was set aside, refused, taken back or applied; nothing for others.
 
     Args:
         request: as it stands.
+        folder: the run's.
         later: requests that cover the same clients, and are not void.
     """
     several = len(request.clients) > 1
@@ -46,10 +50,12 @@ def what_follows(request: Request, later: Sequence[Request] = ()) -> str:
     if request.state == State.QUARANTINED:
         whole = "Its clients stay" if several else "Its client stays"
         out = f"{'Its images stay' if request.portions else whole} out of training. You may ask again"
-        taken = f": `fedunlearn forget --accept {request.id} --by NAME` takes its model all the same"
+        command = as_command("forget", f"--accept={request.id}", "--by=NAME", *of_run(folder))
+        taken = f": `{command}` takes its model all the same"
         return f"{out}, or answer for it by name{taken}." if "gate" in request.detail else f"{out}."
     if request.state == State.REFUSED:
-        return f"Nothing has changed. You may ask again, or take it back: `fedunlearn forget --cancel {request.id}`."
+        command = as_command("forget", f"--cancel={request.id}", *of_run(folder))
+        return f"Nothing has changed. You may ask again, or take it back: `{command}`."
     if request.state == State.CANCELLED:
         return "Nothing has changed. You may ask again."
     if request.state in (State.APPLIED, State.RECOVERING):

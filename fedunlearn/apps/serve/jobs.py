@@ -10,6 +10,8 @@ from threading import Lock
 
 from fedunlearn.errors import UserError, printable
 from fedunlearn.naming import as_command
+from fedunlearn.runs.hints import of_run
+from fedunlearn.runs.home import runs_folder
 
 MOST = 4  # processes at once
 SHOWN = 40  # lines
@@ -66,7 +68,7 @@ class Jobs:
 
     def words(self, run: str, options: list[str]) -> list[str]:
         """Give the words of the command that asks, with options of the request."""
-        return ["forget", f"--run={run}", *options, *self._options]
+        return ["forget", *of_run(runs_folder(self._home) / run), *options, *self._options]
 
     def start(self, run: str, options: list[str], *, given: str = "") -> Job:
         """Start the command that checks a request, files it and applies it.

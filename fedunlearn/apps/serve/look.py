@@ -206,7 +206,7 @@ def cards(run: Run, rows: list[dict[str, Any]], requests: list[Request], valid: 
             "due": readable(request.detail["due_at"]),
             "is_open": request.state in OPEN,
             "is_late": request.id in late,
-            "follows": what_follows(request, run.ledger.covering(request.clients)),
+            "follows": what_follows(request, run.folder, run.ledger.covering(request.clients)),
             "can_be_accepted": can_be_accepted(run, request),
             "gate": gate_of(request.detail.get("gate", {})),
             "timeline": timeline(request, events),

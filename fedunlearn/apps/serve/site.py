@@ -27,6 +27,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.naming import as_command
 from fedunlearn.runs import receipts
 from fedunlearn.runs.figures import COLOURS
+from fedunlearn.runs.hints import of_run
 from fedunlearn.runs.ledger import TAKEN_UP
 from fedunlearn.runs.overview import Glance
 from fedunlearn.runs.page import IN_THE_DARK, Picture, encoded, rendered
@@ -199,7 +200,8 @@ class Site:
         with self._opened(name) as run:
             found = run.ledger.request(request_id)
             words = {"run": run, "asked": found, "whom": ask.whom(run, found.owners, found.selection)}
-            return _page(request, "cancel.html.jinja", **words)
+            command = as_command("forget", f"--cancel={found.id}", "--key=FILE", *of_run(run.folder))
+            return _page(request, "cancel.html.jinja", command=command, **words)
 
     def cancel(self, request: Request, name: str, request_id: str, token: Typed = "") -> Response:
         """Take a request back."""
