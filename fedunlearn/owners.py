@@ -75,8 +75,22 @@ def settled(
         forget["schedule"] = {round_: _numbers(clients, names) for round_, clients in schedule.items()}
     for group in (forget, split):
         if isinstance(keys := group.get("keys"), dict):
-            group["keys"] = {_number(client, names): key for client, key in keys.items()}
+            group["keys"] = _by_number(keys, names)
     values["readmit"] = _numbers(values.get("readmit"), names)
+
+
+def _by_number(keys: dict[Any, Any], names: Sequence[str]) -> dict[Any, Any]:
+    """Give keys by the clients' numbers.
+
+    Raises:
+        UserError: a client is named twice.
+    """
+    found: dict[Any, Any] = {}
+    for client, key in keys.items():
+        if (number := _number(client, names)) in found:
+            raise UserError(f"client {name_of(number, names)} has two keys")
+        found[number] = key
+    return found
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -93,7 +107,10 @@ def check_names(names: Sequence[str]) -> None:
 
 def _chosen(wanted: Sequence[Any], known: Sequence[str]) -> list[str]:
     """Give the clients that take part: all of them, or those that were named."""
-    return [known[number_of(str(name), known)] if str(name) not in known else str(name) for name in wanted] or [*known]
+    numbers = [number_of(str(name), known) for name in wanted]
+    if beyond := [number for number in numbers if not 0 <= number < len(known)]:
+        raise UserError(f"partition.names: client {beyond[0]} is not in 0..{len(known) - 1}")
+    return [known[number] for number in numbers] or [*known]
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -84,12 +84,9 @@ def check_names(words: Iterable[str], schema: type[BaseModel]) -> None:
 
 
 def _check_mapping(name: str, text: str, declared: FieldInfo) -> None:
-    """Raise UserError where the text is no mapping, or has a key twice, of which only the last would count."""
+    """Raise UserError where the text is no mapping."""
     if not re.fullmatch(r"(['\"]?)\s*\{.*\}\s*\1", text, re.DOTALL):
         raise UserError(f"{name}={text} is not of this form: {declared.description}")
-    keys = re.findall(r"[{,]\s*(\w+)\s*:", text)
-    if repeated := [key for place, key in enumerate(keys) if key in keys[:place]]:
-        raise UserError(f"{name}={text} has {repeated[0]} twice")
 
 
 def nearest_of(name: str, known: Iterable[str]) -> str:

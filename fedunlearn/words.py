@@ -58,7 +58,7 @@ def texts_of(words: Iterable[str], schema: type[BaseModel]) -> dict[str, Any]:
         Values by dotted name; the last of several counts.
 
     Raises:
-        UserError: a list or mapping that cannot be read.
+        UserError: a list or mapping that cannot be read, or a key that any mapping has twice: only the last would count.
 
     Example:
         >>> from fedunlearn.config import Config
@@ -70,6 +70,7 @@ def texts_of(words: Iterable[str], schema: type[BaseModel]) -> dict[str, Any]:
     for word in words:
         name, text = name_of(word), unquoted(word.partition("=")[2])
         declared = known.get(name)
+        check_repeated(name, text, of_numbers=declared is not None and not has_text(declared))
         above = known.get(name.rpartition(".")[0])
         if declared is not None and has_text(declared):
             found[name] = text if declared.annotation is str else read_texts(name, text)
@@ -80,6 +81,23 @@ def texts_of(words: Iterable[str], schema: type[BaseModel]) -> dict[str, Any]:
                 f"{name}.{leaf}": value for leaf, value in _in_group(name, text).items() if _is(known, name, leaf)
             }
     return found
+
+
+class RepeatedError(UserError):
+    """A mapping has a key twice."""
+
+
+def check_repeated(name: str, text: str, *, of_numbers: bool) -> None:
+    """Raise RepeatedError where a mapping, or one inside, has a key twice; with `of_numbers` 6 and 06 are one key."""
+    try:
+        value = read_texts(name, text)
+    except RepeatedError:
+        raise
+    except UserError:  # whoever reads it in another way says what is wrong
+        return
+    keys = [int(key) if of_numbers and key.isdecimal() else key for key in value] if isinstance(value, dict) else []
+    if repeated := [key for place, key in enumerate(keys) if key in keys[:place]]:
+        raise RepeatedError(f"{name}={text} has {repeated[0]} twice")
 
 
 def _in_group(name: str, text: str) -> dict[str, Any]:
@@ -119,7 +137,7 @@ def read_texts(name: str, text: str) -> Any:
     Text that is neither list nor mapping is given back.
 
     Raises:
-        UserError: it does not end, or has something after its end.
+        UserError: it does not end, has something after its end, or a mapping has a key twice.
 
     Example:
         >>> read_texts("data.columns", "[1.10, true, 'a, b']"), read_texts("forget.keys", "{3: 695e0514}")
@@ -133,6 +151,8 @@ def read_texts(name: str, text: str) -> Any:
             return value
     except IndexError:
         pass
+    except RepeatedError as key:
+        raise RepeatedError(f"{name}={text} has {key} twice") from None
     raise UserError(f"{name}={text} cannot be read: a bracket or a quote is missing, or a comma")
 
 
@@ -167,6 +187,8 @@ def _read_mapping(text: str, at: int) -> tuple[dict[str, Any], int]:
         key, at = _read(text, at, ":}")
         if text[at] != ":":
             raise IndexError(at)
+        if key in found:
+            raise RepeatedError(key)
         found[key], at = _read(text, at + 1, ",}")
         at = _after_blanks(text, at)
         at += text[at] == ","
