@@ -58,7 +58,7 @@ def texts_of(words: Iterable[str], schema: type[BaseModel]) -> dict[str, Any]:
         Values by dotted name; the last of several counts.
 
     Raises:
-        UserError: a list or mapping that cannot be read, or a key that any mapping has twice: only the last would count.
+        UserError: a list or mapping that cannot be read, or a key that is twice in one: only the last would count.
 
     Example:
         >>> from fedunlearn.config import Config

@@ -22,6 +22,7 @@ from fedunlearn.federation.replies import Results
 from fedunlearn.federation.strategy import Strategy
 from fedunlearn.runs import checkpoint
 from fedunlearn.runs.files import sync
+from fedunlearn.runs.ledger import FORGOTTEN
 from fedunlearn.runs.run import Run, stored_config
 
 FOLDER, AFTER = "updates", "after-"
@@ -95,10 +96,11 @@ class FedEraser(Strategy):
         raise NotNowError(f"no update of a retain client is stored{why}")
 
     def after_request(self, run: Run) -> None:
-        """Delete the updates that were stored before the last request was applied, or in a round that was cut short."""
+        """Delete the updates of forgotten clients, of before the last request, and of a round that was cut short."""
         now, commit = place(run.folder, run.ledger.applied()), run.ledger.current()
+        forgotten = run.ledger.clients_in(FORGOTTEN)
         for round_, client in updates(now):
-            if commit is None or round_ > commit.round:
+            if client in forgotten or commit is None or round_ > commit.round:
                 stored(now, round_, client).unlink()
         for folder in (run.folder / FOLDER).glob(f"{AFTER}*"):
             if folder != now:

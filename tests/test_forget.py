@@ -206,7 +206,7 @@ def test_a_run_that_has_closed_its_ledger_is_waited_for_and_then_applied(finishe
     with lock(finished.folder()):
         asker = threading.Thread(target=command, args=("forget", "--client", "3"))
         asker.start()
-        while "is closing: waiting" not in capsys.readouterr().err:
+        while "takes no request: waiting" not in capsys.readouterr().err:
             assert asker.is_alive()
             time.sleep(0.05)
         assert live == []
@@ -347,6 +347,19 @@ def test_nobody_can_be_followed_where_nobody_holds_the_run(finished):
     assert not handle.is_taken()
     with pytest.raises(UserError, match="run test stopped before the request was applied"):
         handle.follow()
+
+
+def test_a_process_that_does_not_train_takes_no_request(finished, monkeypatch):
+    """A purge holds a run whose rounds are not over: it is waited for."""
+    monkeypatch.setattr(door, "CLOSING_SECONDS", 0.3)
+    run = open_run("test")
+    run.ledger.reopen()
+    handle = run.request([1])
+    with lock(finished.folder(), trains=True):
+        assert handle.is_taken()
+    with lock(finished.folder()), pytest.raises(TimeoutError, match="takes no more requests, but process"):
+        handle.is_taken()
+    assert not handle.is_taken()
 
 
 def test_a_request_to_a_live_run_waits_for_the_end_of_its_round(finished):

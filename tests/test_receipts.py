@@ -600,3 +600,18 @@ def test_who_asks_and_by_what_right_is_written_down_and_what_is_overdue_is_liste
     run.ledger.file([2], months=0)
     assert command("requests", "--run", "one", "--overdue") == 1
     assert "r3  RECEIVED" in capsys.readouterr().out
+    for state in (State.COLLECTING, State.APPLIED):  # in time, as far as anybody can say now
+        assert len(run.ledger.overdue()) == 1
+        run.ledger.advance(run.ledger.request("r3"), state)
+    assert run.ledger.overdue() == []
+
+
+def test_a_portion_took_part_in_the_rounds_of_its_client_before_the_request(federate):
+    federate("rounds=2")
+    assert (
+        command("forget", "--run", "test", "--client", "1", "--class", "2", "strategy=leave", "--engine", "local") == 0
+    )
+    federate("rounds=3")
+    run = federate.run()
+    (request,) = run.ledger.requests()
+    assert receipts._rounds(run, request) == 2

@@ -249,6 +249,14 @@ def test_a_failed_request_names_a_later_one_of_its_clients():
     again = Request("r2", [3, 4], State.RECEIVED, "", {})
     first, _ = verdicts([failed, again], [], label="ssd")
     assert first.text.endswith("Request r2, which came later, covers it too.")
+    first, _ = verdicts([failed, replace(again, state=State.CANCELLED)], [], label="ssd")
+    assert "covers it" not in first.text
+
+
+def test_a_request_of_another_strategy_is_called_by_that_ones_name():
+    own = Request("r1", [3], State.COLLECTING, "", {"how": {"strategy": "negate"}})
+    (said,) = verdicts([own], [], label="ssd")
+    assert "at work, by negate." in said.text
 
 
 def test_without_a_request_the_verdict_is_of_the_test_images():

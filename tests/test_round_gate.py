@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedunlearn.errors import UserError
+from fedunlearn.errors import NotNowError, UserError
 from fedunlearn.federation import messages, tasks
 from fedunlearn.federation.handle import ForgetSet
 from fedunlearn.federation.replies import Results
@@ -98,6 +98,29 @@ def test_a_large_update_may_do_less_harm_than_others(values, outsized, dropped):
     assert [min(one.counts) for one in out] == dropped
     assert sorted(kept.counts) == [client for client in range(4) if client not in dropped]
     assert float(kept.mean()["w"]) == pytest.approx(sum(values[c] for c in kept.counts) / len(kept.counts))
+
+
+def test_whoever_is_silent_when_all_are_asked_again_is_out_and_where_all_are_nothing_is_taken():
+    replies = parts(1, 1, 1, 1e6)
+    for client, one in enumerate(replies):
+        one.counts = {client: Counts(1)}
+
+    def answer(number):
+        def asked(on_reply=lambda one: None):
+            total = Results()
+            for one in replies[:number]:
+                on_reply(one)
+                total.include(one)
+            return total
+
+        return asked
+
+    gate = RoundGate(Four(), lambda update: loss(update or {"w": torch.tensor(1.0)}), classes=10, band=1.3)
+    kept, out = gate.passed(answer(4)(), 1, answer(3))  # the liar says nothing more
+    assert [min(one.counts) for one in out] == [3]
+    assert sorted(kept.counts) == [0, 1, 2]
+    with pytest.raises(NotNowError, match="nobody answered"):
+        gate.passed(answer(4)(), 1, answer(0))
 
 
 def lying(federate, lie, words="", nodes=4, round_=2):

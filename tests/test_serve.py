@@ -20,7 +20,7 @@ from command_line import command
 from conftest import rewrite
 from fedunlearn.apps.serve import class_map
 from fedunlearn.apps.serve.charts import chart
-from fedunlearn.apps.serve.guard import is_loopback
+from fedunlearn.apps.serve.guard import is_loopback, names_of
 from fedunlearn.apps.serve.server import listening, made
 from fedunlearn.build import open_dataset
 from fedunlearn.runs import keys, signed
@@ -91,7 +91,7 @@ def finished(federate, page):
 def held(federate):
     """Hold the run as a process does that trains it."""
     folder = federate.folder()
-    with lock(folder):
+    with lock(folder, trains=True):
         ledger = Ledger(folder / "ledger.sqlite")
         ledger.reopen()
         ledger.close()
@@ -464,6 +464,7 @@ def test_beyond_this_machine_nobody_gets_in_without_the_token(finished, home):
 )  # fmt: skip
 def test_only_loopback_needs_no_token(host, loopback):
     assert is_loopback(host) is loopback
+    assert host in names_of(host)
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_a_fault_of_the_page_is_a_page_without_its_inside(page, monkeypatch):  #
 def test_a_run_of_any_name_is_found_from_the_list_and_after_a_form(finished, page, name):  # noqa: F811
     shutil.copytree(finished.folder(), finished.folder(name))
     assert page.get(f"/runs/{name.replace('%', '%25').replace('?', '%3F').replace('#', '%23')}").status_code == 200
-    with lock(finished.folder(name)):
+    with lock(finished.folder(name), trains=True):
         ledger = finished.run(name).ledger
         ledger.reopen()
         ledger.close()
@@ -162,6 +162,8 @@ def test_a_double_click_starts_one_command_and_no_other_beside_it(home):
     assert second is not first
     second.process.kill()
     second.process.wait()
+    second.log.unlink()  # somebody has emptied logs/
+    assert second.lines() == []
 
 
 def test_a_port_that_there_is_not_is_not_taken_for_another(home):

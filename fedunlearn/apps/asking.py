@@ -137,7 +137,9 @@ def see_to(found: Run, handle: RequestHandle, resources: Resources, *, wait: boo
         log.info("waiting until run %s has applied the request, for %g s at most (--wait-limit)", found.name, limit)
         handle.follow(lambda request: log.info("request %s: %s", request.id, request.state), limit=limit)
 
-    closing = f"run {found.name} is closing: waiting until it lets go, for {CLOSING_SECONDS} s at most"
+    closing = (
+        f"run {found.name} is held by a process that takes no request: waiting for it, {CLOSING_SECONDS} s at most"
+    )
     if not handle.is_open:
         after_a_crash(found)
     elif handle.is_taken(on_wait=lambda: log.info(closing)):

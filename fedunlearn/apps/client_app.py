@@ -4,7 +4,6 @@ A node keeps nothing between messages but caches by content. Every message says 
 """
 
 import os
-import resource
 import socket
 import time
 import zlib
@@ -25,6 +24,7 @@ from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.federation.tasks import tasks_of
 from fedunlearn.federation.withdrawals import carried
+from fedunlearn.malloc import peak_mebibytes
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.nn.rng import drawing_from
 
@@ -42,7 +42,7 @@ def measured(message: Message, context: Context, call_next: Callable[[Message, C
             "worker": zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()),
             "seconds": time.perf_counter() - started,
             "work": working() - begun,
-            "mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "mebibytes": peak_mebibytes(),
         }
     )
     return reply

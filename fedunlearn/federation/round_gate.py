@@ -6,7 +6,7 @@ from dataclasses import replace
 from logging import getLogger
 from typing import NamedTuple
 
-from fedunlearn.errors import DestroyedError
+from fedunlearn.errors import DestroyedError, NotNowError
 from fedunlearn.federation.messages import Tensors
 from fedunlearn.federation.nodes import Nodes
 from fedunlearn.federation.replies import MOST, Results
@@ -60,6 +60,7 @@ class RoundGate:
 
         Raises:
             DestroyedError: whoever is left out, the model would be of no use.
+            NotNowError: nobody replies once more.
         """
         if not self._band:
             return results, []
@@ -77,6 +78,8 @@ class RoundGate:
             log.warning("round %d: its update would harm the model; asking again: whose reply does that?", round_)
             replies: list[Results] = []
             results.charge(ask_again(replies.append))
+            if not replies:
+                raise NotNowError("nobody answered when all were asked again, whose update would harm the model")
             found = without_destroyers(replies, self._nodes.mean, self._loss, usual, among=results.outsized)
             if found is None and reached > most:
                 found = without_destroyers(replies, self._nodes.mean, self._loss, most)
@@ -86,7 +89,10 @@ class RoundGate:
             if reached > most:
                 log.warning("round %d: its held-out loss is high, and nobody in particular is to blame", round_)
             return results, []
-        return self._without(found, round_, results), found.dropped
+        kept = self._without(found, round_, results)
+        again = {client for one in replies for client in one.counts}
+        silent = {client: counts for client, counts in results.counts.items() if client not in again}
+        return kept, [*found.dropped, *([Results(counts=silent)] if silent else [])]
 
     def _without(self, found: Found, round_: int, asked: Results) -> Results:
         """Name whose replies are left out, and give the results of the others, at the cost of all that was asked."""

@@ -1,7 +1,6 @@
 """Federated averaging in Flower's loop, which is resumed where it was stopped."""
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedunlearn.build import is_evaluated
 from fedunlearn.config import Config
-from fedunlearn.errors import DestroyedError, UserError
+from fedunlearn.errors import DestroyedError, NotNowError, UserError
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.handle import Federation
@@ -31,6 +30,7 @@ from fedunlearn.federation.server_data import ServerData
 from fedunlearn.federation.server_state import ServerState
 from fedunlearn.federation.strategy import Strategy, strategy_of
 from fedunlearn.log import ROUNDS
+from fedunlearn.malloc import peak_mebibytes
 from fedunlearn.runs.checkpoint import BESIDE
 from fedunlearn.runs.fingerprints import fingerprints_of, forgotten_for_good, keep_fingerprints, keep_keys
 from fedunlearn.runs.formats import progress
@@ -182,7 +182,10 @@ class Rounds(FlowerStrategy):
             replies = federation.grid.send_and_receive(sent, timeout=self._config.timeout)
             return federation.nodes.add_up(tasks.train, sent, replies, on_reply=on_reply)
 
-        kept, dropped = federation.round_gate.passed(results, round_, ask_again)
+        try:
+            kept, dropped = federation.round_gate.passed(results, round_, ask_again)
+        except NotNowError as error:
+            raise UserError(f"round {round_}: {error}") from error
         for one in dropped:
             self._strategy.after_refusal(self._run, round_, one)
         return kept
@@ -205,7 +208,7 @@ class Rounds(FlowerStrategy):
             predictions = federation.predictions()
             federation.state = server_state.remember(federation.state, predictions.class_probs)
             self._row |= self._scorer.of(retain, predictions) | {"evaluate": retain.cost}
-        self._row["server_mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self._row["server_mebibytes"] = peak_mebibytes()
         self._row["seconds"] = time.monotonic() - self._round_clock
         self._run.record("round", **self._row)
         self._commit()

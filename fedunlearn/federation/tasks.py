@@ -186,7 +186,8 @@ def of_these_images(sent: Sent) -> None:
 def of_some_images(sent: Sent) -> None:
     """Refuse class counts of more images than the client has."""
     for client, counts in sent.statistics.items():
-        if bool((counts < 0).any()) or int(counts.sum()) > sent.examples[client]:
+        examples = sent.examples[client]  # a sum alone could wrap around
+        if bool(((counts < 0) | (counts > examples)).any()) or int(counts.sum()) > examples:
             raise ValueError(f"it sent counts of more images than client {client} has")
 
 

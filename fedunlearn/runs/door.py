@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedunlearn.errors import UserError
 from fedunlearn.runs.ledger import OPEN, Ledger, Request, State
-from fedunlearn.runs.lock import holder, is_locked
+from fedunlearn.runs.lock import holder, holder_trains, is_locked
 
 POLL_SECONDS = 0.5
 CLOSING_SECONDS = 600
@@ -45,6 +45,8 @@ class RequestHandle:
     def is_taken(self, *, on_wait: Callable[[], None] = lambda: None) -> bool:
         """Say whether a process holds the run and will look at its ledger again; one that will not is waited for.
 
+        That is one that has trained all rounds, or that holds the run for something else, as a purge does.
+
         Args:
             on_wait: called once where the wait begins.
 
@@ -55,14 +57,14 @@ class RequestHandle:
         while is_locked(self.folder):
             with self.opened() as ledger:
                 current = ledger.current()
-            if current is None or not current.finished:
+            if holder_trains(self.folder) and (current is None or not current.finished):
                 return True
             if deadline is None:
                 on_wait()
                 deadline = time.monotonic() + CLOSING_SECONDS
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"run {self.folder.name} has trained all rounds, but process {holder(self.folder)} still holds it "
+                    f"run {self.folder.name} takes no more requests, but process {holder(self.folder)} still holds it "
                     f"after {CLOSING_SECONDS} s: end that process, and repeat this command"
                 )
             time.sleep(POLL_SECONDS)

@@ -251,6 +251,7 @@ def file_first(
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / "ledger.sqlite")
     try:
+        ledger.begin_anew()
         ledger.file(owners, selection=selection, all_clients=all_clients, first_portion=clients)
     finally:
         ledger.close()

@@ -286,8 +286,9 @@ class Ledger(EventLog[Standing]):
             raise UserError(f"request {earlier[0].id} is {earlier[0].state}: its settings stay as they are")
 
     def overdue(self) -> list[Request]:
-        """Give the open requests whose time is over."""
-        return [r for r in self.requests() if r.state in OPEN and r.detail["due_at"] < now()]
+        """Give the requests that are not applied yet, and whose time is over."""
+        waiting = (State.RECEIVED, State.COLLECTING)
+        return [r for r in self.requests() if r.state in waiting and r.detail["due_at"] < now()]
 
     def unmet(self) -> list[Request]:
         """Give the requests that failed, and whose clients no other request covers."""

@@ -6,6 +6,7 @@ The statement travels in a DSSE envelope (Dead Simple Signing Envelope, v1), in 
 import fcntl
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -187,11 +188,12 @@ def _events(run: Run, request: Request) -> tuple[list[Event], Head]:
 
 
 def _rounds(run: Run, request: Request) -> int | None:
-    """The rounds in which one of the clients was trained on, where the metrics say who was."""
-    rows = [row["clients"] for row in run.metrics() if row["kind"] == "round" and "clients" in row]
-    if not all(isinstance(clients, list) for clients in rows):
+    """The rounds before the request in which one of the clients was trained on, where the metrics say who was."""
+    last = request.detail.get("round", math.inf)
+    rounds = [row for row in run.metrics() if row["kind"] == "round" and "clients" in row and row["round"] <= last]
+    if not all(isinstance(row["clients"], list) for row in rounds):
         return None
-    return sum(bool(set(clients) & set(request.clients)) for clients in rows)
+    return sum(bool(set(row["clients"]) & set(request.owners)) for row in rounds)
 
 
 def _later(run: Run, request: Request) -> Later | None:

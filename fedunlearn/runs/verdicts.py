@@ -10,7 +10,7 @@ import numpy as np
 
 from fedunlearn.naming import named
 from fedunlearn.runs.formats import duration
-from fedunlearn.runs.ledger import FORGOTTEN, Request, State
+from fedunlearn.runs.ledger import FORGOTTEN, VOID, Request, State
 from fedunlearn.runs.uncertainty import Estimate, fraction, memorisation_gap
 
 WIDE = 0.1  # a gap that could hide behind the uncertainty and should not
@@ -81,14 +81,16 @@ def verdicts(
     Args:
         requests: of the ledger.
         rows: of `metrics.jsonl`.
-        label: what people call the strategy.
+        label: what people call the run's strategy. A request of another one has that one's name.
         class_counts: images of every client by class, [C, K], where an auditor knows them.
         names: of all clients by number, where they have names.
     """
     found: list[Verdict] = []
     for place, request in enumerate(requests):
-        covering = [r.id for r in requests[place + 1 :] if set(request.clients) <= set(r.clients)]
-        found.append(_verdict(request, moments(request, rows), label, class_counts, covering, names))
+        later = [r for r in requests[place + 1 :] if r.state not in VOID]
+        covering = [r.id for r in later if set(request.clients) <= set(r.clients)]
+        own = request.detail.get("how", {}).get("strategy", label)
+        found.append(_verdict(request, moments(request, rows), own, class_counts, covering, names))
     return found if requests else [*found, _without_request(rows)]
 
 

@@ -10,7 +10,7 @@ from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs.events import now
 from fedunlearn.runs.ledger import OPEN, due
-from fedunlearn.runs.lock import is_locked
+from fedunlearn.runs.lock import holder_trains, is_locked
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.signed import SignedRequest, action_of, read
 from fedunlearn.runs.timeline import readable
@@ -147,4 +147,5 @@ def whom(run: Run, clients: Sequence[int], selection: Selection | None) -> str:
 def is_taken(run: Run) -> bool:
     """Say whether a process holds the run and will look at its ledger again."""
     current = run.ledger.current()
-    return is_locked(run.folder, patience=0) and (current is None or not current.finished)
+    serves = current is None or not current.finished
+    return serves and is_locked(run.folder, patience=0) and holder_trains(run.folder)

@@ -44,7 +44,8 @@ def is_loopback(host: str) -> bool:
 
 def names_of(host: str) -> tuple[str, ...]:
     """Give the names by which a browser may call this machine when the page is at `host`."""
-    return LOOPBACK if is_loopback(host) else (*LOOPBACK, host, socket.gethostname(), socket.getfqdn())
+    own = () if is_loopback(host) else (socket.gethostname(), socket.getfqdn())
+    return (*LOOPBACK, host, *own)
 
 
 class Guard:

@@ -41,10 +41,13 @@ class Job:
         return self.process.poll()
 
     def lines(self) -> list[str]:
-        """Read the last lines that it wrote."""
-        with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - READ))
-            text = file.read().decode(errors="replace")
+        """Read the last lines that it wrote; none where its log is gone."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - READ))
+                text = file.read().decode(errors="replace")
+        except OSError:
+            return []
         return [printable(line) for line in text.splitlines()[-SHOWN:]]
 
 
