@@ -281,6 +281,8 @@ def test_an_archive_may_have_its_table_beside_the_one_folder_of_images(tree):
 def test_all_mistakes_of_a_table_are_in_one_list(tree):
     rows = ["a/no/0.png,x,train", "a/no/0.png,y,train", "a/no/99.png,x,train", "../other.png,x,train"]
     rows += ["a/no/1.png,,train", "a/no/2.png,x,validate", "clients.csv,x,train", "a/no/3.png,x,train,more"]
+    rows += ["loose.png,x,train"]
+    picture(tree / "loose.png", 7)
     with pytest.raises(UserError) as error:
         opened(tree, "file", file=table(tree, "\n".join(["path,client,split", *rows])))
     expected = {
@@ -291,6 +293,7 @@ def test_all_mistakes_of_a_table_are_in_one_list(tree):
         7: "split 'validate' is neither train nor test",
         8: "clients.csv is no image",
         9: "it has more values than there are columns",
+        10: "loose.png has no class: give it one in the column class, or put it into a folder",
     }
     assert f"has {len(expected)} wrong lines" in str(error.value)
     assert all(f"line {number}: {text}" in str(error.value) for number, text in expected.items())
@@ -407,8 +410,24 @@ def test_taken_out_clients_stay_out_whatever_their_files_and_come_back_when_aske
     assert len(data.test.labels) == 4
     listed = (data.store / "files-to-delete.txt").read_text().splitlines()
     assert listed == [str(tree / "b" / name / f"{i}.png") for name in ("no", "yes") for i in range(6)]
+    source.take_out(["c"])
     source_of("folder", **place(tree), limit=0, test_limit=0).take_back(["b"])
-    assert [len(own) for own in opened(tree).slices] == [10, 11, 10]
+    assert [len(own) for own in opened(tree).slices] == [10, 11, 0]
+    listed = (data.store / "files-to-delete.txt").read_text().splitlines()
+    assert {Path(file).parent.parent.name for file in listed} == {"c"}  # those of b are needed again
+
+
+def test_a_part_that_another_process_deletes_while_others_are_decoded_is_no_client_without_images(tree, monkeypatch):
+    source = source_of("folder", **place(tree), limit=0, test_limit=0)
+    write = type(source)._write
+
+    def written(self, missing):
+        write(self, missing)
+        shutil.rmtree(self.folder("b", self._wanted()["b"]))
+
+    monkeypatch.setattr(type(source), "_write", written)
+    with pytest.raises(UserError, match="lost the decoded images of client b to another process"):
+        source.open()
 
 
 def test_a_class_that_one_client_alone_had_keeps_its_place_when_the_client_is_gone(tree):

@@ -377,6 +377,8 @@ def _mistake(root: Path, path: str, row: Mapping[str, str], known: Iterable[str]
         return f"{row['path']} {there if not path.startswith('..') else 'is outside of data.root'}"
     if split not in ("train", "test"):
         return f"split {row['split']!r} is neither train nor test"
+    if not row.get("class") and not PurePosixPath(path).parent.name:
+        return f"{row['path']} has no class: give it one in the column class, or put it into a folder"
     if not row["client"] and split == "train":
         return f"{row['path']} has no client"
     return ""

@@ -29,6 +29,7 @@ from fedunlearn.data.store import (
     mapped,
     new_folder,
     undamaged,
+    unlist_removed,
 )
 from fedunlearn.errors import UserError, printable
 
@@ -266,6 +267,9 @@ class OwnedSource:
         missing = {name: images for name, images in self._wanted().items() if not self.folder(name, images).is_dir()}
         if missing:
             self._write(missing)
+        if gone := [name for name, images in self._wanted().items() if not self.folder(name, images).is_dir()]:
+            who = f"client {printable(gone[0])}" if gone[0] else "nobody"
+            raise UserError(f"{self.store} lost the decoded images of {who} to another process: repeat the command")
         found = self.opened()
         if not self.classes and not len(found.test.labels):
             raise UserError(
@@ -330,6 +334,7 @@ class OwnedSource:
             if not self.has_files(name):
                 raise UserError(f"readmit: the files with the images of client {name} were deleted")
             del removed[name]
+            unlist_removed(self.store, [str(self.root / image.file) for image in self.owned.images[name]])
         _write_json(self.store / REMOVED, removed)
 
     def delete_all_but(self, keys: Collection[str], *, of: Collection[str] | None = None) -> list[str]:

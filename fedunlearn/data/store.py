@@ -16,7 +16,7 @@ import numpy as np
 
 from fedunlearn.data.images import image_paths
 from fedunlearn.data.selection import image_name
-from fedunlearn.data.unpacked import at_source, is_at_source, note_unneeded
+from fedunlearn.data.unpacked import at_source, is_at_source, note_needed, note_unneeded
 from fedunlearn.errors import UserError
 
 REMOVED_FILES = "files-to-delete.txt"
@@ -289,11 +289,23 @@ def list_removed(store: Path, files: Sequence[str]) -> None:
     add_to_list(store / REMOVED_FILES, map(at_source, files))
 
 
-def add_to_list(listed: Path, files: Iterable[str]) -> None:
-    """Add files to a list of files, one a line, and drop those that are gone; odd names are there in JSON's quotes."""
+def unlist_removed(store: Path, files: Sequence[str]) -> None:
+    """Take files of the source off the lists of those that a decoded copy has no need of: it needs them again."""
+    note_needed(store, files)
+    add_to_list(store / REMOVED_FILES, [], without={*map(at_source, files)})
+
+
+def add_to_list(listed: Path, files: Iterable[str], *, without: Collection[str] = ()) -> None:
+    """Add files to a list of files, one a line, and drop those that are gone; odd names are there in JSON's quotes.
+
+    Args:
+        listed: the list.
+        files: to be added.
+        without: files that are dropped, there or not.
+    """
     lines = os.fsdecode(listed.read_bytes()).split("\n") if listed.exists() else []
     earlier = [json.loads(line) if line.startswith('"') else line for line in lines if line]
-    left = [file for file in dict.fromkeys([*earlier, *files]) if is_at_source(file)]
+    left = [file for file in dict.fromkeys([*earlier, *files]) if file not in without and is_at_source(file)]
     text = "".join(f"{file if file.isprintable() else json.dumps(file)}\n" for file in left)
     listed.write_bytes(os.fsencode(text))
 

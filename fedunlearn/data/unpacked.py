@@ -47,6 +47,14 @@ def note_unneeded(store: Path, files: Iterable[str]) -> None:
         _write(folder, about)
 
 
+def note_needed(store: Path, files: Iterable[str]) -> None:
+    """Take back for some files what `note_unneeded` has written down."""
+    for folder, names in _by_folder(map(Path, files)):
+        about = _about(folder)
+        about["unneeded"][store.name] = sorted({*about["unneeded"].get(store.name, ())} - {*names})
+        _write(folder, about)
+
+
 def delete_unneeded(folder: Path, stores: Collection[Path]) -> int:
     """Delete the files of an unpacked archive that none of some decoded copies needs; gives how many were there."""
     about = _about(folder)
