@@ -6,7 +6,7 @@ Nothing here imports torch, Flower or Ray before a command needs it.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from logging import getLogger
 from pathlib import Path
@@ -132,8 +132,8 @@ def run(
     config = compose(app_folder(app) / "conf", words or [])
     if not config.run:
         config = config.model_copy(update={"run": new_name(config.data.name)})
-    resources = Resources(engine, min(nodes, config.clients), cpus, gpus, workers)
-    resources.check()
+    typed = Resources(engine, nodes, cpus, gpus, workers)
+    typed.check()
     from fedunlearn.apps.server_app import asked_for, prepared, train
     from fedunlearn.build import open_dataset
     from fedunlearn.federation.server_data import check_own_code
@@ -144,11 +144,11 @@ def run(
     log.info("run %s: starting %s", config.run, "Flower and Ray" if engine == "ray" else "in this process")
     folder = runs_folder(state_home(config.home)) / config.run
     named = [word for word in words or [] if setting_of(word) != "run"]
-    command = as_command("run", app, *named, f"run={config.run}")
+    command = as_command("run", app, *named, f"run={config.run}", *typed.options(usual=False))
     simulate(
         lambda grid: train(grid, config, words or []),
-        resources,
-        way_on=lambda: f"`{command}` goes on after round {last_round(folder)} of {config.rounds}",
+        replace(typed, nodes=min(nodes, complete.clients)),
+        way_on=lambda: f"`{command}` goes on after round {last_round(folder)} of {complete.rounds}",
         verbose=verbose,
     )
     with opened(config.run, config.home) as found:

@@ -53,11 +53,12 @@ def demonstrate(name: str, home: str = "") -> Path:
     with retraining(f"{name}-retrained", config.home) as other:
         failed: list[Request] = []
         folder = runs_folder(state_home(config.home)) / name
+        command = as_command("run", APP, *WORDS, *own, "--engine=local")
         with rounds_in_one_line():
             simulate(
                 lambda grid: failed.extend(train(grid, config, [*WORDS, *own])),
                 Resources("local", config.clients),
-                way_on=lambda: f"{as_command('run', APP, *WORDS, *own)} goes on after round {last_round(folder)}",
+                way_on=lambda: f"{command} goes on after round {last_round(folder)}",
             )
         if failed:
             raise UserError(f"request {failed[0].id} is {failed[0].state}: {failed[0].detail.get('reason', '')}")

@@ -1,7 +1,7 @@
 """What a simulation runs on. Nothing here imports Flower or Ray."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fedunlearn.errors import UserError
 
@@ -23,6 +23,21 @@ class Resources:
     cpus: int = 1
     gpus: float = 0.0
     workers: int = 0
+
+    def options(self, *names: str, usual: bool = True) -> list[str]:
+        """Write them as options of a command.
+
+        Args:
+            names: which; all by default.
+            usual: whether also those that are at their defaults.
+
+        Example:
+            >>> Resources(nodes=4).options("engine", "nodes"), Resources(nodes=4).options(usual=False)
+            (['--engine=ray', '--nodes=4'], ['--nodes=4'])
+        """
+        own, defaults = asdict(self), asdict(Resources())
+        chosen = [name for name in names or own if usual or own[name] != defaults[name]]
+        return [f"--{name}={own[name]}" for name in chosen]
 
     def check(self) -> None:
         """Raise UserError for what no simulation can have."""

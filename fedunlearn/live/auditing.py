@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedunlearn.config import Config
 from fedunlearn.errors import UserError
 from fedunlearn.live.background import Background, Lines, followed, screen
-from fedunlearn.live.base import BUSY, Handle, RunState, options_of
+from fedunlearn.live.base import BUSY, Handle, RunState
 from fedunlearn.live.cards import card
 from fedunlearn.live.frames import frame, scores_of
 from fedunlearn.live.words import words_of
@@ -146,7 +146,7 @@ def train(handle: Handle, plan: Config, title: str) -> None:
     if handle.state not in BUSY:
         app = "digits" if plan.scale == "auto" else "cifar10"  # all settings are named: an app says which scales it has
         words = words_of(by_names(settings_of(plan)) | {"run": handle.name, "home": handle.home})
-        process = Background.started(["run", app, *words, *options_of(handle.resources)], handle.log)
+        process = Background.started(["run", app, *words, *handle.resources.options()], handle.log)
     followed(
         lambda: process.is_working if process else handle.state in BUSY,
         Lines(handle.log, process.begins if process else 0, title),

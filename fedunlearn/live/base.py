@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,8 +105,3 @@ class Handle:
         if self._process and not self._process.is_working:
             return self._process.reason()
         return "" if self._process else last_words(self.log)
-
-
-def options_of(resources: Resources, *names: str) -> list[str]:
-    """Write resources as options of a command, all of them by default."""
-    return [f"--{name}={value}" for name, value in asdict(resources).items() if not names or name in names]

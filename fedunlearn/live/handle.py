@@ -13,7 +13,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.live import frames
 from fedunlearn.live.auditing import Audit, audit
 from fedunlearn.live.background import POLL_SECONDS, Background, Lines, end_run, followed
-from fedunlearn.live.base import BUSY, Handle, RunState, options_of
+from fedunlearn.live.base import BUSY, Handle, RunState
 from fedunlearn.live.cards import Page, card, shown
 from fedunlearn.live.words import options_for, words_of
 from fedunlearn.naming import listed
@@ -213,7 +213,9 @@ class LiveRun(Handle):
             options = {"examples": str(file), "by": by, "right": right, "key": str(key)}
             about |= {name: value for name, value in options.items() if value}
             words = [*options_for(about), *words_of(settings)]
-            requests = self._command(["forget", *words, "--wait", "--json"], deadline=deadline, quiet=quiet)
+            requests = self._command(
+                ["forget", *words, "--wait", "--wait-limit=inf", "--json"], deadline=deadline, quiet=quiet
+            )
         return Receipt(self._receipt_of(requests[-1]["id"], deadline))
 
     def request(self, clients: int | str | Sequence[int | str], *, by: str = "", right: str = "") -> "RequestHandle":
@@ -279,7 +281,7 @@ class LiveRun(Handle):
 
     def _command(self, words: list[str], *, deadline: float | None, quiet: bool) -> Any:
         """Run a command about this run, show what it says, and give the JSON that it prints."""
-        about = [f"--run={self.name}", f"--home={self.home}", *options_of(self.resources, "engine", "nodes", "gpus")]
+        about = [f"--run={self.name}", f"--home={self.home}", *self.resources.options("engine", "nodes", "gpus")]
         with tempfile.TemporaryFile() as output:
             log = log_of(self.home, f"{self.name}-{words[0]}")
             process = Background.started([*words, *about], log, output=output.fileno())

@@ -8,7 +8,6 @@ from fedunlearn.apps.resources import Resources
 from fedunlearn.config import Config, state_home
 from fedunlearn.errors import UserError
 from fedunlearn.live.background import Background
-from fedunlearn.live.base import options_of
 from fedunlearn.live.handle import LiveRun
 from fedunlearn.live.words import words_of
 from fedunlearn.runs.home import find_run, log_of, new_name, runs_folder
@@ -60,7 +59,7 @@ def run(
         here = repr(name) if home == state_home() else f"{name!r}, home={str(home)!r}"
         raise UserError(f"run {name} is live: fedunlearn.open_run({here}) is a handle on it")
     own = [f"run={name}", f"home={home}"]
-    process = Background.started(["run", str(app), *words, *own, *options_of(resources)], log)
+    process = Background.started(["run", str(app), *words, *own, *resources.options()], log)
     return LiveRun(name, home, replace(resources, nodes=min(nodes, config.clients)), process)
 
 

@@ -9,7 +9,7 @@ if [ -z "${NODE_CONFIG:-}" ]; then
     fedunlearn deploy check "$DEPLOYMENT" --client "$client" --images "$folder" || exit 1
     printf 'client = %s\ndata-root = %s\n' "$(quoted "$client")" "$(quoted "$folder")" > "$FLWR_HOME/node.toml"
 fi
-trap 'ended=1; [ -z "$node" ] || kill -- "-$node" 2>/dev/null || true' INT TERM
+trap 'ended=1; [ -z "$node" ] || kill -- "-$node" 2>/dev/null || true' HUP INT TERM
 while [ -z "$ended" ]; do
     setsid flower-supernode --superlink "$SUPERLINK" \
         --root-certificates "$DEPLOYMENT/certificates/ca.crt" \
