@@ -188,6 +188,8 @@ def test_a_model_that_is_not_finite_is_never_taken_whoever_asks_for_it(trained, 
 def test_a_person_can_take_the_model_all_the_same_and_the_receipt_says_who(trained, capsys):
     with pytest.raises(UserError, match="request r1 is QUARANTINED"):
         trained(f"{ASKS} {DESTRUCTIVE['ascent']}")
+    trained.run().ledger.accept("r1", "Dr. Who")  # and then a signal ended the command
+    assert command("forget", "--accept", "r1", "--by", "Somebody else", "--run", "test", "--engine", "local") == 2
     assert command("forget", "--accept", "r1", "--by", "Dr. Who", "--run", "test", "--engine", "local") == 0
     (request,) = trained.requests()
     assert request.state == State.COMPLETED

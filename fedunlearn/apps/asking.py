@@ -9,7 +9,7 @@ from fedunlearn.apps.simulate import Resources, simulate
 from fedunlearn.data.selection import Selection
 from fedunlearn.runs.door import CLOSING_SECONDS, RequestHandle
 from fedunlearn.runs.home import check_data, tidy
-from fedunlearn.runs.ledger import Request
+from fedunlearn.runs.ledger import OPEN, Request
 from fedunlearn.runs.lock import LockedError, lock
 from fedunlearn.runs.run import Run, last_round
 from fedunlearn.runs.signed import SignedRequest
@@ -109,6 +109,8 @@ def ask(
 def accept(found: Run, request_id: str, by: str, resources: Resources, *, limit: float, verbose: bool) -> Request:
     """Have a request applied once more, and its model taken although the gate has refused it.
 
+    Where the same person has accepted it already and it is still open, as after a signal, the request goes on.
+
     Args:
         by: who answers for that; the receipt says it.
 
@@ -116,10 +118,13 @@ def accept(found: Run, request_id: str, by: str, resources: Resources, *, limit:
         UserError: there is no such request, or it is not one that the gate has set aside.
         TimeoutError: as for `ask`.
     """
-    check_strategy(found, found.ledger.request(request_id).detail.get("how", {}))
+    request = found.ledger.request(request_id)
+    check_strategy(found, request.detail.get("how", {}))
     if not found.is_live():
         check_servable(found)
-    handle = found.handle([found.ledger.accept(request_id, by).id])
+    if request.state not in OPEN or request.detail.get("accepted_by") != by:
+        found.ledger.accept(request_id, by)
+    handle = found.handle([request_id])
     with stopped_by_signals(filed):
         see_to(found, handle, resources, wait=True, limit=limit, verbose=verbose)
     return found.ledger.request(request_id)
