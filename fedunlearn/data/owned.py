@@ -28,6 +28,7 @@ from fedunlearn.data.store import (
     list_removed,
     mapped,
     new_folder,
+    remove_folder,
     undamaged,
     unlist_removed,
 )
@@ -344,8 +345,6 @@ class OwnedSource:
             keys: names of the folders of parts.
             of: delete parts of these clients alone.
         """
-        import shutil
-
         deleted = []
         for file in sorted(self.store.glob("*/meta.json")):
             if file.parent.name in keys:
@@ -353,7 +352,7 @@ class OwnedSource:
             with undamaged(file):
                 client = json.loads(file.read_text())["client"]
             if of is None or client in of:
-                shutil.rmtree(file.parent)
+                remove_folder(file.parent)
                 deleted.append(file.parent.name)
         return deleted
 

@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from fedunlearn.data.images import image_paths
 from fedunlearn.data.selection import image_name
@@ -22,6 +25,8 @@ from fedunlearn.errors import UserError
 REMOVED_FILES = "files-to-delete.txt"
 """In a store: files of the source that nobody needs any more, one a line."""
 
+UNFINISHED, GONE = ".new-", ".gone-"
+"""How names of folders begin that are being written, or deleted."""
 REQUIRED = ("class_names", "fingerprint")
 """What every store says of itself."""
 
@@ -239,6 +244,13 @@ class Dataset:
         new = self.store / "meta.json.new"
         new.write_text(json.dumps(self._meta | meta))
         os.replace(new, self.store / "meta.json")
+        self._delete_all_but(name)
+
+    def tidy(self) -> None:
+        """Delete what a crash left of training images that were written anew, the old ones or the new ones."""
+        self._delete_all_but(self._train)
+
+    def _delete_all_but(self, name: str) -> None:
         for file in self.store.glob("train*"):
             if not file.name.startswith(f"{name}_"):
                 file.unlink()
@@ -441,7 +453,7 @@ def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
 def new_folder(target: Path) -> Iterator[Path]:
     """Fill a temporary folder that becomes `target` in one step; a process that comes second drops its own."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-"))
     try:
         yield folder
         try:
@@ -451,6 +463,29 @@ def new_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a decoded copy or a part of one; what a crash leaves of it `sweep` finds."""
+    gone = folder.rename(folder.with_name(f"{GONE}{folder.name}-{os.getpid()}"))
+    shutil.rmtree(gone)
+
+
+def sweep(data: Path) -> list[str]:
+    """Delete what a crash left of decoded copies that were being written or deleted; gives the names.
+
+    Args:
+        data: the folder of all copies. A copy whose parts are clients has such folders too.
+    """
+    here = re.compile(rf"{re.escape(f'{UNFINISHED}{socket.gethostname()}')}-(\d+)-[^-]*")
+    left = [*data.glob(f"{GONE}*"), *data.glob(f"*/{GONE}*")]
+    for folder in [*data.glob(f"{UNFINISHED}*"), *data.glob(f"*/{UNFINISHED}*")]:
+        writer = here.fullmatch(folder.name)
+        if folder.is_dir() and writer and not psutil.pid_exists(int(writer[1])):
+            left.append(folder)
+    for folder in left:
+        shutil.rmtree(folder)
+    return [folder.name for folder in left]
 
 
 def folder_key(source: Path, image_size: int, listing: Iterable[tuple | str]) -> str:

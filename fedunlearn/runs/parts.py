@@ -1,13 +1,12 @@
 """Removes clients' parts of decoded copies whose owners are known, where no run of the state folder needs them."""
 
 import json
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from logging import getLogger
 from pathlib import Path
 
 from fedunlearn.data.owned import MARKER, SPLITS, OwnedSource
-from fedunlearn.data.store import REMOVED_FILES, undamaged
+from fedunlearn.data.store import REMOVED_FILES, remove_folder, undamaged
 from fedunlearn.runs.run import Run
 
 log = getLogger("fedunlearn")
@@ -70,7 +69,7 @@ def delete_stale(data: Path, stores: Collection[Path], sources: Iterable[object]
         with undamaged(marker):
             root = Path(json.loads(marker.read_text())["source"]).resolve()
         if store not in stores and root.exists():  # else its run may come back
-            shutil.rmtree(store)
+            remove_folder(store)
             deleted.append(store.name)
             continue
         roots.add(root)

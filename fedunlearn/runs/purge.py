@@ -18,7 +18,7 @@ from fedunlearn.data import unpacked
 from fedunlearn.data.folders import KINDS
 from fedunlearn.data.owned import OwnedSource
 from fedunlearn.data.search import Found, Wanted
-from fedunlearn.data.store import Dataset, about
+from fedunlearn.data.store import Dataset, about, remove_folder, sweep
 from fedunlearn.errors import UserError
 from fedunlearn.runs import checkpoint, parts, scan
 from fedunlearn.runs.files import write_atomically
@@ -275,6 +275,7 @@ def _take_out(run: Run, clients: Collection[int]) -> tuple[int, list[str]]:
         return 0, studies
     if isinstance(source, OwnedSource):
         return parts.take_out(source, run, clients, _sharing(store, run))
+    dataset.tidy()
     users, own = _users(store, run, clients), _own(store, run, clients)
     unneeded = _unneeded(dataset, users)
     needed_by = [f"run {user.name}" for user in users if len(np.intersect1d(user.needed, own))]
@@ -314,7 +315,7 @@ def _delete_stale(home: Path) -> list[str]:
     stores = {store for store in map(_store_of, _opened_runs(home)) if store}
     studied = {fingerprint for _, fingerprint in _studies(home)}
     is_archive_needed = any(map(_has_archive_alone, _opened_runs(home)))
-    sources, deleted = set(), []
+    sources, deleted = set(), sweep(data)
     for store, meta in _copies(data):
         if meta is None:
             is_archive_needed = True
@@ -326,7 +327,7 @@ def _delete_stale(home: Path) -> list[str]:
         if is_used or not is_there or (is_unpacked and is_archive_needed):
             sources |= {source, *source.parents}
         else:
-            shutil.rmtree(store)
+            remove_folder(store)
             deleted.append(store.name)
     if not studied:
         roots = parts.delete_stale(data, stores, (source_of(r.config_here()) for r in _with_parts(home)), deleted)
