@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 
 from fedunlearn.data import store
-from fedunlearn.data.store import GONE, UNFINISHED, new_folder, remove_folder, sweep
+from fedunlearn.data.store import GONE, UNFINISHED, new_folder, remove_folder, remove_leftovers
 
 
-def test_folders_of_processes_that_are_gone_are_swept_and_no_others(tmp_path):
+def test_folders_of_processes_that_are_gone_are_removed_and_no_others(tmp_path):
     here = f"{UNFINISHED}{socket.gethostname()}"
     gone = [f"{here}-{2**22 + 7}-x_1", f"{GONE}folder-ab-7"]  # no system gives so large a number
     kept = [f"{here}-{os.getpid()}-x_1", f"{UNFINISHED}another-machine-7-x_1", "folder-ab"]
     for place in (tmp_path, tmp_path / "folder-ab"):
         for name in [*gone, *kept]:
             (place / name).mkdir(parents=True, exist_ok=True)
-    assert sorted(sweep(tmp_path)) == sorted(2 * gone)
+    assert sorted(remove_leftovers(tmp_path)) == sorted(2 * gone)
     for place in (tmp_path, tmp_path / "folder-ab"):
         assert {folder.name for folder in place.iterdir()} == {*kept}
 
 
-def test_a_copy_whose_deletion_is_cut_short_is_swept(tmp_path, monkeypatch):
+def test_a_copy_whose_deletion_is_cut_short_is_found(tmp_path, monkeypatch):
     with new_folder(tmp_path / "folder-ab") as folder:
         np.save(folder / "train_images.npy", np.zeros(3))
     with monkeypatch.context() as patch:
@@ -30,5 +30,5 @@ def test_a_copy_whose_deletion_is_cut_short_is_swept(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             remove_folder(tmp_path / "folder-ab")
     assert not (tmp_path / "folder-ab").exists()
-    assert len(sweep(tmp_path)) == 1
+    assert len(remove_leftovers(tmp_path)) == 1
     assert list(tmp_path.iterdir()) == []

@@ -466,12 +466,12 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a decoded copy or a part of one; what a crash leaves of it `sweep` finds."""
+    """Delete a decoded copy or a part of one; what a crash leaves of it `remove_leftovers` finds."""
     gone = folder.rename(folder.with_name(f"{GONE}{folder.name}-{os.getpid()}"))
     shutil.rmtree(gone)
 
 
-def sweep(data: Path) -> list[str]:
+def remove_leftovers(data: Path) -> list[str]:
     """Delete what a crash left of decoded copies that were being written or deleted; gives the names.
 
     Args:

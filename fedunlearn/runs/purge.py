@@ -18,7 +18,7 @@ from fedunlearn.data import unpacked
 from fedunlearn.data.folders import KINDS
 from fedunlearn.data.owned import OwnedSource
 from fedunlearn.data.search import Found, Wanted
-from fedunlearn.data.store import Dataset, about, remove_folder, sweep
+from fedunlearn.data.store import Dataset, about, remove_folder, remove_leftovers
 from fedunlearn.errors import UserError
 from fedunlearn.runs import checkpoint, parts, scan
 from fedunlearn.runs.files import write_atomically
@@ -315,7 +315,7 @@ def _delete_stale(home: Path) -> list[str]:
     stores = {store for store in map(_store_of, _opened_runs(home)) if store}
     studied = {fingerprint for _, fingerprint in _studies(home)}
     is_archive_needed = any(map(_has_archive_alone, _opened_runs(home)))
-    sources, deleted = set(), sweep(data)
+    sources, deleted = set(), remove_leftovers(data)
     for store, meta in _copies(data):
         if meta is None:
             is_archive_needed = True
