@@ -59,7 +59,12 @@ def test_by_hand_the_weights_that_changed_most_by_their_layers_measure_are_froze
     assert state.frozen["large"].tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize(("fraction", "frozen"), [(0, 0), (0.5, 0), (1, 4)])
+def test_nothing_is_kept_where_nothing_freezes():
+    state = ServerState(1, {"w": torch.ones(4)})
+    assert server_state.freeze(state, {"w": torch.zeros(4)}, 0.0, ["w"]) is state
+
+
+@pytest.mark.parametrize(("fraction", "frozen"), [(0.5, 0), (1, 4)])
 def test_weights_that_tie_with_the_last_one_stay_free(fraction, frozen):
     state = ServerState(1, {"w": torch.ones(4)})
     state = server_state.freeze(state, {"w": torch.zeros(4)}, fraction, ["w"])
