@@ -23,7 +23,7 @@ from fedunlearn.federation.server_data import check_own_code, known_to_server
 from fedunlearn.federation.strategy import check_writable, completed
 from fedunlearn.log import set_up
 from fedunlearn.runs import purge, receipts, report
-from fedunlearn.runs.home import agreed, forked, locked_run, runs_folder
+from fedunlearn.runs.home import agreed, check_owners, forked, locked_run, runs_folder
 from fedunlearn.runs.ledger import Request
 from fedunlearn.runs.run import Run, open_ledger
 from fedunlearn.runs.statement import finite
@@ -148,6 +148,8 @@ def prepared(config: Config, asked: dict[str, Any]) -> Config:
         check_tracker(config)
     if is_new:
         check_writable(finite(config.unlearn))
+        if not config.fork:
+            check_owners(config)
     return config
 
 

@@ -312,8 +312,7 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
     values = config.model_dump(include={"data", "partition"})
     for client in sorted(set(range(config.clients)) - set(never)):
         who = name_of(client, config.partition.names)
-        own_keys = (keys.get(client, "") for keys in (config.forget.keys, config.partition.keys))
-        known = (data[str(client)], *own_keys, owner(values, client))
+        known = (data[str(client)], *_keys_of(config, client), owner(values, client))
         names = {*known} & banned.keys()
         if names and client not in config.readmit:
             refused[client] = banned[min(names)]
@@ -328,6 +327,24 @@ def readmitted_by(config: Config, data: Mapping[str, str], never: Collection[int
     if refused:
         raise UserError(_way_in(config, refused))
     return found
+
+
+def check_owners(config: Config) -> None:
+    """Raise UserError where a new run names clients that another has forgotten: then none of their images is read.
+
+    Names and keys tell that. Whether a client's images are those of a forgotten one, `readmitted_by` sees.
+    """
+    banned, _ = forgotten_in(state_home(config.home), but=config.run)
+    values, refused = config.model_dump(include={"data", "partition"}), {}
+    for client in {*range(config.clients)} - {*config.forget.schedule.get(0, []), *config.readmit}:
+        if names := {*_keys_of(config, client), owner(values, client)} & banned.keys():
+            refused[client] = banned[min(names)]
+    if refused:
+        raise UserError(_way_in(config, refused))
+
+
+def _keys_of(config: Config, client: int) -> list[str]:
+    return [keys.get(client, "") for keys in (config.forget.keys, config.partition.keys)]
 
 
 def _way_in(config: Config, refused: Mapping[int, str]) -> str:
