@@ -17,7 +17,9 @@ def test_folders_of_processes_that_are_gone_are_removed_and_no_others(tmp_path):
     for place in (tmp_path, tmp_path / "folder-ab"):
         for name in [*gone, *kept]:
             (place / name).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "alias").symlink_to("folder-ab")
     assert sorted(remove_leftovers(tmp_path)) == sorted(2 * gone)
+    (tmp_path / "alias").unlink()
     for place in (tmp_path, tmp_path / "folder-ab"):
         assert {folder.name for folder in place.iterdir()} == {*kept}
 

@@ -478,13 +478,14 @@ def remove_leftovers(data: Path) -> list[str]:
         data: the folder of all copies. A copy whose parts are clients has such folders too.
     """
     here = re.compile(rf"{re.escape(f'{UNFINISHED}{socket.gethostname()}')}-(\d+)-[^-]*")
-    left = [*data.glob(f"{GONE}*"), *data.glob(f"*/{GONE}*")]
-    for folder in [*data.glob(f"{UNFINISHED}*"), *data.glob(f"*/{UNFINISHED}*")]:
+    places = [data, *(folder for folder in data.iterdir() if folder.is_dir() and not folder.is_symlink())]
+    left = [folder for place in places for folder in place.glob(f"{GONE}*")]
+    for folder in (folder for place in places for folder in place.glob(f"{UNFINISHED}*")):
         writer = here.fullmatch(folder.name)
-        if folder.is_dir() and writer and not psutil.pid_exists(int(writer[1])):
+        if writer and not psutil.pid_exists(int(writer[1])):
             left.append(folder)
     for folder in left:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=not folder.exists())  # it was in another one
     return [folder.name for folder in left]
 
 

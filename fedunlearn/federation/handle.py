@@ -109,7 +109,8 @@ class Federation:
     @property
     def applied_by(self) -> set[str]:
         """The strategies of the requests that have been applied."""
-        return {request.detail["strategy"] for request in self._ledger.requests() if request.state in FORGOTTEN}
+        applied = [request.detail for request in self._ledger.requests() if request.state in FORGOTTEN]
+        return {detail["strategy"] for detail in applied if "strategy" in detail}
 
     @property
     def retain(self) -> list[int]:
