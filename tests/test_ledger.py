@@ -2,6 +2,7 @@ import threading
 
 import pytest
 
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import UserError
 from fedunlearn.runs.hints import forget_command
 from fedunlearn.runs.ledger import Ledger, State, due
@@ -149,3 +150,13 @@ def test_two_processes_may_file_at_once(tmp_path):
     assert sorted(client for r in ledger.requests() for client in r.clients) == list(range(20))
     assert ledger.signed_head() == ledger.kept_head()
     ledger.close()
+
+
+def test_a_request_about_some_images_is_met_when_their_clients_have_left_whole(ledger):
+    (request,) = ledger.file([2, 3], selection=Selection.by(classes=[7]), first_portion=4)
+    ledger.advance(ledger.advance(request, State.COLLECTING), State.QUARANTINED)
+    for client, unmet in ((2, ["r1"]), (3, [])):
+        (whole,) = ledger.file([client])
+        for state in (State.COLLECTING, State.APPLIED, State.COMPLETED):
+            whole = ledger.advance(whole, state)
+        assert [request.id for request in ledger.unmet()] == unmet

@@ -28,6 +28,7 @@ from fedunlearn.runs.signed import read
 from fedunlearn.runs.verifying import verified
 from local_grid import LocalGrid, equal
 from naive import SETTINGS
+from strategies.leave import LeaveAndContinue
 
 LABELS = np.array([5, 0, 5, 1])
 PATIENTS = ["p1", "p1", "p2", "p2"]
@@ -404,6 +405,25 @@ def test_who_cannot_say_what_is_meant_stays_out_alone_and_comes_back_without_it(
     out = ([0, 2, 3], own.sum() - own[1])
     assert of_class[1] > 0
     assert trained_in_rounds(federate) == [([0, 1, 2, 3], 120), out, out, out, ([0, 1, 2, 3], 120 - of_class.sum())]
+
+
+def test_who_leaves_whole_is_forgotten_with_what_was_set_aside_of_it(federate, monkeypatch):
+    """Client 1 does not say what is meant. Of the others images are counted, set aside, and stay in the model."""
+    federate("rounds=1 strategy=leave forget.attempts=1", nodes=4)
+    ask(federate, [], Selection.by(classes=[7]))
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        silent_about_images(federate, "rounds=2 forget.attempts=1", times=1)
+    asked = []
+    monkeypatch.setattr(LeaveAndContinue, "forget", lambda self, federation, forget: asked.append(forget.clients) or {})
+    for number, client in enumerate((0, 1, 2), 2):
+        run = federate.run()
+        assert [request.id for request in run.ledger.unmet()] == ["r1"]
+        run.request([client])
+        run.ledger.close()
+        with pytest.raises(UserError, match="r1 is QUARANTINED"):  # client 3 has not left
+            federate("rounds=2 strategy=leave forget.attempts=1", nodes=4)
+        assert federate.run().ledger.request(f"r{number}").state == State.COMPLETED
+    assert asked == [(0, 4), (1,), (2, 6)]
 
 
 def test_what_was_set_aside_and_is_asked_again_is_forgotten_whole(federate):

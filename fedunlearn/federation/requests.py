@@ -310,8 +310,8 @@ class Requests:
         scores comes from the weights. Of clients that were never trained on there is nothing to forget.
         """
         federation, config = self._federation, self._config_of(request)
-        clients = tuple(sorted(set(request.clients) - federation.never_trained))
-        forget = ForgetSet(clients, frozenset(request.classes))
+        meant = {*request.clients, *self._set_aside_of(request)}
+        forget = ForgetSet(tuple(sorted(meant - federation.never_trained)), frozenset(request.classes))
         stored_bytes = federation.state.stored_bytes + self._strategy.stored_bytes(self._run)
         strategy = strategy_of(config) if "how" in request.detail else self._strategy
         committed = federation.predictions()
@@ -330,6 +330,15 @@ class Requests:
         figures = {"strategy": config.strategy, "seconds": seconds, "costs": costs, "stored_bytes": stored_bytes}
         figures["before"] = own(before, request.clients)
         return Attempt(strategy, figures | result, verdict, after)
+
+    def _set_aside_of(self, request: Request) -> set[int]:
+        """Give the portions of clients that leave whole which earlier requests have set aside.
+
+        They are out of their clients' images, and still in the model.
+        """
+        aside, counted = self._ledger.portions([State.QUARANTINED]), self._federation.nodes.portions
+        left = {number for number, portion in aside.items() if portion.client in request.clients}
+        return (left & counted.keys()) - set(self._ledger.clients_in(FORGOTTEN))
 
     def _estimates_batch_norm(self, request: Request) -> bool:
         """Estimate BatchNorm statistics of the model before a request, and say whether any can be.

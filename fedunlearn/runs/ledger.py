@@ -291,8 +291,13 @@ class Ledger(EventLog[Standing]):
         return [r for r in self.requests() if r.state in waiting and r.detail["due_at"] < now()]
 
     def unmet(self) -> list[Request]:
-        """Give the requests that failed, and whose clients no other request covers."""
-        return [r for r in self.requests() if r.state in FAILED and not self.covering(r.clients)]
+        """Give the requests that failed, and whose clients no other request covers, nor has left whole since."""
+        gone, found = set(self.clients_in(FORGOTTEN)), []
+        for request in self.requests():
+            left = [number for number, (owner, _) in request.meant.items() if owner not in gone]
+            if request.state in FAILED and left and not self.covering(left):
+                found.append(request)
+        return found
 
     def _touching(self, clients: Iterable[int]) -> list[Request]:
         """The requests that cover some of the clients; void ones do not."""
