@@ -181,13 +181,17 @@ def test_a_refused_request_gives_status_1(finished, capsys):
     assert "no client would be left" in capsys.readouterr().out
 
 
-def test_a_live_run_takes_the_request_at_its_next_round_boundary(federate, capsys):
+def test_a_live_run_takes_the_request_at_its_next_round_boundary(federate, capsys, caplog):
     statuses = []
     waiter = threading.Thread(target=lambda: statuses.append(command("forget", "--client", "3", "--wait")))
 
     def ask():
         assert command("forget", "--client", "3") == 0  # it only files
         waiter.start()
+        deadline = time.monotonic() + 30
+        while "request r1: RECEIVED" not in caplog.messages:  # the round does not end before
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
     federate("rounds=2", grid=at_training(LocalGrid(2), ask))
     waiter.join(timeout=60)
