@@ -13,4 +13,4 @@ def test_counts_of_more_images_than_there_are_are_refused_where_their_sum_wraps_
 
 
 def test_counts_of_some_images_pass():
-    of_some_images(Sent({}, {0: torch.tensor([1, 1])}, {0: 2}, 64))
+    assert of_some_images(Sent({}, {0: torch.tensor([1, 1])}, {0: 2}, 64)) is None
