@@ -160,3 +160,13 @@ def test_a_request_about_some_images_is_met_when_their_clients_have_left_whole(l
         for state in (State.COLLECTING, State.APPLIED, State.COMPLETED):
             whole = ledger.advance(whole, state)
         assert [request.id for request in ledger.unmet()] == unmet
+
+
+def test_a_request_on_which_a_later_one_counts_is_not_taken_back(ledger):
+    ledger.file([3])
+    ledger.file([3, 4])
+    with pytest.raises(UserError, match="r1 cannot be taken back before r2, which counts on it"):
+        ledger.cancel("r1")
+    assert ledger.request("r1").state == State.RECEIVED
+    for request in ("r2", "r1"):
+        assert ledger.cancel(request).state == State.CANCELLED

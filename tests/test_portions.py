@@ -443,11 +443,69 @@ def test_what_was_set_aside_and_is_asked_again_is_forgotten_whole(federate):
     assert verified((federate.folder() / "receipts" / "r2.json").read_bytes()).portions.keys() == {"4", "5", "6", "7"}
 
 
-def test_what_a_refused_request_had_taken_out_is_trained_on_again(federate):
+def test_images_that_an_earlier_request_set_aside_are_forgotten_by_a_later_one_that_means_them(federate, monkeypatch):
+    """Portion 4 has what client 0 has of class 7. An image of it is named again, and one of class 3 is not in it."""
+    federate("rounds=1 strategy=leave forget.attempts=1", nodes=4)
+    ask(federate, [], Selection.by(classes=[7]))
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        silent_about_images(federate, "rounds=2 forget.attempts=1", times=1)
+    runtime, asked = ClientRuntime(federate.run().config), []
+    monkeypatch.setattr(LeaveAndContinue, "forget", lambda self, federation, forget: asked.append(forget.clients) or {})
+    image = next(i for i in runtime.slices[0] if runtime.dataset.train.labels[i] == 7)
+    for selection in (Selection.by(examples=[str(image)]), Selection.by(classes=[3])):
+        foreseen = outlook(federate.run(), [0], selection)
+        assert (sum(foreseen.images.values()) >= 1, foreseen.refusal) == (True, "")
+        ask(federate, [0], selection)
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        federate("rounds=2 strategy=leave forget.attempts=1", nodes=4)
+    assert [request.state for request in federate.requests()[1:]] == [State.COMPLETED] * 2
+    assert asked == [(4,), (9,)]
+
+
+def test_a_class_of_everybody_is_asked_of_clients_too_that_were_set_aside(federate):
+    federate("rounds=1 strategy=leave")
+    run = federate.run()
+    (request,) = run.request([2]).requests()
+    run.ledger.advance(run.ledger.advance(request, State.COLLECTING), State.QUARANTINED, reason="why")
+    run.ledger.close()
+    ask(federate, [], Selection.by(classes=[7]))
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        federate("rounds=2 strategy=leave")
+    asked = federate.requests()[1]
+    assert (asked.state, asked.owners, asked.classes) == (State.COMPLETED, [0, 1, 2, 3], {7})
+
+
+def test_a_class_does_not_leave_while_a_client_has_images_of_it(federate):
+    """Request r1 for client 3 is refused, r2 for everybody counts on it, and r3 is for client 3 once more."""
+    federate("rounds=1 strategy=leave")
+    federate.run().request([3], selection=Selection.by(classes=[7]), how={"strategy": "none:Such"}).requests()
+    ask(federate, [], Selection.by(classes=[7]))
+    with pytest.raises(UserError, match="r1 is REFUSED"):
+        federate("rounds=2 strategy=leave")
+    assert [request.state for request in federate.requests()] == [State.REFUSED, State.COMPLETED]
+    assert not federate.state()["pruned_classes"].any()
+    ask(federate, [3], Selection.by(classes=[7]))
+    federate("rounds=2 strategy=leave")
+    assert [request.classes for request in federate.requests()] == [set(), set(), {7}]
+    assert federate.state()["pruned_classes"].tolist() == [k == 7 for k in range(10)]
+
+
+def test_what_was_counted_for_a_request_that_cannot_be_applied_stays_out(federate):
+    """Else it would be among the images of portions that were counted beside it, which nodes then contradict."""
     federate("rounds=1 strategy=leave", nodes=4)
-    image = str(ClientRuntime(federate.run().config).slices[2][0])
+    runtime = ClientRuntime(federate.run().config)
+    image = str(runtime.slices[2][0])
+    class_ = int(runtime.dataset.train.labels[runtime.slices[2][0]])
     ask(federate, [], Selection.by(examples=[image, "99999"]))
-    with pytest.raises(UserError, match="REFUSED"):
+    ask(federate, [2], Selection.by(classes=[class_]))
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
         silent_about_images(federate, "rounds=3", times=1)
-    own = 120 - len(ClientRuntime(federate.run().config).slices[1])
-    assert trained_in_rounds(federate)[1:] == [([0, 2, 3], own - 1), ([0, 1, 2, 3], 120)]
+    first, second = federate.requests()
+    assert "of the 2 named images 1 were not found" in first.detail["reason"]
+    assert second.state == State.COMPLETED
+    examples = federate.run().ledger.examples()
+    left = 120 - examples[6] - examples[8]
+    assert trained_in_rounds(federate)[-1] == ([0, 1, 2, 3], left)
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        federate("rounds=4 strategy=leave", nodes=4)
+    assert trained_in_rounds(federate)[-1] == ([0, 1, 2, 3], left)

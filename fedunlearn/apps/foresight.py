@@ -47,21 +47,21 @@ def outlook(found: Run, clients: Collection[int], selection: Selection | None) -
     if auditor is None:
         return None
     asked, out = set(ledger.clients_in(NOT_VOID)), set(ledger.clients_in(TAKEN_UP))
-    numbers = ledger.numbered(clients, selection)
-    known = {n: p for n, p in ledger.portions(COUNTED).items() if n in asked or n not in numbers.values()}
-    left = {client: images for client, images in auditor.examples(known).items() if client not in asked}
+    numbers, apart = ledger.numbered(clients, selection), ledger.portions(COUNTED)
+    met = {number: portion for number, portion in apart.items() if number in asked}
     if selection:
         unused = count(found.config.clients + len(ledger.portions()))
         new = {number or next(unused): client for client, number in numbers.items() if number not in asked}
         portions = {number: Portion(number, client, selection) for number, client in new.items()}
-        counts = {number: auditor.selected(portion, known) for number, portion in portions.items()}
+        counts = {number: auditor.selected(portion, met) for number, portion in portions.items()}
         reason = unsuitable_portions(portions, counts, named_before(ledger))
         images = {client: counts[number] for number, client in new.items()}
-        rest = [left[client] - images.get(client, 0) for client in left if client not in out]
+        rest = [n for client, n in auditor.examples(apart | portions).items() if client not in asked | out]
         return Outlook(images, reason or ("" if max(rest, default=0) >= 2 else NOBODY_LEFT))
-    images = {client: left[client] for client in numbers if client in left}
+    present = auditor.examples(met)
+    images = {client: present[client] for client in numbers if client not in asked}
     if max(images.values(), default=0) < 2 and images:
         first = min(images)
         return Outlook(images, nothing_left(ledger, first, found.named([first]), images[first]))
-    others = [left[client] for client in left if client not in {*images, *out}]
+    others = [n for client, n in auditor.examples(apart).items() if client not in {*images, *asked, *out}]
     return Outlook(images, "" if max(others, default=0) >= 2 else NOBODY_LEFT)

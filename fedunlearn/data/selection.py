@@ -93,6 +93,16 @@ class Selection:
             meant &= _among(examples, self.examples)
         return meant
 
+    def may_share(self, other: "Selection") -> bool:
+        """Say whether an image may be meant by both, as far as names tell.
+
+        Example:
+            >>> Selection((5,)).may_share(Selection((), ("p1",))), Selection((5,)).may_share(Selection((7,), ("p1",)))
+            (True, False)
+        """
+        named = zip(asdict(self).values(), asdict(other).values(), strict=True)
+        return not any(own and others and set(own).isdisjoint(others) for own, others in named)
+
     def in_words(self, class_names: Sequence[str] = ()) -> str:
         """Say what is meant, as `class 5 (frog)`, or by names alone if one of them is a number, as in commands.
 

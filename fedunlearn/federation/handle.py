@@ -165,15 +165,9 @@ class Federation:
         return found
 
     def split(self) -> None:
-        """Take everything out of the clients' images that requests were taken up about, into portions of their own.
-
-        What was taken out for a request that is refused since goes back.
-        """
-        examples, taken_up = self._ledger.examples(), self._ledger.portions(TAKEN_UP)
-        for number in self.nodes.portions.keys() - taken_up.keys():
-            self._classes.pop(self.nodes.portions[number].client, None)
-            self.nodes.join(number)
-        for number, portion in sorted(taken_up.items()):
+        """Take everything out of the clients' images that requests were taken up about, into portions of their own."""
+        examples = self._ledger.examples()
+        for number, portion in sorted(self._ledger.portions(TAKEN_UP).items()):
             if number in examples and number not in self.nodes.portions:
                 self.nodes.split(portion, examples[number])
                 self._classes.pop(portion.client, None)

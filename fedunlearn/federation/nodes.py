@@ -180,14 +180,6 @@ class Nodes:
             if portion.client in own:
                 own.append(portion.number)
 
-    def join(self, number: int) -> None:
-        """Give a client the images of a portion back that was split off."""
-        portion, examples = self.portions.pop(number), self.examples.pop(number)
-        self.examples[portion.client] += examples
-        for own in self.clients_of.values():
-            if number in own:
-                own.remove(number)
-
     def _portions_of(self, clients: Collection[int]) -> str:
         """Say as JSON which portions of the clients, or of the clients that they are portions of, there are."""
         owners = {self.portions[c].client if c in self.portions else c for c in clients}

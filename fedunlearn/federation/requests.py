@@ -10,7 +10,7 @@ from logging import getLogger
 from typing import Any
 
 from fedunlearn.config import Config
-from fedunlearn.data.selection import Portion
+from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import DestroyedError, NotNowError, UserError, printable
 from fedunlearn.federation import server_state
 from fedunlearn.federation.gate import Gate
@@ -157,20 +157,27 @@ class Requests:
     def _accept(self, request: Request) -> Request:
         if reason := self._unsuitable(request):
             return self._refused(request, reason)
-        about = {"all_clients": True} if self._takes_the_last(request) else {}
-        return self._ledger.advance(request, State.COLLECTING, **about)
+        return self._ledger.advance(request, State.COLLECTING)
 
-    def _takes_the_last(self, request: Request) -> bool:
-        """Say whether nobody has images of a request's classes beside it, since all others have forgotten them."""
-        selection, ledger = request.selection, self._ledger
+    def _with_classes(self, request: Request) -> Request:
+        """Keep of a request about classes whether these leave whole with it: what earlier ones became is known now."""
+        selection = request.selection
         if not (selection and selection.is_of_classes):
-            return False
+            return request
+        takes_the_last = self._takes_the_last(request, selection)
+        if takes_the_last == request.detail.get("all_clients", False):
+            return request
+        return self._ledger.advance(request, request.state, all_clients=takes_the_last)
+
+    def _takes_the_last(self, request: Request, selection: Selection) -> bool:
+        """Say whether nobody has images of a request's classes beside it, since all others have forgotten them."""
+        ledger = self._ledger
         earlier = {
             portion.client
             for portion in ledger.portions(FORGOTTEN).values()
             if portion.selection.is_of_classes and set(selection.classes) <= set(portion.selection.classes)
         }
-        without = {*request.owners, *earlier, *ledger.clients_in(TAKEN_UP)}
+        without = {*request.owners, *earlier, *ledger.clients_in(FORGOTTEN)}
         return without.issuperset(range(self._run.config.clients))
 
     def _refused(self, request: Request, reason: str) -> Request:
@@ -180,7 +187,8 @@ class Requests:
     def _unsuitable(self, request: Request) -> str:
         """Say why a request cannot be taken up; nothing where it can."""
         federation = self._federation
-        if federation.never_trained.issuperset(request.clients) and not request.portions:
+        meant = {*request.clients, *self._set_aside_of(request)}
+        if federation.never_trained.issuperset(meant) and not request.portions:
             first = request.clients[:1]
             return nothing_left(self._ledger, first[0], self._run.named(first), federation.examples(first))
         if not set(federation.retain) - set(request.clients):
@@ -199,23 +207,33 @@ class Requests:
         found = self._count(portions)
         known = found | {number: nodes.examples[number] for number in portions.keys() & nodes.portions.keys()}
         missing = [portion.client for number, portion in portions.items() if number not in known]
-        if not missing and (reason := unsuitable_portions(portions, known, named_before(self._ledger))):
-            return reason
-        if not self._leaves_anybody(portions, found):
-            return NOBODY_LEFT
-        self._keep(found)
+        leaves_anybody = self._leaves_anybody(portions, known)
+        reason = "" if missing else self._not_there(request, known) or ("" if leaves_anybody else NOBODY_LEFT)
+        if leaves_anybody and (not reason or self._is_begun(request)):
+            self._keep(found)
         if missing:
             raise NotNowError(f"{self._federation.named(missing[:1])} did not say which of its images are meant")
-        return ""
+        return reason
 
-    def _leaves_anybody(self, portions: Mapping[int, Portion], found: Mapping[int, int]) -> bool:
-        """Say whether anybody can be trained without portions of so many examples, as far as they are known."""
-        federation = self._federation
-        left = {c: federation.nodes.examples[c] for c in federation.retain}
-        left |= {p.client: federation.nodes.examples.get(p.client, 0) for p in portions.values()}
-        for number, examples in found.items():
-            left[portions[number].client] -= examples
-        return max(left.values()) >= 2
+    def _is_begun(self, request: Request) -> bool:
+        """Say whether images that a request is about have been counted, and are out of training."""
+        return not request.portions.keys().isdisjoint(self._federation.nodes.portions)
+
+    def _not_there(self, request: Request, examples: Mapping[int, int]) -> str:
+        """Say why there is nothing to forget; nothing where something is, here or in what was set aside before."""
+        if self._set_aside_of(request):
+            return ""
+        return unsuitable_portions(request.portions, examples, named_before(self._ledger))
+
+    def _leaves_anybody(self, portions: Mapping[int, Portion], known: Mapping[int, int]) -> bool:
+        """Say whether anybody can certainly be trained without portions, as far as their examples are known."""
+        nodes, gone = self._federation.nodes, self._ledger.clients_in(TAKEN_UP)
+        left = {c: nodes.examples[c] for c in self._federation.retain}
+        for number, portion in portions.items():
+            if portion.client in nodes.examples and portion.client not in gone:
+                taken = 0 if number in nodes.portions else known.get(number, nodes.examples[portion.client])
+                left[portion.client] = nodes.examples[portion.client] - taken
+        return max(left.values(), default=0) >= 2
 
     def _count(self, portions: Mapping[int, Portion]) -> dict[int, int]:
         """Ask clients how many images portions have that nobody has counted yet; who is silent is left out.
@@ -240,9 +258,10 @@ class Requests:
     def _count_again(self, request: Request) -> None:
         """Let clients train again, without what a request that was set aside is about, that were silent about it."""
         gone = self._ledger.clients_in(TAKEN_UP)
-        found = self._count({n: p for n, p in request.portions.items() if p.client not in gone})
-        self._keep(found)
-        if found:
+        portions = {n: p for n, p in request.portions.items() if p.client not in gone}
+        found = self._count(portions)
+        if found and self._leaves_anybody(portions, found):
+            self._keep(found)
             who = self._federation.named([request.portions[number].client for number in found])
             log.info("── request %s: %s said which images are meant, and can train on the others", request.id, who)
 
@@ -285,10 +304,11 @@ class Requests:
         except NotNowError as error:
             return self._failed(request, str(error))
         if not reason:
-            return self._apply(request)
-        refused = self._refused(request, reason)
-        self._federation.split()
-        return refused
+            return self._apply(self._with_classes(request))
+        if not self._is_begun(request):
+            return self._refused(request, reason)
+        log.warning("── request %s is set aside: %s, %s", request.id, reason, _out(request))
+        return self._ledger.advance(request, State.QUARANTINED, reason=reason)
 
     def _apply(self, request: Request) -> Request:
         """Let the strategy forget, and commit what passes the gate; or restore the state."""
@@ -332,13 +352,14 @@ class Requests:
         return Attempt(strategy, figures | result, verdict, after)
 
     def _set_aside_of(self, request: Request) -> set[int]:
-        """Give the portions of clients that leave whole which earlier requests have set aside.
+        """Give the portions with some of a request's images that other requests have taken out and not forgotten.
 
         They are out of their clients' images, and still in the model.
         """
-        aside, counted = self._ledger.portions([State.QUARANTINED]), self._federation.nodes.portions
-        left = {number for number, portion in aside.items() if portion.client in request.clients}
-        return (left & counted.keys()) - set(self._ledger.clients_in(FORGOTTEN))
+        aside = self._ledger.portions([State.COLLECTING, State.QUARANTINED])
+        shared = {number for number, portion in aside.items() if request.may_share(portion)}
+        counted = shared & self._federation.nodes.portions.keys()
+        return counted.difference(request.clients, self._ledger.clients_in(FORGOTTEN))
 
     def _estimates_batch_norm(self, request: Request) -> bool:
         """Estimate BatchNorm statistics of the model before a request, and say whether any can be.

@@ -41,11 +41,11 @@ NOT_VOID = tuple(state for state in State if state not in VOID)
 COUNTED = (*NOT_VOID, State.QUARANTINED)  # where the portions of a request are apart from their clients, or will be
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 RECEIPT = {
-    "about", "about_written", "accepted_at", "accepted_by", "after", "asked_again", "asked_by", "attempts",
-    "before", "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs", "deleted", "due_at",
-    "all_clients", "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger", "not_before", "portions",
-    "purged", "readmitted", "reason", "receipt", "request", "right", "round", "seconds", "signed", "state",
-    "stored_bytes", "strategy", "turned_away", "unwitnessed",
+    "about", "about_written", "accepted_at", "accepted_by", "after", "all_clients", "asked_again", "asked_by",
+    "attempts", "before", "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs",
+    "counts_on", "deleted", "due_at", "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger",
+    "not_before", "portions", "purged", "readmitted", "reason", "receipt", "request", "right", "round", "seconds",
+    "signed", "state", "stored_bytes", "strategy", "turned_away", "unwitnessed",
 }  # fmt: skip  # what a receipt, its row of metrics, or another event of the ledger says by itself
 FORGOTTEN = (State.APPLIED, State.RECOVERING, State.COMPLETED)
 
@@ -76,6 +76,11 @@ class Request:
         }
 
     @property
+    def counts_on(self) -> list[str]:
+        """Give the ids of earlier requests that cover some of what was asked for, which is not asked for again."""
+        return list(self.detail.get("counts_on", []))
+
+    @property
     def owners(self) -> list[int]:
         """Give the clients whose images are meant, all of them or some."""
         portions = self.portions
@@ -86,6 +91,11 @@ class Request:
         """Give whose images are meant and which of them (None: all), by the number that they have in the run."""
         portions = self.portions
         return {n: (portions[n].client, portions[n].selection) if n in portions else (n, None) for n in self.clients}
+
+    def may_share(self, portion: Portion) -> bool:
+        """Say whether some of the images that are meant may be among a portion's."""
+        means = [selection for owner, selection in self.meant.values() if owner == portion.client]
+        return any(selection is None or selection.may_share(portion.selection) for selection in means)
 
     @property
     def selection(self) -> Selection | None:
@@ -229,6 +239,7 @@ class Ledger(EventLog[Standing]):
                 owners = dict(zip(wanted, numbers, strict=True))
                 about |= {"portions": {str(c): Portion(c, owners[c], selection).content() for c in rest}}
             about |= {"all_clients": True} if all_clients else {}
+            about |= {"counts_on": [request.id for request in earlier]} if earlier else {}
             self.record(at, request=id_, state=State.RECEIVED, clients=rest, **about)
             return [*earlier, self.request(id_)]
 
@@ -292,12 +303,10 @@ class Ledger(EventLog[Standing]):
 
     def unmet(self) -> list[Request]:
         """Give the requests that failed, and whose clients no other request covers, nor has left whole since."""
-        gone, found = set(self.clients_in(FORGOTTEN)), []
-        for request in self.requests():
-            left = [number for number, (owner, _) in request.meant.items() if owner not in gone]
-            if request.state in FAILED and left and not self.covering(left):
-                found.append(request)
-        return found
+        requests, gone = self.requests(), set(self.clients_in(FORGOTTEN))
+        asked = {meant for request in requests if request.state not in VOID for meant in request.meant.values()}
+        asked |= {meant for request in requests for meant in request.meant.values() if meant[0] in gone}
+        return [r for r in requests if r.state in FAILED and not asked.issuperset(r.meant.values())]
 
     def _touching(self, clients: Iterable[int]) -> list[Request]:
         """The requests that cover some of the clients; void ones do not."""
@@ -340,7 +349,7 @@ class Ledger(EventLog[Standing]):
             signed: what its clients' key has signed.
 
         Raises:
-            UserError: there is none of that id, or it was taken up already.
+            UserError: there is none of that id, it was taken up already, or a later request counts on it.
         """
         with self.transaction():
             self._check_unused(signed)
@@ -349,6 +358,8 @@ class Ledger(EventLog[Standing]):
                 raise UserError(
                     f"request {request_id} is {request.state}: only a RECEIVED or a REFUSED one can be taken back"
                 )
+            if later := [r.id for r in self.requests() if r.state not in VOID and request_id in r.counts_on]:
+                raise UserError(f"request {request_id} cannot be taken back before {later[-1]}, which counts on it")
             if signed or request.state != State.CANCELLED:
                 self._advance(request, State.CANCELLED, {"cancelled": dict(signed)} if signed else {})
         return self.request(request_id)

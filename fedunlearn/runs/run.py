@@ -19,7 +19,7 @@ from fedunlearn.naming import MOST_NAMED, listed, name_of, named, numbers_of, wi
 from fedunlearn.runs.door import RequestHandle
 from fedunlearn.runs.events import TamperedError
 from fedunlearn.runs.files import named_in_errors, sha256_of, sync
-from fedunlearn.runs.ledger import TAKEN_UP, Ledger, Request
+from fedunlearn.runs.ledger import FORGOTTEN, Ledger, Request
 from fedunlearn.runs.lock import is_locked
 from fedunlearn.runs.rows import check as check_row
 from fedunlearn.runs.signed import CANCEL, FORGET, SignedRequest, UnsignedError, action_of, check
@@ -192,13 +192,13 @@ class Run:
         """Give the clients whose images a request is about.
 
         Args:
-            clients: their numbers; none, with a selection, for all that did not leave.
+            clients: their numbers; none, with a selection, for all that are not forgotten.
             selection: which of their images are meant.
 
         Raises:
             UserError: there is no such client, class, or none that is left.
         """
-        all_clients = set(range(self.config.clients)) - set(self.ledger.clients_in(TAKEN_UP))
+        all_clients = set(range(self.config.clients)) - set(self.ledger.clients_in(FORGOTTEN))
         for name in (*selection.patients, *selection.examples) if selection else ():
             check_text(name)
             if not name:
