@@ -200,6 +200,20 @@ def test_bad_files_are_left_out_if_asked(tmp_path, caplog):
         datasets.load("folder", **arguments)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_of_which_nothing_can_be_read_is_named(tmp_path, split):
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "tree" / part / name).mkdir(parents=True)
+            saved(tmp_path / "tree" / part / name, "0.png", COLOURED)
+    for file in (tmp_path / "tree" / split).rglob("*.png"):
+        file.write_bytes(b"no image")
+    arguments = {"root": str(tmp_path / "tree"), "cache": tmp_path / "cache", "image_size": 8}
+    with pytest.raises(UserError, match=f"tree has no example for {split}ing that can be read"):
+        datasets.load("folder", **arguments, choices=datasets.Choices(skip_bad=True))
+    assert not list((tmp_path / "cache").glob("folder-*"))
+
+
 def test_resizing_and_progress_are_said(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="fedunlearn")
     paths = [saved(tmp_path, f"{n}.png", np.zeros((n, 2 * n, 3), np.uint8)) for n in (6, 10, 30)]

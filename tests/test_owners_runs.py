@@ -195,8 +195,10 @@ def test_who_was_forgotten_is_known_by_name_whatever_its_images_are(federate, ho
     ):
         hosted("run=second")
     before = sorted((federate.home / "data").rglob("*"))
-    with pytest.raises(UserError, match="client b was forgotten by run test"):
-        hosted("run=second data.image_size=16")
+    (tree.parent / "alias").symlink_to(tree)
+    for words in ("data.image_size=16", f"data.root={tree.parent}/alias/", f"data.root={tree}/../tree/."):
+        with pytest.raises(UserError, match="client b was forgotten by run test"):
+            hosted(f"run=second {words}")
     assert sorted((federate.home / "data").rglob("*")) == before  # nothing is decoded for a run that is refused
     hosted("run=second readmit=[b]")
     assert [len(own) for own in open_dataset(federate.run("second").config_here()).slices] == [10, 10, 11, 10]

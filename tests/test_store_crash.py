@@ -34,3 +34,11 @@ def test_a_copy_whose_deletion_is_cut_short_is_found(tmp_path, monkeypatch):
     assert not (tmp_path / "folder-ab").exists()
     assert len(remove_leftovers(tmp_path)) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_name_of_a_copy_that_is_gone_is_in_nobodys_way(tmp_path):
+    (tmp_path / "alias").symlink_to("gone")
+    with new_folder(tmp_path / "alias") as folder:
+        (folder / "file").write_text("here")
+    assert (tmp_path / "alias" / "file").read_text() == "here"
+    assert not (tmp_path / "alias").is_symlink()

@@ -214,6 +214,9 @@ def source_of(
 
     def limited() -> Decoded:
         found = decode()
+        for what, split in {"training": found.train, "testing": found.test}.items():
+            if not len(split.labels):
+                raise UserError(f"data.name={name}: {printable(root)} has no example for {what} that can be read")
         train = first_per_class(Split(np.arange(len(found.train.labels)), found.train.labels), limit)
         return found._replace(
             train=Split(found.train.images[train.images] if limit else found.train.images, train.labels),

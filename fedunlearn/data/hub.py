@@ -99,7 +99,7 @@ def _parts(source: Path, label: str, client: str) -> dict[str, Part]:
     if source.is_file():
         return {"train": _of_tables([source], source.parent, label, client)}
     for ending in ("parquet", "arrow"):
-        files = sorted(file for file in source.rglob(f"*.{ending}") if not _is_hidden(file.relative_to(source)))
+        files = sorted(file for file in source.rglob(f"*.{ending}") if not _is_passed_over(file.relative_to(source)))
         if files:
             by_split: dict[str, list[Path]] = {}
             for file in files:
@@ -108,8 +108,9 @@ def _parts(source: Path, label: str, client: str) -> dict[str, Part]:
     return _of_folders(source, label, client)
 
 
-def _is_hidden(file: Path) -> bool:
-    return any(part.startswith(".") for part in file.parts)
+def _is_passed_over(file: Path) -> bool:
+    """Say whether a file is hidden, or one of the `datasets` package's own copies of what it has computed."""
+    return any(part.startswith(".") for part in file.parts) or (file.suffix == ".arrow" and file.match("cache-*"))
 
 
 def split_of(name: str) -> str:
@@ -138,6 +139,8 @@ def _of_tables(files: list[Path], root: Path, label: str, client: str) -> Part:
             values.extend(table[name].to_pylist())
     names = (features.get(label) or {}).get("names")
     labels = columns[label]
+    if any(isinstance(value, list | dict) for value in labels):
+        raise UserError(f"{printable(str(files[0]))}: {printable(label)} has lists: an image has one label")
     missing = sum(value is None or (names is not None and value == -1) for value in labels)
     if missing:
         raise UserError(f"{printable(str(files[0]))}: {missing} images have no {printable(label)}: leave them out")

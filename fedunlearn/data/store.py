@@ -456,6 +456,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-"))
     try:
         yield folder
+        if target.is_symlink() and not target.exists():  # another name of a copy that is gone
+            target.unlink(missing_ok=True)
         try:
             os.replace(folder, target)
         except OSError:

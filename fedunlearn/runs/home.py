@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -443,11 +444,12 @@ def _forgotten_by(folder: Path, taken_back: frozenset[str]) -> dict[str, str]:
 def owner(config: Mapping[str, Any], client: int) -> str:
     """Name a client, where clients have names: the same owner in any run.
 
-    The folder of the images is part of it, but for machines of their own: there the server knows no such folder.
+    The folder of the images is part of it, by whatever path; not where machines have their own.
     """
     split = config.get("partition", {})
     names = split.get("names") or []
-    place = split["kind"] if split.get("kind") == ON_NODES else config["data"]["root"]
+    is_on_nodes = split.get("kind") == ON_NODES
+    place = ON_NODES if is_on_nodes else os.path.realpath(Path(config["data"]["root"]).expanduser())
     return f"{place}: {names[client]}" if names else ""
 
 

@@ -161,11 +161,15 @@ class Run:
         Returns:
             A handle on the new request and on earlier ones that cover some of the clients.
 
+        Whoever files what was signed once more gets the request that there is; where that is void, nothing is filed.
+
         Raises:
             UserError: a client is not in 0..C-1, the run has no sound checkpoint to forget from, or the request needs a
                 signature that it does not have; this is written down.
         """
         wanted = self.meant(clients, selection)
+        if earlier := self._filed_before(wanted, signed, selection):
+            return self.handle(request.id for request in earlier)
         self.check_signed(signed, wanted, action=action_of(selection))
         live, current = self.is_live(), self.ledger.current()
         if not live:
@@ -183,6 +187,15 @@ class Run:
             first_portion=self.config.clients,
         )
         return self.handle(request.id for request in requests)
+
+    def _filed_before(
+        self, clients: Collection[int], signed: SignedRequest | None, selection: Selection | None
+    ) -> list[Request]:
+        """Give the requests that were filed with the very same signature, as whoever repeats a command sends it."""
+        if signed is None:
+            return []
+        found = self.ledger.covering(clients, selection)
+        return found if any(request.detail.get("signed") == asdict(signed) for request in found) else []
 
     def handle(self, request_ids: Iterable[str]) -> RequestHandle:
         """Give a handle on requests, which reads the run's ledger as long as that is open."""
