@@ -175,8 +175,11 @@ def test_a_run_that_wants_signatures_forgets_for_its_clients_alone(federate, key
     events = federate.run().ledger.events()
     reasons = [event["reason"] for event in events if "turned_away" in event]
     assert [reason.partition(":")[0].partition(" (")[0] for reason in reasons] == [
-        "it is not signed", "its key is not that of client 3", "its key is not that of client 1", "its signature is not valid",
-    ]  # fmt: skip
+        "it is not signed",
+        "its key is not that of client 3",
+        "its key is not that of client 1",
+        "its signature is not valid",
+    ]
 
 
 def test_a_request_that_got_into_the_ledger_without_a_signature_is_refused(federate, key):
