@@ -56,7 +56,7 @@ class Final(NamedTuple):
 
 
 def main() -> None:
-    """Print a row for every model."""
+    """Print a row for every model that is there; of tasks that were copied from `results/` none is."""
     p = argparse.ArgumentParser("python -m benchmarks.final_models", description=__doc__)
     p.add_argument("settings", nargs="+")
     study = FederatedStudy(p.parse_args().settings)
@@ -76,7 +76,7 @@ def main() -> None:
             tasks = {RETRAINED: plan.retrained(pipeline, forgotten, seed)}
             tasks |= {name: plan.forget(name, pipeline, case, seed) for name in settings.study.strategies}
             for name, task in tasks.items():
-                if task.is_done(root):
+                if task.is_done(root) and (task.folder(root) / RUN / "checkpoints").is_dir():
                     model = study.workspace.new_model(pipeline, seed)
                     round_ = load(model, task.folder(root) / RUN, config)
                     found[pipeline, seed, name] = final(study.workspace, model, round_, forgotten, unused)
