@@ -13,12 +13,17 @@ for name in "$@"; do
 done
 mkdir -p "$folder"
 umask 077
-[ -e "$folder/ca.crt" ] || openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 -subj "/CN=fedunlearn authority" \
-    -keyout "$folder/ca.key" -out "$folder/ca.crt" 2>/dev/null
-openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "/CN=fedunlearn SuperLink" \
-    -keyout "$folder/server.key" -out "$folder/server.csr" 2>/dev/null
+
+# runs openssl, whose progress nobody needs to see but where it fails
+make() {
+    said=$(openssl "$@" 2>&1) || { echo "$said" >&2; exit 1; }
+}
+curve="ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+[ -e "$folder/ca.crt" ] || make req -x509 -newkey $curve -days 3650 -subj "/CN=fedunlearn authority" \
+    -keyout "$folder/ca.key" -out "$folder/ca.crt"
+make req -newkey $curve -subj "/CN=fedunlearn SuperLink" -keyout "$folder/server.key" -out "$folder/server.csr"
 printf 'subjectAltName=%s\n' "$names" > "$folder/server.ext"
-openssl x509 -req -in "$folder/server.csr" -CA "$folder/ca.crt" -CAkey "$folder/ca.key" -CAcreateserial -days 825 \
-    -extfile "$folder/server.ext" -out "$folder/server.pem" 2>/dev/null
+make x509 -req -in "$folder/server.csr" -CA "$folder/ca.crt" -CAkey "$folder/ca.key" -CAcreateserial -days 825 \
+    -extfile "$folder/server.ext" -out "$folder/server.pem"
 rm "$folder/server.csr" "$folder/server.ext"
 echo "$folder/server.pem is for $names"
