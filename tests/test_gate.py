@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from flwr.app import Error, Message
 
 from command_line import command
 from fedunlearn.errors import UserError
+from fedunlearn.federation import messages
 from fedunlearn.federation.gate import changed_fraction, total, without_extremes
 from fedunlearn.nn.evaluate import Counts
 from fedunlearn.runs.budget import Figures, refusal
 from fedunlearn.runs.ledger import State
+from fedunlearn.runs.statement import gate_reason
 from fedunlearn.runs.uncertainty import Estimate, fraction
+from fedunlearn.runs.verifying import verified
 from local_grid import LocalGrid, equal
 from test_relabel import telling
 
@@ -159,6 +163,37 @@ def test_a_request_that_changes_nothing_of_a_memorised_client_is_not_completed(t
     with pytest.raises(UserError, match="request r1 is QUARANTINED"):
         trained(f"{ASKS} strategy=leave", grid=grid)
     assert trained.requests()[0].detail["reason"].startswith("nothing is forgotten: the memorisation gap was +")
+
+
+def without(client):
+    """A grid on which a client never replies."""
+    grid = LocalGrid(4)
+
+    def deliver(message):
+        if messages.task_of(message).clients == [client] and message.metadata.message_type != "query.identify":
+            return Message(Error(0, "gone"), reply_to=message)
+        return grid.call(message)
+
+    grid.deliver = deliver
+    return grid
+
+
+@pytest.mark.parametrize("strategy", ["retrain", "leave"])
+def test_of_a_client_that_is_gone_the_gate_asks_nothing(trained, capsys, strategy):
+    trained(f"{ASKS} strategy={strategy} forget.budget=1", grid=without(3))
+    (request,) = trained.requests()
+    gate = request.detail["gate"]
+    assert (request.state, gate["passed"], "gap" in gate) == (State.COMPLETED, True, False)
+    assert gate["measured_by"].keys() == {"retain", "test"}
+    assert "Client 3 did not reply: nobody says how well the model knows its images" in capsys.readouterr().err
+    receipt = verified((trained.folder() / "receipts" / "r1.json").read_bytes())
+    assert (gate_reason(receipt.gate), receipt.gate["measured_by"]) == ("", gate["measured_by"])
+
+
+def test_a_strategy_that_needs_the_client_does_not_go_without(trained):
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        trained(f"{ASKS} strategy=subset forget.attempts=1", grid=without(3))
+    assert trained.requests()[0].detail["reason"] == "client 3 did not reply to evaluate"
 
 
 def test_training_goes_on_without_the_client_of_a_request_that_was_set_aside(trained):

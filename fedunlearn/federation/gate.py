@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from logging import getLogger
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from fedunlearn.federation.scores import Scores
 from fedunlearn.nn.evaluate import Predictions
 from fedunlearn.runs.budget import MEASURED_BY, Figures, refusal
 from fedunlearn.runs.uncertainty import Estimate, fall, fraction, held_out
+
+log = getLogger("fedunlearn")
 
 FEWEST = 3  # retain clients, of which one can be the odd one
 Counted = Mapping[str, float]
@@ -29,13 +32,19 @@ class Gate:
         committed: predictions of the model as it was committed. Where its BatchNorm statistics were better than those
             that have been estimated since, it is the one to keep up with.
 
+    A forget client that is gone cannot say how well its images are known. The gate does without.
+
     Raises:
-        NotNowError: a forget client does not reply, or other retain clients than before; from `verdict` too.
+        NotNowError: a forget client replies only before the request, or other retain clients do; from `verdict` too.
     """
 
     def __init__(self, federation: Federation, forget: ForgetSet, scores: Scores, committed: Predictions) -> None:
         self._federation, self._forget = federation, forget
         self._params = federation.state.params
+        self._present = federation.replying(forget)
+        if absent := [client for client in forget if client not in self._present]:
+            who = federation.named(absent, capital=True)
+            log.warning("── %s did not reply: nobody says how well the model knows its images", who)
         found = max(committed, federation.predictions(), key=lambda found: found.total.class_accuracy)
         self._before, self._scores = self._figures(scores, found), scores
         self._budget = federation.config.forget.budget
@@ -66,8 +75,9 @@ class Gate:
             "most_loss": self._most_loss,
         }
         reason = refusal(before, after, test_fall=test_fall, **about)
-        pairs = {name: [getattr(e, name).value for e in (before, after)] for name in MEASURED_BY}
-        errors = {name: [getattr(e, name).error for e in (before, after)] for name in MEASURED_BY}
+        known = {name: by for name, by in MEASURED_BY.items() if getattr(before, name)}
+        pairs = {name: [getattr(e, name).value for e in (before, after)] for name in known}
+        errors = {name: [getattr(e, name).error for e in (before, after)] for name in known}
         changed = changed_fraction(self._params, self._federation.state.params)
         return {
             "passed": not reason,
@@ -77,20 +87,22 @@ class Gate:
             "test_fall": [test_fall.value, test_fall.error],
             **about,
             "changed": changed,
-            "measured_by": MEASURED_BY,
+            "measured_by": known,
         }
 
     def _figures(self, scores: Scores, predictions: Predictions) -> Figures:
-        """Ask the forget clients how well the present model knows their images; all else is in its scores."""
-        federation, forget = self._federation, self._forget
-        found = federation.counts(forget)
-        counts = total_counts(federation.class_counts(forget).values())
-        own = fraction(found.class_accuracy, found.examples)
-        others = held_out(predictions.expected_accuracy(counts), predictions.total.examples, counts.numpy())
+        """Give the figures of the present model; all but the forget clients' are in its scores."""
         retain = fraction(scores["retain"]["class"], scores["retain"]["examples"])
-        kept = predictions.without(forget.classes).total
+        kept = predictions.without(self._forget.classes).total
         test = fraction(kept.class_accuracy, kept.examples)
-        return Figures(retain, test, own - others)
+        return Figures(retain, test, self._gap(predictions) if self._present else None)
+
+    def _gap(self, predictions: Predictions) -> Estimate:
+        """Ask the forget clients that are there how much better their images are known than held-out ones."""
+        found = self._federation.counts(self._present)
+        counts = total_counts(self._federation.class_counts(self._present).values())
+        own = fraction(found.class_accuracy, found.examples)
+        return own - held_out(predictions.expected_accuracy(counts), predictions.total.examples, counts.numpy())
 
 
 def without_extremes(before: Accuracies, after: Accuracies) -> tuple[list[Counted], list[Counted]]:

@@ -199,6 +199,7 @@ class Federation:
         at_round: int | None = None,
         one_client_each: bool = False,
         on_reply: Callable[[Results], None] = lambda results: None,
+        must_reply: bool = True,
         **arguments: Any,
     ) -> Results:
         """Run a client task where the clients' data is, on the model as it is now, and sum what they send back.
@@ -207,17 +208,18 @@ class Federation:
         that do are left out.
 
         Args:
-            on: the clients. Those that are to be forgotten must all reply.
+            on: the clients.
             at_round: that the clients' random draws depend on; the present one by default.
             one_client_each: give every client a message, and so a reply, of its own.
             on_reply: is shown every reply alone.
+            must_reply: whether those of the clients that are to be forgotten must all reply.
             arguments: of the task: numbers, words, lists, tensors, dicts of tensors.
 
         Returns:
             Sums over the clients: `.mean()`, `.sum()`, `.counts`, `.statistics`.
 
         Raises:
-            NotNowError: nobody replied, or not every client that is to be forgotten.
+            NotNowError: nobody replied, or a client did not that must.
             DestroyedError: the model as it is now is of no use.
 
         Example:
@@ -241,7 +243,7 @@ class Federation:
         except DestroyedError as error:
             raise DestroyedError(f"{error}{self._trained}") from error
         missing = [client for client in asked if client in self._forget.clients and client not in results.counts]
-        if missing:
+        if missing and must_reply:
             raise NotNowError(f"{self.named(missing[:1])} did not reply to {task.name}")
         if not results.counts:
             raise NotNowError(f"nobody who was asked replied to {task.name}")
@@ -262,9 +264,25 @@ class Federation:
     def class_counts(self, clients: Iterable[int]) -> dict[int, Tensor]:
         """Ask clients how many images of each class they have, [K] each, once in a request; then it is dropped.
 
-        Retain clients that do not reply are left out, and are not asked again in the same request.
+        Retain clients that do not reply are left out. Nobody is asked again in the same request.
+
+        Raises:
+            NotNowError: nobody replied, or not every client that is to be forgotten.
         """
         wanted = list(clients)
+        found = self._known_class_counts(wanted)
+        if absent := [client for client in wanted if client in self._forget.clients and client not in found]:
+            raise NotNowError(f"{self.named(absent[:1])} did not reply to {tasks.class_counts.name}")
+        return found
+
+    def replying(self, clients: Iterable[int]) -> list[int]:
+        """Give the clients that are there, and say their class counts when they are asked."""
+        try:
+            return sorted(self._known_class_counts([*clients]))
+        except NotNowError:
+            return []
+
+    def _known_class_counts(self, wanted: Sequence[int]) -> dict[int, Tensor]:
         if new := [client for client in wanted if client not in self._counted]:
             self._counted.update(new)
             self._class_counts |= self._ask_classes(new)
@@ -279,7 +297,7 @@ class Federation:
                 log.warning("round %d: %s", self.round, error)
 
     def _ask_classes(self, clients: list[int]) -> dict[int, Tensor]:
-        return self.run(tasks.class_counts, on=clients).statistics
+        return self.run(tasks.class_counts, on=clients, must_reply=False).statistics
 
     # Changing the state ------------------------------------------------------------------------------------------
 
@@ -465,10 +483,11 @@ class Federation:
         first, now, last = (learning_rate_of(self.config, r) for r in (1, round_, self.config.rounds))
         return ((now - last) / (first - last)) ** 2 if first > last else 0.0
 
-    def named(self, clients: Sequence[int]) -> str:
+    def named(self, clients: Sequence[int], *, capital: bool = False) -> str:
         """Name clients in a sentence, as `client hospital_b`."""
         own, nodes = self.config.partition.names, self.nodes
-        return named(clients, with_portions(own, nodes.portions, self.server.class_names, nodes.examples))
+        names = with_portions(own, nodes.portions, self.server.class_names, nodes.examples)
+        return named(clients, names, capital=capital)
 
     def say_fisher_cost(self, loss_head: str = "class") -> None:
         """Log, once a run, what makes Fishers of this network slow: what clients log stays on their machines."""
@@ -504,7 +523,7 @@ class Federation:
         retain = self.retain
         portions = self.nodes.portions.keys() - self.never_trained
         trained_on = sorted((self.trainable | portions) - set(self._ledger.clients_in(FORGOTTEN)))
-        counts = self.class_counts(trained_on)
+        counts = self._known_class_counts(trained_on)
         if counts.keys().isdisjoint(retain):
             raise NotNowError(f"no retain client replied to {tasks.class_counts.name}")
         before = total_counts(counts[client] for client in trained_on if client in counts)

@@ -18,11 +18,12 @@ class Figures:
         retain: class accuracy on the retain clients' images, as they count it.
         test: class accuracy on the server's held-out images.
         gap: how much better the forget clients' images are known, as they say, than held-out ones of their classes.
+            None where they say nothing.
     """
 
     retain: Estimate
     test: Estimate
-    gap: Estimate
+    gap: Estimate | None = None
 
 
 def refusal(
@@ -39,7 +40,8 @@ def refusal(
 
     It may not where accuracy on the retain clients' or on held-out images falls by more than the budget, where the
     forget clients' images are known better than before, or where they were memorised and as good as nothing of that is
-    gone. A fall of no more than a standard error may be chance, and passes.
+    gone. Of clients that say nothing nobody knows that. A fall of no more than a standard error may be chance, and
+    passes.
 
     Args:
         test_fall: how much accuracy on held-out images falls; of the same images before and after.
@@ -59,6 +61,8 @@ def refusal(
             return f"accuracy on {who} is {new:.3f}, to be {old - budget:.3f} at least (forget.budget={budget:g})"
     if loss > most_loss:
         return f"the loss on held-out images is {loss:.3g}, to be {most_loss:.3g} at most (round_band)"
+    if before.gap is None or after.gap is None:
+        return ""
     if (after.gap - before.gap).is_above_zero:
         return (
             f"the memorisation gap of the forget clients grows from {before.gap.value:+.3f} to {after.gap.value:+.3f}"

@@ -301,7 +301,8 @@ def gate_reason(gate: dict[str, Any]) -> str:
         return Estimate(number(value), number(error))
 
     def figures(place: int) -> Figures:
-        return Figures(*(estimate(gate[name][place], gate["errors"][name][place]) for name in MEASURED_BY))
+        there = [name for name in MEASURED_BY if name in gate]
+        return Figures(**{name: estimate(gate[name][place], gate["errors"][name][place]) for name in there})
 
     about = {name: number(gate[name]) for name in ("retrained", "budget", "loss", "most_loss")}
     return refusal(figures(0), figures(1), test_fall=estimate(*gate["test_fall"]), **about)
