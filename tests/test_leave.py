@@ -238,6 +238,7 @@ def test_what_has_expired_or_is_damaged_is_not_carried_and_the_newest_is_first(s
 
 
 def test_a_run_whose_name_is_a_path_is_not_written_down(three, tmp_path):
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     message = messages.request(messages.Task("{}", "identify", 0, [], run=f"../{OTHER_RUN}"), {})
     context = type("Context", (), {"node_config": three.machine("hospital_b")})
     answered = Message(RecordDict(), 1, "query")
@@ -320,8 +321,8 @@ def test_what_is_asked_while_another_request_is_applied_is_filed_before_the_run_
     assert three.leave() == 0
     apply = Requests._apply
 
-    def meanwhile(self, request):
-        found = apply(self, request)
+    def meanwhile(self, request, meant):
+        found = apply(self, request, meant)
         if request.clients == [1]:
             asked_for = three.signed(2)
             self._federation.nodes.withdrawals._texts = {list(self._federation.nodes.nodes)[2]: [text_of(asked_for)]}
@@ -363,7 +364,7 @@ def test_asked_twice_is_one_request(three, warnings):  # noqa: F811
 def test_a_client_that_signs_anew_all_the_time_is_heard_once_a_round(three, monkeypatch):
     three("rounds=1")
 
-    def anew(self, request):
+    def anew(self, request, meant):
         node = list(self._federation.nodes.nodes)[1]
         self._federation.nodes.withdrawals._texts = {node: [text_of(three.signed(1)) for _ in range(MOST)]}
         return self._not_taken(request, {"passed": False, "reason": "it knows too little"})

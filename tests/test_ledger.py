@@ -162,11 +162,27 @@ def test_a_request_about_some_images_is_met_when_their_clients_have_left_whole(l
         assert [request.id for request in ledger.unmet()] == unmet
 
 
-def test_a_request_on_which_a_later_one_counts_is_not_taken_back(ledger):
-    ledger.file([3])
+def test_a_request_on_which_a_later_one_counts_is_not_taken_back_while_it_waits(ledger):
+    (request,) = ledger.file([3])
     ledger.file([3, 4])
     with pytest.raises(UserError, match="r1 cannot be taken back before r2, which counts on it"):
         ledger.cancel("r1")
-    assert ledger.request("r1").state == State.RECEIVED
-    for request in ("r2", "r1"):
-        assert ledger.cancel(request).state == State.CANCELLED
+    ledger.advance(request, State.REFUSED, reason="why")
+    assert ledger.cancel("r1").state == State.CANCELLED
+
+
+def test_a_request_that_was_asked_for_again_with_a_signature_is_not_taken_back_without_one(ledger):
+    ledger.file([3])
+    ledger.file([3])
+    ledger.file([3], signed={"nonce": "1"})
+    with pytest.raises(UserError, match="r1 was asked for with a signature too"):
+        ledger.cancel("r1")
+    assert ledger.cancel("r1", signed={"nonce": "2"}).state == State.CANCELLED
+
+
+def test_no_request_overtakes_one_that_waits(ledger):
+    ledger.file([3], not_before=6)
+    assert ledger.file([4])[-1].detail["not_before"] == 6
+    ledger.cancel("r1")
+    ledger.cancel("r2")
+    assert ledger.file([5])[-1].detail["not_before"] == 0

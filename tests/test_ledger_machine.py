@@ -32,13 +32,14 @@ TAMPERINGS = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Asked:
     """What the model knows of a request."""
 
     clients: list[int]
     state: State = State.RECEIVED
     gated: bool = False
+    beside: list["Asked"] = field(default_factory=list)  # earlier ones that cover some of what was asked for
 
 
 @dataclass
@@ -87,7 +88,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def submit(self, clients):
         earlier = [asked for asked in self.model.valid() if set(asked.clients) & clients]
         rest = sorted(clients - {client for asked in earlier for client in asked.clients})
-        self.model.requests += [Asked(rest)] if rest else []
+        self.model.requests += [Asked(rest, beside=earlier)] if rest else []
         expected = [*earlier, *self.model.requests[-1:]] if rest else earlier
         assert [request.clients for request in self.ledger.file(clients)] == [asked.clients for asked in expected]
 
@@ -95,7 +96,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(place=PLACES)
     def cancel(self, place):
         request, asked = self.chosen(place)
-        if asked.state in (State.RECEIVED, State.REFUSED, State.CANCELLED):
+        counted_on = [one for later in self.model.valid() for one in later.beside]
+        if asked.state == State.RECEIVED and asked in counted_on:
+            with pytest.raises(UserError, match="which counts on it"):
+                self.ledger.cancel(request.id)
+        elif asked.state in (State.RECEIVED, State.REFUSED, State.CANCELLED):
             asked.state = self.ledger.cancel(request.id).state
             assert asked.state == State.CANCELLED
         else:

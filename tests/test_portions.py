@@ -18,7 +18,7 @@ from fedunlearn.errors import UserError
 from fedunlearn.federation import messages
 from fedunlearn.federation.auditor import Auditor
 from fedunlearn.federation.client import ClientRuntime
-from fedunlearn.federation.requests import nothing_left
+from fedunlearn.federation.portions import nothing_left
 from fedunlearn.naming import class_numbers, with_portions
 from fedunlearn.runs import keys
 from fedunlearn.runs.ledger import Ledger, State
@@ -452,14 +452,75 @@ def test_images_that_an_earlier_request_set_aside_are_forgotten_by_a_later_one_t
     runtime, asked = ClientRuntime(federate.run().config), []
     monkeypatch.setattr(LeaveAndContinue, "forget", lambda self, federation, forget: asked.append(forget.clients) or {})
     image = next(i for i in runtime.slices[0] if runtime.dataset.train.labels[i] == 7)
-    for selection in (Selection.by(examples=[str(image)]), Selection.by(classes=[3])):
-        foreseen = outlook(federate.run(), [0], selection)
-        assert (sum(foreseen.images.values()) >= 1, foreseen.refusal) == (True, "")
+    of_class_3 = next(i for i in runtime.slices[0] if runtime.dataset.train.labels[i] == 3)
+    for names, is_refused in (([image], False), ([of_class_3], False), ([image, 99999], True)):
+        selection = Selection.by(examples=map(str, names))
+        assert bool(outlook(federate.run(), [0], selection).refusal) == is_refused
         ask(federate, [0], selection)
     with pytest.raises(UserError, match="r1 is QUARANTINED"):
         federate("rounds=2 strategy=leave forget.attempts=1", nodes=4)
-    assert [request.state for request in federate.requests()[1:]] == [State.COMPLETED] * 2
+    assert [request.state for request in federate.requests()[1:]] == [State.COMPLETED] * 2 + [State.REFUSED]
     assert asked == [(4,), (9,)]
+
+
+def test_the_last_image_of_a_client_is_forgotten_with_it(federate, monkeypatch):
+    federate("rounds=1 strategy=leave")
+    own, asked = ClientRuntime(federate.run().config).slices[1], []
+    monkeypatch.setattr(LeaveAndContinue, "forget", lambda self, federation, forget: asked.append(forget.clients) or {})
+    ask(federate, [1], Selection.by(examples=map(str, own[1:])))
+    ask(federate, [1], None)
+    federate("rounds=2 strategy=leave")
+    assert [request.state for request in federate.requests()] == [State.COMPLETED] * 2
+    assert asked == [(4,), (1,)]
+    assert federate.state()["pruned"].tolist() == [False, True, False, False]
+
+
+def test_in_a_finished_run_a_client_says_first_what_an_earlier_request_means(federate):
+    federate("rounds=1 strategy=leave forget.attempts=1", nodes=4)
+    ask(federate, [], Selection.by(classes=[7]))
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        silent_about_images(federate, "rounds=1 forget.attempts=1", times=1)
+    ask(federate, [1], Selection.by(classes=[3]))
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        federate("rounds=1 strategy=leave forget.attempts=1", nodes=4)
+    assert federate.requests()[1].state == State.COMPLETED
+    assert {5, 8} <= federate.run().ledger.examples().keys()
+
+
+def test_who_has_left_whole_is_asked_nothing_for_its_portion_of_an_earlier_request(federate):
+    """Client 1 is silent, so that r1 waits. Client 0 leaves meanwhile, and never replies again."""
+    federate("rounds=1 strategy=leave", nodes=4)
+    ask(federate, [], Selection.by(classes=[7]))
+    ask(federate, [0], None)
+    grid = LocalGrid(4)
+
+    def deliver(message):
+        task, first = messages.task_of(message), federate.requests()[0]
+        is_silent = task.name == "selected_counts" and task.clients == [1] and not first.detail.get("attempts")
+        has_left = {0, 4} & {*task.clients} and federate.requests()[1].state == State.COMPLETED
+        return Message(Error(0, "gone"), reply_to=message) if is_silent or has_left else grid.call(message)
+
+    grid.deliver = deliver
+    federate("strategy=leave rounds=3", grid=grid)
+    assert [request.state for request in federate.requests()] == [State.COMPLETED] * 2
+    assert [request.detail["round"] for request in federate.requests()] == [2, 1]
+
+
+def test_a_moment_of_silence_refuses_no_other_request(federate):
+    federate("rounds=1 strategy=leave", nodes=1)
+    ask(federate, [], Selection.by(classes=[7]))
+    ask(federate, [0], None)
+    grid, left = LocalGrid(1), [1]
+
+    def deliver(message):
+        if messages.task_of(message).name == "selected_counts" and left[0]:
+            left[0] -= 1
+            return Message(Error(0, "out of memory"), reply_to=message)
+        return grid.call(message)
+
+    grid.deliver = deliver
+    federate("strategy=leave rounds=1", grid=grid)
+    assert [request.state for request in federate.requests()] == [State.COMPLETED] * 2
 
 
 def test_a_class_of_everybody_is_asked_of_clients_too_that_were_set_aside(federate):

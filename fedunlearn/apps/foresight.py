@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.federation.auditor import auditor_of
-from fedunlearn.federation.requests import NOBODY_LEFT, named_before, nothing_left, unsuitable_portions
+from fedunlearn.federation.portions import NOBODY_LEFT, named_before, nothing_left, unsuitable_portions
 from fedunlearn.runs.ledger import COUNTED, NOT_VOID, TAKEN_UP
 from fedunlearn.runs.run import Run
 

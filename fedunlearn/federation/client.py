@@ -84,13 +84,13 @@ class ClientRuntime:
         portion = portions.get(number)
         owner = portion.client if portion else number
         own, others = self.slices[owner], [p for p in portions.values() if p.client == owner]
-        kept = self._selected(owner, portion.selection) if portion else np.ones(len(own), bool)
+        kept = self.selected(owner, portion.selection) if portion else np.ones(len(own), bool)
         for other in others:
             if not portion or other.number < number:
-                kept &= ~self._selected(owner, other.selection)
+                kept &= ~self.selected(owner, other.selection)
         return own[kept]
 
-    def _selected(self, client: int, selection: Selection) -> np.ndarray:
+    def selected(self, client: int, selection: Selection) -> np.ndarray:
         """Say which of a client's images are selected, bool [N]."""
         own, dataset = self.slices[client], self.dataset
         patients = dataset.patients_of(own) if selection.patients else None
@@ -153,10 +153,10 @@ class Client:
 
     def selected_counts(self, selection: Selection) -> Tensor:
         """Count its images of each class that are selected, int64 [K]."""
-        portion = Portion(max([self.id, *self._portions]) + 1, self._owner, selection)
-        return self._runtime.client(
-            portion.number, self.round, portions={**self._portions, portion.number: portion}
-        ).class_counts
+        of_owner, dataset = self._runtime.slices[self._owner], self._runtime.dataset
+        is_meant = np.isin(self._own, of_owner[self._runtime.selected(self._owner, selection)])
+        labels = torch.from_numpy(np.array(dataset.train.labels[self._own[is_meant]]))
+        return torch.bincount(labels, minlength=len(dataset.class_names))
 
     @property
     def precision(self) -> str:

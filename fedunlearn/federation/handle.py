@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
 from logging import getLogger
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fedunlearn.build import is_evaluated, learning_rate_of, server_trains_client_head
 from fedunlearn.config import Config
-from fedunlearn.data.selection import Portion
+from fedunlearn.data.selection import Selection
 from fedunlearn.errors import DestroyedError, NotNowError, unusable_replies
 from fedunlearn.federation import server_state, tasks
 from fedunlearn.federation.judge import Judge
@@ -131,9 +130,13 @@ class Federation:
     def never_trained(self) -> set[int]:
         """The clients without the two examples that BatchNorm needs; not those of a node that does not work.
 
-        Portions of clients were trained on with all that the client had, even if it is one image.
+        What is left of a client beside its portions was trained on with them, even if it is one image, and so was each
+        of these.
         """
-        return {c for c, examples in self.nodes.examples.items() if examples < (1 if c in self.nodes.portions else 2)}
+        nodes, whole = self.nodes, dict(self.nodes.examples)
+        for number, portion in nodes.portions.items():
+            whole[portion.client] += nodes.examples[number]
+        return {c for c, n in nodes.examples.items() if not n or (c not in nodes.portions and whole[c] < 2)}
 
     @property
     def forgotten(self) -> list[int]:
@@ -144,25 +147,11 @@ class Federation:
         """Count the examples of clients."""
         return sum(self.nodes.examples[client] for client in clients)
 
-    def count(self, portions: Iterable[Portion]) -> dict[int, int]:
-        """Ask clients how many images portions of them would have, by the portions' numbers; who is silent is left out.
-
-        Args:
-            portions: one of a client at most, since its next one has what is left beside that.
-        """
-        found = {}
-        for selection, same in groupby(portions, lambda portion: portion.selection):
-            numbers = {portion.client: portion.number for portion in same}
-            replies = self.nodes.query(
-                self.grid,
-                tasks.selected_counts,
-                self.round,
-                numbers,
-                self.state.params,
-                arguments={"selection": selection.content()},
-            )
-            found |= {numbers[client]: int(counts.sum()) for client, counts in replies.statistics.items()}
-        return found
+    def count(self, selection: Selection, on: Iterable[int]) -> dict[int, int]:
+        """Ask how many of their images are selected, of clients or portions; who is silent is left out."""
+        about = {"selection": selection.content()}
+        found = self.nodes.query(self.grid, tasks.selected_counts, self.round, on, self.state.params, arguments=about)
+        return {client: int(counts.sum()) for client, counts in found.statistics.items()}
 
     def split(self) -> None:
         """Take everything out of the clients' images that requests were taken up about, into portions of their own."""

@@ -482,9 +482,9 @@ def as_before(
         said: examples by client.
         known: from earlier starts of the run.
         past: the same of forgotten clients alone.
-        less: what is left of clients of which a portion was forgotten.
+        less: what is left of clients whose portions are out of training, if the files of all of these are deleted.
     """
-    deleted = {client: known[client] for client in said.keys() & less.keys() if said[client] == less[client]}
+    deleted = {c: known[c] for c in said.keys() & less.keys() if less[c] <= said[c] <= known[c]}
     return {**said, **{client: past[client] for client in said.keys() & past.keys()}, **deleted}
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from inspect import signature
@@ -10,11 +10,11 @@ from logging import getLogger
 from typing import Any
 
 from fedunlearn.config import Config
-from fedunlearn.data.selection import Portion, Selection
 from fedunlearn.errors import DestroyedError, NotNowError, UserError, printable
 from fedunlearn.federation import server_state
 from fedunlearn.federation.gate import Gate
 from fedunlearn.federation.handle import Federation, ForgetSet
+from fedunlearn.federation.portions import NOBODY_LEFT, Portions, nothing_left
 from fedunlearn.federation.replies import listed
 from fedunlearn.federation.scores import Scorer, Scores
 from fedunlearn.federation.strategy import Strategy, strategy_of
@@ -24,14 +24,12 @@ from fedunlearn.naming import as_command
 from fedunlearn.runs import receipts
 from fedunlearn.runs.formats import forgotten
 from fedunlearn.runs.hints import of_run
-from fedunlearn.runs.ledger import FORGOTTEN, OPEN, RECEIPT, TAKEN_UP, Ledger, Request, State
+from fedunlearn.runs.ledger import OPEN, RECEIPT, TAKEN_UP, Ledger, Request, State
 from fedunlearn.runs.run import Run
 from fedunlearn.runs.signed import SignedRequest, UnsignedError, action_of, check, read
 
 BY_ITSELF = "fedunlearn leave"
 """Who asks, where a client has asked on its own machine."""
-NOBODY_LEFT = "no client would be left"
-"""Why a request is refused that would leave nobody to train."""
 PARAMETERS = {*signature(Run.commit).parameters, *signature(Ledger.commit).parameters}
 
 log = getLogger("fedunlearn")
@@ -79,7 +77,7 @@ class Requests:
         self._last_round: int | None = None  # of this process's training, where it trains
         self._scores: Scores = {}  # of the model that was applied last, while it is the present one
         self._carried_at: dict[int, int] = {}  # by client, the round at which what it has signed was filed last
-        self._silent: set[int] = set()  # clients that have not said, at this boundary, which images are meant
+        self._portions = Portions(run, federation)
 
     def expect_rounds(self, rounds: int) -> int:
         """Learn how many rounds this process is to train; returns how many it takes to complete every open request."""
@@ -96,7 +94,7 @@ class Requests:
             no_more_rounds: requests are completed at once.
         """
         self.file_carried()
-        self._silent = set()
+        self._portions.at_boundary()
         round_ = self._federation.round
         scheduled = set(self._settings.schedule.get(round_, []))
         asked = {c for request in self._ledger.requests() if request.state != State.CANCELLED for c in request.clients}
@@ -107,8 +105,9 @@ class Requests:
             waits = self._last_round is not None and request.detail["not_before"] > round_ and not no_more_rounds
             if request.state in OPEN and not waits:
                 self._carry(request, no_more_rounds)
-            elif request.state == State.QUARANTINED and not is_last:
-                self._count_again(request)
+            elif request.state == State.QUARANTINED and not is_last and (back := self._portions.count_again(request)):
+                who = self._federation.named(back)
+                log.info("── request %s: %s said which images are meant, and can train on the others", request.id, who)
         if not is_last:
             receipts.write_all(self._run)
 
@@ -164,21 +163,10 @@ class Requests:
         selection = request.selection
         if not (selection and selection.is_of_classes):
             return request
-        takes_the_last = self._takes_the_last(request, selection)
+        takes_the_last = self._portions.takes_the_last(request, selection)
         if takes_the_last == request.detail.get("all_clients", False):
             return request
         return self._ledger.advance(request, request.state, all_clients=takes_the_last)
-
-    def _takes_the_last(self, request: Request, selection: Selection) -> bool:
-        """Say whether nobody has images of a request's classes beside it, since all others have forgotten them."""
-        ledger = self._ledger
-        earlier = {
-            portion.client
-            for portion in ledger.portions(FORGOTTEN).values()
-            if portion.selection.is_of_classes and set(selection.classes) <= set(portion.selection.classes)
-        }
-        without = {*request.owners, *earlier, *ledger.clients_in(FORGOTTEN)}
-        return without.issuperset(range(self._run.config.clients))
 
     def _refused(self, request: Request, reason: str) -> Request:
         log.warning("── request %s is refused: %s", request.id, reason)
@@ -186,84 +174,13 @@ class Requests:
 
     def _unsuitable(self, request: Request) -> str:
         """Say why a request cannot be taken up; nothing where it can."""
-        federation = self._federation
-        meant = {*request.clients, *self._set_aside_of(request)}
-        if federation.never_trained.issuperset(meant) and not request.portions:
+        federation, ledger = self._federation, self._ledger
+        if federation.never_trained.issuperset(self._portions.whole(request)) and not request.portions:
             first = request.clients[:1]
-            return nothing_left(self._ledger, first[0], self._run.named(first), federation.examples(first))
-        if not set(federation.retain) - set(request.clients):
+            return nothing_left(ledger, first[0], self._run.named(first), federation.examples(first))
+        if federation.trainable <= {*request.clients, *ledger.clients_in(TAKEN_UP)}:
             return NOBODY_LEFT
         return self._unsigned(request) or self._impossible(request)
-
-    def _take_apart(self, request: Request) -> str:
-        """Learn how many images the portions have that a request is about; says why that cannot be, if so.
-
-        Raises:
-            NotNowError: a client does not reply. What the others have said is kept.
-        """
-        nodes, portions = self._federation.nodes, request.portions
-        if not portions:
-            return ""
-        found = self._count(portions)
-        known = found | {number: nodes.examples[number] for number in portions.keys() & nodes.portions.keys()}
-        missing = [portion.client for number, portion in portions.items() if number not in known]
-        leaves_anybody = self._leaves_anybody(portions, known)
-        reason = "" if missing else self._not_there(request, known) or ("" if leaves_anybody else NOBODY_LEFT)
-        if leaves_anybody and (not reason or self._is_begun(request)):
-            self._keep(found)
-        if missing:
-            raise NotNowError(f"{self._federation.named(missing[:1])} did not say which of its images are meant")
-        return reason
-
-    def _is_begun(self, request: Request) -> bool:
-        """Say whether images that a request is about have been counted, and are out of training."""
-        return not request.portions.keys().isdisjoint(self._federation.nodes.portions)
-
-    def _not_there(self, request: Request, examples: Mapping[int, int]) -> str:
-        """Say why there is nothing to forget; nothing where something is, here or in what was set aside before."""
-        if self._set_aside_of(request):
-            return ""
-        return unsuitable_portions(request.portions, examples, named_before(self._ledger))
-
-    def _leaves_anybody(self, portions: Mapping[int, Portion], known: Mapping[int, int]) -> bool:
-        """Say whether anybody can certainly be trained without portions, as far as their examples are known."""
-        nodes, gone = self._federation.nodes, self._ledger.clients_in(TAKEN_UP)
-        left = {c: nodes.examples[c] for c in self._federation.retain}
-        for number, portion in portions.items():
-            if portion.client in nodes.examples and portion.client not in gone:
-                taken = 0 if number in nodes.portions else known.get(number, nodes.examples[portion.client])
-                left[portion.client] = nodes.examples[portion.client] - taken
-        return max(left.values(), default=0) >= 2
-
-    def _count(self, portions: Mapping[int, Portion]) -> dict[int, int]:
-        """Ask clients how many images portions have that nobody has counted yet; who is silent is left out.
-
-        A client says it of one portion after the other, since each has what is left beside those before. A client that
-        was silent is not asked again at the same boundary.
-        """
-        first: dict[int, int] = {}  # by client, the portion that it is asked about next
-        for number, portion in sorted(self._ledger.portions(TAKEN_UP).items()):
-            if number not in self._federation.nodes.portions:
-                first.setdefault(portion.client, number)
-        asked = [p for n, p in portions.items() if first.get(p.client) == n and p.client not in self._silent]
-        found = self._federation.count(asked)
-        self._silent.update(portion.client for portion in asked if portion.number not in found)
-        return found
-
-    def _keep(self, found: Mapping[int, int]) -> None:
-        """Keep how many examples portions have, and take them out of their clients' images."""
-        self._ledger.keep_examples(found)
-        self._federation.split()
-
-    def _count_again(self, request: Request) -> None:
-        """Let clients train again, without what a request that was set aside is about, that were silent about it."""
-        gone = self._ledger.clients_in(TAKEN_UP)
-        portions = {n: p for n, p in request.portions.items() if p.client not in gone}
-        found = self._count(portions)
-        if found and self._leaves_anybody(portions, found):
-            self._keep(found)
-            who = self._federation.named([request.portions[number].client for number in found])
-            log.info("── request %s: %s said which images are meant, and can train on the others", request.id, who)
 
     def _unsigned(self, request: Request) -> str:
         """Say why a request does not have the signature that the run asks for; nothing where it has."""
@@ -300,37 +217,36 @@ class Requests:
     def _collect(self, request: Request) -> Request:
         """Take the portions out of their clients' images that a request is about, and apply it."""
         try:
-            reason = self._take_apart(request)
+            meant, reason = self._portions.take_apart(request)
         except NotNowError as error:
             return self._failed(request, str(error))
         if not reason:
-            return self._apply(self._with_classes(request))
-        if not self._is_begun(request):
+            return self._apply(self._with_classes(request), meant)
+        if not self._portions.is_begun(request):
             return self._refused(request, reason)
         log.warning("── request %s is set aside: %s, %s", request.id, reason, _out(request))
         return self._ledger.advance(request, State.QUARANTINED, reason=reason)
 
-    def _apply(self, request: Request) -> Request:
+    def _apply(self, request: Request, meant: set[int]) -> Request:
         """Let the strategy forget, and commit what passes the gate; or restore the state."""
         federation, state = self._federation, self._federation.state
         try:
-            attempt = self._attempt(request)
+            attempt = self._attempt(request, meant)
         except Exception as error:
             federation.state = state
             return self._undone(request, error)
         if attempt.verdict and not attempt.verdict["passed"] and "accepted_by" not in request.detail:
             federation.state = state
             return self._not_taken(request, attempt.verdict)
-        return self._commit(request, attempt)
+        return self._commit(request, meant, attempt)
 
-    def _attempt(self, request: Request) -> Attempt:
+    def _attempt(self, request: Request, meant: set[int]) -> Attempt:
         """Let the strategy forget, and the gate look at the model; nothing of it counts yet.
 
         The model's BatchNorm statistics are those of the retain clients before and after, so that what changes in the
         scores comes from the weights. Of clients that were never trained on there is nothing to forget.
         """
         federation, config = self._federation, self._config_of(request)
-        meant = {*request.clients, *self._set_aside_of(request)}
         forget = ForgetSet(tuple(sorted(meant - federation.never_trained)), frozenset(request.classes))
         stored_bytes = federation.state.stored_bytes + self._strategy.stored_bytes(self._run)
         strategy = strategy_of(config) if "how" in request.detail else self._strategy
@@ -350,16 +266,6 @@ class Requests:
         figures = {"strategy": config.strategy, "seconds": seconds, "costs": costs, "stored_bytes": stored_bytes}
         figures["before"] = own(before, request.clients)
         return Attempt(strategy, figures | result, verdict, after)
-
-    def _set_aside_of(self, request: Request) -> set[int]:
-        """Give the portions with some of a request's images that other requests have taken out and not forgotten.
-
-        They are out of their clients' images, and still in the model.
-        """
-        aside = self._ledger.portions([State.COLLECTING, State.QUARANTINED])
-        shared = {number for number, portion in aside.items() if request.may_share(portion)}
-        counted = shared & self._federation.nodes.portions.keys()
-        return counted.difference(request.clients, self._ledger.clients_in(FORGOTTEN))
 
     def _estimates_batch_norm(self, request: Request) -> bool:
         """Estimate BatchNorm statistics of the model before a request, and say whether any can be.
@@ -391,10 +297,13 @@ class Requests:
         reason = printable(f"strategy={strategy} failed with {type(error).__name__}: {error}")
         return self._not_taken(request, {"passed": False, "reason": reason})
 
-    def _commit(self, request: Request, attempt: Attempt) -> Request:
+    def _commit(self, request: Request, meant: set[int], attempt: Attempt) -> Request:
         """Commit the model together with the request, and tell the strategies."""
         federation = self._federation
         receipt = {"round": federation.round, "completes_at": self._completes_at(), **attempt.figures}
+        if along := sorted(meant.difference(request.clients)):
+            receipt["along"] = along
+            log.info("── request %s: what was set aside before of the same images is forgotten too", request.id)
         receipt |= {"gate": attempt.verdict} if attempt.verdict else {}
         applied = self._run.commit(federation.state.tensors(), federation.round, request, **receipt)
         assert applied is not None
@@ -407,7 +316,7 @@ class Requests:
     def _unlearn(self, strategy: Strategy, request: Request, forget: ForgetSet) -> dict[str, Any]:
         """Let the strategy forget, if there is anything to forget, and prune; returns what it says for the receipt."""
         federation = self._federation
-        result = strategy.forget(federation, forget) if federation.round else {}
+        result = strategy.forget(federation, forget) if federation.round and forget.clients else {}
         check_result(strategy, result)
         federation.recalibrate_batch_norm()
         gone = [c for c in request.clients if c not in request.portions] + federation.emptied(request.clients)
@@ -466,49 +375,8 @@ def check_result(strategy: Strategy, result: Any) -> None:
         raise UserError(f"{name}.forget returned what a receipt cannot hold: {error}") from None
 
 
-def unsuitable_portions(
-    portions: Mapping[int, Portion], examples: Mapping[int, int], before: Set[str] = frozenset()
-) -> str:
-    """Say why portions of clients cannot be forgotten; nothing where they can.
-
-    Args:
-        portions: by number, all of one selection.
-        examples: that each has.
-        before: names of images that were forgotten before.
-    """
-    selection, total = next(iter(portions.values())).selection, sum(examples.values())
-    if not total:
-        return f"no client that was asked trains on an image of {selection.in_words()} that is not forgotten"
-    if (missing := len(set(selection.examples) - before) - total) > 0:
-        return f"of the {len(selection.examples)} named images {missing} were not found, or are forgotten already"
-    return ""
-
-
 def _out(request: Request) -> str:
     return f"its {'images' if request.portions else 'clients'} stay out of training"
-
-
-def nothing_left(ledger: Ledger, client: int, who: str, examples: int) -> str:
-    """Say why a client cannot be forgotten that has too few images to be trained on.
-
-    Args:
-        who: its name in a sentence.
-        examples: that it has beside what earlier requests are about.
-    """
-    earlier = [
-        f"{request.id} ({request.state})"
-        for request in ledger.requests()
-        if request.state in TAKEN_UP and client in (portion.client for portion in request.portions.values())
-    ]
-    if earlier:
-        return f"{who} has {examples} examples beside those of earlier requests: {', '.join(earlier)}"
-    return f"{who} has {examples} examples and was never trained on"
-
-
-def named_before(ledger: Ledger) -> set[str]:
-    """Give the names of images that earlier requests have named, found and forgotten, whatever else they are."""
-    portions = ledger.portions(FORGOTTEN).values()
-    return {name for portion in portions if portion.selection.is_of_examples for name in portion.selection.examples}
 
 
 def own(scores: Scores, clients: Iterable[int]) -> Scores:

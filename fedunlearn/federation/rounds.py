@@ -34,7 +34,7 @@ from fedunlearn.malloc import peak_mebibytes
 from fedunlearn.runs.checkpoint import BESIDE
 from fedunlearn.runs.fingerprints import fingerprints_of, forgotten_for_good, keep_fingerprints, keep_keys
 from fedunlearn.runs.formats import progress
-from fedunlearn.runs.ledger import FORGOTTEN
+from fedunlearn.runs.ledger import COUNTED, FORGOTTEN
 from fedunlearn.runs.run import Run
 
 log = getLogger("fedunlearn")
@@ -106,7 +106,7 @@ class Rounds(FlowerStrategy):
         self._strategy.after_request(self._run)
         grid = self.federation.grid = OrderedGrid(grid, window=self._config.window)
         nodes, ledger = self.federation.nodes, self._run.ledger
-        forgotten, portions = ledger.clients_in(FORGOTTEN), ledger.portions(FORGOTTEN).values()
+        forgotten, portions = ledger.clients_in(FORGOTTEN), ledger.portions(COUNTED).values()
         owners = {portion.client for portion in portions}  # who may have deleted files
         images = {c: sha256 for c, sha256 in fingerprints_of(self._run).items() if c not in owners}
         known = {"images": images, "gone": forgotten_for_good(self._run)}
@@ -261,7 +261,8 @@ def diverged(round_: int) -> Iterator[None]:
 def sample(clients: list[int], config: Config, round_: int) -> list[int]:
     """Draw a fraction of the clients, which depends on the seed and the round alone."""
     if not clients:
-        raise UserError(f"round {round_}: no client has two examples or more")
+        why = "every client has fewer than two examples, is forgotten, or has not said which images a request means"
+        raise UserError(f"round {round_}: nobody can train: {why}")
     size = max(1, math.ceil(config.fraction * len(clients)))
     random = np.random.default_rng([config.seed, round_])
     return sorted(random.choice(clients, size, replace=False).tolist())

@@ -41,7 +41,7 @@ NOT_VOID = tuple(state for state in State if state not in VOID)
 COUNTED = (*NOT_VOID, State.QUARANTINED)  # where the portions of a request are apart from their clients, or will be
 TAKEN_UP = tuple(state for state in State if state not in (State.RECEIVED, State.REFUSED, State.CANCELLED))
 RECEIPT = {
-    "about", "about_written", "accepted_at", "accepted_by", "after", "all_clients", "asked_again", "asked_by",
+    "about", "about_written", "accepted_at", "accepted_by", "after", "all_clients", "along", "asked_again", "asked_by",
     "attempts", "before", "cancelled", "checkpoint", "clients", "completed_round", "completes_at", "costs",
     "counts_on", "deleted", "due_at", "examples", "finished", "gate", "how", "kept", "key", "kind", "ledger",
     "not_before", "portions", "purged", "readmitted", "reason", "receipt", "request", "right", "round", "seconds",
@@ -79,6 +79,11 @@ class Request:
     def counts_on(self) -> list[str]:
         """Give the ids of earlier requests that cover some of what was asked for, which is not asked for again."""
         return list(self.detail.get("counts_on", []))
+
+    @property
+    def along(self) -> list[int]:
+        """Give the portions that were forgotten along with it, as others had set aside images that it means."""
+        return list(self.detail.get("along", []))
 
     @property
     def owners(self) -> list[int]:
@@ -128,6 +133,7 @@ class Standing:
         current: the last commit.
         examples: by client.
         nonces: of signed requests.
+        wanted: ids of requests that somebody has asked for again with a signature.
         purged: by request after which what was left of its clients was removed, how many receipts it had then.
         receipts: by request, the state and the round that each says something about.
         about: SHA-256 of `run.json`; before it that of an earlier one, as long as it may still be there.
@@ -141,6 +147,7 @@ class Standing:
     about: list[str] = field(default_factory=list)
     unwitnessed: list[int] = field(default_factory=list)
     nonces: set[str] = field(default_factory=set)
+    wanted: set[str] = field(default_factory=set)
     purged: dict[str, int] = field(default_factory=dict)
 
     def follow(self, at: str, event: dict[str, Any]) -> None:
@@ -162,6 +169,8 @@ class Standing:
                 self.examples |= {int(client): count for client, count in examples.items()}
             case {"receipt": _, "of": id_, "ended": state, "as_of": round_}:
                 self.receipts.setdefault(id_, []).append((state, round_))
+            case {"asked_again": _, "counts_on": ids}:
+                self.wanted.update(ids)
             case {"about": sha256}:
                 self.about.append(sha256)
             case {"about_written": _}:
@@ -229,8 +238,11 @@ class Ledger(EventLog[Standing]):
             rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
             if not rest:
                 if signed:
-                    self.record(asked_again=wanted, signed=dict(signed))
+                    self.record(asked_again=wanted, signed=dict(signed), counts_on=[request.id for request in earlier])
                 return earlier
+            not_before = max(
+                [not_before, *(r.detail["not_before"] for r in self.requests() if r.state == State.RECEIVED)]
+            )
             at, id_ = self.time(), f"r{len(self.requests()) + 1}"
             about = {"not_before": not_before, "due_at": due(at, months), "asked_by": by, "right": right}
             about |= {"signed": dict(signed)} if signed else {}
@@ -305,7 +317,7 @@ class Ledger(EventLog[Standing]):
         """Give the requests that failed, and whose clients no other request covers, nor has left whole since."""
         requests, gone = self.requests(), set(self.clients_in(FORGOTTEN))
         asked = {meant for request in requests if request.state not in VOID for meant in request.meant.values()}
-        asked |= {meant for request in requests for meant in request.meant.values() if meant[0] in gone}
+        asked |= {m for request in requests for n, m in request.meant.items() if not gone.isdisjoint({n, m[0]})}
         return [r for r in requests if r.state in FAILED and not asked.issuperset(r.meant.values())]
 
     def _touching(self, clients: Iterable[int]) -> list[Request]:
@@ -328,7 +340,8 @@ class Ledger(EventLog[Standing]):
 
     def clients_in(self, states: Iterable[State]) -> list[int]:
         """The clients of all requests in one of `states`, sorted."""
-        return sorted({client for r in self.requests() if r.state in states for client in r.clients})
+        wanted = set(states)
+        return sorted({client for r in self.requests() if r.state in wanted for client in (*r.clients, *r.along)})
 
     def applied(self) -> int:
         """Count the requests that have been applied."""
@@ -358,11 +371,18 @@ class Ledger(EventLog[Standing]):
                 raise UserError(
                     f"request {request_id} is {request.state}: only a RECEIVED or a REFUSED one can be taken back"
                 )
-            if later := [r.id for r in self.requests() if r.state not in VOID and request_id in r.counts_on]:
-                raise UserError(f"request {request_id} cannot be taken back before {later[-1]}, which counts on it")
+            if request.state == State.RECEIVED and not signed:
+                self._check_unwanted(request_id)
             if signed or request.state != State.CANCELLED:
                 self._advance(request, State.CANCELLED, {"cancelled": dict(signed)} if signed else {})
         return self.request(request_id)
+
+    def _check_unwanted(self, request_id: str) -> None:
+        """Raise UserError where somebody else counts on a request."""
+        if later := [r.id for r in self.requests() if r.state not in VOID and request_id in r.counts_on]:
+            raise UserError(f"request {request_id} cannot be taken back before {later[-1]}, which counts on it")
+        if request_id in self.found().wanted:
+            raise UserError(f"request {request_id} was asked for with a signature too: who signed may take it back")
 
     def accept(self, request_id: str, by: str) -> Request:
         """Have an `acceptable` request applied once more, and its model taken whatever the gate says, if it is finite.

@@ -1,0 +1,207 @@
+"""Portions of clients at the boundaries between rounds: how many images they have, and with whom they are forgotten."""
+
+from collections.abc import Iterable, Mapping, Set
+
+from fedunlearn.data.selection import Portion, Selection
+from fedunlearn.errors import NotNowError
+from fedunlearn.federation.handle import Federation
+from fedunlearn.runs.ledger import FORGOTTEN, TAKEN_UP, Ledger, Request, State
+from fedunlearn.runs.run import Run
+
+NOBODY_LEFT = "no client would be left"
+"""Why a request is refused that would leave nobody to train."""
+
+
+class Portions:
+    """Takes portions of clients, as requests mean them, out of these clients' images.
+
+    A client alone knows which of its images are meant, and says how many they are, of one portion after the other.
+    """
+
+    def __init__(self, run: Run, federation: Federation) -> None:
+        self._ledger, self._federation, self._clients = run.ledger, federation, run.config.clients
+        self._silent: set[int] = set()  # clients that have not said, at this boundary, which images are meant
+
+    def at_boundary(self) -> None:
+        """Ask from now on those too who were silent at the boundary before."""
+        self._silent = set()
+
+    def of(self, request: Request) -> dict[int, Portion]:
+        """Give the portions that a request means, without those of clients that have left whole meanwhile."""
+        gone = set(self._ledger.clients_in(FORGOTTEN))
+        return {n: portion for n, portion in request.portions.items() if portion.client not in gone}
+
+    def whole(self, request: Request) -> set[int]:
+        """Give the clients that leave whole, with those of their portions that others have set aside."""
+        clients = set(request.clients) - request.portions.keys()
+        return clients | self._aside(request).keys() if clients else clients
+
+    def take_apart(self, request: Request) -> tuple[set[int], str]:
+        """Learn how many images the portions have that a request is about, and take them out of training.
+
+        Returns:
+            Whom it is about, clients or portions, those among them that others have set aside; and why it cannot be
+            applied, if so.
+
+        Raises:
+            NotNowError: a client does not reply. What the others have said is kept.
+        """
+        portions, nodes = self.of(request), self._federation.nodes
+        if not portions:
+            return self.whole(request), ""
+        found = self._count(portions)
+        known = found | {number: nodes.examples[number] for number in portions.keys() & nodes.portions.keys()}
+        missing = [portion.client for number, portion in portions.items() if number not in known]
+        shared = self._shared(request) if not missing else {}
+        leaves_anybody = self._leaves_anybody(portions, known)
+        reason = ""
+        if not missing:
+            reason = unsuitable_portions(portions, known | shared, named_before(self._ledger))
+            reason = reason or ("" if leaves_anybody else NOBODY_LEFT)
+        if leaves_anybody and (not reason or self.is_begun(request)):
+            self._keep(found)
+        if missing:
+            raise self._silence(missing)
+        return {*portions, *shared}, reason
+
+    def is_begun(self, request: Request) -> bool:
+        """Say whether images that a request is about have been counted, and are out of training."""
+        return not request.portions.keys().isdisjoint(self._federation.nodes.portions)
+
+    def count_again(self, request: Request) -> list[int]:
+        """Let clients train again, without what a request that was set aside is about, that were silent about it.
+
+        Returns:
+            These clients.
+        """
+        portions = self.of(request)
+        found = self._count(portions)
+        if not found or not self._leaves_anybody(portions, found):
+            return []
+        self._keep(found)
+        return [portions[number].client for number in found]
+
+    def takes_the_last(self, request: Request, selection: Selection) -> bool:
+        """Say whether nobody has images of a request's classes beside it, since all others have forgotten them."""
+        earlier = {
+            portion.client
+            for portion in self._ledger.portions(FORGOTTEN).values()
+            if portion.selection.is_of_classes and set(selection.classes) <= set(portion.selection.classes)
+        }
+        without = {*request.owners, *earlier, *self._ledger.clients_in(FORGOTTEN)}
+        return without.issuperset(range(self._clients))
+
+    def _aside(self, request: Request) -> dict[int, Portion]:
+        """Give the portions that may have some of a request's images, and that others have taken out and not forgotten.
+
+        They are out of their clients' images, and still in the model.
+        """
+        nodes, gone = self._federation.nodes, set(self._ledger.clients_in(FORGOTTEN))
+        return {
+            n: portion
+            for n, portion in self._ledger.portions([State.COLLECTING, State.QUARANTINED]).items()
+            if nodes.examples.get(n) and n not in request.clients and gone.isdisjoint({n, portion.client})
+            if request.may_share(portion)
+        }
+
+    def _shared(self, request: Request) -> dict[int, int]:
+        """Give how many of the images that a request selects are in portions that were set aside, by these.
+
+        Raises:
+            NotNowError: a client does not say it.
+        """
+        aside = self._aside(request)
+        if not aside or request.selection is None:
+            return {}
+        found = self._federation.count(request.selection, aside)
+        if silent := [portion.client for n, portion in aside.items() if n not in found]:
+            raise self._silence(silent)
+        return {n: images for n, images in found.items() if images}
+
+    def _count(self, portions: Mapping[int, Portion]) -> dict[int, int]:
+        """Ask clients how many images portions have that nobody has counted yet; who is silent is left out.
+
+        A client says it of one portion after the other, since each has what is left beside those before. So it is asked
+        first about those of earlier requests, and what it says of them is kept.
+        """
+        found: dict[int, int] = {}
+        while asked := self._next(portions, found):
+            said: dict[int, int] = {}
+            for selection in {portion.selection: None for portion in asked}:
+                numbers = {portion.client: portion.number for portion in asked if portion.selection == selection}
+                counts = self._federation.count(selection, numbers)
+                said |= {numbers[client]: images for client, images in counts.items()}
+            self._silent.update(portion.client for portion in asked if portion.number not in said)
+            self._keep({number: images for number, images in said.items() if number not in portions})
+            found |= {number: images for number, images in said.items() if number in portions}
+        return found
+
+    def _next(self, portions: Mapping[int, Portion], found: Mapping[int, int]) -> list[Portion]:
+        """Give of each client the first portion that nobody has counted, up to the one that is wanted."""
+        last = {portion.client: number for number, portion in portions.items()}
+        first: dict[int, Portion] = {}
+        for number, portion in sorted(self._ledger.portions(TAKEN_UP).items()):
+            is_counted = number in found or number in self._federation.nodes.portions
+            if not is_counted and number <= last.get(portion.client, -1) and portion.client not in self._silent:
+                first.setdefault(portion.client, portion)
+        return [*first.values()]
+
+    def _keep(self, found: Mapping[int, int]) -> None:
+        """Keep how many examples portions have, and take them out of their clients' images."""
+        self._ledger.keep_examples(found)
+        self._federation.split()
+
+    def _leaves_anybody(self, portions: Mapping[int, Portion], known: Mapping[int, int]) -> bool:
+        """Say whether anybody can certainly be trained without portions, as far as their examples are known."""
+        nodes, gone = self._federation.nodes, self._ledger.clients_in(TAKEN_UP)
+        left = {c: nodes.examples[c] for c in self._federation.retain}
+        for number, portion in portions.items():
+            if portion.client in nodes.examples and portion.client not in gone:
+                taken = 0 if number in nodes.portions else known.get(number, nodes.examples[portion.client])
+                left[portion.client] = nodes.examples[portion.client] - taken
+        return max(left.values(), default=0) >= 2
+
+    def _silence(self, clients: Iterable[int]) -> NotNowError:
+        who = self._federation.named([*clients][:1])
+        return NotNowError(f"{who} did not say which of its images are meant")
+
+
+def unsuitable_portions(
+    portions: Mapping[int, Portion], examples: Mapping[int, int], before: Set[str] = frozenset()
+) -> str:
+    """Say why portions of clients cannot be forgotten; nothing where they can.
+
+    Args:
+        portions: by number, all of one selection.
+        examples: that each has; and those of its images that were set aside before, by the numbers of these portions.
+        before: names of images that were forgotten before.
+    """
+    selection, total = next(iter(portions.values())).selection, sum(examples.values())
+    if not total:
+        return f"no client that was asked trains on an image of {selection.in_words()} that is not forgotten"
+    if (missing := len(set(selection.examples) - before) - total) > 0:
+        return f"of the {len(selection.examples)} named images {missing} were not found, or are forgotten already"
+    return ""
+
+
+def nothing_left(ledger: Ledger, client: int, who: str, examples: int) -> str:
+    """Say why a client cannot be forgotten that has too few images to be trained on.
+
+    Args:
+        who: its name in a sentence.
+        examples: that it has beside what earlier requests are about.
+    """
+    earlier = [
+        f"{request.id} ({request.state})"
+        for request in ledger.requests()
+        if request.state in TAKEN_UP and client in (portion.client for portion in request.portions.values())
+    ]
+    if earlier:
+        return f"{who} has {examples} examples beside those of earlier requests: {', '.join(earlier)}"
+    return f"{who} has {examples} examples and was never trained on"
+
+
+def named_before(ledger: Ledger) -> set[str]:
+    """Give the names of images that earlier requests have named, found and forgotten, whatever else they are."""
+    portions = ledger.portions(FORGOTTEN).values()
+    return {name for portion in portions if portion.selection.is_of_examples for name in portion.selection.examples}
