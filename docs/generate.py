@@ -26,6 +26,7 @@ from fedunlearn.config import Config
 from fedunlearn.federation import tasks
 from fedunlearn.federation.gate import Gate
 from fedunlearn.federation.handle import Federation
+from fedunlearn.federation.portions import Portions
 from fedunlearn.federation.requests import Requests
 from fedunlearn.federation.rounds import Rounds
 from fedunlearn.federation.scores import Scorer
@@ -47,7 +48,9 @@ ROUNDS = tuple(
 """Methods that ask clients in every round."""
 FRAME = ((Requests, "serve"), (Gate, "__init__"), (Gate, "verdict"))
 """Methods that ask clients at every request."""
-OBJECTS = {"federation": Federation, "_federation": Federation, "_scorer": Scorer, "requests": Requests}
+OBJECTS = {
+    "federation": Federation, "_federation": Federation, "_scorer": Scorer, "requests": Requests, "_portions": Portions,
+}  # fmt: skip
 """How the code calls what asks clients on somebody's behalf."""
 ONLY_WITH = {"class_counts": "with `robust`", "selected_counts": "before a request about some of its images"}
 """Tasks that rounds ask for in one case alone."""
