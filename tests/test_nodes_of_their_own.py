@@ -372,3 +372,17 @@ def test_a_request_waits_until_the_run_is_started_again(federate, hospitals, cap
     grid = hospitals("rounds=1")
     assert [request.state for request in federate.requests()] == ["COMPLETED"]
     assert "train" not in {task for task, _ in asked(grid)}
+
+
+@pytest.mark.parametrize("strategy", ["retrain", "negate", "federaser"])
+def test_a_hospital_whose_machine_is_gone_is_forgotten_without_it(federate, hospitals, warnings, strategy):
+    gate = "strategy=federaser unlearn.every=1 forget.gate=true forget.budget=1"
+    hospitals(f"rounds=1 {gate}")
+    federate.run().request([1], how=None if strategy == "federaser" else {"strategy": strategy, "unlearn": {}})
+    hospitals(f"rounds=2 {gate}", [hospitals.machine(name) for name in ("hospital_a", "hospital_c")])
+    (request,) = federate.requests()
+    assert (request.state, request.detail["strategy"]) == ("COMPLETED", strategy)
+    assert request.detail["gate"].keys().isdisjoint({"gap"})
+    assert "Client hospital_b did not reply: nobody says how well the model knows its images" in warnings()
+    assert federate.run().metrics()[-1]["clients"] == [0, 2]
+    assert federate.state()["pruned"].tolist() == [False, True, False]
