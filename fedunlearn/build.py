@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pkgutil
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from logging import getLogger
 from pathlib import Path
@@ -18,6 +17,7 @@ from fedunlearn.config import Config
 from fedunlearn.data import datasets, partition, unpacked
 from fedunlearn.data.folders import revealed
 from fedunlearn.data.owned import OwnedDataset, OwnedSource, removed_from
+from fedunlearn.data.removal import remove_folder
 from fedunlearn.data.store import Dataset, Split, fingerprint
 from fedunlearn.errors import UserError
 from fedunlearn.nn.losses import multi_task_loss
@@ -103,7 +103,7 @@ def decode_for_readmitted(config: Config) -> None:
             raise UserError(f"readmit={refused}: the files with the images of client {refused[0]} were deleted")
     elif gone:
         log.info("%s is decoded anew: it has the images of forgotten clients again", source.store)
-        shutil.rmtree(source.store)
+        remove_folder(source.store)
         if config.partition.kind == "column":
             _take_out_again(config, source.open(), away - {*gone})
 
@@ -123,7 +123,7 @@ def _unpacked_again(config: Config, source: Source, back: Sequence[int]) -> Sour
     if not isinstance(source, OwnedSource):
         if source.store.is_dir() and not _without_images(config, source) & {*back}:
             return source
-        unpacked.forget_deletions(folder)
+        unpacked.forget_deletions(folder, source.store.name)
         return source_of(config)
     names, removed = {source.clients[client] for client in back}, removed_from(source.root, source.store.parent)
     if not names & removed:

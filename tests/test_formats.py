@@ -258,6 +258,23 @@ def test_unusable_tables_of_images_are_named(tmp_path, make, message):
         load("hf", tmp_path / "data", tmp_path)
 
 
+@pytest.mark.parametrize(("name", "message"), [("test", "test and train"), ("train-1", "train-00000-of-00001.parquet")])
+def test_files_that_number_their_classes_differently_are_named(tmp_path, name, message):
+    as_parquet(hub_table(images(12, 8, 8, 3)), tmp_path / "data", "train")
+    features = {**FEATURES, "label": {"names": ["yes", "no"], "_type": "ClassLabel"}}
+    as_parquet(hub_table(images(12, 8, 8, 3), features=features), tmp_path / "data", name)
+    with pytest.raises(UserError, match=f"{message} number their classes differently"):
+        load("hf", tmp_path / "data", tmp_path)
+
+
+def test_a_class_that_is_in_the_test_file_alone_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("x,label\n" + "1,0\n2,1\n" * 12)
+    (tmp_path / "data" / "test.csv").write_text("x,label\n1,0\n2,2\n")
+    with pytest.raises(UserError, match="class 2 has examples for testing and none for training"):
+        load("table", tmp_path / "data", tmp_path, Choices(label="label"))
+
+
 def test_without_pyarrow_the_line_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"")
     for name in ("pyarrow", "pyarrow.ipc", "pyarrow.parquet"):

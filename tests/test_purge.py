@@ -563,6 +563,30 @@ def test_a_run_goes_on_when_the_files_of_whom_it_forgot_are_deleted(federate, tr
     assert "neither the decoded copy" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_when_the_files_of_all_whom_it_forgot_are_deleted(federate, tree):
+    words = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 strategy=leave"
+    words += " forget.schedule={1:[1],2:[3]}"
+    federate(f"{words} rounds=2")
+    (listed,) = {file.resolve() for file in (federate.home / "data").glob(f"*/{REMOVED_FILES}")}
+    files, examples = listed.read_text().splitlines(), federate.run().ledger.examples()
+    assert len(files) == examples[1] + examples[3]
+    for file in files:
+        Path(file).unlink()
+    federate(f"{words} rounds=3")
+    assert federate.run().ledger.current().round == 3
+
+
+def test_a_copy_stays_while_the_folder_of_its_images_is_not_as_it_was(federate, tree):
+    words = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 strategy=leave"
+    federate(f"{words} rounds=1")
+    copies = {copy.name for copy in (federate.home / "data").glob("folder-*") if not copy.is_symlink()}
+    (tree / "train" / "a" / "00.png").rename(tree / "train" / "a" / "elsewhere.png")
+    federate("run=other rounds=1 strategy=leave forget.schedule={1:[3]} forget.purge=always")
+    (tree / "train" / "a" / "elsewhere.png").rename(tree / "train" / "a" / "00.png")
+    assert copies <= {copy.name for copy in (federate.home / "data").iterdir()}
+    federate(f"{words} rounds=2")
+
+
 def test_a_run_names_the_clients_whose_files_have_changed(federate, tree):
     words = f"data.name=folder data.root={tree} data.image_size=8 data.limit=0 data.test_limit=0 "
     federate(f"{words} partition.kind=class clients=2 rounds=1")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fedunlearn.data import store
-from fedunlearn.data.store import GONE, UNFINISHED, new_folder, remove_folder, remove_leftovers
+from fedunlearn.data.removal import GONE, remove_folder
+from fedunlearn.data.store import UNFINISHED, new_folder, remove_leftovers
 
 
 def test_folders_of_processes_that_are_gone_are_removed_and_no_others(tmp_path):

@@ -205,6 +205,11 @@ def _check_form(root: Path, base: Path) -> None:
             f"{_shown(root)} has {_listed(others)} beside train/ and test/: move it away, or into one of them"
         )
     named_like_splits(base, "root/client/class/image, or root/train/client/class/image and root/test/class/image")
+    if base == root and (alike := [name for name in subfolders(root) if name.casefold() in SPLITS]):
+        raise UserError(
+            f"{_shown(root)} has {_listed(alike)} beside folders of clients: give root/train/client/class/image and "
+            "root/test/class/image, or partition.file=clients.csv"
+        )
     for client in subfolders(base):
         named_like_splits(
             base / client,
@@ -300,7 +305,7 @@ def of_table(root: Path, table: Path, removed: Collection[str] = ()) -> Owned:
     for number, row in rows:
         path = _relative(root, row["path"], known)
         seen[path] += 1
-        if row["client"] in removed and not (root / path).exists():
+        if row["client"] in removed and path not in known:
             continue
         if mistake := _mistake(root, path, row, known, seen[path]):
             wrong.append(f"line {number}: {mistake}")

@@ -193,7 +193,9 @@ def classes(parts: Sequence[np.ndarray], names: Sequence[str] | None, file: Path
         if outside := sorted({int(k) for labels in flat for k in np.unique(labels)} - set(range(len(names)))):
             raise UserError(f"{where} has the label {outside[0]}, and names of {len(names)} classes")
         return flat, list(names)
-    known = np.unique(np.concatenate(flat))
+    known, trained = np.unique(np.concatenate(flat)), np.unique(flat[0])
+    if strange := np.setdiff1d(known, trained).tolist():
+        raise UserError(f"{where}: class {printable(str(strange[0]))} has examples for testing and none for training")
     return [np.searchsorted(known, labels) for labels in flat], [str(name) for name in known.tolist()]
 
 

@@ -76,6 +76,8 @@ def decode_hub(
     if "train" not in parts:
         raise UserError(f"{printable(str(source))} has no split for training: there are {', '.join(parts) or 'none'}")
     held_out = next((name for name in ("test", "validation") if name in parts), "")
+    if held_out and parts[held_out].names != parts["train"].names:
+        raise UserError(f"{printable(str(source))}: {held_out} and train number their classes differently")
     if held_out == "test" and "validation" in parts:
         log.info("%s: its validation images are left out", printable(source.name))
     chosen = [parts["train"], *([parts[held_out]] if held_out else [])]
@@ -138,6 +140,9 @@ def _of_tables(files: list[Path], root: Path, label: str, client: str) -> Part:
                 raise UserError(f"{printable(str(file))} has no column {printable(name)}: there are {there}")
             values.extend(table[name].to_pylist())
     names = (features.get(label) or {}).get("names")
+    for file, table in zip(files, tables, strict=True):
+        if (_features(table).get(label) or {}).get("names") != names:
+            raise UserError(f"{printable(str(file))} and {printable(files[0].name)} number their classes differently")
     labels = columns[label]
     if any(isinstance(value, list | dict) for value in labels):
         raise UserError(f"{printable(str(files[0]))}: {printable(label)} has lists: an image has one label")

@@ -19,6 +19,7 @@ import numpy as np
 from fedunlearn.data.folders import Listed, Owned
 from fedunlearn.data.images import ImageReader, Reading, say_passed_over
 from fedunlearn.data.joined import Joined
+from fedunlearn.data.removal import remove_folder
 from fedunlearn.data.store import (
     Belongings,
     Dataset,
@@ -28,7 +29,6 @@ from fedunlearn.data.store import (
     list_removed,
     mapped,
     new_folder,
-    remove_folder,
     undamaged,
     unlist_removed,
 )

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 
 from fedunlearn.data.images import image_paths
+from fedunlearn.data.removal import GONE
 from fedunlearn.data.selection import image_name
 from fedunlearn.data.unpacked import at_source, is_at_source, note_needed, note_unneeded
 from fedunlearn.errors import UserError
@@ -25,8 +26,8 @@ from fedunlearn.errors import UserError
 REMOVED_FILES = "files-to-delete.txt"
 """In a store: files of the source that nobody needs any more, one a line."""
 
-UNFINISHED, GONE = ".new-", ".gone-"
-"""How names of folders begin that are being written, or deleted."""
+UNFINISHED = ".new-"
+"""How names of folders begin that are being written."""
 REQUIRED = ("class_names", "fingerprint")
 """What every store says of itself."""
 
@@ -57,6 +58,11 @@ def fingerprint(split: Split) -> str:
     digest.update(images.data)
     digest.update(labels.data)
     return digest.hexdigest()
+
+
+def digest(name: str) -> str:
+    """Give the SHA-256 of a file's name."""
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
 
 def stored(images: np.ndarray) -> np.ndarray:
@@ -237,7 +243,9 @@ class Dataset:
             (self.store / f"{name}_files.json").write_text(
                 json.dumps([f for f, k in zip(files, kept, strict=True) if k])
             )
-            self._expect_removal({f for f, k in zip(files, kept, strict=True) if not k})
+            gone_files = {f for f, k in zip(files, kept, strict=True) if not k}
+            self._meta["gone"] = sorted({*self._meta.get("gone", []), *map(digest, gone_files)})
+            self._expect_removal(gone_files)
         removed = self.removed + int(gone.sum())
         meta = {"train": name, "removed": removed, "taken_out": sorted({*self.clients} - {*owners})}
         meta["fingerprint"] = _fingerprint(_arrays(now, self.test))
@@ -256,7 +264,10 @@ class Dataset:
                 file.unlink()
 
     def _expect_removal(self, files: set[str]) -> None:
-        """List files of the source that are not needed any more; once they are deleted, these images are used still."""
+        """List files of the source that are not needed any more.
+
+        Once all that were ever listed are deleted, these images are used still.
+        """
         source, (kind, _, *rest) = Path(self._meta["source"]), self.store.name.split("-")
         list_removed(self.store, sorted(files))
         listing = list(listing_of(source)) if source.is_dir() else []
@@ -265,7 +276,8 @@ class Dataset:
             key = folder_key(source, self._meta["image_size"], [*rows, *self._meta.get("choices", [])])
             return self.store.with_name("-".join([kind, key, *rest]))
 
-        alias = store([row for row in listing if row[0] not in files])
+        gone = {*self._meta["gone"]}
+        alias = store([row for row in listing if digest(row[0]) not in gone])
         if store(listing).resolve() == self.store.resolve() and not alias.exists():
             alias.symlink_to(self.store.name)
 
@@ -465,12 +477,6 @@ def new_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a decoded copy or a part of one; what a crash leaves of it `remove_leftovers` finds."""
-    gone = folder.rename(folder.with_name(f"{GONE}{folder.name}-{os.getpid()}"))
-    shutil.rmtree(gone)
 
 
 def remove_leftovers(data: Path) -> list[str]:

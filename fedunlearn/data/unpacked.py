@@ -6,10 +6,11 @@ ones no longer matter to a decoded copy.
 
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from fedunlearn.data.removal import remove_folder
 
 PREFIX = "unpacked-"
 """How the names of such folders begin."""
@@ -79,15 +80,23 @@ def is_whole(folder: Path) -> bool:
     return not _about(folder)["deleted"]
 
 
-def forget_deletions(folder: Path) -> None:
-    """Delete an unpacked archive, which is unpacked again with all its files."""
-    _write(folder, _about(folder) | {"deleted": [], "unneeded": {}})
-    shutil.rmtree(folder, ignore_errors=True)
+def forget_deletions(folder: Path, store: str = "") -> None:
+    """Delete an unpacked archive, which is unpacked again with all its files.
+
+    Args:
+        folder: of the archive.
+        store: the name of a decoded copy that needs all of them again.
+    """
+    about = _about(folder)
+    unneeded = {name: files for name, files in about["unneeded"].items() if name != store}
+    _write(folder, about | {"deleted": [], "unneeded": unneeded})
+    if folder.exists():
+        remove_folder(folder)
 
 
 def remove(folder: Path) -> None:
     """Delete an unpacked archive, and what is known of it."""
-    shutil.rmtree(folder)
+    remove_folder(folder)
     _beside(folder).unlink(missing_ok=True)
 
 

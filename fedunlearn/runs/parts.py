@@ -6,7 +6,8 @@ from logging import getLogger
 from pathlib import Path
 
 from fedunlearn.data.owned import MARKER, SPLITS, OwnedSource
-from fedunlearn.data.store import REMOVED_FILES, remove_folder, undamaged
+from fedunlearn.data.removal import remove_folder
+from fedunlearn.data.store import REMOVED_FILES, undamaged
 from fedunlearn.runs.run import Run
 
 log = getLogger("fedunlearn")
@@ -50,12 +51,15 @@ def say_left_files(store: Path) -> None:
         log.warning("the source still has files of these clients: delete those that %s names", listed)
 
 
-def delete_stale(data: Path, stores: Collection[Path], sources: Iterable[object], deleted: list[str]) -> set[Path]:
+def delete_stale(
+    data: Path, stores: Collection[Path], unsure: Collection[Path], sources: Iterable[object], deleted: list[str]
+) -> set[Path]:
     """Delete copies that no run uses, and in the others the parts that no run's images are in any more.
 
     Args:
         data: the folder of decoded copies.
         stores: the copies that runs use.
+        unsure: folders of images that runs are of whose copy is not found, as while somebody changes a folder.
         sources: of the images of all runs that have owners.
         deleted: gets the names of what is deleted.
 
@@ -68,7 +72,7 @@ def delete_stale(data: Path, stores: Collection[Path], sources: Iterable[object]
         store = marker.parent.resolve()
         with undamaged(marker):
             root = Path(json.loads(marker.read_text())["source"]).resolve()
-        if store not in stores and root.exists():  # else its run may come back
+        if store not in stores and root.exists() and root not in unsure:  # else its run may come back
             remove_folder(store)
             deleted.append(store.name)
             continue

@@ -17,8 +17,9 @@ from fedunlearn.build import deal_of, slices_of, source_of, unpacked_of
 from fedunlearn.data import unpacked
 from fedunlearn.data.folders import KINDS
 from fedunlearn.data.owned import OwnedSource
+from fedunlearn.data.removal import remove_folder
 from fedunlearn.data.search import Found, Wanted
-from fedunlearn.data.store import Dataset, about, remove_folder, remove_leftovers
+from fedunlearn.data.store import Dataset, about, remove_leftovers
 from fedunlearn.errors import UserError
 from fedunlearn.runs import checkpoint, parts, scan
 from fedunlearn.runs.files import write_atomically
@@ -199,6 +200,9 @@ def _left_in_words(run: Run, removed: Removed, who: str, *, figures: bool) -> li
         if run.config.partition.is_on_nodes:
             why = "they and their decoded copy are on a machine of their own, whose owner can delete them"
         kept.append({"what": f"perhaps images of {who}", "why": why})
+    if run.config.partition.kind == "column":
+        what = f"test images of {who}, one in six of its images, if the file has none of its own"
+        kept.append({"what": what, "why": "the server measures on them, and whose they are is not kept"})
     if not figures:
         kept.append({"what": f"accuracies by round of {who}", "why": "audits compare with them (forget.purge_metrics)"})
     return kept
@@ -215,6 +219,11 @@ def _store_of(run: Run) -> Path | None:
     except UserError:
         return None
     return store.resolve() if store.is_dir() else None
+
+
+def _root_of(run: Run) -> Path:
+    """The folder of a run's images, whether it can be read or not."""
+    return Path(run.config.data.root).expanduser().resolve()
 
 
 def _own(store: Path, run: Run, clients: Collection[int]) -> np.ndarray:
@@ -313,6 +322,7 @@ def _delete_stale(home: Path) -> list[str]:
     """Delete decoded copies, and unpacked archives, that no run and no study uses any more; gives their names."""
     data = (home / "data").resolve()
     stores = {store for store in map(_store_of, _opened_runs(home)) if store}
+    unsure = set(map(_root_of, (run for run in _opened_runs(home) if run.config.data.root and not _store_of(run))))
     studied = {fingerprint for _, fingerprint in _studies(home)}
     is_archive_needed = any(map(_has_archive_alone, _opened_runs(home)))
     sources, deleted = set(), remove_leftovers(data)
@@ -323,14 +333,15 @@ def _delete_stale(home: Path) -> list[str]:
         source = Path(meta.get("source", home)).resolve()
         is_unpacked = data in source.parents
         is_there = source.exists()  # else its run may come back
-        is_used = store.resolve() in stores or meta["fingerprint"] in studied
+        is_used = store.resolve() in stores or source in unsure or meta["fingerprint"] in studied
         if is_used or not is_there or (is_unpacked and is_archive_needed):
             sources |= {source, *source.parents}
         else:
             remove_folder(store)
             deleted.append(store.name)
     if not studied:
-        roots = parts.delete_stale(data, stores, (source_of(r.config_here()) for r in _with_parts(home)), deleted)
+        owned = (source_of(run.config_here()) for run in _with_parts(home))
+        roots = parts.delete_stale(data, stores, unsure, owned, deleted)
         sources |= {folder for root in roots for folder in (root, *root.parents)}
     for folder in data.glob(f"{unpacked.PREFIX}*/"):
         if folder.resolve() not in sources and not folder.is_symlink() and not is_archive_needed:
