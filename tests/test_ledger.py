@@ -166,7 +166,7 @@ def test_a_request_on_which_a_later_one_counts_is_not_taken_back_while_it_waits(
     (request,) = ledger.file([3])
     ledger.file([3, 4])
     with pytest.raises(UserError, match="r1 cannot be taken back before r2, which counts on it"):
-        ledger.cancel("r1")
+        ledger.cancel("r1", signed={"nonce": "1"})
     ledger.advance(request, State.REFUSED, reason="why")
     assert ledger.cancel("r1").state == State.CANCELLED
 

@@ -53,6 +53,8 @@ def outlook(found: Run, clients: Collection[int], selection: Selection | None) -
         unused = count(found.config.clients + len(ledger.portions()))
         new = {number or next(unused): client for client, number in numbers.items() if number not in asked}
         portions = {number: Portion(number, client, selection) for number, client in new.items()}
+        if not portions:
+            return Outlook({}, "")
         counts = {number: auditor.selected(portion, met) for number, portion in portions.items()}
         reason = unsuitable_portions(portions, counts, named_before(ledger))
         images = {client: counts[number] for number, client in new.items()}
@@ -60,7 +62,8 @@ def outlook(found: Run, clients: Collection[int], selection: Selection | None) -
         return Outlook(images, reason or ("" if max(rest, default=0) >= 2 else NOBODY_LEFT))
     present = auditor.examples(met)
     images = {client: present[client] for client in numbers if client not in asked}
-    if max(images.values(), default=0) < 2 and images:
+    trained_on = auditor.examples()  # with a client's portions
+    if images and all(not n or trained_on[client] < 2 for client, n in images.items()):
         first = min(images)
         return Outlook(images, nothing_left(ledger, first, found.named([first]), images[first]))
     others = [n for client, n in auditor.examples(apart).items() if client not in {*images, *asked, *out}]

@@ -141,7 +141,7 @@ class Federation:
     @property
     def forgotten(self) -> list[int]:
         """The clients whose requests have been applied, as far as they had been trained on."""
-        return sorted(set(self._ledger.clients_in(FORGOTTEN)) - self.never_trained)
+        return sorted((set(self._ledger.clients_in(FORGOTTEN)) & self.nodes.examples.keys()) - self.never_trained)
 
     def examples(self, clients: Iterable[int]) -> int:
         """Count the examples of clients."""

@@ -10,6 +10,8 @@ from fedunlearn.runs.run import Run
 
 NOBODY_LEFT = "no client would be left"
 """Why a request is refused that would leave nobody to train."""
+ALL_FORGOTTEN = "all that it means was forgotten with other requests meanwhile"
+"""Why a request is refused after its clients have left whole."""
 
 
 class Portions:
@@ -27,9 +29,9 @@ class Portions:
         self._silent = set()
 
     def of(self, request: Request) -> dict[int, Portion]:
-        """Give the portions that a request means, without those of clients that have left whole meanwhile."""
+        """Give the portions that a request means, without those that were forgotten with other requests meanwhile."""
         gone = set(self._ledger.clients_in(FORGOTTEN))
-        return {n: portion for n, portion in request.portions.items() if portion.client not in gone}
+        return {n: portion for n, portion in request.portions.items() if gone.isdisjoint({n, portion.client})}
 
     def whole(self, request: Request) -> set[int]:
         """Give the clients that leave whole, with those of their portions that others have set aside."""
@@ -48,7 +50,7 @@ class Portions:
         """
         portions, nodes = self.of(request), self._federation.nodes
         if not portions:
-            return self.whole(request), ""
+            return self.whole(request), ALL_FORGOTTEN if request.portions else ""
         found = self._count(portions)
         known = found | {number: nodes.examples[number] for number in portions.keys() & nodes.portions.keys()}
         missing = [portion.client for number, portion in portions.items() if number not in known]
@@ -56,8 +58,7 @@ class Portions:
         leaves_anybody = self._leaves_anybody(portions, known)
         reason = ""
         if not missing:
-            reason = unsuitable_portions(portions, known | shared, named_before(self._ledger))
-            reason = reason or ("" if leaves_anybody else NOBODY_LEFT)
+            reason = self._not_there(request, known | shared) or ("" if leaves_anybody else NOBODY_LEFT)
         if leaves_anybody and (not reason or self.is_begun(request)):
             self._keep(found)
         if missing:
@@ -68,18 +69,21 @@ class Portions:
         """Say whether images that a request is about have been counted, and are out of training."""
         return not request.portions.keys().isdisjoint(self._federation.nodes.portions)
 
-    def count_again(self, request: Request) -> list[int]:
+    def count_again(self, request: Request) -> tuple[list[int], str]:
         """Let clients train again, without what a request that was set aside is about, that were silent about it.
 
         Returns:
-            These clients.
+            These clients; and why the request is to be refused after all, if so.
         """
         portions = self.of(request)
         found = self._count(portions)
-        if not found or not self._leaves_anybody(portions, found):
-            return []
+        if not found:
+            return [], ""
+        if not self._leaves_anybody(portions, found):
+            is_all_known = found.keys() == portions.keys()
+            return [], NOBODY_LEFT if is_all_known else ""
         self._keep(found)
-        return [portions[number].client for number in found]
+        return [portions[number].client for number in found], ""
 
     def takes_the_last(self, request: Request, selection: Selection) -> bool:
         """Say whether nobody has images of a request's classes beside it, since all others have forgotten them."""
@@ -103,6 +107,14 @@ class Portions:
             if nodes.examples.get(n) and n not in request.clients and gone.isdisjoint({n, portion.client})
             if request.may_share(portion)
         }
+
+    def _not_there(self, request: Request, examples: Mapping[int, int]) -> str:
+        """Say why there is nothing to forget, if so; what was forgotten with others counts, as far as it is known."""
+        counted, others = self._ledger.examples(), request.portions.keys() - examples.keys()
+        if not others <= counted.keys():
+            return ""
+        there = {**{number: counted[number] for number in others}, **examples}
+        return unsuitable_portions(request.portions, there, named_before(self._ledger))
 
     def _shared(self, request: Request) -> dict[int, int]:
         """Give how many of the images that a request selects are in portions that were set aside, by these.
@@ -132,7 +144,13 @@ class Portions:
                 counts = self._federation.count(selection, numbers)
                 said |= {numbers[client]: images for client, images in counts.items()}
             self._silent.update(portion.client for portion in asked if portion.number not in said)
-            self._keep({number: images for number, images in said.items() if number not in portions})
+            others = {number: images for number, images in said.items() if number not in portions}
+            of_others = {portion.number: portion for portion in asked if portion.number in others}
+            if others and self._leaves_anybody(of_others, others):
+                self._keep(others)
+            self._silent.update(
+                of_others[number].client for number in others.keys() - self._federation.nodes.portions.keys()
+            )
             found |= {number: images for number, images in said.items() if number in portions}
         return found
 
@@ -203,5 +221,5 @@ def nothing_left(ledger: Ledger, client: int, who: str, examples: int) -> str:
 
 def named_before(ledger: Ledger) -> set[str]:
     """Give the names of images that earlier requests have named, found and forgotten, whatever else they are."""
-    portions = ledger.portions(FORGOTTEN).values()
-    return {name for portion in portions if portion.selection.is_of_examples for name in portion.selection.examples}
+    selections = [request.selection for request in ledger.requests() if request.state in FORGOTTEN]
+    return {name for selection in selections if selection and selection.is_of_examples for name in selection.examples}

@@ -105,9 +105,8 @@ class Requests:
             waits = self._last_round is not None and request.detail["not_before"] > round_ and not no_more_rounds
             if request.state in OPEN and not waits:
                 self._carry(request, no_more_rounds)
-            elif request.state == State.QUARANTINED and not is_last and (back := self._portions.count_again(request)):
-                who = self._federation.named(back)
-                log.info("── request %s: %s said which images are meant, and can train on the others", request.id, who)
+            elif request.state == State.QUARANTINED and not is_last:
+                self._count_again(request)
         if not is_last:
             receipts.write_all(self._run)
 
@@ -157,6 +156,15 @@ class Requests:
         if reason := self._unsuitable(request):
             return self._refused(request, reason)
         return self._ledger.advance(request, State.COLLECTING)
+
+    def _count_again(self, request: Request) -> None:
+        """Let those train again who were silent about a request that was set aside, and say now what it means."""
+        back, reason = self._portions.count_again(request)
+        if reason:
+            self._refused(request, reason)
+        elif back:
+            who = self._federation.named(back)
+            log.info("── request %s: %s said which images are meant, and can train on the others", request.id, who)
 
     def _with_classes(self, request: Request) -> Request:
         """Keep of a request about classes whether these leave whole with it: what earlier ones became is known now."""

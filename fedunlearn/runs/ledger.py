@@ -86,6 +86,11 @@ class Request:
         return list(self.detail.get("along", []))
 
     @property
+    def covered(self) -> set[int]:
+        """Give the clients and portions that it is about, and those that went along."""
+        return {*self.clients, *self.along}
+
+    @property
     def owners(self) -> list[int]:
         """Give the clients whose images are meant, all of them or some."""
         portions = self.portions
@@ -235,7 +240,7 @@ class Ledger(EventLog[Standing]):
             numbers, unused = self.numbered(clients, selection), count(first_portion + len(self.portions()))
             wanted = [next(unused) if number is None else number for number in numbers.values()]
             earlier = self._touching(wanted)
-            rest = [c for c in wanted if not any(c in r.clients for r in earlier)]
+            rest = [c for c in wanted if not any(c in r.covered for r in earlier)]
             if not rest:
                 if signed:
                     self.record(asked_again=wanted, signed=dict(signed), counts_on=[request.id for request in earlier])
@@ -272,14 +277,9 @@ class Ledger(EventLog[Standing]):
         return {owner: owner if self._touching([owner]) else known.get((owner, selection)) for owner in owners}
 
     def portions(self, states: Iterable[State] = tuple(State)) -> dict[int, Portion]:
-        """Give the portions of clients that requests in some states are about, by number."""
-        wanted = set(states)
-        return {
-            n: portion
-            for request in self.requests()
-            if request.state in wanted
-            for n, portion in request.portions.items()
-        }
+        """Give the portions of clients that requests in some states are about, or took along, by number."""
+        known = {n: portion for request in self.requests() for n, portion in request.portions.items()}
+        return {n: known[n] for n in self.clients_in(states) if n in known}
 
     def classes_left(self) -> set[int]:
         """Give the classes that have left whole."""
@@ -298,7 +298,7 @@ class Ledger(EventLog[Standing]):
         """
         wanted = set(self.numbered(clients, selection).values())
         found = self._touching(number for number in wanted if number is not None)
-        return found if wanted <= {client for request in found for client in request.clients} else []
+        return found if wanted <= {client for request in found for client in request.covered} else []
 
     def check_how(
         self, clients: Iterable[int], how: Mapping[str, Any] | None, selection: Selection | None = None
@@ -316,14 +316,16 @@ class Ledger(EventLog[Standing]):
     def unmet(self) -> list[Request]:
         """Give the requests that failed, and whose clients no other request covers, nor has left whole since."""
         requests, gone = self.requests(), set(self.clients_in(FORGOTTEN))
+        empty = {number for number, examples in self.examples().items() if not examples}
         asked = {meant for request in requests if request.state not in VOID for meant in request.meant.values()}
         asked |= {m for request in requests for n, m in request.meant.items() if not gone.isdisjoint({n, m[0]})}
+        asked |= {m for request in requests for n, m in request.meant.items() if n in request.portions.keys() & empty}
         return [r for r in requests if r.state in FAILED and not asked.issuperset(r.meant.values())]
 
     def _touching(self, clients: Iterable[int]) -> list[Request]:
         """The requests that cover some of the clients; void ones do not."""
         wanted = set(clients)
-        return [r for r in self.requests() if r.state not in VOID and wanted & set(r.clients)]
+        return [r for r in self.requests() if r.state not in VOID and wanted & r.covered]
 
     def request(self, request_id: str) -> Request:
         """Read the request of that id.
@@ -341,7 +343,7 @@ class Ledger(EventLog[Standing]):
     def clients_in(self, states: Iterable[State]) -> list[int]:
         """The clients of all requests in one of `states`, sorted."""
         wanted = set(states)
-        return sorted({client for r in self.requests() if r.state in wanted for client in (*r.clients, *r.along)})
+        return sorted({client for r in self.requests() if r.state in wanted for client in r.covered})
 
     def applied(self) -> int:
         """Count the requests that have been applied."""
@@ -371,17 +373,17 @@ class Ledger(EventLog[Standing]):
                 raise UserError(
                     f"request {request_id} is {request.state}: only a RECEIVED or a REFUSED one can be taken back"
                 )
-            if request.state == State.RECEIVED and not signed:
-                self._check_unwanted(request_id)
+            if request.state == State.RECEIVED:
+                self._check_unwanted(request_id, is_signed=bool(signed))
             if signed or request.state != State.CANCELLED:
                 self._advance(request, State.CANCELLED, {"cancelled": dict(signed)} if signed else {})
         return self.request(request_id)
 
-    def _check_unwanted(self, request_id: str) -> None:
+    def _check_unwanted(self, request_id: str, *, is_signed: bool) -> None:
         """Raise UserError where somebody else counts on a request."""
         if later := [r.id for r in self.requests() if r.state not in VOID and request_id in r.counts_on]:
             raise UserError(f"request {request_id} cannot be taken back before {later[-1]}, which counts on it")
-        if request_id in self.found().wanted:
+        if request_id in self.found().wanted and not is_signed:
             raise UserError(f"request {request_id} was asked for with a signature too: who signed may take it back")
 
     def accept(self, request_id: str, by: str) -> Request:
@@ -479,7 +481,7 @@ class Ledger(EventLog[Standing]):
         """Raise UserError where other requests cover some of a request's clients: they would be forgotten twice."""
         if not (others := self._touching(request.clients)):
             return
-        covered = {client for other in others for client in other.clients}
+        covered = {client for other in others for client in other.covered}
         names, rest = self.names(), [client for client in request.clients if client not in covered]
         states = ", ".join(f"{other.id} for {_listed(other.clients, names)} is {other.state}" for other in others)
         way_on = f"; `{forget_command(rest, names, self.folder)}` asks for the rest"

@@ -120,12 +120,12 @@ def made(run: Run, request: Request, later: Later | None = None) -> Receipt:
     events, head = _events(run, request)
     told = told_by((event.number, event.at, content(event)) for event in events)
     about, examples, names = run.about(), run.ledger.examples(), run.names()
-    named = [*request.portions, *(request.owners if run.config.partition.names else [])]
+    named = [*request.portions, *request.along, *(request.owners if run.config.partition.names else [])]
     return Receipt(
         **told.model_dump(),
         run=run.name,
         names={str(client): names[client] for client in named},
-        examples={str(client): examples[client] for client in request.clients if client in examples},
+        examples={str(client): examples[client] for client in sorted(request.covered) if client in examples},
         rounds=rounds,
         settings=finite(_settings(run.config)),
         data=hashlib.sha256(rfc8785.dumps(about["data"])).hexdigest(),

@@ -30,7 +30,7 @@ FOLLOWING = {
     State.RECEIVED: (State.COLLECTING, State.REFUSED, State.CANCELLED, State.QUARANTINED),
     State.COLLECTING: (State.COLLECTING, State.APPLIED, State.REFUSED, State.QUARANTINED),
     State.REFUSED: (State.CANCELLED,),
-    State.QUARANTINED: (State.COLLECTING,),
+    State.QUARANTINED: (State.COLLECTING, State.REFUSED),
     State.APPLIED: (State.RECOVERING,),
     State.RECOVERING: (State.COMPLETED,),
 }  # which states may follow which
@@ -98,6 +98,9 @@ class Told(Part):
     clients: list[int] = Field(description="who was to be forgotten; a number means somebody to the federation alone")
     portions: dict[str, dict[str, Any]] = Field(
         default={}, description="by number, whose images were meant and which, where not all of a client's were"
+    )
+    along: list[int] = Field(
+        default=[], description="portions of other requests, set aside before, that have some of the same images"
     )
     asked_by: str = Field(description="who asked, as far as that was said")
     right: str = Field(description="by what right, as far as that was said")
@@ -269,6 +272,7 @@ def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
         request=first["request"],
         clients=first["clients"],
         portions=first.get("portions", {}),
+        along=detail.get("along", []) if is_applied else [],
         asked_by=first.get("asked_by", ""),
         right=first.get("right", ""),
         state=last["state"],

@@ -88,7 +88,7 @@ def verdicts(
     found: list[Verdict] = []
     for place, request in enumerate(requests):
         later = [r for r in requests[place + 1 :] if r.state not in VOID]
-        covering = [r.id for r in later if set(request.clients) <= set(r.clients)]
+        covering = [r.id for r in later if set(request.clients) <= r.covered or set(request.owners) <= set(r.clients)]
         own = request.detail.get("how", {}).get("strategy", label)
         found.append(_verdict(request, moments(request, rows), own, class_counts, covering, names))
     return found if requests else [*found, _without_request(rows)]
