@@ -144,13 +144,13 @@ class Portions:
                 counts = self._federation.count(selection, numbers)
                 said |= {numbers[client]: images for client, images in counts.items()}
             self._silent.update(portion.client for portion in asked if portion.number not in said)
-            others = {number: images for number, images in said.items() if number not in portions}
-            of_others = {portion.number: portion for portion in asked if portion.number in others}
-            if others and self._leaves_anybody(of_others, others):
-                self._keep(others)
-            self._silent.update(
-                of_others[number].client for number in others.keys() - self._federation.nodes.portions.keys()
-            )
+            of_others = {
+                portion.number: portion for portion in asked if portion.number in said.keys() - portions.keys()
+            }
+            if self._leaves_anybody(of_others, said):
+                self._keep({number: said[number] for number in of_others})
+            else:
+                self._silent.update(portion.client for portion in of_others.values())
             found |= {number: images for number, images in said.items() if number in portions}
         return found
 
