@@ -165,6 +165,24 @@ def test_a_request_that_changes_nothing_of_a_memorised_client_is_not_completed(t
     assert trained.requests()[0].detail["reason"].startswith("nothing is forgotten: the memorisation gap was +")
 
 
+def test_one_lost_reply_does_not_spare_a_model_the_question_what_it_still_knows(trained):
+    examples = trained.pooled(LEARNED).examples(3)
+    grid, left = telling(lambda client: Counts(examples, 0.1, examples), [3]), [1]
+    as_told = grid.deliver
+
+    def deliver(message):
+        task = messages.task_of(message)
+        if (task.name, left[0]) == ("class_counts", 1) and 3 in task.clients:
+            left[0] = 0
+            return Message(Error(0, "lost"), reply_to=message)
+        return as_told(message)
+
+    grid.deliver = deliver
+    with pytest.raises(UserError, match="request r1 is QUARANTINED"):
+        trained(f"{ASKS} strategy=leave", grid=grid)
+    assert trained.requests()[0].detail["reason"].startswith("nothing is forgotten: the memorisation gap was +")
+
+
 def without(client):
     """A grid on which a client never replies."""
     grid = LocalGrid(4)

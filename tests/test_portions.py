@@ -542,6 +542,23 @@ def test_a_request_that_would_leave_nobody_is_refused_when_the_last_client_repli
     assert trained_in_rounds(federate)[-1] == ([0, 1, 2, 3], 120)
 
 
+def test_what_goes_along_brings_what_it_lacks(federate, monkeypatch):
+    """Portion 8 has the other of two named images, and portion 4, of class 9, the first one."""
+    federate("rounds=1 strategy=leave forget.attempts=1", nodes=4)
+    runtime, asked = ClientRuntime(federate.run().config), []
+    own = runtime.slices[0]
+    first, other = (next(i for i in own if runtime.dataset.train.labels[i] == k) for k in (9, 7))
+    ask(federate, [], Selection.by(classes=[9]))
+    ask(federate, [], Selection.by(examples=[str(first), str(other)]))
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        silent_about_images(federate, "rounds=2 forget.attempts=1", times=1)
+    monkeypatch.setattr(LeaveAndContinue, "forget", lambda self, federation, forget: asked.append(forget.clients) or {})
+    ask(federate, [0], Selection.by(classes=[7]))
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        federate("rounds=3 strategy=leave forget.attempts=1", nodes=4)
+    assert (asked, federate.requests()[2].along) == ([(4, 8)], [4, 8])
+
+
 def test_what_went_along_is_covered_and_on_the_receipt(federate):
     federate("rounds=1 strategy=leave forget.attempts=1", nodes=4)
     ask(federate, [], Selection.by(classes=[7]))

@@ -11,6 +11,7 @@ from fedunlearn.errors import NotNowError
 from fedunlearn.federation.handle import Federation, ForgetSet, total_counts
 from fedunlearn.federation.messages import floating
 from fedunlearn.federation.scores import Scores
+from fedunlearn.federation.tasks import class_counts
 from fedunlearn.nn.evaluate import Predictions
 from fedunlearn.runs.budget import MEASURED_BY, Figures, refusal
 from fedunlearn.runs.uncertainty import Estimate, fall, fraction, held_out
@@ -31,18 +32,29 @@ class Gate:
         scores: of the model.
         committed: predictions of the model as it was committed. Where its BatchNorm statistics were better than those
             that have been estimated since, it is the one to keep up with.
-
-    A forget client that is gone cannot say how well its images are known. The gate does without.
+        needs_all: whether every forget client must reply. One that is gone cannot say how well its images are known,
+            and the gate does without in the end.
 
     Raises:
-        NotNowError: a forget client replies only before the request, or other retain clients do; from `verdict` too.
+        NotNowError: a forget client does not reply that must, or replies only before the request, or other retain
+            clients do; from `verdict` too.
     """
 
-    def __init__(self, federation: Federation, forget: ForgetSet, scores: Scores, committed: Predictions) -> None:
+    def __init__(
+        self,
+        federation: Federation,
+        forget: ForgetSet,
+        scores: Scores,
+        committed: Predictions,
+        *,
+        needs_all: bool = False,
+    ) -> None:
         self._federation, self._forget = federation, forget
         self._params = federation.state.params
         self._present = federation.replying(forget)
         if absent := [client for client in forget if client not in self._present]:
+            if needs_all:
+                raise NotNowError(f"{federation.named(absent[:1])} did not reply to {class_counts.name}")
             who = federation.named(absent, capital=True)
             log.warning("── %s did not reply: nobody says how well the model knows its images", who)
         found = max(committed, federation.predictions(), key=lambda found: found.total.class_accuracy)

@@ -53,8 +53,8 @@ class Portions:
             return self.whole(request), ALL_FORGOTTEN if request.portions else ""
         found = self._count(portions)
         known = found | {number: nodes.examples[number] for number in portions.keys() & nodes.portions.keys()}
-        missing = [portion.client for number, portion in portions.items() if number not in known]
-        shared = self._shared(request) if not missing else {}
+        shared, silent = self._shared(request)
+        missing = [portion.client for number, portion in portions.items() if number not in known] + silent
         leaves_anybody = self._leaves_anybody(portions, known)
         reason = ""
         if not missing:
@@ -63,7 +63,7 @@ class Portions:
             self._keep(found)
         if missing:
             raise self._silence(missing)
-        return {*portions, *shared}, reason
+        return {*portions, *self._with_lower(shared)}, reason
 
     def is_begun(self, request: Request) -> bool:
         """Say whether images that a request is about have been counted, and are out of training."""
@@ -80,8 +80,7 @@ class Portions:
         if not found:
             return [], ""
         if not self._leaves_anybody(portions, found):
-            is_all_known = found.keys() == portions.keys()
-            return [], NOBODY_LEFT if is_all_known else ""
+            return [], "" if self.is_begun(request) else NOBODY_LEFT
         self._keep(found)
         return [portions[number].client for number in found], ""
 
@@ -96,17 +95,31 @@ class Portions:
         return without.issuperset(range(self._clients))
 
     def _aside(self, request: Request) -> dict[int, Portion]:
-        """Give the portions that may have some of a request's images, and that others have taken out and not forgotten.
+        """Give the portions that may have some of a request's images, and that others have set aside."""
+        portions = self._all_aside().items()
+        return {n: portion for n, portion in portions if n not in request.clients and request.may_share(portion)}
 
-        They are out of their clients' images, and still in the model.
-        """
-        nodes, gone = self._federation.nodes, set(self._ledger.clients_in(FORGOTTEN))
-        return {
-            n: portion
-            for n, portion in self._ledger.portions([State.COLLECTING, State.QUARANTINED]).items()
-            if nodes.examples.get(n) and n not in request.clients and gone.isdisjoint({n, portion.client})
-            if request.may_share(portion)
-        }
+    def _all_aside(self) -> dict[int, Portion]:
+        """Give the portions that are out of their clients' images, and still in the model."""
+        examples, gone = self._federation.nodes.examples, set(self._ledger.clients_in(FORGOTTEN))
+        aside = self._ledger.portions([State.COLLECTING, State.QUARANTINED])
+        return {n: p for n, p in aside.items() if examples.get(n) and gone.isdisjoint({n, p.client})}
+
+    def _with_lower(self, numbers: Iterable[int]) -> set[int]:
+        """Add to portions those of lower numbers that may have images which they select too, and theirs in turn."""
+        found, aside = set(numbers), self._all_aside()
+        selected = self._ledger.portions()
+        while (
+            lower := {
+                n
+                for n, portion in aside.items()
+                for higher in (selected[number] for number in found if number > n)
+                if higher.client == portion.client and higher.selection.may_share(portion.selection)
+            }
+            - found
+        ):
+            found |= lower
+        return found
 
     def _not_there(self, request: Request, examples: Mapping[int, int]) -> str:
         """Say why there is nothing to forget, if so; what was forgotten with others counts, as far as it is known."""
@@ -116,19 +129,18 @@ class Portions:
         there = {**{number: counted[number] for number in others}, **examples}
         return unsuitable_portions(request.portions, there, named_before(self._ledger))
 
-    def _shared(self, request: Request) -> dict[int, int]:
+    def _shared(self, request: Request) -> tuple[dict[int, int], list[int]]:
         """Give how many of the images that a request selects are in portions that were set aside, by these.
 
-        Raises:
-            NotNowError: a client does not say it.
+        Returns:
+            The numbers, and the clients that did not say it.
         """
         aside = self._aside(request)
         if not aside or request.selection is None:
-            return {}
+            return {}, []
         found = self._federation.count(request.selection, aside)
-        if silent := [portion.client for n, portion in aside.items() if n not in found]:
-            raise self._silence(silent)
-        return {n: images for n, images in found.items() if images}
+        silent = [portion.client for n, portion in aside.items() if n not in found]
+        return {n: images for n, images in found.items() if images}, silent
 
     def _count(self, portions: Mapping[int, Portion]) -> dict[int, int]:
         """Ask clients how many images portions have that nobody has counted yet; who is silent is left out.

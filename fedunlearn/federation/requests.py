@@ -265,7 +265,8 @@ class Requests:
         with federation.applying(forget, config):
             # a model that nobody has trained knows nobody; who takes a refused one is told what is wrong with it
             is_asked = (self._settings.gate or "accepted_by" in request.detail) and federation.round
-            gate = Gate(federation, forget, before, committed) if is_asked else None
+            is_last = request.detail.get("attempts", 0) + 1 >= self._settings.attempts
+            gate = Gate(federation, forget, before, committed, needs_all=not is_last) if is_asked else None
             federation.costs, started = {}, time.monotonic()
             result = self._unlearn(strategy, request, forget)
             costs, seconds = federation.costs, time.monotonic() - started

@@ -106,14 +106,16 @@ def plan_of(run: Run, forgotten: Sequence[int], number: int) -> Config:
 
 
 def without_portions(run: Run, retrained: Handle) -> None:
-    """Ask a retrained run that has not begun for what requests about some images of clients have asked the run."""
-    if (retrained.folder / "run.json").exists():
+    """Ask a retrained run that has not begun for what the run has forgotten, in its order, if there are portions."""
+    portions, clients = run.ledger.portions(FORGOTTEN), run.config.clients
+    if not portions or (retrained.folder / "run.json").exists():
         return
     for request in run.ledger.requests():
-        if request.state in FORGOTTEN and request.selection:
+        if request.state in FORGOTTEN:
+            for portion in map(portions.__getitem__, request.along):
+                file_first(retrained.folder, [portion.client], portion.selection, clients=clients)
             all_clients = request.detail.get("all_clients", False)
-            clients = {"clients": run.config.clients, "all_clients": all_clients}
-            file_first(retrained.folder, request.owners, request.selection, **clients)
+            file_first(retrained.folder, request.owners, request.selection, clients=clients, all_clients=all_clients)
 
 
 def check_images(run: Run, forgotten: Sequence[int]) -> None:
@@ -121,8 +123,9 @@ def check_images(run: Run, forgotten: Sequence[int]) -> None:
     from fedunlearn.federation.auditor import needed_auditor
 
     auditor = needed_auditor(run.config_here())
-    portions = run.ledger.portions(FORGOTTEN)
-    gone = [number for number in forgotten if not auditor.has_images(number, portions)]
+    portions, examples = run.ledger.portions(FORGOTTEN), run.ledger.examples()
+    had_some = [number for number in forgotten if examples.get(number, 1)]
+    gone = [number for number in had_some if not auditor.has_images(number, portions)]
     if gone:
         raise UserError(
             f"the images of {run.named(gone)} are gone (forget.purge): what a model knows of them cannot be measured"

@@ -238,14 +238,14 @@ def forked(config: Config, asked: Mapping[str, Any]) -> Config:
 
 
 def file_first(
-    folder: Path, owners: Iterable[int], selection: Selection, *, clients: int, all_clients: bool = False
+    folder: Path, owners: Iterable[int], selection: Selection | None, *, clients: int, all_clients: bool = False
 ) -> None:
-    """Ask a run that does not exist yet to forget some images of clients: it never trains on them.
+    """Ask a run that does not exist yet to forget clients, or some of their images: it never trains on them.
 
     Args:
         folder: of the run that will begin there.
         owners: clients whose images are meant.
-        selection: which of them.
+        selection: which of them; None for all.
         clients: C.
         all_clients: whether `owners` are all that there are.
     """

@@ -104,7 +104,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
     """
     who = run.named(request.clients, most=len(request.clients))
     if request.portions:
-        return _purge_portions(run, request, who)
+        return _purge_portions(run, request, run.named(sorted(request.covered), most=len(request.covered)))
     data = run.home / "data"
     with lock(data, of=f"the folder {data}", patience=LOCK_SECONDS):
         removed = _remove(run, request, figures=figures)
@@ -168,7 +168,8 @@ def _remove(run: Run, request: Request, *, figures: bool) -> Removed:
     if owned and not figures:
         keep_class_counts(run, request, owned.class_counts)
     if figures:
-        delete_figures(run, clients)
+        portions = [n for n, portion in run.ledger.portions().items() if portion.client in clients]
+        delete_figures(run, [*clients, *portions])
     found = list(scan.scan(look_for, [data, run.folder])) if look_for else []
     return Removed(images, needed_by, stale, unpacked_files, updates, kept_updates, look_for, found)
 

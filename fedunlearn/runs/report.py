@@ -160,6 +160,7 @@ def rows_of_retrained(run: Run, retrained: Run) -> list[dict[str, Any]]:
     mine, their_own = (
         {meant: number for request in each for number, meant in request.meant.items()} for each in (applied, others)
     )
+    mine |= {(portion.client, portion.selection): n for n, portion in run.ledger.portions(FORGOTTEN).items()}
     never = {meant for request in others if request.detail["round"] == 0 for meant in request.meant.values()}
     if took_part := sorted(mine[meant] for meant in mine.keys() - never):
         raise UserError(f"run {retrained.name} is no retrained model: {run.named(took_part[:1])} took part in it")

@@ -118,11 +118,12 @@ def beside_retrained(
     ours = {round_: row for round_, row in ours.items() if round_ > request.detail["round"]}
     if "after" in request.detail:
         ours = {request.detail["completed_round"]: request.detail["after"], **ours}
-    clients = [str(client) for client in request.clients]
+    measured = {client for row in ours.values() for client in row["forgotten"]}
+    clients = [str(client) for client in request.clients if str(client) in measured]
     common = [
         round_
         for round_ in ours.keys() & set.intersection(*(set(each) for each in others))
-        if all(client in each[round_]["forgotten"] for client in clients for each in (ours, *others))
+        if clients and all(client in each[round_]["forgotten"] for client in clients for each in (ours, *others))
     ]
     if not common:
         return None
