@@ -214,7 +214,8 @@ def differences(results: Results, rows: dict[tuple[str, int, int], Row], asked: 
         if found:
             cells = [over_clients(found, measure) for measure in MEASURES]
             cells += [spread([rate for row in found for rate in results.resurfaced(row)], "gap"), inside(found, limit)]
-            lines.append([label(strategy), str(after), str(len(found)), *cells])
+            compared = sum(not isnan(row.distance("forget")) for row in found)
+            lines.append([label(strategy), str(after), str(compared), *cells])
     return lines
 
 
