@@ -15,7 +15,7 @@ from fedunlearn.composing import compose
 from fedunlearn.config import Config
 from fedunlearn.data.datasets import Owners, load
 from fedunlearn.errors import UserError
-from fedunlearn.federation import messages
+from fedunlearn.federation import gate, messages
 from fedunlearn.federation.machine import Machine, settled
 from fedunlearn.runs.keys import id_of
 from fedunlearn.runs.receipts import FOLDER
@@ -386,3 +386,17 @@ def test_a_hospital_whose_machine_is_gone_is_forgotten_without_it(federate, hosp
     assert "Client hospital_b did not reply: nobody says how well the model knows its images" in warnings()
     assert [row["clients"] for row in federate.run().metrics() if row["kind"] == "round"][-1] == [0, 2]
     assert federate.state()["pruned"].tolist() == [False, True, False]
+
+
+def test_what_the_gate_refuses_of_a_hospital_that_is_gone_somebody_may_take(federate, hospitals, monkeypatch):
+    words = "rounds=1 strategy=leave forget.gate=true forget.attempts=2"
+    hospitals(words)
+    federate.run().request([1], how={"strategy": "negate", "unlearn": {}})
+    monkeypatch.setattr(gate, "refusal", lambda *figures, **about: "it knows too little")
+    there = [hospitals.machine(name) for name in ("hospital_a", "hospital_c")]
+    with pytest.raises(UserError, match="r1 is QUARANTINED"):
+        hospitals(words, there)
+    federate.run().ledger.accept("r1", "Dr. Ada Byron")
+    hospitals(words, there)
+    (request,) = federate.requests()
+    assert (request.state, request.detail["accepted_by"]) == ("COMPLETED", "Dr. Ada Byron")
