@@ -405,7 +405,9 @@ def demo(home: Home = "") -> int:
     set_up()
     from fedunlearn.apps.demo import demonstrate
 
-    print(f"report: {demonstrate(new_name('demo'), home)}")
+    if not (page := demonstrate(new_name("demo"), home)):
+        return 1
+    print(f"report: {page}")
     return 0
 
 
