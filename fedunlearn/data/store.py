@@ -60,11 +60,6 @@ def fingerprint(split: Split) -> str:
     return digest.hexdigest()
 
 
-def digest(name: str) -> str:
-    """Give the SHA-256 of a file's name."""
-    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
-
-
 def stored(images: np.ndarray) -> np.ndarray:
     """Give images in the type that they are stored in: fp32 for numbers of a table, else uint8."""
     return np.ascontiguousarray(images, np.float32 if images.dtype == np.float32 else np.uint8)
@@ -244,7 +239,7 @@ class Dataset:
                 json.dumps([f for f, k in zip(files, kept, strict=True) if k])
             )
             gone_files = {f for f, k in zip(files, kept, strict=True) if not k}
-            self._meta["gone"] = sorted({*self._meta.get("gone", []), *map(digest, gone_files)})
+            self._meta["gone"] = sorted({*self._meta.get("gone", []), *(digest_of([file]) for file in gone_files)})
             self._expect_removal(gone_files)
         removed = self.removed + int(gone.sum())
         meta = {"train": name, "removed": removed, "taken_out": sorted({*self.clients} - {*owners})}
@@ -277,7 +272,7 @@ class Dataset:
             return self.store.with_name("-".join([kind, key, *rest]))
 
         gone = {*self._meta["gone"]}
-        alias = store([row for row in listing if digest(row[0]) not in gone])
+        alias = store([row for row in listing if digest_of([row[0]]) not in gone])
         if store(listing).resolve() == self.store.resolve() and not alias.exists():
             alias.symlink_to(self.store.name)
 

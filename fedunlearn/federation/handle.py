@@ -188,7 +188,6 @@ class Federation:
         at_round: int | None = None,
         one_client_each: bool = False,
         on_reply: Callable[[Results], None] = lambda results: None,
-        must_reply: bool = True,
         **arguments: Any,
     ) -> Results:
         """Run a client task where the clients' data is, on the model as it is now, and sum what they send back.
@@ -197,18 +196,17 @@ class Federation:
         that do are left out.
 
         Args:
-            on: the clients.
+            on: the clients. Those that are to be forgotten must all reply.
             at_round: that the clients' random draws depend on; the present one by default.
             one_client_each: give every client a message, and so a reply, of its own.
             on_reply: is shown every reply alone.
-            must_reply: whether those of the clients that are to be forgotten must all reply.
             arguments: of the task: numbers, words, lists, tensors, dicts of tensors.
 
         Returns:
             Sums over the clients: `.mean()`, `.sum()`, `.counts`, `.statistics`.
 
         Raises:
-            NotNowError: nobody replied, or a client did not that must.
+            NotNowError: nobody replied, or not every client that is to be forgotten.
             DestroyedError: the model as it is now is of no use.
 
         Example:
@@ -232,7 +230,7 @@ class Federation:
         except DestroyedError as error:
             raise DestroyedError(f"{error}{self._trained}") from error
         missing = [client for client in asked if client in self._forget.clients and client not in results.counts]
-        if missing and must_reply:
+        if missing:
             raise NotNowError(f"{self.named(missing[:1])} did not reply to {task.name}")
         if not results.counts:
             raise NotNowError(f"nobody who was asked replied to {task.name}")
@@ -256,7 +254,7 @@ class Federation:
         Retain clients that do not reply are left out. Nobody is asked again in the same request.
 
         Raises:
-            NotNowError: nobody replied, or not every client that is to be forgotten.
+            NotNowError: a client does not reply that is to be forgotten.
         """
         wanted = list(clients)
         found = self._known_class_counts(wanted)
@@ -266,10 +264,7 @@ class Federation:
 
     def replying(self, clients: Iterable[int]) -> list[int]:
         """Give the clients that are there, and say their class counts when they are asked."""
-        try:
-            return sorted(self._known_class_counts([*clients]))
-        except NotNowError:
-            return []
+        return sorted(self._known_class_counts([*clients]))
 
     def _known_class_counts(self, wanted: Sequence[int]) -> dict[int, Tensor]:
         if new := [client for client in wanted if client not in self._counted]:
@@ -280,13 +275,12 @@ class Federation:
     def know_classes(self, clients: Iterable[int]) -> None:
         """Ask clients that are about to train for their class counts, once, where `robust` looks at each update."""
         if unknown := sorted(set(clients) - self._classes.keys() - set(self._forget)):
-            try:
-                self._classes |= self.class_counts(unknown) if self._forget else self._ask_classes(unknown)
-            except NotNowError as error:
-                log.warning("round %d: %s", self.round, error)
+            self._classes |= self.class_counts(unknown) if self._forget else self._ask_classes(unknown)
 
     def _ask_classes(self, clients: list[int]) -> dict[int, Tensor]:
-        return self.run(tasks.class_counts, on=clients, must_reply=False).statistics
+        found = self.nodes.query(self.grid, tasks.class_counts, self.round, clients, self.state.params)
+        add_cost(self.costs, tasks.class_counts.name, found.cost)
+        return found.statistics
 
     # Changing the state ------------------------------------------------------------------------------------------
 

@@ -262,9 +262,7 @@ def told_by(events: Iterable[tuple[int, str, dict[str, Any]]]) -> Told:
         raise ValueError("the events are not those of one request that has ended")
     if wrong := [pair for pair in pairwise(states) if pair[1] not in FOLLOWING.get(pair[0], ())]:
         raise ValueError(f"no request goes from {wrong[0][0] or 'nothing'} to {wrong[0][1]}")
-    detail: dict[str, Any] = {}
-    for _, event in steps:
-        detail |= event
+    detail = {name: value for _, event in steps for name, value in event.items()}
     is_applied = detail["state"] == State.COMPLETED
     (received_at, first), (ended_at, last) = steps[0], steps[-1]
     applied = [at for at, event in steps if event["state"] == State.APPLIED]
