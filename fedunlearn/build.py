@@ -3,8 +3,7 @@
 import hashlib
 import json
 import pkgutil
-from collections.abc import Callable, Collection, Sequence
-from logging import getLogger
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from fedunlearn.composing import place_of
 from fedunlearn.config import Config
-from fedunlearn.data import datasets, partition, unpacked
+from fedunlearn.data import datasets, partition
 from fedunlearn.data.folders import revealed
-from fedunlearn.data.owned import OwnedDataset, OwnedSource, removed_from
-from fedunlearn.data.removal import remove_folder
+from fedunlearn.data.owned import OwnedDataset, OwnedSource
 from fedunlearn.data.store import Dataset, Split, fingerprint
 from fedunlearn.errors import UserError
 from fedunlearn.nn.losses import multi_task_loss
@@ -27,8 +25,6 @@ from fedunlearn.nn.rng import drawing_from, generator_of
 from fedunlearn.nn.schedule import learning_rate
 
 Source = datasets.Source | OwnedSource
-
-log = getLogger("fedunlearn")
 
 
 class Images(NamedTuple):
@@ -77,71 +73,6 @@ def _place_of(config: Config) -> dict[str, Any]:
     return place_of(config.data, config.partition, config.home)
 
 
-def decode_for_readmitted(config: Config) -> None:
-    """Decode images anew where those of a client are gone that a new run takes back, or is to be compared without.
-
-    A run that never trains a client (`forget.schedule={0:[3]}`) measures its images all the same, and removes them
-    again when it ends. Where the files are gone, it goes on without.
-
-    Raises:
-        UserError: the source of a client is gone too that is taken back.
-    """
-    back = list(dict.fromkeys([*config.readmit, *config.forget.schedule.get(0, [])]))
-    if not back or config.partition.is_on_nodes:
-        return
-    source = _unpacked_again(config, source_of(config), back)
-    if not source.store.is_dir():
-        return
-    if isinstance(source, OwnedSource):
-        names = {client: source.clients[client] for client in back}
-        source.take_back(names[c] for c in back if c in config.readmit or source.has_files(names[c]))
-        return
-    away = _without_images(config, source)
-    gone = [client for client in back if client in away]
-    if gone and source.store.is_symlink():
-        if refused := [client for client in gone if client in config.readmit]:
-            raise UserError(f"readmit={refused}: the files with the images of client {refused[0]} were deleted")
-    elif gone:
-        log.info("%s is decoded anew: it has the images of forgotten clients again", source.store)
-        remove_folder(source.store)
-        if config.partition.kind == "column":
-            _take_out_again(config, source.open(), away - {*gone})
-
-
-def _without_images(config: Config, source: datasets.Source) -> set[int]:
-    """The clients whose images were all taken out of a decoded copy."""
-    dataset = source.opened()
-    slices = slices_of(config, dataset) if dataset.removed else []
-    return {client for client, own in enumerate(slices) if not len(own)}
-
-
-def _unpacked_again(config: Config, source: Source, back: Sequence[int]) -> Source:
-    """Unpack an archive again where files of some clients were deleted; those of other owners stay away."""
-    folder = unpacked_of(config)
-    if not folder or unpacked.is_whole(folder):
-        return source
-    if not isinstance(source, OwnedSource):
-        if source.store.is_dir() and not _without_images(config, source) & {*back}:
-            return source
-        unpacked.forget_deletions(folder, source.store.name)
-        return source_of(config)
-    names, removed = {source.clients[client] for client in back}, removed_from(source.root, source.store.parent)
-    if not names & removed:
-        return source
-    unpacked.forget_deletions(folder)
-    again = source_of(config)
-    assert isinstance(again, OwnedSource)
-    unpacked.delete(again.root / image.file for name in removed - names for image in again.owned.images.get(name, []))
-    return again
-
-
-def _take_out_again(config: Config, dataset: Dataset, clients: Collection[int]) -> None:
-    """Take the images of owners out of a copy that was decoded anew for another owner."""
-    slices = slices_of(config, dataset)
-    if clients and len(places := np.concatenate([slices[client] for client in clients])):
-        dataset.without(np.isin(np.arange(len(dataset.train.labels)), places), {})
-
-
 def slices_of(config: Config, dataset: Dataset) -> list[np.ndarray]:
     """Give every client's indices into the training images: as they were dealt out before some were taken out.
 
@@ -184,7 +115,7 @@ def fingerprints_of(dataset: Dataset, slices: Sequence[np.ndarray]) -> dict[str,
     if isinstance(dataset, OwnedDataset):
         return dataset.fingerprints()
     own = {str(client): fingerprint_of(dataset, slices, client) for client in range(len(slices))}
-    return own | {"held-out": fingerprint(dataset.test)}
+    return own | {"held-out": dataset.held_out}
 
 
 def fingerprint_of(dataset: Dataset, slices: Sequence[np.ndarray], client: int) -> str:

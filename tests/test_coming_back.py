@@ -114,6 +114,34 @@ def test_clients_are_known_after_their_images_were_removed(federate, hosted):
     assert sizes(federate, "back") == [10, 10, 10, 0]
 
 
+OF_A_COLUMN = pytest.mark.parametrize("hosted", SORTS[:-1], indirect=True, ids=["npz", "table", "hf"])
+
+
+@OF_A_COLUMN
+def test_test_images_of_a_column_leave_with_their_client(federate, hosted):
+    hosted("forget.schedule={1:[b]}")
+    config = federate.run().config_here()
+    dataset = open_dataset(config)
+    assert set(dataset.test_owners) == {"a", "c", "d"}
+    assert len(dataset.test.labels) == len(dataset.test_owners) == 6
+    assert "12 decoded images of client b, with their labels" in receipt(federate).deleted
+    assert any("none was found" in line for line in receipt(federate).deleted)
+    assert not any("test images" in one.what for one in receipt(federate).kept)
+    hosted("", rounds=2)
+    hosted("run=back readmit=[b]")
+    assert set(open_dataset(config).test_owners) == set(CLIENTS)
+    hosted("", rounds=3)
+    assert federate.run().ledger.current().round == 3
+
+
+@OF_A_COLUMN
+def test_only_who_is_readmitted_comes_back_into_a_copy(federate, hosted):
+    hosted("forget.schedule={1:[b, d]}")
+    hosted("run=back clients=3 partition.names=[a,b,c] readmit=[b]")
+    dataset = open_dataset(federate.run().config_here())
+    assert {*dataset.owners} == {*dataset.test_owners} == {"a", "b", "c"}
+
+
 @pytest.mark.parametrize("hosted", [npz], indirect=True, ids=["npz"])
 def test_a_copy_that_is_missing_is_decoded_anew_for_who_is_readmitted(federate, hosted):
     hosted("forget.schedule={1:[b]}")

@@ -699,6 +699,19 @@ def test_whoever_is_readmitted_has_images_again(federate):
     assert federate.run("back").ledger.examples()[3] == 28
 
 
+def test_images_that_come_back_change_hands_in_no_other_run(federate):
+    federate(FORGOTTEN)
+    federate("run=dealt partition.seed=1 rounds=1")  # what is left
+    dealt = [images_of(federate, client, "dealt") for client in range(4)]
+    federate("run=back readmit=[3]")
+    assert len(images_of(federate, 3, "back")[0]) == 28
+    assert len(images_of(federate, 3)[0]) == 28  # they had the same owner there
+    for client, parts in enumerate(dealt):
+        assert all(map(np.array_equal, images_of(federate, client, "dealt"), parts))
+    federate("run=dealt partition.seed=1 rounds=2")
+    assert federate.run("dealt").ledger.current().round == 2
+
+
 def test_the_same_process_does_not_train_on_images_that_are_gone(federate):
     federate(FORGOTTEN)
     federate("run=other")

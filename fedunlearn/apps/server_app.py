@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedunlearn.apps.reports import class_counts_of, write_with
 from fedunlearn.apps.signals import ends_with_superlink
 from fedunlearn.apps.track import check_tracker, tracked
-from fedunlearn.build import decode_for_readmitted, loss_of
+from fedunlearn.build import loss_of
 from fedunlearn.composing import compose, spelled_out
 from fedunlearn.config import OURS, Config, state_home, values_of, writable_home
 from fedunlearn.errors import OneLine, UserError
@@ -25,6 +25,7 @@ from fedunlearn.log import set_up
 from fedunlearn.runs import purge, receipts, report
 from fedunlearn.runs.home import agreed, check_owners, forked, locked_run, runs_folder
 from fedunlearn.runs.ledger import Request
+from fedunlearn.runs.readmitting import take_back
 from fedunlearn.runs.run import Run, open_ledger
 from fedunlearn.runs.statement import finite
 from fedunlearn.schema import name_of
@@ -119,7 +120,7 @@ def _locked(config: Config, asked: dict[str, Any]) -> Iterator[tuple[Run, Audito
     """The run, locked, and the auditor that a simulation has."""
     config = prepared(config, asked)
     if not (runs_folder(state_home(config.home)) / config.run / "run.json").exists():
-        decode_for_readmitted(config)
+        take_back(config)
     check_own_code(config)
     auditor = auditor_of(config)
     data, images = (auditor.fingerprints(), auditor.images) if auditor else known_to_server(config)

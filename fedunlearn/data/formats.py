@@ -70,9 +70,10 @@ def decode_medmnist(file: Path) -> Decoded:
 def decode_npz(file: Path, window: Window = ()) -> Decoded:
     """Read a NumPy file of one's own.
 
-    It has `images` and `labels`; further `clients`, `class_names`, and `test_images` with `test_labels`, if there are
-    such. Without test images, every sixth image of a class (of a client, where these are known) is for testing. Images
-    keep their size. Values of other types than uint8 are scaled as those of image files are.
+    It has `images` and `labels`; further `clients`, `class_names`, and `test_images` with `test_labels`, and
+    `test_clients`, if there are such. Without test images, every sixth image of a class (of a client, where these are
+    known) is for testing. Images keep their size. Values of other types than uint8 are scaled as those of image files
+    are.
 
     Args:
         file: made by `numpy.savez` or `numpy.savez_compressed`.
@@ -91,7 +92,9 @@ def decode_npz(file: Path, window: Window = ()) -> Decoded:
         (own, held_out), class_names = classes([labels, _of(arrays, "test_labels", file)], names, file)
         _check_lengths(file, images=images, labels=own)
         _check_lengths(file, test_images=test_images, test_labels=held_out)
-        return Decoded(Split(images, own), Split(test_images, held_out), class_names, about_of(file), clients=owners)
+        test_owners = clients_of(arrays["test_clients"], len(test_images), file) if "test_clients" in arrays else []
+        splits = Split(images, own), Split(test_images, held_out)
+        return Decoded(*splits, class_names, about_of(file), clients=owners, test_clients=test_owners)
     (own,), class_names = classes([labels], names, file)
     _check_lengths(file, images=images, labels=own)
     return split_off(Decoded(Split(images, own), Split(images[:0], own[:0]), class_names, about_of(file), [], owners))
@@ -262,6 +265,7 @@ def split_off(decoded: Decoded) -> Decoded:
         train=Split(train.images[rest], train.labels[rest]),
         test=Split(train.images[is_test], train.labels[is_test]),
         clients=[owners[place] for place in rest] if owners else [],
+        test_clients=[owners[place] for place in np.flatnonzero(is_test)] if owners else [],
     )
 
 

@@ -91,9 +91,10 @@ def decode_hub(
         splits.append(Split(images, own[places][is_good]))
         owners.append([part.clients[place] for place in places[is_good]] if part.clients else [])
     reader.conclude(skip_bad=skip_bad)
+    if held_out:
+        return Decoded(splits[0], splits[1], class_names, about_of(source), [], *owners)
     empty = Split(splits[0].images[:0], splits[0].labels[:0])
-    decoded = Decoded(splits[0], splits[1] if held_out else empty, class_names, about_of(source), [], owners[0])
-    return decoded if held_out else split_off(decoded)
+    return split_off(Decoded(splits[0], empty, class_names, about_of(source), [], *owners))
 
 
 def _parts(source: Path, label: str, client: str) -> dict[str, Part]:

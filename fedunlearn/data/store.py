@@ -95,6 +95,7 @@ class Dataset:
         self._meta = about(store)
         self.removed: int = self._meta.get("removed", 0)
         self._train: str = self._meta.get("train", "train")
+        self._test: str = self._meta.get("test", "test")
         self._taken_out: list[str] = self._meta.get("taken_out", [])
         self.class_names: list[str] = self._meta["class_names"]
         self.source = Path(self._meta.get("source", store))
@@ -103,11 +104,11 @@ class Dataset:
     def in_memory(cls, decoded: "Decoded") -> "Dataset":
         """Give what was decoded and is not written."""
         found = cls.__new__(cls)
-        found.store, found._train = Path(os.devnull), ""  # where nothing lies
+        found.store, found._train, found._meta = Path(os.devnull), "", {}  # where nothing lies
         found.source, found.removed, found._taken_out = Path(decoded.about.get("source", "/")), 0, []
         found.class_names = decoded.class_names
         found.__dict__ |= {"train": decoded.train, "test": decoded.test}
-        found.__dict__ |= {"files": decoded.files, "owners": decoded.clients}
+        found.__dict__ |= {"files": decoded.files, "owners": decoded.clients, "test_owners": decoded.test_clients}
         return found
 
     @property
@@ -123,7 +124,7 @@ class Dataset:
     @cached_property
     def test(self) -> Split:
         """Memory-map the test images and their labels."""
-        return self._split("test")
+        return self._split(self._test)
 
     @property
     def channels(self) -> int:
@@ -146,7 +147,20 @@ class Dataset:
     @cached_property
     def owners(self) -> list[str]:
         """Name the client of each training image; none where the data set does not say whose they are."""
-        file = self.store / f"{self._train}_clients.json"
+        return self._owners_of(self._train)
+
+    @cached_property
+    def test_owners(self) -> list[str]:
+        """Name the client of each test image; none where nobody says whose they are."""
+        return self._owners_of(self._test)
+
+    @cached_property
+    def held_out(self) -> str:
+        """SHA-256 of the test images and their labels, as they were when they were decoded."""
+        return self._meta.get("held_out") or fingerprint(self.test)
+
+    def _owners_of(self, split: str) -> list[str]:
+        file = self.store / f"{split}_clients.json"
         with undamaged(file):
             return json.loads(file.read_text()) if file.exists() else []
 
@@ -176,6 +190,13 @@ class Dataset:
         file = self.store / f"{self._train}_numbers.npy"
         return mapped(file) if file.exists() else np.arange(len(self.train.labels))
 
+    def places_in(self, whole: "Dataset") -> np.ndarray:
+        """Say where the training images lie in a copy from which none was taken out, int64 [N]."""
+        if not self.files:
+            return np.asarray(self._numbers)
+        place = {file: number for number, file in enumerate(whole.files)}
+        return np.array([place[file] for file in self.files], np.int64)
+
     def patients_of(self, chosen: np.ndarray) -> list[str] | None:
         """Say whose training images are, where the data set knows it."""
         patients = self.patients
@@ -194,68 +215,94 @@ class Dataset:
             return np.split(kept["indices"], kept["cuts"])
 
     def belongings(self, clients: Collection[int], slices: Sequence[np.ndarray]) -> "Belongings":
-        """Give all images of clients, and beside them all others.
+        """Give all images of clients, test images too where their owners are known, and beside them all others.
 
         Args:
             clients: by number.
             slices: each client's indices into the training images.
         """
-        places, is_other = np.concatenate([slices[c] for c in clients]), np.ones(len(self.train.labels), bool)
+        train, test = self.train, self.test
+        places, is_other = np.concatenate([slices[c] for c in clients]), np.ones(len(train.labels), bool)
         is_other[places] = False
-        others = np.concatenate([self.train.images[is_other], self.test.images])
-        own = Split(self.train.images[places], self.train.labels[places])
+        is_held_out = self._is_test_of(~is_other)
+        others = np.concatenate([train.images[is_other], test.images[~is_held_out]])
+        own = Split(
+            np.concatenate([train.images[places], test.images[is_held_out]]),
+            np.concatenate([train.labels[places], test.labels[is_held_out]]),
+        )
         files = [self.source / self.files[place] for place in places] if self.files else []
         return Belongings(own, others, files, self.source)
 
-    def without(self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]]) -> None:
+    def _is_test_of(self, marked: np.ndarray) -> np.ndarray:
+        """Mark the test images of owners all of whose training images are marked, bool [M]."""
+        if not self.test_owners:
+            return np.zeros(len(self.test.labels), bool)
+        return np.isin(self.test_owners, [*{*self.owners} - {*_those(self.owners, ~marked)}])
+
+    def without(self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]]) -> int:
         """Write the training images anew without some, and delete the files that have them.
 
+        With the last training image of an owner its test images go too, unless nothing would be left to test with.
         Nobody else's images are dealt out anew: who owned which is written down. A process that has the images open
         keeps what it has.
 
         Args:
             gone: which ones, bool [N].
             deals: by name, each client's indices into the images as they are now.
+
+        Returns:
+            How many test images went too.
         """
         if self.files and (missing := {"source", "image_size"} - self._meta.keys()):
             raise UserError(_damage(self.store / "meta.json", f"it has no {min(missing)}"))
-        kept, train = ~gone, self.train
+        kept, kept_tests = ~gone, ~self._is_test_of(gone)
         place = np.cumsum(kept) - 1
-        name = f"train-{int(self._train.partition('-')[2] or 0) + 1}"
-        now = Split(train.images[kept], train.labels[kept])
-        for part, array in now._asdict().items():
-            np.save(self.store / f"{name}_{part}.npy", array)
+        name, now = self._write_anew(self._train, self.train, kept, {"clients": self.owners, "files": self.files})
+        test_name, test_now = self._test, self.test
+        if kept_tests.any() and not kept_tests.all():
+            self._meta["held_out"] = self.held_out
+            owners = {"clients": self.test_owners}
+            test_name, test_now = self._write_anew(self._test, self.test, kept_tests, owners)
         for deal, slices in deals.items():
             left = [place[owned[kept[owned]]] for owned in slices]
             cuts = np.cumsum([len(owned) for owned in left])[:-1]
             np.savez(self.store / f"{name}_{deal}.npz", indices=np.concatenate(left), cuts=cuts)
-        if not self.files:
-            np.save(self.store / f"{name}_numbers.npy", self._numbers[kept])
-        owners = [owner for owner, is_kept in zip(self.owners, kept, strict=True) if is_kept] if self.owners else []
-        if self.owners:
-            (self.store / f"{name}_clients.json").write_text(json.dumps(owners))
-        if files := self.files:
-            (self.store / f"{name}_files.json").write_text(
-                json.dumps([f for f, k in zip(files, kept, strict=True) if k])
-            )
-            gone_files = {f for f, k in zip(files, kept, strict=True) if not k}
+        if self.files:
+            gone_files = {*_those(self.files, gone)}
             self._meta["gone"] = sorted({*self._meta.get("gone", []), *(digest_of([file]) for file in gone_files)})
             self._expect_removal(gone_files)
-        removed = self.removed + int(gone.sum())
-        meta = {"train": name, "removed": removed, "taken_out": sorted({*self.clients} - {*owners})}
-        meta["fingerprint"] = _fingerprint(_arrays(now, self.test))
+        else:
+            np.save(self.store / f"{name}_numbers.npy", self._numbers[kept])
+        meta = {"train": name, "test": test_name, "removed": self.removed + int(gone.sum())}
+        meta["taken_out"] = sorted({*self.clients} - {*_those(self.owners, kept)})
+        meta["fingerprint"] = _fingerprint(_arrays(now, test_now))
         new = self.store / "meta.json.new"
         new.write_text(json.dumps(self._meta | meta))
         os.replace(new, self.store / "meta.json")
-        self._delete_all_but(name)
+        self._delete_all_but(name, test_name)
+        return len(self.test.labels) - len(test_now.labels)
+
+    def _write_anew(
+        self, old: str, split: Split, kept: np.ndarray, lists: Mapping[str, Sequence[str]]
+    ) -> tuple[str, Split]:
+        """Write some of a split, and of lists of its images, under another name; gives the name, and what is left."""
+        kind, _, count = old.partition("-")
+        name, now = f"{kind}-{int(count or 0) + 1}", Split(split.images[kept], split.labels[kept])
+        for part, array in now._asdict().items():
+            np.save(self.store / f"{name}_{part}.npy", array)
+        for what, values in lists.items():
+            if values:
+                (self.store / f"{name}_{what}.json").write_text(json.dumps(_those(values, kept)))
+        return name, now
 
     def tidy(self) -> None:
-        """Delete what a crash left of training images that were written anew, the old ones or the new ones."""
-        self._delete_all_but(self._train)
+        """Delete what a crash left of images that were written anew, the old ones or the new ones."""
+        self._delete_all_but(self._train, self._test)
 
-    def _delete_all_but(self, name: str) -> None:
-        for file in self.store.glob("train*"):
-            if not file.name.startswith(f"{name}_"):
+    def _delete_all_but(self, *names: str) -> None:
+        kept = tuple(f"{name}_" for name in names)
+        for file in [*self.store.glob("train*"), *self.store.glob("test*")]:
+            if not file.name.startswith(kept):
                 file.unlink()
 
     def _expect_removal(self, files: set[str]) -> None:
@@ -302,6 +349,11 @@ class Belongings(NamedTuple):
     source: Path
 
 
+def _those(values: Sequence[str], chosen: np.ndarray) -> list[str]:
+    """Give the values that are chosen; none of none."""
+    return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen] if values else []
+
+
 def list_removed(store: Path, files: Sequence[str]) -> None:
     """List files of the source that a decoded copy has no need of any more; those of archives by their archive."""
     note_unneeded(store, files)
@@ -341,6 +393,8 @@ def about(store: Path) -> dict[str, Any]:
         "fingerprint": str,
         "source": str,
         "train": str,
+        "test": str,
+        "held_out": str,
         "removed": int,
         "channels": int,
         "taken_out": list,
@@ -388,6 +442,7 @@ class Decoded(NamedTuple):
         about: what the store writes down of the source, if that is a folder.
         files: that the training images were read from, if that is known.
         clients: the name of each training image's client, if the data set says so.
+        test_clients: that of each test image, likewise.
     """
 
     train: Split
@@ -396,6 +451,7 @@ class Decoded(NamedTuple):
     about: dict[str, Any] = {}  # noqa: RUF012
     files: list[str] = []  # noqa: RUF012
     clients: list[str] = []  # noqa: RUF012
+    test_clients: list[str] = []  # noqa: RUF012
 
 
 def first_per_class(split: Split, limit: int) -> Split:
@@ -438,8 +494,9 @@ def write(store: Path, decoded: Decoded) -> None:
             np.save(folder / f"{name}.npy", array)
         if decoded.files:
             (folder / "train_files.json").write_text(json.dumps(decoded.files))
-        if decoded.clients:
-            (folder / "train_clients.json").write_text(json.dumps(decoded.clients))
+        for split, owners in {"train": decoded.clients, "test": decoded.test_clients}.items():
+            if owners:
+                (folder / f"{split}_clients.json").write_text(json.dumps(owners))
         meta = {"class_names": decoded.class_names, "channels": decoded.test.images.shape[-1], **decoded.about}
         (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": _fingerprint(arrays)}))
 

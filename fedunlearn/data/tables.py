@@ -67,11 +67,11 @@ def decode_table(
     labels, class_names = classes([np.array(part[label]) for part in parts], None, source)
     log.info("%s: %d columns give %d numbers a row", printable(source.name), len(features), rows[0].shape[-1])
     splits = [Split(*pair) for pair in zip(rows, labels, strict=True)]
-    owners = parts[0][client] if client else []
+    owners = [part[client] for part in parts] if client else []
     if len(splits) == 2:
-        return Decoded(splits[0], splits[1], class_names, about_of(source), [], owners)
+        return Decoded(splits[0], splits[1], class_names, about_of(source), [], *owners)
     empty = Split(rows[0][:0], labels[0][:0])
-    return split_off(Decoded(splits[0], empty, class_names, about_of(source), [], owners))
+    return split_off(Decoded(splits[0], empty, class_names, about_of(source), [], *owners))
 
 
 def _files(source: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedunlearn.build import deal_of, slices_of, source_of, unpacked_of
+from fedunlearn.build import slices_of, source_of, unpacked_of
 from fedunlearn.data import unpacked
 from fedunlearn.data.folders import KINDS
 from fedunlearn.data.owned import OwnedSource
@@ -24,11 +24,11 @@ from fedunlearn.errors import UserError
 from fedunlearn.runs import checkpoint, parts, scan
 from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.hints import forget_command
-from fedunlearn.runs.home import all_runs
 from fedunlearn.runs.ledger import FORGOTTEN, Request, State
 from fedunlearn.runs.lock import lock
 from fedunlearn.runs.parts import say_left_files
 from fedunlearn.runs.run import Run
+from fedunlearn.runs.sharing import User, opened_runs, sharing, store_of, studies, users_of
 from fedunlearn.unlearning.pruning import PRUNED
 
 LOCK_SECONDS = 600
@@ -36,31 +36,6 @@ BESIDE_IN_WORDS = {"momentum": "the server's momentum", "frozen": "the mark of f
 PURGE = "purge"  # the kind of a row of metrics
 
 log = getLogger("fedunlearn")
-
-
-class User(NamedTuple):
-    """A run that uses a decoded copy.
-
-    Attributes:
-        name: of the run.
-        deal: names how it deals images out.
-        slices: each client's indices.
-        without: the clients that it does without.
-    """
-
-    name: str
-    deal: str
-    slices: list[np.ndarray]
-    without: set[int]
-
-    def rows(self, clients: Collection[int]) -> np.ndarray:
-        """Give the indices of some clients' images."""
-        return np.concatenate([np.empty(0, np.int64), *(self.slices[client] for client in clients)])
-
-    @property
-    def needed(self) -> np.ndarray:
-        """Give the indices of the images that the run needs."""
-        return self.rows([client for client in range(len(self.slices)) if client not in self.without])
 
 
 def purge_due(run: Run) -> None:
@@ -77,13 +52,13 @@ def purge_due(run: Run) -> None:
 
 def _has_images(run: Run, clients: Collection[int]) -> bool:
     """Say whether the run's decoded copy has images of clients that no run needs, as far as anybody knows."""
-    store = _store_of(run)
+    store = store_of(run)
     if store is None:
         return False
     try:
         if isinstance(source := source_of(run.config_here()), OwnedSource):
             mine = [client for client in clients if parts.has_part(source, client)]
-            return bool(parts.unneeded(run, mine, _sharing(store, run)))
+            return bool(parts.unneeded(run, mine, sharing(store, run.home)))
         unneeded = _unneeded(Dataset(store), _users(store, run, clients))
         return bool(unneeded[_own(store, run, clients)].any())
     except UserError as error:
@@ -193,7 +168,7 @@ def _left_in_words(run: Run, removed: Removed, who: str, *, figures: bool) -> li
     kept, needed_by = [*removed.kept_updates], removed.needed_by
     for path, found in removed.found:
         what = f"{scan.in_words(found)} of {who} in {path.relative_to(run.home)}"
-        is_own_copy = _store_of(run) in path.resolve().parents
+        is_own_copy = store_of(run) in path.resolve().parents
         reason = f"needed by {', '.join(needed_by)}" if needed_by and is_own_copy and not found.unread else ""
         kept.append({"what": what, "why": reason or scan.why_left(path, found, run.home)})
     if not removed.look_for:
@@ -201,25 +176,21 @@ def _left_in_words(run: Run, removed: Removed, who: str, *, figures: bool) -> li
         if run.config.partition.is_on_nodes:
             why = "they and their decoded copy are on a machine of their own, whose owner can delete them"
         kept.append({"what": f"perhaps images of {who}", "why": why})
-    if run.config.partition.kind == "column":
-        what = f"test images of {who}, one in six of its images, if the file has none of its own"
-        kept.append({"what": what, "why": "the server measures on them, and whose they are is not kept"})
+    if run.config.partition.kind == "column" and not _knows_whose_test_images(run):
+        why = "the data, or a decoded copy made by an earlier version, does not say whose they are"
+        kept.append({"what": f"perhaps test images of {who}", "why": why})
     if not figures:
         kept.append({"what": f"accuracies by round of {who}", "why": "audits compare with them (forget.purge_metrics)"})
     return kept
 
 
+def _knows_whose_test_images(run: Run) -> bool:
+    store = store_of(run)
+    return store is not None and bool(Dataset(store).test_owners)
+
+
 def _updates_in_words(count: int, who: str) -> str:
     return f"stored updates of {who}: {f'{count} files deleted' if count else 'there are none'}"
-
-
-def _store_of(run: Run) -> Path | None:
-    """The decoded copy that a run uses, if there is one; by its real path, so that copies can be compared."""
-    try:
-        store = source_of(run.config_here()).store
-    except UserError:
-        return None
-    return store.resolve() if store.is_dir() else None
 
 
 def _root_of(run: Run) -> Path:
@@ -234,28 +205,8 @@ def _own(store: Path, run: Run, clients: Collection[int]) -> np.ndarray:
 
 def _users(store: Path, run: Run, clients: Collection[int]) -> list[User]:
     """The runs that use a copy; `run` does without `clients` from now on."""
-    users = []
-    for other in _sharing(store, run):
-        without = other.ledger.purged_clients()
-        without |= set(clients) if other.folder == run.folder else set()
-        config = other.config_here()
-        users.append(User(other.name, deal_of(config), slices_of(config, Dataset(store)), without))
-    return users
-
-
-def _sharing(store: Path, run: Run) -> Iterator[Run]:
-    """The runs that use a copy."""
-    return (other for other in _opened_runs(run.home) if _store_of(other) == store)
-
-
-def _opened_runs(home: Path) -> Iterator[Run]:
-    """All runs of a home; a damaged one ends it, since nobody knows what it needs."""
-    for folder in all_runs(home):
-        run = Run.opened(folder)
-        try:
-            yield run
-        finally:
-            run.ledger.close()
+    users = users_of(store, run.home)
+    return [user._replace(without=user.without | {*clients}) if user.name == run.name else user for user in users]
 
 
 def _unneeded(dataset: Dataset, users: list[User]) -> np.ndarray:
@@ -274,37 +225,26 @@ def _take_out(run: Run, clients: Collection[int]) -> tuple[int, list[str]]:
     Returns:
         How many of the clients' images were taken out, and who needs the others.
     """
-    store = _store_of(run)
+    store = store_of(run)
     if store is None:
         return 0, []
     if run.config.partition.is_on_nodes:
         return 0, []
     source = source_of(run.config_here())
     dataset = source.opened()
-    if studies := [f"study {name}" for name, data in _studies(run.home) if data == dataset.fingerprint]:
-        return 0, studies
+    if studied_by := [f"study {name}" for name, data in studies(run.home) if data == dataset.fingerprint]:
+        return 0, studied_by
     if isinstance(source, OwnedSource):
-        return parts.take_out(source, run, clients, _sharing(store, run))
+        return parts.take_out(source, run, clients, sharing(store, run.home))
     dataset.tidy()
     users, own = _users(store, run, clients), _own(store, run, clients)
     unneeded = _unneeded(dataset, users)
     needed_by = [f"run {user.name}" for user in users if len(np.intersect1d(user.needed, own))]
+    count = int(unneeded[own].sum())
     if unneeded.any():
-        dataset.without(unneeded, {user.deal: user.slices for user in users})
+        count += dataset.without(unneeded, {user.deal: user.slices for user in users})
         say_left_files(store)
-    return int(unneeded[own].sum()), needed_by
-
-
-def _studies(home: Path) -> Iterator[tuple[str, str]]:
-    """The studies of a home, each with the fingerprint of its images."""
-    for file in (home / "studies").glob("*/study.json"):
-        try:
-            fingerprint = json.loads(file.read_text())["data"]
-            if not isinstance(fingerprint, str):
-                raise ValueError("its data has no fingerprint")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{file} is damaged ({error}): remove its folder, or put back a copy") from error
-        yield file.parent.name, fingerprint
+    return count, needed_by
 
 
 def _copies(data: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
@@ -322,10 +262,10 @@ def _copies(data: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
 def _delete_stale(home: Path) -> list[str]:
     """Delete decoded copies, and unpacked archives, that no run and no study uses any more; gives their names."""
     data = (home / "data").resolve()
-    stores = {store for store in map(_store_of, _opened_runs(home)) if store}
-    unsure = set(map(_root_of, (run for run in _opened_runs(home) if run.config.data.root and not _store_of(run))))
-    studied = {fingerprint for _, fingerprint in _studies(home)}
-    is_archive_needed = any(map(_has_archive_alone, _opened_runs(home)))
+    stores = {store for store in map(store_of, opened_runs(home)) if store}
+    unsure = set(map(_root_of, (run for run in opened_runs(home) if run.config.data.root and not store_of(run))))
+    studied = {fingerprint for _, fingerprint in studies(home)}
+    is_archive_needed = any(map(_has_archive_alone, opened_runs(home)))
     sources, deleted = set(), remove_leftovers(data)
     for store, meta in _copies(data):
         if meta is None:
@@ -362,9 +302,9 @@ def _delete_unpacked(run: Run) -> int:
     """
     try:
         folder = _unpacked_of(run)
-        if folder is None or any(_studies(run.home)):
+        if folder is None or any(studies(run.home)):
             return 0
-        users = [other.config_here() for other in _opened_runs(run.home) if _unpacked_of(other) == folder]
+        users = [other.config_here() for other in opened_runs(run.home) if _unpacked_of(other) == folder]
         return unpacked.delete_unneeded(folder, {source_of(config).store.resolve() for config in users})
     except UserError as error:
         log.warning("no unpacked file is deleted: %s", error)
@@ -381,13 +321,13 @@ def _unpacked_of(run: Run) -> Path | None:
 
 def _with_parts(home: Path) -> Iterator[Run]:
     """The runs whose images have owners and are there."""
-    return (run for run in _opened_runs(home) if run.config.partition.kind in KINDS and _store_of(run))
+    return (run for run in opened_runs(home) if run.config.partition.kind in KINDS and store_of(run))
 
 
 def _has_archive_alone(run: Run) -> bool:
     """Say whether a run is of an archive, and its decoded copy may have another name: the archive is elsewhere now."""
     data = run.config.data
-    return data.name == "folder" and not Path(data.root).expanduser().is_dir() and _store_of(run) is None
+    return data.name == "folder" and not Path(data.root).expanduser().is_dir() and store_of(run) is None
 
 
 def _delete_files(run: Run, clients: Collection[int]) -> tuple[int, list[dict[str, str]]]:
