@@ -155,7 +155,8 @@ def readable(folder: Path, images: list["Listed"]) -> tuple[bool, str]:
 
     reader = ImageReader(Reading(), total=len(images))
     for begin in range(0, len(images), READ_AT_ONCE):
-        reader.read([folder / image.file for image in images[begin : begin + READ_AT_ONCE]])
+        some = images[begin : begin + READ_AT_ONCE]
+        reader.read((folder / image.file for image in some), len(some))
     reader.conclude()
     return True, f"{folder}: every image can be read"
 

@@ -239,6 +239,30 @@ def test_a_limit_reads_no_other_images(tmp_path):
         load("hf", tmp_path / "data", tmp_path, image_size=8)
 
 
+@pytest.mark.parametrize("write", [as_parquet, as_saved_to_disk])
+def test_images_of_several_files_are_read_some_rows_at_a_time(tmp_path, write, monkeypatch):
+    monkeypatch.setattr("fedunlearn.data.arrow.ROWS", 2)
+    own, folder = images(15, 8, 8, 3), tmp_path / "data"
+    for number, part in enumerate((own[:5], own[5:6], own[6:])):
+        write(hub_table(part), folder if write is as_parquet else folder / "x", f"train-{number}")
+    labels = [i % 2 for i in (*range(5), 0, *range(9))]
+    write(hub_table(own[:2]), folder, "test")
+    for limit, kept in ((0, range(15)), (12, (*range(10), 11, 13)), (6, (0, 1, 2, 3, 4, 7)), (2, (0, 1))):
+        found = load("hf", folder, tmp_path, limit=limit, image_size=8).train
+        assert (found.images == own[[*kept]]).all()
+        assert found.labels.tolist() == [labels[place] for place in kept]
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_row(tmp_path):
+    table = hub_table(images(12, 8, 8, 3))
+    broken = table["image"].to_pylist()
+    broken[7] = {"bytes": b"no image", "path": None}
+    as_parquet(table, tmp_path / "data", "train-1")
+    as_parquet(table.set_column(0, "image", [broken]), tmp_path / "data", "train-2")
+    with pytest.raises(UserError, match=r"train-2-00000-of-00001\.parquet, row 8 is not a readable image"):
+        load("hf", tmp_path / "data", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -79,7 +79,7 @@ def test_values_outside_the_range_are_refused_and_a_window_holds_them(tmp_path):
     read = read_image(path, 2, window=(-1000, 400))
     assert (read[:, 0].max(), read[:, 1].min()) == (0, 255)
     reader = ImageReader(Reading(8), total=1)
-    reader.read([path])
+    reader.read([path], 1)
     with pytest.raises(UserError, match=r"data\.window=\[-1000,400\] would hold all values"):
         reader.conclude()
 
@@ -121,7 +121,7 @@ def test_exif_turns_only_if_asked_and_the_log_says_so(tmp_path, caplog):
     assert (turned == np.asarray(Image.fromarray(COLOURED[::-1, ::-1]).resize((9, 9)))).all()
     assert (stored == old_way(path, 9)).all()
     reader = ImageReader(Reading(9), total=1)
-    reader.read([path])
+    reader.read([path], 1)
     reader.conclude()
     assert "1 images are turned by EXIF alone" in caplog.text
 
@@ -132,7 +132,7 @@ def test_damaged_exif_data_turn_nothing(tmp_path, caplog, exif):
     path = saved(tmp_path, "a.webp", COLOURED, exif=exif, lossless=True)
     assert (read_image(path, 9, exif=True) == old_way(path, 9)).all()
     reader = ImageReader(Reading(9), total=1)
-    reader.read([path])
+    reader.read([path], 1)
     reader.conclude()
     assert "EXIF" not in caplog.text
 
@@ -174,7 +174,7 @@ def bad_files(folder, count):
 def test_all_unreadable_files_are_named_in_one_list(tmp_path):
     good, bad = bad_files(tmp_path, 23)
     reader = ImageReader(Reading(8), total=24)
-    images, is_good = reader.read([good, *bad])
+    images, is_good = reader.read([good, *bad], 1 + len(bad))
     assert (len(images), is_good.tolist()) == (1, [True] + [False] * 23)
     with pytest.raises(UserError) as raised:
         reader.conclude()
@@ -219,7 +219,7 @@ def test_resizing_and_progress_are_said(tmp_path, caplog):
     paths = [saved(tmp_path, f"{n}.png", np.zeros((n, 2 * n, 3), np.uint8)) for n in (6, 10, 30)]
     times = iter([0, 4, 11, 12])
     reader = ImageReader(Reading(8), total=3, clock=lambda: next(times))
-    reader.read(paths)
+    reader.read(paths, len(paths))
     reader.conclude()
     assert [record.getMessage() for record in caplog.records] == [
         "decoded 2 of 3 images",
@@ -229,7 +229,7 @@ def test_resizing_and_progress_are_said(tmp_path, caplog):
 
 def test_dark_16_bit_images_are_pointed_out(tmp_path, caplog):
     reader = ImageReader(Reading(8), total=1)
-    reader.read([saved(tmp_path, "a.png", flat(4095, np.uint16))])
+    reader.read([saved(tmp_path, "a.png", flat(4095, np.uint16))], 1)
     reader.conclude()
     assert "reach 4095 of 65535: data.window=[0,4095]" in caplog.text
 

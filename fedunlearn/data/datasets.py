@@ -1,7 +1,7 @@
 """Decode image data sets once, into uint8 arrays on disk that every process memory-maps."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -217,18 +217,9 @@ def source_of(
         for what, split in {"training": found.train, "testing": found.test}.items():
             if not len(split.labels):
                 raise UserError(f"data.name={name}: {printable(root)} has no example for {what} that can be read")
-        train, owners = _first(found.train, found.clients, limit)
-        test, test_owners = _first(found.test, found.test_clients, test_limit)
-        return found._replace(train=train, test=test, clients=owners, test_clients=test_owners)
+        return found.first(limit, test_limit)
 
     return Source(store, limited)
-
-
-def _first(split: Split, owners: Sequence[str], limit: int) -> tuple[Split, list[str]]:
-    """Keep the first examples of each class, and whose they are."""
-    places, labels = first_per_class(Split(np.arange(len(split.labels)), split.labels), limit)
-    images = split.images[places] if limit else split.images
-    return Split(images, labels), [owners[int(place)] for place in places] if owners else []
 
 
 def clients_of(name: str, *, owners: Owners, **options: Any) -> list[str]:
@@ -317,7 +308,7 @@ def _read_images(samples: list[tuple[str, int]], limit: int, reader: ImageReader
     """The images that can be read, and the files that they are from."""
     labels = np.array([label for _, label in samples])
     positions = first_per_class(Split(np.arange(len(labels)), labels), limit).images
-    images, is_good = reader.read([samples[position][0] for position in positions])
+    images, is_good = reader.read((samples[position][0] for position in positions), len(positions))
     positions = positions[is_good]
     return Split(images, labels[positions]), [samples[position][0] for position in positions]
 

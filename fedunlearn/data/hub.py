@@ -4,16 +4,19 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedunlearn.data.arrow import batches_of, schema_of, values_of
 from fedunlearn.data.formats import about_of, classes, names_of, split_off
 from fedunlearn.data.images import Content, ImageReader, Reading, class_name, find_images
 from fedunlearn.data.separated import read_rows
-from fedunlearn.data.store import Decoded, Split, first_per_class
+from fedunlearn.data.store import Decoded, Split, those
 from fedunlearn.errors import UserError, printable
 
 SPLITS = {
@@ -33,13 +36,13 @@ class Part(NamedTuple):
     """One split of a data set, before its images are read.
 
     Attributes:
-        images: what each is read from.
+        images: gives what some are read from, by their places in ascending order.
         labels: numbers or texts, [N].
         clients: names, or none.
         names: of the classes that numbers stand for, if they are known.
     """
 
-    images: Sequence[Any]
+    images: Callable[[np.ndarray], Iterator[Any]]
     labels: np.ndarray
     clients: list[str]
     names: list[str] | None
@@ -57,8 +60,8 @@ def decode_hub(
 ) -> Decoded:
     """Read a data set of images in one of Hugging Face's formats, from this machine alone.
 
-    Images are read as those of files are. Test images are those of a split called test, else of one called validation,
-    else every sixth image of a class.
+    Images are read as those of files are, and no others than `limit` keeps. Test images are those of a split called
+    test, else of one called validation, else every sixth image of a class.
 
     Args:
         source: a parquet file, or a folder: of parquet files, of what `save_to_disk` wrote, of images with a
@@ -82,19 +85,21 @@ def decode_hub(
         log.info("%s: its validation images are left out", printable(source.name))
     chosen = [parts["train"], *([parts[held_out]] if held_out else [])]
     labels, class_names = classes([part.labels for part in chosen], chosen[0].names, source)
-    limits = [limit if held_out else 0, test_limit]
-    kept = [first_per_class(Split(np.arange(len(own)), own), most).images for own, most in zip(labels, limits)]  # noqa: B905
-    reader = ImageReader(reading, total=sum(map(len, kept)))
-    splits, owners = [], []
-    for part, own, places in zip(chosen, labels, kept, strict=True):
-        images, is_good = reader.read([part.images[place] for place in places])
-        splits.append(Split(images, own[places][is_good]))
-        owners.append([part.clients[place] for place in places[is_good]] if part.clients else [])
+    places = [Split(np.arange(len(own)), own) for own in labels]
+    held = places[1] if held_out else Split(places[0].images[:0], labels[0][:0])
+    found = Decoded(places[0], held, class_names, about_of(source), [], *(part.clients for part in chosen))
+    kept = (found if held_out else split_off(found)).first(limit, test_limit)
+    reader = ImageReader(reading, total=len(kept.train.labels) + len(kept.test.labels))
+    train, clients = _read(chosen[0], kept.train, kept.clients, reader)
+    test, test_clients = _read(chosen[-1], kept.test, kept.test_clients, reader)
     reader.conclude(skip_bad=skip_bad)
-    if held_out:
-        return Decoded(splits[0], splits[1], class_names, about_of(source), [], *owners)
-    empty = Split(splits[0].images[:0], splits[0].labels[:0])
-    return split_off(Decoded(splits[0], empty, class_names, about_of(source), [], *owners))
+    return kept._replace(train=train, test=test, clients=clients, test_clients=test_clients)
+
+
+def _read(part: Part, kept: Split, owners: list[str], reader: ImageReader) -> tuple[Split, list[str]]:
+    """Read the images at some places; gives those that can be read, and whose they are."""
+    images, is_good = reader.read(part.images(kept.images), len(kept.labels))
+    return Split(images, kept.labels[is_good]), those(owners, is_good)
 
 
 def _parts(source: Path, label: str, client: str) -> dict[str, Part]:
@@ -129,30 +134,41 @@ def split_of(name: str) -> str:
 
 def _of_tables(files: list[Path], root: Path, label: str, client: str) -> Part:
     """Give the images and labels of parquet files or Arrow files."""
-    tables = [arrow_table(file) for file in files]
-    features = _features(tables[0])
-    label = label or _label_column(files[0], tables[0].column_names, features)
-    image = _image_column(files[0], tables[0], features)
-    columns: dict[str, list[Any]] = {name: [] for name in filter(None, (image, label, client))}
-    for file, table in zip(files, tables, strict=True):
-        for name, values in columns.items():
-            if name not in table.column_names:
-                there = printable(", ".join(table.column_names))
-                raise UserError(f"{printable(str(file))} has no column {printable(name)}: there are {there}")
-            values.extend(table[name].to_pylist())
+    schemas = [schema_of(file) for file in files]
+    features = _features(schemas[0])
+    label = label or _label_column(files[0], schemas[0].names, features)
+    image = _image_column(files[0], schemas[0], features)
     names = (features.get(label) or {}).get("names")
-    for file, table in zip(files, tables, strict=True):
-        if (_features(table).get(label) or {}).get("names") != names:
+    for file, schema in zip(files, schemas, strict=True):
+        if missing := [name for name in filter(None, (image, label, client)) if name not in schema.names]:
+            there = printable(", ".join(schema.names))
+            raise UserError(f"{printable(str(file))} has no column {printable(missing[0])}: there are {there}")
+        if (_features(schema).get(label) or {}).get("names") != names:
             raise UserError(f"{printable(str(file))} and {printable(files[0].name)} number their classes differently")
-    labels = columns[label]
+    labels = [value for file in files for value in values_of(file, label)]
     if any(isinstance(value, list | dict) for value in labels):
         raise UserError(f"{printable(str(files[0]))}: {printable(label)} has lists: an image has one label")
     missing = sum(value is None or (names is not None and value == -1) for value in labels)
     if missing:
         raise UserError(f"{printable(str(files[0]))}: {missing} images have no {printable(label)}: leave them out")
-    cells = [_content(cell, f"{files[0].name}, row {row + 1}", root) for row, cell in enumerate(columns[image])]
-    clients = names_of(columns[client], printable(client), files[0]) if client else []
-    return Part(cells, np.array(labels), clients, names)
+    owners = [value for file in files for value in values_of(file, client)] if client else []
+    clients = names_of(owners, printable(client), files[0])
+    return Part(partial(_cells, files, image, root), np.array(labels), clients, names)
+
+
+def _cells(files: list[Path], column: str, root: Path, places: np.ndarray) -> Iterator[Any]:
+    """Give what the images of some rows are read from; rows are counted through all files."""
+    first, wanted = 0, deque(places.tolist())
+    for file in files:
+        row = 0
+        for batch in batches_of(file, [column]):
+            while wanted and wanted[0] < first + row + len(batch):
+                cell = batch.column(column)[wanted[0] - first - row].as_py()
+                yield _content(cell, f"{file.name}, row {wanted.popleft() - first + 1}", root)
+            if not wanted:
+                return
+            row += len(batch)
+        first += row
 
 
 def _content(cell: Any, name: str, root: Path) -> Any:
@@ -176,29 +192,9 @@ def _below(root: Path, file: Path) -> Path:
     return file
 
 
-def arrow_table(file: Path) -> Any:
-    """Read a parquet file, or one of Arrow's.
-
-    Raises:
-        UserError: it is damaged, or pyarrow is not installed.
-    """
-    try:
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{file.name} is read by the package pyarrow: pip install 'fedunlearn[hf]'") from error
-    try:
-        if file.suffix != ".arrow":
-            return pyarrow.parquet.ParquetFile(file).read()
-        with pyarrow.OSFile(str(file)) as opened:
-            return pyarrow.ipc.open_stream(opened).read_all()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{printable(str(file))} cannot be read ({printable(str(error))})") from error
-
-
-def _features(table: Any) -> dict[str, Any]:
+def _features(schema: Any) -> dict[str, Any]:
     """Give what the `datasets` package has written of the columns."""
-    stored = (table.schema.metadata or {}).get(b"huggingface", b"{}")
+    stored = (schema.metadata or {}).get(b"huggingface", b"{}")
     return json.loads(stored).get("info", {}).get("features", {})
 
 
@@ -211,9 +207,9 @@ def _label_column(file: Path, columns: list[str], features: dict[str, Any]) -> s
     return found[0]
 
 
-def _image_column(file: Path, table: Any, features: dict[str, Any]) -> str:
+def _image_column(file: Path, schema: Any, features: dict[str, Any]) -> str:
     found = [name for name, feature in features.items() if _type_of(feature) == "Image"]
-    for field in table.schema:
+    for field in schema:
         is_image = str(field.type).startswith("struct<bytes") or str(field.type) in ("binary", "large_binary")
         if not found and is_image:
             found = [field.name]
@@ -252,9 +248,15 @@ def _of_folders(root: Path, label: str, client: str) -> dict[str, Part]:
             split = split_of(file.parts[0]) if len(file.parts) > 2 else "train"
             by_split.setdefault(split, []).append((root / file, class_name(file.parent.name), ""))
     return {
-        split: Part([row[0] for row in rows], np.array([row[1] for row in rows]), [r[2] for r in rows if client], None)
+        split: Part(
+            _of([row[0] for row in rows]), np.array([row[1] for row in rows]), [r[2] for r in rows if client], None
+        )
         for split, rows in by_split.items()
     }
+
+
+def _of(files: list[Path]) -> Callable[[np.ndarray], Iterator[Path]]:
+    return lambda places: (files[place] for place in places)
 
 
 def _metadata(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

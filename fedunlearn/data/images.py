@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -204,7 +204,7 @@ class ImageReader:
 
     Example:
         >>> reader = ImageReader(Reading(8), total=1)
-        >>> images, is_good = reader.read(["/no/such.png"])
+        >>> images, is_good = reader.read(["/no/such.png"], 1)
         >>> images.shape, is_good.tolist(), reader.bad
         ((0, 8, 8, 3), [False], {'/no/such.png': 'No such file or directory'})
     """
@@ -218,20 +218,21 @@ class ImageReader:
         self._outside: list[tuple[float, float]] = []
         self._highest: dict[float, float] = {}
 
-    def read(self, paths: Sequence[Path | str | Content]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, paths: Iterable[Path | str | Content], count: int) -> tuple[np.ndarray, np.ndarray]:
         """Read files one after another, and remember those that cannot be read.
 
         Args:
             paths: of files, or what lies within one.
+            count: how many they are.
 
         Returns:
-            Images uint8 [n, size, size, 3] of the n files that can be read, and which those are, bool [len(paths)].
+            Images uint8 [n, size, size, 3] of the n files that can be read, and which those are, bool [count].
 
         Raises:
             UserError: some are DICOM, and pydicom is not installed.
         """
-        size, is_good = self.reading.size, np.ones(len(paths), bool)
-        images = np.empty((len(paths), size, size, 3), np.uint8)
+        size, is_good = self.reading.size, np.ones(count, bool)
+        images = np.empty((count, size, size, 3), np.uint8)
         for place, path in enumerate(paths):
             try:
                 images[place], seen = _read(path if isinstance(path, Content) else Path(path), self.reading)

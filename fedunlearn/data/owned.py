@@ -410,7 +410,9 @@ class OwnedSource:
             "train": _first_per_class([image for image in images if not image.is_test], self.limit),
             "test": _first_per_class([image for image in images if image.is_test], self.test_limit),
         }
-        read = {split: reader.read([self.root / image.file for image in own]) for split, own in chosen.items()}
+        read = {
+            split: reader.read((self.root / image.file for image in own), len(own)) for split, own in chosen.items()
+        }
         good = {
             split: [image for image, is_good in zip(chosen[split], read[split][1], strict=True) if is_good]
             for split in SPLITS

@@ -237,7 +237,7 @@ class Dataset:
         """Mark the test images of owners all of whose training images are marked, bool [M]."""
         if not self.test_owners:
             return np.zeros(len(self.test.labels), bool)
-        return np.isin(self.test_owners, [*{*self.owners} - {*_those(self.owners, ~marked)}])
+        return np.isin(self.test_owners, [*{*self.owners} - {*those(self.owners, ~marked)}])
 
     def without(self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]]) -> int:
         """Write the training images anew without some, and delete the files that have them.
@@ -268,13 +268,13 @@ class Dataset:
             cuts = np.cumsum([len(owned) for owned in left])[:-1]
             np.savez(self.store / f"{name}_{deal}.npz", indices=np.concatenate(left), cuts=cuts)
         if self.files:
-            gone_files = {*_those(self.files, gone)}
+            gone_files = {*those(self.files, gone)}
             self._meta["gone"] = sorted({*self._meta.get("gone", []), *(digest_of([file]) for file in gone_files)})
             self._expect_removal(gone_files)
         else:
             np.save(self.store / f"{name}_numbers.npy", self._numbers[kept])
         meta = {"train": name, "test": test_name, "removed": self.removed + int(gone.sum())}
-        meta["taken_out"] = sorted({*self.clients} - {*_those(self.owners, kept)})
+        meta["taken_out"] = sorted({*self.clients} - {*those(self.owners, kept)})
         meta["fingerprint"] = _fingerprint(_arrays(now, test_now))
         new = self.store / "meta.json.new"
         new.write_text(json.dumps(self._meta | meta))
@@ -292,7 +292,7 @@ class Dataset:
             np.save(self.store / f"{name}_{part}.npy", array)
         for what, values in lists.items():
             if values:
-                (self.store / f"{name}_{what}.json").write_text(json.dumps(_those(values, kept)))
+                (self.store / f"{name}_{what}.json").write_text(json.dumps(those(values, kept)))
         return name, now
 
     def tidy(self) -> None:
@@ -349,7 +349,7 @@ class Belongings(NamedTuple):
     source: Path
 
 
-def _those(values: Sequence[str], chosen: np.ndarray) -> list[str]:
+def those(values: Sequence[str], chosen: np.ndarray) -> list[str]:
     """Give the values that are chosen; none of none."""
     return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen] if values else []
 
@@ -453,6 +453,12 @@ class Decoded(NamedTuple):
     clients: list[str] = []  # noqa: RUF012
     test_clients: list[str] = []  # noqa: RUF012
 
+    def first(self, limit: int, test_limit: int) -> "Decoded":
+        """Keep the first examples of each class in each split, as `first_per_class` does, and whose they are."""
+        train, clients = _first(self.train, self.clients, limit)
+        test, test_clients = _first(self.test, self.test_clients, test_limit)
+        return self._replace(train=train, test=test, clients=clients, test_clients=test_clients)
+
 
 def first_per_class(split: Split, limit: int) -> Split:
     """Keep the first `limit // K` examples of each of the K classes, in data-set order; all of them for 0.
@@ -478,6 +484,12 @@ def first_per_class(split: Split, limit: int) -> Split:
         )
     keep = np.sort(np.concatenate([np.flatnonzero(split.labels == k)[:per_class] for k in classes]))
     return Split(split.images[keep], split.labels[keep])
+
+
+def _first(split: Split, owners: Sequence[str], limit: int) -> tuple[Split, list[str]]:
+    places, labels = first_per_class(Split(np.arange(len(split.labels)), split.labels), limit)
+    images = split.images[places] if limit else split.images
+    return Split(images, labels), [owners[int(place)] for place in places] if owners else []
 
 
 def write(store: Path, decoded: Decoded) -> None:

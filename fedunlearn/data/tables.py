@@ -10,8 +10,8 @@ from unicodedata import normalize
 
 import numpy as np
 
+from fedunlearn.data.arrow import schema_of, values_of
 from fedunlearn.data.formats import about_of, classes, split_off
-from fedunlearn.data.hub import arrow_table
 from fedunlearn.data.separated import NoTableError, read_rows
 from fedunlearn.data.store import Decoded, Split
 from fedunlearn.errors import UserError, printable
@@ -115,9 +115,8 @@ def _comma_separated(file: Path) -> Columns:
 
 
 def _parquet(file: Path) -> Columns:
-    table = arrow_table(file)
-    columns = zip(table.column_names, table.columns, strict=True)
-    return {name: ["" if value is None else _text(value) for value in column.to_pylist()] for name, column in columns}
+    columns = {name: values_of(file, name) for name in schema_of(file).names}
+    return {name: ["" if value is None else _text(value) for value in values] for name, values in columns.items()}
 
 
 def _text(value: Any) -> str:
