@@ -82,15 +82,19 @@ def slices_of(config: Config, dataset: Dataset) -> list[np.ndarray]:
     kept = dataset.dealt(deal_of(config))
     if kept is None and config.partition.kind == "column":
         owners = np.array(dataset.owners)
-        kept = [
-            np.flatnonzero(owners == name)
-            for name in revealed(config.partition.names or dataset.clients, dataset.clients)
-        ]
+        kept = [np.flatnonzero(owners == name) for name in owners_of(config, dataset)]
     if kept is None:
         kept = dealt(config, np.asarray(dataset.train.labels))
     if len(kept) != config.clients:
         raise UserError(f"clients={config.clients}: the images have {len(kept)} owners, so clients={len(kept)}")
     return kept
+
+
+def owners_of(config: Config, dataset: Dataset) -> list[str]:
+    """Name the clients of a run, by number, as the data set names the owners of its images; none where it does not."""
+    if config.partition.kind != "column":
+        return []
+    return revealed(config.partition.names or dataset.clients, dataset.clients)
 
 
 def dealt(config: Config, labels: np.ndarray) -> list[np.ndarray]:
@@ -115,7 +119,7 @@ def fingerprints_of(dataset: Dataset, slices: Sequence[np.ndarray]) -> dict[str,
     if isinstance(dataset, OwnedDataset):
         return dataset.fingerprints()
     own = {str(client): fingerprint_of(dataset, slices, client) for client in range(len(slices))}
-    return own | {"held-out": dataset.held_out}
+    return own | {"held-out": dataset.test_fingerprint}
 
 
 def fingerprint_of(dataset: Dataset, slices: Sequence[np.ndarray], client: int) -> str:

@@ -74,7 +74,7 @@ def scan(
     else:
         for row in rows:
             print(f"{row['file']}: {row['what']} ({row['way_out']})")
-        of = f"{len(owned.images.own.labels)} images of {whom}"
+        of = f"{len(owned.images.images)} images of {whom}"
         have = sum(row["has_some"] for row in rows)
         print(f"{have or 'no'} files of {searched} have any of the {of}")
         if unread := sum(bool(row["unread"]) for row in rows):

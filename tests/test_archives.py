@@ -113,6 +113,17 @@ def test_files_stay_unpacked_while_a_run_with_another_copy_needs_them(federate, 
     assert unpacked(federate) == 36
 
 
+@pytest.mark.parametrize("hosted", [(dealt, "tar")], indirect=True, ids=["dealt"])
+def test_dealt_files_of_another_client_stay_away_when_one_is_readmitted(federate, hosted):
+    hosted("forget.schedule={1:[1,3]}")
+    assert unpacked(federate) == 28
+    hosted("run=back readmit=[1]")
+    assert sizes(federate, "back") == [10, 10, 10, 0]
+    assert unpacked(federate) == 38
+    hosted("forget.schedule={1:[1,3]}", rounds=2)
+    assert federate.run().ledger.current().round == 2
+
+
 @pytest.mark.parametrize("hosted", [(folders, "zip")], indirect=True, ids=["folders"])
 def test_files_of_another_client_stay_away_when_one_is_readmitted(federate, hosted):
     hosted("forget.schedule={1:[b,d]}")

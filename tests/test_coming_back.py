@@ -1,6 +1,7 @@
 """Clients with names come back, stay away and are known after their images were removed."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -142,7 +143,47 @@ def test_only_who_is_readmitted_comes_back_into_a_copy(federate, hosted):
     assert {*dataset.owners} == {*dataset.test_owners} == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize("hosted", [npz], indirect=True, ids=["npz"])
+OF_ARRAYS = pytest.mark.parametrize("hosted", [npz], indirect=True, ids=["npz"])
+
+
+@OF_ARRAYS
+def test_whoever_came_back_for_a_run_that_is_gone_can_be_removed_and_come_again(federate, hosted):
+    hosted("forget.schedule={1:[b, d]}")
+    hosted("run=back clients=3 partition.names=[a,b,c] readmit=[b]")
+    hosted("run=again readmit=[b] forget.schedule={0:[d]}")
+    assert sizes(federate, "again") == [10, 10, 10, 0]
+    for name in ("back", "again"):
+        shutil.rmtree(federate.folder(name))
+    assert command("purge", "--client", "b", "--client", "d", "--run", "test") == 0
+    assert sizes(federate) == [10, 0, 10, 0]
+    assert {*open_dataset(federate.run().config_here()).test_owners} == {"a", "c"}
+
+
+@OF_ARRAYS
+def test_labels_of_training_images_are_found_in_a_file_of_their_own(federate, hosted, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (200, 8, 8, 3), np.uint8), rng.integers(0, 2, 200)
+    np.savez(tmp_path / "own.npz", images=images, labels=labels, clients=np.repeat(CLIENTS, 50))
+    hosted("")
+    dataset = open_dataset(federate.run().config_here())
+    np.save(tmp_path / "stray.npy", dataset.train.labels[np.array(dataset.owners) == "b"])
+    assert command("scan", "--client", "b", "--run", "test", "--also", str(tmp_path / "stray.npy")) == 1
+    assert "stray.npy: all labels" in capsys.readouterr().out
+
+
+def test_the_last_test_images_stay_and_the_receipt_says_why(federate, tmp_path):
+    images, labels, clients = values()
+    some = np.concatenate([np.arange(EACH), EACH + np.arange(4), 2 * EACH + np.arange(4)])  # a alone has six of a class
+    np.savez(tmp_path / "own.npz", images=images[some], labels=labels[some], clients=clients[some])
+    about = f"data.name=npz data.root={tmp_path / 'own.npz'} partition.kind=column clients=3 {QUICK}"
+    federate(f"{about} data.limit=0 data.test_limit=0 forget.schedule={{1:[a]}} rounds=1", nodes=1)
+    assert sizes(federate) == [0, 4, 4]
+    assert open_dataset(federate.run().config_here()).test_owners == ["a", "a"]
+    (left,) = (one for one in receipt(federate).kept if "test" in one.what)
+    assert "the server, which has no other test images" in left.why
+
+
+@OF_ARRAYS
 def test_a_copy_that_is_missing_is_decoded_anew_for_who_is_readmitted(federate, hosted):
     hosted("forget.schedule={1:[b]}")
     for file in sorted((federate.home / "data").rglob("*"), reverse=True):

@@ -178,13 +178,13 @@ def test_scan_finds_held_out_images_of_a_client_too(federate, hosted):
     hosted()
     with scan.owned_by(federate.run(), [NUMBERS["b"]]) as owned:
         pass
-    assert (len(owned.images.own.labels), len(owned.images.others), len(owned.images.files)) == (12, 36, 12)
+    assert (len(owned.images.images), len(owned.images.others), len(owned.images.files)) == (12, 36, 12)
     assert owned.class_counts == {"2": [5, 5]}
     store = open_dataset(federate.run().config_here()).store
     shutil.rmtree(store)
     with scan.owned_by(federate.run(), [NUMBERS["b"]]) as again:
         pass
-    assert (again.images.own.images == owned.images.own.images).all()
+    assert (again.images.images == owned.images.images).all()
 
 
 def test_who_was_forgotten_is_known_by_name_whatever_its_images_are(federate, hosted, tree):

@@ -712,6 +712,24 @@ def test_images_that_come_back_change_hands_in_no_other_run(federate):
     assert federate.run("dealt").ledger.current().round == 2
 
 
+def test_who_comes_back_has_those_images_too_that_another_run_alone_had_taken_out(federate):
+    federate("run=other partition.seed=1 rounds=1 forget.purge=always")
+    federate(FORGOTTEN)
+    assert len(images_of(federate, 3)[0]) == 28  # the other run needs them
+    assert command("forget", "--client", "2", "--run", "other", "--engine", "local") == 0
+    assert len(images_of(federate, 3)[0]) < 28
+    federate("run=back readmit=[3]")
+    assert len(images_of(federate, 3, "back")[0]) == 28
+
+
+def test_who_is_readmitted_beside_a_damaged_run_has_images_again(federate):
+    federate(FORGOTTEN)
+    federate("run=damaged rounds=1 forget.schedule={0:[3]}")
+    junk_ledger(federate.folder("damaged"))
+    federate("run=back readmit=[0,1,2,3]")
+    assert len(images_of(federate, 3, "back")[0]) == 28
+
+
 def test_the_same_process_does_not_train_on_images_that_are_gone(federate):
     federate(FORGOTTEN)
     federate("run=other")

@@ -184,6 +184,21 @@ class OwnedDataset(Dataset):
         """Name the files that the training images were read from, in their order."""
         return [file for part in self.parts for file in part.files("train")]
 
+    @cached_property
+    def owners(self) -> list[str]:
+        """Name the client of each training image."""
+        return self._owners_of("train")
+
+    @cached_property
+    def test_owners(self) -> list[str]:
+        """Name the client of each test image; nothing for those that are nobody's."""
+        return self._owners_of("test")
+
+    def _owners_of(self, split: str) -> list[str]:
+        return [
+            name for name, part in zip([*self.clients, ""], self.parts, strict=True) for _ in range(part.count(split))
+        ]
+
     @property
     def patients(self) -> list[str] | None:
         """Name the patient of every training image ("" where one is not known); None where none is."""
@@ -205,7 +220,9 @@ class OwnedDataset(Dataset):
         """Give each client's indices: nothing else deals these images out."""
         return self.slices
 
-    def belongings(self, clients: Collection[int], slices: Sequence[np.ndarray]) -> Belongings:
+    def belongings(
+        self, clients: Collection[int], slices: Sequence[np.ndarray], owners: Collection[str] = ()
+    ) -> Belongings:
         """Give all images of clients, held-out ones too, and beside them all others."""
 
         def images_of(is_wanted: bool) -> np.ndarray:
@@ -216,8 +233,9 @@ class OwnedDataset(Dataset):
         own = [(c, split) for c in sorted(clients) for split in SPLITS if self.parts[c].count(split)]
         labels = [self._labels(split, c) for c, split in own]
         files = [file for c, split in own for file in self.parts[c].files(split)]
-        images = Split(images_of(True), np.concatenate([np.empty(0, np.int64), *labels]))
-        return Belongings(images, images_of(False), [self.source / file for file in files], self.source)
+        return Belongings(
+            images_of(True), labels, images_of(False), [self.source / file for file in files], self.source
+        )
 
     def _joined(self, split: str) -> Split:
         lengths, shape = [part.count(split) for part in self.parts], (self._size, self._size, 3)

@@ -41,7 +41,7 @@ class Found:
     Attributes:
         images: which of the images, by their place.
         files: which of the source files, by their place.
-        labels: whether the sequence of all labels is there.
+        labels: whether a sequence of all their labels is there.
         unread: why not all of the file could be searched; empty where all was.
     """
 
@@ -59,7 +59,7 @@ class Wanted:
 
     Args:
         images: uint8 [N, H, W, channels], or fp32, which are looked for as the bytes that they are.
-        labels: of them, [N].
+        labels: of them, in sequences that lie together, each [n].
         others: images that are not looked for, [M, H, W, channels]: what these have too tells nobody apart.
         files: that the images were read from.
         other_files: of the same source: what these have too tells nobody apart.
@@ -72,8 +72,7 @@ class Wanted:
     def __init__(
         self,
         images: np.ndarray,
-        labels: np.ndarray,
-        *,
+        *labels: np.ndarray,
         others: np.ndarray,
         files: Sequence[Path] = (),
         other_files: Iterable[Path] = (),
@@ -88,8 +87,8 @@ class Wanted:
         self.unknown, self.unknown_files = len(images) - len({n for n, _ in told}), self._files.unknown
         self._finder = Finder(windows)
         self._longest = max(map(len, windows), default=0)
-        is_telling = len(labels) >= LABELS and np.count_nonzero(np.diff(labels) < 0) >= DESCENTS
-        self._labels = [labels.astype(kind).tobytes() for kind in (np.int64, np.int32, np.uint8)] if is_telling else []
+        telling = [own for own in labels if len(own) >= LABELS and np.count_nonzero(np.diff(own) < 0) >= DESCENTS]
+        self._labels = [own.astype(kind).tobytes() for own in telling for kind in (np.int64, np.int32, np.uint8)]
 
     def found_in(self, path: Path) -> Found:
         """Search a file, and what is compressed in it; `Found.unread` says where that is corrupt or encrypted.

@@ -21,11 +21,13 @@ from fedunlearn.data.images import image_paths
 from fedunlearn.data.removal import GONE
 from fedunlearn.data.selection import image_name
 from fedunlearn.data.unpacked import at_source, is_at_source, note_needed, note_unneeded
-from fedunlearn.errors import UserError
+from fedunlearn.errors import UserError, printable
 
 REMOVED_FILES = "files-to-delete.txt"
 """In a store: files of the source that nobody needs any more, one a line."""
 
+ROWS = 1024
+"""Images that are copied together."""
 UNFINISHED = ".new-"
 """How names of folders begin that are being written."""
 REQUIRED = ("class_names", "fingerprint")
@@ -112,6 +114,10 @@ class Dataset:
         return found
 
     @property
+    def _is_in_memory(self) -> bool:
+        return not self._meta
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of all images and labels."""
         return self._meta["fingerprint"]
@@ -140,29 +146,43 @@ class Dataset:
     @cached_property
     def files(self) -> list[str]:
         """Name the files that the training images were read from, in their order; none where they are not known."""
-        file = self.store / f"{self._train}_files.json"
-        with undamaged(file):
-            return json.loads(file.read_text()) if file.exists() else []
+        return self._list(self._train, "files")
 
     @cached_property
     def owners(self) -> list[str]:
         """Name the client of each training image; none where the data set does not say whose they are."""
-        return self._owners_of(self._train)
+        return self._list(self._train, "clients")
 
     @cached_property
     def test_owners(self) -> list[str]:
         """Name the client of each test image; none where nobody says whose they are."""
-        return self._owners_of(self._test)
+        return self._list(self._test, "clients")
 
     @cached_property
-    def held_out(self) -> str:
+    def test_fingerprint(self) -> str:
         """SHA-256 of the test images and their labels, as they were when they were decoded."""
-        return self._meta.get("held_out") or fingerprint(self.test)
+        return self._meta.get("test_fingerprint") or fingerprint(self.test)
 
-    def _owners_of(self, split: str) -> list[str]:
-        file = self.store / f"{split}_clients.json"
+    def _list(self, split: str, what: str) -> list[str]:
+        file = self._beside(split, f"{what}.json")
+        if file is None:
+            return []
         with undamaged(file):
-            return json.loads(file.read_text()) if file.exists() else []
+            return json.loads(file.read_text())
+
+    def _beside(self, split: str, what: str) -> Path | None:
+        """Give a file of a split, if it has such a file.
+
+        Raises:
+            UserError: another process has written the images anew since this was opened.
+        """
+        file = self.store / f"{split}_{what}"
+        if self._is_in_memory or file.exists():
+            return None if self._is_in_memory else file
+        now = about(self.store)
+        if (now.get("train", "train"), now.get("test", "test")) != (self._train, self._test):
+            raise UserError(f"{self.store} was written anew without images of forgotten clients: open it again")
+        return None
 
     @property
     def clients(self) -> list[str]:
@@ -187,14 +207,20 @@ class Dataset:
 
     @cached_property
     def _numbers(self) -> np.ndarray:
-        file = self.store / f"{self._train}_numbers.npy"
-        return mapped(file) if file.exists() else np.arange(len(self.train.labels))
+        file = self._beside(self._train, "numbers.npy")
+        return mapped(file) if file else np.arange(len(self.train.labels))
 
     def places_in(self, whole: "Dataset") -> np.ndarray:
-        """Say where the training images lie in a copy from which none was taken out, int64 [N]."""
+        """Say where the training images lie in a data set from which none was taken out, int64 [N].
+
+        Raises:
+            UserError: the source has not all of them any more.
+        """
         if not self.files:
             return np.asarray(self._numbers)
         place = {file: number for number, file in enumerate(whole.files)}
+        if missing := [file for file in self.files if file not in place]:
+            raise UserError(f"{self.source} has no longer {printable(missing[0])}, which {self.store} was made of")
         return np.array([place[file] for file in self.files], np.int64)
 
     def patients_of(self, chosen: np.ndarray) -> list[str] | None:
@@ -208,92 +234,116 @@ class Dataset:
         Args:
             deal: names how the images were dealt out.
         """
-        file = self.store / f"{self._train}_{deal}.npz"
-        if not file.exists():
+        kept = self._deal(deal)
+        return np.split(kept["indices"], kept["cuts"]) if kept else None
+
+    def counts_of(self, deal: str) -> list[int] | None:
+        """Give how many images each client was dealt, those that were taken out too; None for an unknown deal."""
+        kept, left = self._deal(deal), self.dealt(deal)
+        if kept is None or left is None:
+            return None
+        # deals of earlier versions do not say it: whoever has none had some
+        return kept["counts"].tolist() if "counts" in kept else [max(1, len(own)) for own in left]
+
+    def _deal(self, deal: str) -> dict[str, np.ndarray] | None:
+        file = self._beside(self._train, f"{deal}.npz")
+        if file is None:
             return None
         with undamaged(file), np.load(file) as kept:
-            return np.split(kept["indices"], kept["cuts"])
+            return dict(kept)
 
-    def belongings(self, clients: Collection[int], slices: Sequence[np.ndarray]) -> "Belongings":
-        """Give all images of clients, test images too where their owners are known, and beside them all others.
+    def tests_of(self, owners: Collection[str]) -> np.ndarray:
+        """Mark the test images of some owners, bool [M]."""
+        marked = np.zeros(len(self.test.labels), bool)
+        if self.test_owners:
+            marked[:] = [owner in owners for owner in self.test_owners]
+        return marked
+
+    def belongings(
+        self, clients: Collection[int], slices: Sequence[np.ndarray], owners: Collection[str] = ()
+    ) -> "Belongings":
+        """Give all images of clients, and beside them all others.
 
         Args:
             clients: by number.
             slices: each client's indices into the training images.
+            owners: names of theirs that have test images.
         """
-        train, test = self.train, self.test
+        train, test, is_test = self.train, self.test, self.tests_of(owners)
         places, is_other = np.concatenate([slices[c] for c in clients]), np.ones(len(train.labels), bool)
         is_other[places] = False
-        is_held_out = self._is_test_of(~is_other)
-        others = np.concatenate([train.images[is_other], test.images[~is_held_out]])
-        own = Split(
-            np.concatenate([train.images[places], test.images[is_held_out]]),
-            np.concatenate([train.labels[places], test.labels[is_held_out]]),
-        )
+        others = np.concatenate([train.images[is_other], test.images[~is_test]])
+        images = np.concatenate([train.images[places], test.images[is_test]])
         files = [self.source / self.files[place] for place in places] if self.files else []
-        return Belongings(own, others, files, self.source)
+        return Belongings(images, [train.labels[places], test.labels[is_test]], others, files, self.source)
 
-    def _is_test_of(self, marked: np.ndarray) -> np.ndarray:
-        """Mark the test images of owners all of whose training images are marked, bool [M]."""
-        if not self.test_owners:
-            return np.zeros(len(self.test.labels), bool)
-        return np.isin(self.test_owners, [*{*self.owners} - {*those(self.owners, ~marked)}])
-
-    def without(self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]]) -> int:
-        """Write the training images anew without some, and delete the files that have them.
-
-        With the last training image of an owner its test images go too, unless nothing would be left to test with.
-        Nobody else's images are dealt out anew: who owned which is written down. A process that has the images open
-        keeps what it has.
+    def without(
+        self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]], owners: Collection[str] = ()
+    ) -> None:
+        """Take training images out, and the test images of some owners; the rest is as in `rewrite`.
 
         Args:
-            gone: which ones, bool [N].
-            deals: by name, each client's indices into the images as they are now.
-
-        Returns:
-            How many test images went too.
+            gone: which training images, bool [N].
+            deals: by name, each client's indices into the training images as they are now.
+            owners: their names. Somebody else has to have test images.
         """
-        if self.files and (missing := {"source", "image_size"} - self._meta.keys()):
+        self.rewrite(self, ~gone, deals, owners)
+
+    def rewrite(
+        self, whole: "Dataset", kept: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]], owners: Collection[str]
+    ) -> None:
+        """Write the images anew, as some of a data set that has them all, and delete the files that have others.
+
+        Nobody else's images are dealt out anew: who owned which is written down. A process that has the images open
+        keeps what it has. A crash leaves the images as they were, or as they are to be.
+
+        Args:
+            whole: this one, or what can be decoded of the source.
+            kept: which of its training images stay, bool [N].
+            deals: by name, each client's indices into its training images.
+            owners: the names of those whose test images do not stay.
+        """
+        if whole.files and (missing := {"source", "image_size"} - self._meta.keys()):
             raise UserError(_damage(self.store / "meta.json", f"it has no {min(missing)}"))
-        kept, kept_tests = ~gone, ~self._is_test_of(gone)
-        place = np.cumsum(kept) - 1
-        name, now = self._write_anew(self._train, self.train, kept, {"clients": self.owners, "files": self.files})
+        place, kept_tests = np.cumsum(kept) - 1, ~whole.tests_of(owners)
+        name, now = self._write_anew(self._train, whole.train, kept, {"clients": whole.owners, "files": whole.files})
         test_name, test_now = self._test, self.test
-        if kept_tests.any() and not kept_tests.all():
-            self._meta["held_out"] = self.held_out
-            owners = {"clients": self.test_owners}
-            test_name, test_now = self._write_anew(self._test, self.test, kept_tests, owners)
+        if len(test_now.labels) != np.count_nonzero(kept_tests):
+            test_name, test_now = self._write_anew(self._test, whole.test, kept_tests, {"clients": whole.test_owners})
         for deal, slices in deals.items():
-            left = [place[owned[kept[owned]]] for owned in slices]
-            cuts = np.cumsum([len(owned) for owned in left])[:-1]
-            np.savez(self.store / f"{name}_{deal}.npz", indices=np.concatenate(left), cuts=cuts)
-        if self.files:
-            gone_files = {*those(self.files, gone)}
-            self._meta["gone"] = sorted({*self._meta.get("gone", []), *(digest_of([file]) for file in gone_files)})
-            self._expect_removal(gone_files)
+            left = [place[own[kept[own]]] for own in slices]
+            cuts = np.cumsum([len(own) for own in left])[:-1]
+            counts = np.maximum([len(own) for own in slices], self.counts_of(deal) or 0)
+            np.savez(self.store / f"{name}_{deal}.npz", indices=np.concatenate(left), cuts=cuts, counts=counts)
+        if whole.files:
+            self._expect_files({*those(whole.files, kept)}, {*those(whole.files, ~kept)})
         else:
-            np.save(self.store / f"{name}_numbers.npy", self._numbers[kept])
-        meta = {"train": name, "test": test_name, "removed": self.removed + int(gone.sum())}
-        meta["taken_out"] = sorted({*self.clients} - {*those(self.owners, kept)})
-        meta["fingerprint"] = _fingerprint(_arrays(now, test_now))
+            np.save(self.store / f"{name}_numbers.npy", whole._numbers[kept])
+        meta = {
+            "train": name,
+            "test": test_name,
+            "test_fingerprint": whole.test_fingerprint,
+            "removed": self.removed + len(self.train.labels) - len(now.labels),
+            "taken_out": sorted({*self.clients} - {*those(whole.owners, kept)}),
+            "fingerprint": _fingerprint(_arrays(now, test_now)),
+        }
         new = self.store / "meta.json.new"
         new.write_text(json.dumps(self._meta | meta))
         os.replace(new, self.store / "meta.json")
         self._delete_all_but(name, test_name)
-        return len(self.test.labels) - len(test_now.labels)
 
     def _write_anew(
         self, old: str, split: Split, kept: np.ndarray, lists: Mapping[str, Sequence[str]]
     ) -> tuple[str, Split]:
         """Write some of a split, and of lists of its images, under another name; gives the name, and what is left."""
         kind, _, count = old.partition("-")
-        name, now = f"{kind}-{int(count or 0) + 1}", Split(split.images[kept], split.labels[kept])
-        for part, array in now._asdict().items():
-            np.save(self.store / f"{name}_{part}.npy", array)
+        name, places = f"{kind}-{int(count or 0) + 1}", np.flatnonzero(kept)
+        _save_some(self.store / f"{name}_images.npy", split.images, places, stored(split.images[:0]).dtype)
+        _save_some(self.store / f"{name}_labels.npy", split.labels, places, np.dtype(np.int64))
         for what, values in lists.items():
             if values:
                 (self.store / f"{name}_{what}.json").write_text(json.dumps(those(values, kept)))
-        return name, now
+        return name, self._split(name)
 
     def tidy(self) -> None:
         """Delete what a crash left of images that were written anew, the old ones or the new ones."""
@@ -305,13 +355,16 @@ class Dataset:
             if not file.name.startswith(kept):
                 file.unlink()
 
-    def _expect_removal(self, files: set[str]) -> None:
-        """List files of the source that are not needed any more.
+    def _expect_files(self, kept: set[str], gone: set[str]) -> None:
+        """List files of the source that are not needed any more, and those no longer that are.
 
         Once all that were ever listed are deleted, these images are used still.
         """
         source, (kind, _, *rest) = Path(self._meta["source"]), self.store.name.split("-")
-        list_removed(self.store, sorted(files))
+        unlist_removed(self.store, sorted(kept))
+        list_removed(self.store, sorted(gone))
+        digests = {digest_of([file]) for file in gone}
+        self._meta["gone"] = sorted({*self._meta.get("gone", [])} - {digest_of([f]) for f in kept} | digests)
         listing = list(listing_of(source)) if source.is_dir() else []
 
         def store(rows: list[tuple]) -> Path:
@@ -337,13 +390,15 @@ class Belongings(NamedTuple):
     """Some clients' images, and whatever else there is to tell them from.
 
     Attributes:
-        own: their images and labels.
-        others: all other images, uint8 [N, H, W, channels].
+        images: theirs, uint8 [N, H, W, channels] or fp32.
+        labels: of these images, in sequences that lie together.
+        others: all other images, [M, H, W, channels].
         files: that theirs were read from, if that is known.
         source: the folder of all files, if that is known.
     """
 
-    own: Split
+    images: np.ndarray
+    labels: list[np.ndarray]
     others: np.ndarray
     files: list[Path]
     source: Path
@@ -352,6 +407,14 @@ class Belongings(NamedTuple):
 def those(values: Sequence[str], chosen: np.ndarray) -> list[str]:
     """Give the values that are chosen; none of none."""
     return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen] if values else []
+
+
+def _save_some(file: Path, array: np.ndarray, places: np.ndarray, dtype: np.dtype) -> None:
+    """Save some rows of an array, without having all of them in memory."""
+    saved = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(len(places), *array.shape[1:]))
+    for first in range(0, len(places), ROWS):
+        saved[first : first + ROWS] = array[places[first : first + ROWS]]
+    saved.flush()
 
 
 def list_removed(store: Path, files: Sequence[str]) -> None:
@@ -394,7 +457,7 @@ def about(store: Path) -> dict[str, Any]:
         "source": str,
         "train": str,
         "test": str,
-        "held_out": str,
+        "test_fingerprint": str,
         "removed": int,
         "channels": int,
         "taken_out": list,

@@ -13,25 +13,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedunlearn.build import slices_of, source_of, unpacked_of
+from fedunlearn.build import slices_of, source_of
 from fedunlearn.data import unpacked
 from fedunlearn.data.folders import KINDS
 from fedunlearn.data.owned import OwnedSource
 from fedunlearn.data.removal import remove_folder
 from fedunlearn.data.search import Found, Wanted
-from fedunlearn.data.store import Dataset, about, remove_leftovers
+from fedunlearn.data.store import Dataset, about, remove_leftovers, those
 from fedunlearn.errors import UserError
 from fedunlearn.runs import checkpoint, parts, scan
 from fedunlearn.runs.files import write_atomically
 from fedunlearn.runs.hints import forget_command
 from fedunlearn.runs.ledger import FORGOTTEN, Request, State
-from fedunlearn.runs.lock import lock
 from fedunlearn.runs.parts import say_left_files
 from fedunlearn.runs.run import Run
-from fedunlearn.runs.sharing import User, opened_runs, sharing, store_of, studies, users_of
+from fedunlearn.runs.sharing import (
+    User,
+    archive_of,
+    data_lock,
+    delete_unpacked,
+    opened_runs,
+    sharing,
+    store_of,
+    studies,
+    users_of,
+)
 from fedunlearn.unlearning.pruning import PRUNED
 
-LOCK_SECONDS = 600
 BESIDE_IN_WORDS = {"momentum": "the server's momentum", "frozen": "the mark of frozen weights"}
 PURGE = "purge"  # the kind of a row of metrics
 
@@ -80,8 +88,7 @@ def purge(run: Run, request: Request, *, figures: bool = False) -> tuple[list[st
     who = run.named(request.clients, most=len(request.clients))
     if request.portions:
         return _purge_portions(run, request, run.named(sorted(request.covered), most=len(request.covered)))
-    data = run.home / "data"
-    with lock(data, of=f"the folder {data}", patience=LOCK_SECONDS):
+    with data_lock(run.home):
         removed = _remove(run, request, figures=figures)
     deleted, kept = _looked_up_in_model(run, request)
     deleted += _gone_in_words(removed, who, figures=figures)
@@ -138,7 +145,8 @@ def _remove(run: Run, request: Request, *, figures: bool) -> Removed:
     except UserError as error:
         log.warning("no copy is deleted: %s", error)
         stale = []
-    unpacked_files = _delete_unpacked(run)
+    folder = archive_of(run)
+    unpacked_files = delete_unpacked(folder, run.home) if folder else 0
     updates, kept_updates = _delete_files(run, clients)
     if owned and not figures:
         keep_class_counts(run, request, owned.class_counts)
@@ -185,8 +193,10 @@ def _left_in_words(run: Run, removed: Removed, who: str, *, figures: bool) -> li
 
 
 def _knows_whose_test_images(run: Run) -> bool:
-    store = store_of(run)
-    return store is not None and bool(Dataset(store).test_owners)
+    try:
+        return bool(source_of(run.config_here()).opened().test_owners)
+    except UserError:
+        return False
 
 
 def _updates_in_words(count: int, who: str) -> str:
@@ -240,11 +250,15 @@ def _take_out(run: Run, clients: Collection[int]) -> tuple[int, list[str]]:
     users, own = _users(store, run, clients), _own(store, run, clients)
     unneeded = _unneeded(dataset, users)
     needed_by = [f"run {user.name}" for user in users if len(np.intersect1d(user.needed, own))]
-    count = int(unneeded[own].sum())
-    if unneeded.any():
-        count += dataset.without(unneeded, {user.deal: user.slices for user in users})
+    gone = set().union(*(user.owners(user.without) for user in users)) - {*those(dataset.owners, ~unneeded)}
+    if gone and dataset.tests_of(gone).all():
+        needed_by.append("the server, which has no other test images")
+        gone.clear()
+    if unneeded.any() or dataset.tests_of(gone).any():
+        dataset.without(unneeded, {user.deal: user.slices for user in users}, gone)
         say_left_files(store)
-    return count, needed_by
+    mine = set().union(*(user.owners(clients) for user in users if user.name == run.name))
+    return int(unneeded[own].sum() + dataset.tests_of(mine & gone).sum()), needed_by
 
 
 def _copies(data: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
@@ -293,30 +307,6 @@ def _delete_stale(home: Path) -> list[str]:
         if is_alias and not link.exists():
             link.unlink()
     return deleted
-
-
-def _delete_unpacked(run: Run) -> int:
-    """Delete files from the run's unpacked archive that no run needs; gives how many.
-
-    Studies keep all of them, since nobody knows from which archive they are.
-    """
-    try:
-        folder = _unpacked_of(run)
-        if folder is None or any(studies(run.home)):
-            return 0
-        users = [other.config_here() for other in opened_runs(run.home) if _unpacked_of(other) == folder]
-        return unpacked.delete_unneeded(folder, {source_of(config).store.resolve() for config in users})
-    except UserError as error:
-        log.warning("no unpacked file is deleted: %s", error)
-        return 0
-
-
-def _unpacked_of(run: Run) -> Path | None:
-    """The folder that the archive of a run's images is unpacked to, if it is of one that is there."""
-    try:
-        return unpacked_of(run.config_here())
-    except UserError:
-        return None
 
 
 def _with_parts(home: Path) -> Iterator[Run]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedunlearn.build import fingerprint_of, slices_of, source_of, unpacked_of
+from fedunlearn.build import fingerprint_of, owners_of, slices_of, source_of, unpacked_of
 from fedunlearn.data.images import image_paths
 from fedunlearn.data.search import Found, Wanted
 from fedunlearn.data.store import Belongings, Dataset
@@ -56,7 +56,9 @@ def owned_by(run: Run, clients: Collection[int]) -> Iterator[Owned]:
                 kinds = len(about["images"]["class_names"])
                 each = {str(c): np.bincount(dataset.train.labels[slices[c]], minlength=kinds) for c in clients}
                 counts = {client: own.tolist() for client, own in each.items()}
-                yield Owned(dataset.belongings(clients, slices), counts)
+                names = owners_of(config, dataset)
+                owners = [names[client] for client in clients] if names else []
+                yield Owned(dataset.belongings(clients, slices, owners), counts)
                 return
     raise UserError(
         f"the images of {run.named(clients)} can be looked for no more: neither the decoded copy "
@@ -71,7 +73,7 @@ def _copies(run: Run, stack: ExitStack) -> Iterator[Dataset]:
     if source.store.is_dir():
         try:
             copy = source.opened()
-            _ = copy.train, copy.test, copy.files
+            _ = copy.train, copy.test, copy.files, copy.owners, copy.test_owners
         except UserError as error:
             log.warning("the source has to do: %s", error)
         else:
@@ -86,11 +88,11 @@ def _copies(run: Run, stack: ExitStack) -> Iterator[Dataset]:
 
 def wanted(owned: Owned) -> Wanted:
     """Prepare to look for the clients' images, for their labels, and for the files that they are from."""
-    own, others, listed, source = owned.images
+    images, labels, others, listed, source = owned.images
     files = [file for file in listed if file.exists()]
     theirs = {*map(str, files)}
     other_files = (Path(file) for file in image_paths(source) if file not in theirs) if files else ()
-    return Wanted(own.images, own.labels, others=others, files=files, other_files=other_files)
+    return Wanted(images, *labels, others=others, files=files, other_files=other_files)
 
 
 def scan(look_for: Wanted, roots: Iterable[Path]) -> Iterator[tuple[Path, Found]]:
