@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks import timing
 from fedunlearn.build import on_device
 from fedunlearn.data.batches import batches
-from fedunlearn.data.store import Split
+from fedunlearn.data.decoded import Split
 from fedunlearn.nn.evaluate import evaluate, predict
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import Batch, Outputs, TwoHeadModel, TwoHeadResNet18

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import timing
 from fedunlearn.build import open_dataset
 from fedunlearn.config import Config
-from fedunlearn.data.store import Split
+from fedunlearn.data.decoded import Split
 from fedunlearn.nn.evaluate import predict
 from fedunlearn.nn.model import TwoHeadModel
 from fedunlearn.runs.ledger import Ledger

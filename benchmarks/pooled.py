@@ -12,8 +12,8 @@ import torch
 from benchmarks.timing import be_a_worker, in_turns, ratio, spread, table
 from fedunlearn.build import on_device
 from fedunlearn.data.batches import scale
+from fedunlearn.data.decoded import Split
 from fedunlearn.data.partition import iid_partition
-from fedunlearn.data.store import Split
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import Outputs, TwoHeadModel, TwoHeadResNet18
 from fedunlearn.nn.precision import autocast, precision_on

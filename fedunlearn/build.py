@@ -14,9 +14,10 @@ from torch import Tensor
 from fedunlearn.composing import place_of
 from fedunlearn.config import Config
 from fedunlearn.data import datasets, partition
+from fedunlearn.data.decoded import Split, fingerprint
 from fedunlearn.data.folders import revealed
 from fedunlearn.data.owned import OwnedDataset, OwnedSource
-from fedunlearn.data.store import Dataset, Split, fingerprint
+from fedunlearn.data.store import Dataset
 from fedunlearn.errors import UserError
 from fedunlearn.nn.losses import multi_task_loss
 from fedunlearn.nn.model import TwoHeadModel, TwoHeadResNet18

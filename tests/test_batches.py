@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedunlearn.data.batches import batches, cuts, scale
-from fedunlearn.data.store import Split
+from fedunlearn.data.decoded import Split
 from fedunlearn.nn.rng import generator_of
 
 CPU = torch.device("cpu")

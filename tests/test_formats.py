@@ -12,9 +12,10 @@ from PIL import Image
 from fedunlearn.data import datasets
 from fedunlearn.data.batches import batches, scale
 from fedunlearn.data.datasets import Choices
+from fedunlearn.data.decoded import Split
 from fedunlearn.data.hub import split_of
 from fedunlearn.data.search import Wanted
-from fedunlearn.data.store import Dataset, Split
+from fedunlearn.data.store import Dataset
 from fedunlearn.errors import UserError
 from fedunlearn.nn.augment import augmented, draws
 from fedunlearn.nn.mlp import mlp

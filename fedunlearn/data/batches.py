@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedunlearn.data.store import Split
+from fedunlearn.data.decoded import Split
 from fedunlearn.nn.augment import augmented, draws
 from fedunlearn.nn.model import Batch
 

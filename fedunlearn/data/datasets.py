@@ -12,23 +12,14 @@ import numpy as np
 from fedunlearn.data import unpacked
 from fedunlearn.data.archives import entered, extract
 from fedunlearn.data.class_folders import labelled
+from fedunlearn.data.decoded import Decoded, Split, first_per_class
 from fedunlearn.data.folders import KINDS, owned, revealed
 from fedunlearn.data.formats import decode_medmnist, decode_npz
 from fedunlearn.data.hub import decode_hub
 from fedunlearn.data.images import Fit, ImageReader, Reading
 from fedunlearn.data.owned import OwnedSource, removed_from
 from fedunlearn.data.scaling import Window
-from fedunlearn.data.store import (
-    Dataset,
-    Decoded,
-    Split,
-    digest_of,
-    first_per_class,
-    folder_key,
-    listing_of,
-    new_folder,
-    write,
-)
+from fedunlearn.data.store import Dataset, digest_of, folder_key, listing_of, new_folder, write
 from fedunlearn.data.tables import decode_table
 from fedunlearn.errors import UserError, printable
 

@@ -9,8 +9,8 @@ from unicodedata import normalize
 
 import numpy as np
 
+from fedunlearn.data.decoded import Decoded, Split
 from fedunlearn.data.scaling import OutOfRangeError, UnreadableError, Window, scaled
-from fedunlearn.data.store import Decoded, Split
 from fedunlearn.errors import UserError, printable
 
 ORGANS = (

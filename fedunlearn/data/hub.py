@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedunlearn.data.arrow import batches_of, schema_of, values_of
+from fedunlearn.data.decoded import Decoded, Split, those
 from fedunlearn.data.formats import about_of, classes, names_of, split_off
 from fedunlearn.data.images import Content, ImageReader, Reading, class_name, find_images
 from fedunlearn.data.separated import read_rows
-from fedunlearn.data.store import Decoded, Split, those
 from fedunlearn.errors import UserError, printable
 
 SPLITS = {

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from fedunlearn.data.decoded import Split, fingerprint
 from fedunlearn.data.folders import Listed, Owned
 from fedunlearn.data.images import ImageReader, Reading, say_passed_over
 from fedunlearn.data.joined import Joined
@@ -23,9 +24,7 @@ from fedunlearn.data.removal import remove_folder
 from fedunlearn.data.store import (
     Belongings,
     Dataset,
-    Split,
     digest_of,
-    fingerprint,
     list_removed,
     mapped,
     new_folder,

@@ -11,9 +11,9 @@ from unicodedata import normalize
 import numpy as np
 
 from fedunlearn.data.arrow import schema_of, values_of
+from fedunlearn.data.decoded import Decoded, Split
 from fedunlearn.data.formats import about_of, classes, split_off
 from fedunlearn.data.separated import NoTableError, read_rows
-from fedunlearn.data.store import Decoded, Split
 from fedunlearn.errors import UserError, printable
 
 MISSING = frozenset({"na", "n/a", "nan", "null", "none", "?", "inf", "infinity"})

@@ -11,8 +11,8 @@ from torch import Tensor
 from fedunlearn import build
 from fedunlearn.config import Config
 from fedunlearn.data.batches import batches, evaluation_batch
+from fedunlearn.data.decoded import Split
 from fedunlearn.data.selection import Portion, Selection
-from fedunlearn.data.store import Split
 from fedunlearn.errors import UserError
 from fedunlearn.federation.messages import Tensors, floating
 from fedunlearn.naming import name_of

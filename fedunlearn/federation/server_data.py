@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedunlearn import build
 from fedunlearn.config import OURS, Config
 from fedunlearn.data.batches import batches, evaluation_batch
-from fedunlearn.data.store import Split
+from fedunlearn.data.decoded import Split
 from fedunlearn.errors import UserError
 from fedunlearn.nn.evaluate import Predictions, predict
 from fedunlearn.nn.hooks import kept_modes, train_batch_norms

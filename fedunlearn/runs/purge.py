@@ -15,11 +15,12 @@ import numpy as np
 
 from fedunlearn.build import slices_of, source_of
 from fedunlearn.data import unpacked
+from fedunlearn.data.decoded import those
 from fedunlearn.data.folders import KINDS
 from fedunlearn.data.owned import OwnedSource
 from fedunlearn.data.removal import remove_folder
 from fedunlearn.data.search import Found, Wanted
-from fedunlearn.data.store import Dataset, about, remove_leftovers, those
+from fedunlearn.data.store import Dataset, about, remove_leftovers
 from fedunlearn.errors import UserError
 from fedunlearn.runs import checkpoint, parts, scan
 from fedunlearn.runs.files import write_atomically

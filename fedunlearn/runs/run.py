@@ -306,7 +306,7 @@ class Run:
         import torch
 
         from fedunlearn.data.batches import batches
-        from fedunlearn.data.store import Split
+        from fedunlearn.data.decoded import Split
         from fedunlearn.nn.evaluate import predict
 
         expected, dtype = self.images().shape, "float32" if self.config.data.is_table else "uint8"

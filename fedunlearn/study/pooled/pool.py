@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedunlearn.data.batches import cuts, scale
-from fedunlearn.data.store import Dataset, Split
+from fedunlearn.data.decoded import Split
+from fedunlearn.data.store import Dataset
 from fedunlearn.nn.evaluate import Counts, Predictions, evaluate, predict
 from fedunlearn.nn.model import Batch, TwoHeadModel
 
