@@ -124,6 +124,29 @@ def test_dealt_files_of_another_client_stay_away_when_one_is_readmitted(federate
     assert federate.run().ledger.current().round == 2
 
 
+@pytest.mark.parametrize("hosted", [(dealt, "tar")], indirect=True, ids=["dealt"])
+def test_two_copies_of_an_archive_are_found_whatever_is_deleted_and_unpacked(federate, hosted):
+    runs = {"other": "run=other data.image_size=9", "test": "", "back": "run=back readmit=[1]"}
+    for name in ("other", "test"):
+        hosted(runs[name])
+    for name in ("other", "test"):
+        assert command("forget", "--client", "1", "--client", "3", "--run", name, "--engine", "local") == 0
+    assert unpacked(federate) == 28
+    hosted(runs["back"])
+    assert unpacked(federate) == 38
+    for name, words in runs.items():
+        hosted(words, rounds=2)
+        assert federate.run(name).ledger.current().round == 2
+
+
+@pytest.mark.parametrize("hosted", [(dealt, "tar")], indirect=True, ids=["dealt"])
+def test_nobody_comes_back_from_an_archive_whose_copy_is_gone(federate, hosted):
+    hosted("forget.schedule={1:[1]}")
+    with pytest.raises(UserError, match=r"readmit=\[1\]: files of forgotten clients in .* stay away"):
+        hosted("run=back readmit=[1] data.image_size=9")
+    assert unpacked(federate) == 38
+
+
 @pytest.mark.parametrize("hosted", [(folders, "zip")], indirect=True, ids=["folders"])
 def test_files_of_another_client_stay_away_when_one_is_readmitted(federate, hosted):
     hosted("forget.schedule={1:[b,d]}")

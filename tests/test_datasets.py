@@ -245,3 +245,12 @@ def test_corrupt_download_and_no_network_are_named(tmp_path, monkeypatch, web):
     ):
         datasets.load("cifar100", cache=tmp_path / "other")
     assert not list(tmp_path.glob("*/cifar100-*"))
+
+
+def test_whoever_has_images_open_that_are_written_anew_is_told_so(tmp_path):
+    opened, changed = (datasets.load("digits", cache=tmp_path) for _ in range(2))
+    changed.without(np.arange(len(changed.train.labels)) < 5, {})
+    for what in ("train", "files", "owners"):
+        with pytest.raises(UserError, match="was written anew meanwhile"):
+            getattr(opened, what)
+    assert opened.version != datasets.load("digits", cache=tmp_path).version

@@ -242,7 +242,7 @@ def test_a_limit_reads_no_other_images(tmp_path):
 
 @pytest.mark.parametrize("write", [as_parquet, as_saved_to_disk])
 def test_images_of_several_files_are_read_some_rows_at_a_time(tmp_path, write, monkeypatch):
-    monkeypatch.setattr("fedunlearn.data.arrow.ROWS", 2)
+    monkeypatch.setattr("fedunlearn.data.hub.IMAGES", 2)
     own, folder = images(15, 8, 8, 3), tmp_path / "data"
     for number, part in enumerate((own[:5], own[5:6], own[6:])):
         write(hub_table(part), folder if write is as_parquet else folder / "x", f"train-{number}")

@@ -722,6 +722,35 @@ def test_who_comes_back_has_those_images_too_that_another_run_alone_had_taken_ou
     assert len(images_of(federate, 3, "back")[0]) == 28
 
 
+def test_nobody_comes_back_into_runs_that_began_without_them(federate):
+    federate(FORGOTTEN)
+    federate("run=class partition.kind=class clients=10 rounds=1")
+    images = [images_of(federate, client, "class")[0] for client in range(10)]
+    federate("run=back readmit=[3]")
+    assert all(map(np.array_equal, (images_of(federate, client, "class")[0] for client in range(10)), images))
+    federate("run=class partition.kind=class clients=10 rounds=2")
+
+
+def test_nobody_comes_back_where_a_run_of_the_same_deal_began_without_them(federate):
+    federate(FORGOTTEN)
+    federate("run=after rounds=1")
+    with pytest.raises(UserError, match=r"readmit=\[3\]: a run has begun without the images of client 3; name another"):
+        federate("run=back readmit=[3]")
+    federate("run=after rounds=2")
+    assert len(images_of(federate, 3)[0]) == 0
+
+
+def test_whoever_comes_back_needs_a_source_that_is_as_it_was(federate, monkeypatch):
+    federate(FORGOTTEN)
+    whole = datasets._decode_digits()
+    turned = whole._replace(train=whole.train._replace(images=whole.train.images[:, ::-1]))
+    monkeypatch.setattr(datasets, "_decode_digits", lambda: turned)
+    with pytest.raises(UserError, match="does not give the images any more"):
+        federate("run=back readmit=[3]")
+    monkeypatch.undo()
+    assert [len(images_of(federate, client)[0]) for client in range(4)] == [32, 36, 24, 0]
+
+
 def test_who_is_readmitted_beside_a_damaged_run_has_images_again(federate):
     federate(FORGOTTEN)
     federate("run=damaged rounds=1 forget.schedule={0:[3]}")

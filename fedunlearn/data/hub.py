@@ -29,6 +29,9 @@ SPLITS = {
 METADATA = ("metadata.csv", "metadata.jsonl")
 LABELS = ("label", "labels", "class", "target")
 
+IMAGES = 16
+"""That are read together of a parquet file."""
+
 log = logging.getLogger("fedunlearn")
 
 
@@ -161,9 +164,9 @@ def _cells(files: list[Path], column: str, root: Path, places: np.ndarray) -> It
     first, wanted = 0, deque(places.tolist())
     for file in files:
         row = 0
-        for batch in batches_of(file, [column]):
+        for batch in batches_of(file, column, IMAGES):
             while wanted and wanted[0] < first + row + len(batch):
-                cell = batch.column(column)[wanted[0] - first - row].as_py()
+                cell = batch.column(0)[wanted[0] - first - row].as_py()
                 yield _content(cell, f"{file.name}, row {wanted.popleft() - first + 1}", root)
             if not wanted:
                 return

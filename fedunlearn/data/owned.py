@@ -163,6 +163,11 @@ class OwnedDataset(Dataset):
         """SHA-256 of all images and of whose they are, as they were when they were decoded."""
         return digest_of([self.class_names, self.clients, *(part.about.get("fingerprint") for part in self.parts)])
 
+    @property
+    def version(self) -> tuple[str, str, str]:
+        """Say which state of the images this is."""
+        return "", "", self.fingerprint
+
     @cached_property
     def train(self) -> Split:
         """Join the training images of all clients, in the order of their numbers."""

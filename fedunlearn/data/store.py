@@ -22,7 +22,7 @@ from fedunlearn.data.images import image_paths
 from fedunlearn.data.removal import GONE
 from fedunlearn.data.selection import image_name
 from fedunlearn.data.unpacked import at_source, is_at_source, note_needed, note_unneeded
-from fedunlearn.errors import UserError, printable
+from fedunlearn.errors import UserError
 
 REMOVED_FILES = "files-to-delete.txt"
 """In a store: files of the source that nobody needs any more, one a line."""
@@ -134,25 +134,23 @@ class Dataset:
         return self._meta.get("test_fingerprint") or fingerprint(self.test)
 
     def _list(self, split: str, what: str) -> list[str]:
-        file = self._beside(split, f"{what}.json")
-        if file is None:
-            return []
+        file = self._file_of(split, f"{what}.json")
         with undamaged(file):
-            return json.loads(file.read_text())
+            return json.loads(file.read_text()) if file.exists() else []
 
-    def _beside(self, split: str, what: str) -> Path | None:
-        """Give a file of a split, if it has such a file.
+    def _file_of(self, split: str, what: str) -> Path:
+        """Give the path of a file that a split may have.
 
         Raises:
-            UserError: another process has written the images anew since this was opened.
+            UserError: it is missing, since another process has written the images anew.
         """
         file = self.store / f"{split}_{what}"
         if self._is_in_memory or file.exists():
-            return None if self._is_in_memory else file
+            return file
         now = about(self.store)
         if (now.get("train", "train"), now.get("test", "test")) != (self._train, self._test):
-            raise UserError(f"{self.store} was written anew without images of forgotten clients: open it again")
-        return None
+            raise UserError(f"{self.store} was written anew meanwhile, with other images: start again what reads it")
+        return file
 
     @property
     def clients(self) -> list[str]:
@@ -177,21 +175,28 @@ class Dataset:
 
     @cached_property
     def _numbers(self) -> np.ndarray:
-        file = self._beside(self._train, "numbers.npy")
-        return mapped(file) if file else np.arange(len(self.train.labels))
+        file = self._file_of(self._train, "numbers.npy")
+        return mapped(file) if file.exists() else np.arange(len(self.train.labels))
 
     def places_in(self, whole: "Dataset") -> np.ndarray:
         """Say where the training images lie in a data set from which none was taken out, int64 [N].
 
         Raises:
-            UserError: the source has not all of them any more.
+            UserError: they are not all there, as they are here.
         """
-        if not self.files:
-            return np.asarray(self._numbers)
-        place = {file: number for number, file in enumerate(whole.files)}
-        if missing := [file for file in self.files if file not in place]:
-            raise UserError(f"{self.source} has no longer {printable(missing[0])}, which {self.store} was made of")
-        return np.array([place[file] for file in self.files], np.int64)
+        changed = UserError(f"{self.source} does not give the images any more that {self.store} was made of")
+        if self.files:
+            place = {file: number for number, file in enumerate(whole.files)}
+            places = np.array([place.get(file, len(place)) for file in self.files], np.int64)
+        else:
+            places = np.asarray(self._numbers)
+        if places.max(initial=-1) >= len(whole.train.labels) or self.test_fingerprint != whole.test_fingerprint:
+            raise changed
+        for first in range(0, len(places), ROWS):
+            some, there = slice(first, first + ROWS), places[first : first + ROWS]
+            if any(not np.array_equal(mine[some], theirs[there]) for mine, theirs in zip(self.train, whole.train)):  # noqa: B905
+                raise changed
+        return places
 
     def patients_of(self, chosen: np.ndarray) -> list[str] | None:
         """Say whose training images are, where the data set knows it."""
@@ -216,11 +221,21 @@ class Dataset:
         return kept["counts"].tolist() if "counts" in kept else [max(1, len(own)) for own in left]
 
     def _deal(self, deal: str) -> dict[str, np.ndarray] | None:
-        file = self._beside(self._train, f"{deal}.npz")
-        if file is None:
+        file = self._file_of(self._train, f"{deal}.npz")
+        if not file.exists():
             return None
         with undamaged(file), np.load(file) as kept:
             return dict(kept)
+
+    @property
+    def deals(self) -> list[str]:
+        """Name the deals that are written down."""
+        return [file.stem.removeprefix(f"{self._train}_") for file in self.store.glob(f"{self._train}_*.npz")]
+
+    @property
+    def version(self) -> tuple[str, str, str]:
+        """Say which state of the images this is: other ones after every `rewrite`."""
+        return self._train, self._test, self.fingerprint
 
     def tests_of(self, owners: Collection[str]) -> np.ndarray:
         """Mark the test images of some owners, bool [M]."""
@@ -245,7 +260,8 @@ class Dataset:
         others = np.concatenate([train.images[is_other], test.images[~is_test]])
         images = np.concatenate([train.images[places], test.images[is_test]])
         files = [self.source / self.files[place] for place in places] if self.files else []
-        return Belongings(images, [train.labels[places], test.labels[is_test]], others, files, self.source)
+        labels = [*(train.labels[slices[client]] for client in clients), test.labels[is_test]]
+        return Belongings(images, labels, others, files, self.source)
 
     def without(
         self, gone: np.ndarray, deals: Mapping[str, Sequence[np.ndarray]], owners: Collection[str] = ()
@@ -330,30 +346,36 @@ class Dataset:
 
         Once all that were ever listed are deleted, these images are used still.
         """
-        source, (kind, _, *rest) = Path(self._meta["source"]), self.store.name.split("-")
         unlist_removed(self.store, sorted(kept))
         list_removed(self.store, sorted(gone))
         digests = {digest_of([file]) for file in gone}
         self._meta["gone"] = sorted({*self._meta.get("gone", [])} - {digest_of([f]) for f in kept} | digests)
-        listing = list(listing_of(source)) if source.is_dir() else []
+        if self.is_of(listing := self.listing()):
+            self.name_after([row for row in listing if digest_of([row[0]]) not in self._meta["gone"]])
 
-        def store(rows: list[tuple]) -> Path:
-            key = folder_key(source, self._meta["image_size"], [*rows, *self._meta.get("choices", [])])
-            return self.store.with_name("-".join([kind, key, *rest]))
+    def listing(self) -> list[tuple]:
+        """List the image files of the source, as they are now."""
+        return list(listing_of(self.source)) if self.source.is_dir() else []
 
-        gone = {*self._meta["gone"]}
-        alias = store([row for row in listing if digest_of([row[0]]) not in gone])
-        if store(listing).resolve() == self.store.resolve() and not alias.exists():
+    def is_of(self, listing: list[tuple]) -> bool:
+        """Say whether this is the copy that whoever names a source with these files finds."""
+        return self._named(listing).resolve() == self.store.resolve()
+
+    def name_after(self, listing: list[tuple]) -> None:
+        """Let whoever names a source with these files find this copy."""
+        if not (alias := self._named(listing)).exists():
             alias.symlink_to(self.store.name)
 
+    def _named(self, listing: list[tuple]) -> Path:
+        kind, _, *rest = self.store.name.split("-")
+        key = folder_key(self.source, self._meta["image_size"], [*listing, *self._meta.get("choices", [])])
+        return self.store.with_name("-".join([kind, key, *rest]))
+
     def _split(self, name: str) -> Split:
-        images, labels = (self._array(f"{name}_{part}.npy") for part in ("images", "labels"))
+        images, labels = (mapped(self._file_of(name, f"{part}.npy")) for part in ("images", "labels"))
         if images.ndim != 4 or labels.shape != images.shape[:1]:
             raise UserError(_damage(self.store / f"{name}_images.npy", "it has not one image for every label"))
         return Split(images, labels)
-
-    def _array(self, name: str) -> np.ndarray:
-        return mapped(self.store / name)
 
 
 class Belongings(NamedTuple):
@@ -376,10 +398,11 @@ class Belongings(NamedTuple):
 
 def _save_some(file: Path, array: np.ndarray, places: np.ndarray, dtype: np.dtype) -> None:
     """Save some rows of an array, without having all of them in memory."""
-    saved = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(len(places), *array.shape[1:]))
-    for first in range(0, len(places), ROWS):
-        saved[first : first + ROWS] = array[places[first : first + ROWS]]
-    saved.flush()
+    form = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    with open(file, "wb") as saved:
+        np.lib.format.write_array_header_1_0(saved, {**form, "shape": (len(places), *array.shape[1:])})
+        for first in range(0, len(places), ROWS):
+            saved.write(np.ascontiguousarray(array[places[first : first + ROWS]], dtype).data)
 
 
 def list_removed(store: Path, files: Sequence[str]) -> None:

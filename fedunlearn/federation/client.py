@@ -49,7 +49,7 @@ class ClientRuntime:
     @property
     def is_current(self) -> bool:
         """Whether the images are still those of the decoded copy, of which some may have been taken out."""
-        return build.open_dataset(self.config, self._here).fingerprint == self.dataset.fingerprint
+        return build.open_dataset(self.config, self._here).version == self.dataset.version
 
     def client(
         self,

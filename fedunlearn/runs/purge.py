@@ -248,8 +248,9 @@ def _take_out(run: Run, clients: Collection[int]) -> tuple[int, list[str]]:
     if isinstance(source, OwnedSource):
         return parts.take_out(source, run, clients, sharing(store, run.home))
     dataset.tidy()
-    users, own = _users(store, run, clients), _own(store, run, clients)
-    unneeded = _unneeded(dataset, users)
+    users = _users(store, run, clients)
+    mine, unneeded = next(user for user in users if user.name == run.name), _unneeded(dataset, users)
+    own = mine.rows(clients)
     needed_by = [f"run {user.name}" for user in users if len(np.intersect1d(user.needed, own))]
     gone = set().union(*(user.owners(user.without) for user in users)) - {*those(dataset.owners, ~unneeded)}
     if gone and dataset.tests_of(gone).all():
@@ -258,8 +259,7 @@ def _take_out(run: Run, clients: Collection[int]) -> tuple[int, list[str]]:
     if unneeded.any() or dataset.tests_of(gone).any():
         dataset.without(unneeded, {user.deal: user.slices for user in users}, gone)
         say_left_files(store)
-    mine = set().union(*(user.owners(clients) for user in users if user.name == run.name))
-    return int(unneeded[own].sum() + dataset.tests_of(mine & gone).sum()), needed_by
+    return int(unneeded[own].sum() + dataset.tests_of(mine.owners(clients) & gone).sum()), needed_by
 
 
 def _copies(data: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:

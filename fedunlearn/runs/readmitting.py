@@ -1,12 +1,12 @@
 """Give a new run the images of clients that it takes back; those of other forgotten clients stay away."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from logging import getLogger
 from pathlib import Path
 
 import numpy as np
 
-from fedunlearn.build import deal_of, owners_of, slices_of, source_of, unpacked_of
+from fedunlearn.build import deal_of, fingerprint_of, owners_of, slices_of, source_of, unpacked_of
 from fedunlearn.composing import state_home
 from fedunlearn.config import Config
 from fedunlearn.data import unpacked
@@ -14,6 +14,7 @@ from fedunlearn.data.datasets import Source
 from fedunlearn.data.owned import OwnedSource, removed_from
 from fedunlearn.data.store import Dataset
 from fedunlearn.errors import UserError
+from fedunlearn.runs.run import Run
 from fedunlearn.runs.sharing import data_lock, delete_unpacked, sharing, studies
 
 log = getLogger("fedunlearn")
@@ -35,20 +36,17 @@ def take_back(config: Config) -> None:
     if isinstance(source, OwnedSource):
         _take_back_parts(config, source, home, back)
         return
-    folder = _unpacked_again(config, source, back)
-    source = source_of(config)
-    assert isinstance(source, Source)
-    if not source.store.is_dir():
-        return
     try:
-        if lacking := _lacking(config, source.opened(), back):
+        source = _unpacked_again(config, source, back)
+        if source.store.is_dir() and (lacking := _lacking(config, source.opened(), back)):
             _bring_back(config, source, home, lacking)
     except UserError as error:
-        if lacking := _lacking(config, source.opened(), config.readmit):
-            raise UserError(f"readmit={lacking}: {error}") from error
+        if config.readmit:
+            raise UserError(f"readmit={config.readmit}: {error}") from error
         log.info("images of clients that the run leaves out stay away: %s", error)
-    if folder:
-        delete_unpacked(folder, home, source.store)
+    finally:
+        if (folder := unpacked_of(config)) and source.store.is_dir():
+            delete_unpacked(folder, home, source.store)
 
 
 def _take_back_parts(config: Config, source: OwnedSource, home: Path, back: Sequence[int]) -> None:
@@ -66,22 +64,35 @@ def _take_back_parts(config: Config, source: OwnedSource, home: Path, back: Sequ
             source.take_back(names[c] for c in back if c in config.readmit or source.has_files(names[c]))
 
 
-def _unpacked_again(config: Config, source: Source, back: Sequence[int]) -> Path | None:
-    """Unpack an archive again where files of some clients were deleted; gives its folder."""
-    folder, is_there = unpacked_of(config), source.store.is_dir()
-    if not folder or unpacked.is_whole(folder) or (is_there and not _lacking(config, source.opened(), back)):
-        return None
-    unpacked.forget_deletions(folder, "" if is_there else source.store.name)
-    return folder
+def _unpacked_again(config: Config, source: Source, back: Sequence[int]) -> Source:
+    """Unpack an archive again where files of some clients were deleted.
+
+    Raises:
+        UserError: without the decoded copy nobody knows whose files were deleted.
+    """
+    folder = unpacked_of(config)
+    if not folder or unpacked.is_whole(folder):
+        return source
+    if not source.store.is_dir():
+        root = config.data.root
+        raise UserError(
+            f"files of forgotten clients in {root} stay away, and without this decoded copy nobody knows whose"
+        )
+    if not _lacking(config, source.opened(), back):
+        return source
+    unpacked.forget_deletions(folder)
+    again = source_of(config)
+    assert isinstance(again, Source)
+    return again
 
 
 def _lacking(config: Config, dataset: Dataset, clients: Sequence[int]) -> list[int]:
-    """Give those of some clients of which images were taken out of a decoded copy."""
+    """Give those of some clients of which images may have been taken out of a decoded copy."""
     if not dataset.removed:
         return []
     slices, counts = slices_of(config, dataset), dataset.counts_of(deal_of(config))
     if counts is None:  # whoever deals out what is left has all of it
-        counts = [config.partition.kind == "column"] * len(slices)
+        return list(clients) if config.partition.kind == "column" else []
     return [client for client in clients if len(slices[client]) < counts[client]]
 
 
@@ -89,41 +100,61 @@ def _bring_back(config: Config, source: Source, home: Path, back: Sequence[int])
     """Write a decoded copy anew with the images of some clients. No other image comes back, or becomes another's.
 
     Raises:
-        UserError: nobody knows any more which images these were, their files are gone, or a study needs the copy.
+        UserError: nobody knows any more which images these were, their files are gone, or somebody needs the copy
+            without them.
     """
     if source.store.is_symlink():  # files were deleted, and the copy has another name now
         raise UserError(f"the files with the images of client {back[0]} were deleted")
-    whole, store = source.in_memory(), source.store.resolve()
+    whole, store, name = source.in_memory(), source.store.resolve(), deal_of(config)
     with data_lock(home):
         dataset = source.opened()
         dataset.tidy()
         if not _lacking(config, dataset, back):  # another new run was first
             return
-        if used := [name for name, data in studies(home) if data == dataset.fingerprint]:
+        if used := [study for study, data in studies(home) if data == dataset.fingerprint]:
             raise UserError(
                 f"study {used[0]} is of {store} without the images of client {back[0]}; name another --home"
             )
-        own = _in_whole(config, dataset, whole)
-        kept = np.isin(np.arange(len(whole.train.labels)), dataset.places_in(whole))
+        here = dataset.places_in(whole)
+        kept = np.zeros(len(whole.train.labels), bool)
+        kept[here] = True
+        own, left = slices_of(config, whole), slices_of(config, dataset)
+        if any(not np.array_equal(all_[kept[all_]], here[rest]) for all_, rest in zip(own, left, strict=True)):
+            raise UserError(f"client {back[0]} was dealt what others had left, and nobody knows any more what that was")
         coming = np.concatenate([own[client] for client in back])
         if kept[coming].all():
-            raise UserError(f"client {back[0]} was dealt what others had left, and nobody knows any more what that was")
+            return
+        unused = {deal: [here[rest] for rest in dataset.dealt(deal) or []] for deal in dataset.deals}
+        deals = _deals_of(sharing(store, home, skip_damaged=True), dataset, whole, here)
+        if any(len(deals[name][client]) < len(own[client]) for client in back if name in deals):
+            raise UserError(f"a run has begun without the images of client {back[0]}; name another --home")
         kept[coming] = True
-        users = [run.config_here() for run in sharing(store, home, skip_damaged=True)]
-        deals = {deal_of(user): _in_whole(user, dataset, whole) for user in users} | {deal_of(config): own}
         names = owners_of(config, whole)
         away = {*whole.test_owners} - {*dataset.test_owners} if dataset.test_owners else set()
-        dataset.rewrite(whole, kept, deals, away - {names[client] for client in back if names})
+        dataset.rewrite(whole, kept, unused | deals | {name: own}, away - {names[client] for client in back if names})
     log.info("%s has images of forgotten clients again: of %s", store, ", ".join(map(str, back)))
 
 
-def _in_whole(config: Config, dataset: Dataset, whole: Dataset) -> list[np.ndarray]:
-    """Give each client's indices into all images: all that it was dealt, or what is left where nobody knows the rest.
+def _deals_of(runs: Iterable[Run], dataset: Dataset, whole: Dataset, here: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """Give each client's indices into all images, by deal: all that it had when its run began, or else what is left.
 
-    Nobody does where a run has dealt out what others had left.
+    Args:
+        runs: that use the copy.
+        dataset: the copy.
+        whole: all images that its source gives.
+        here: where those of the copy lie among them.
     """
-    here = dataset.places_in(whole)
-    left = [here[own] for own in slices_of(config, dataset)]
-    dealt = slices_of(config, whole)
-    is_same = all(np.array_equal(own[np.isin(own, here)], rest) for own, rest in zip(dealt, left, strict=True))
-    return dealt if is_same else left
+    is_here = np.zeros(len(whole.train.labels), bool)
+    is_here[here] = True
+    deals: dict[str, list[np.ndarray]] = {}
+    for run in runs:
+        config, began = run.config_here(), run.about()["data"]
+        own = slices_of(config, whole)
+        mine = [here[rest] for rest in slices_of(config, dataset)]
+        for client, (all_, rest) in enumerate(zip(own, mine, strict=True)):
+            is_same = np.array_equal(all_[is_here[all_]], rest)
+            if is_same and len(all_) > len(rest) and fingerprint_of(whole, own, client) == began.get(str(client)):
+                mine[client] = all_
+        earlier = deals.get(deal_of(config), mine)
+        deals[deal_of(config)] = [min(pair, key=len) for pair in zip(earlier, mine, strict=True)]
+    return deals

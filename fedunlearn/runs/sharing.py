@@ -134,8 +134,13 @@ def delete_unpacked(folder: Path, home: Path, *stores: Path) -> int:
         if any(studies(home)):
             return 0
         users = [run.config_here() for run in opened_runs(home) if archive_of(run) == folder]
-        used = {source_of(config).store.resolve() for config in users}
-        return unpacked.delete_unneeded(folder, used | {store.resolve() for store in stores})
+        used = {source_of(config).store.resolve() for config in users} | {store.resolve() for store in stores}
+        dealt = [Dataset(store) for store in used if (store / "meta.json").exists()]
+        found = [dataset for dataset in dealt if dataset.is_of(dataset.listing())]
+        count = unpacked.delete_unneeded(folder, used)
+        for dataset in found:
+            dataset.name_after(dataset.listing())
+        return count
     except UserError as error:
         log.warning("no unpacked file is deleted: %s", error)
         return 0
