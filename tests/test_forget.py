@@ -238,7 +238,7 @@ def test_who_comes_second_to_a_run_follows_the_first(finished, capsys, monkeypat
 def test_a_purge_that_cannot_begin_is_an_error_and_the_same_command_does_it(federate, capsys, monkeypatch):
     """Another purge of the state folder takes longer than this one waits."""
     federate("rounds=1 strategy=leave forget.purge=always train.client_head_steps=1")
-    monkeypatch.setattr("fedunlearn.runs.purge.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("fedunlearn.runs.sharing.LOCK_SECONDS", 0.1)
     with lock(federate.home / "data"):
         for _ in range(2):  # the request is applied by the first, and what is left is to be removed by the second
             assert command("forget", "--client", "3", "--engine", "local") == 2
