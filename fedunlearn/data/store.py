@@ -84,10 +84,6 @@ class Dataset:
         return found
 
     @property
-    def _is_in_memory(self) -> bool:
-        return not self._meta
-
-    @property
     def fingerprint(self) -> str:
         """SHA-256 of all images and labels."""
         return self._meta["fingerprint"]
@@ -145,7 +141,7 @@ class Dataset:
             UserError: it is missing, since another process has written the images anew.
         """
         file = self.store / f"{split}_{what}"
-        if self._is_in_memory or file.exists():
+        if not self._meta or file.exists():  # of what is in memory no file exists
             return file
         now = about(self.store)
         if (now.get("train", "train"), now.get("test", "test")) != (self._train, self._test):
@@ -348,10 +344,11 @@ class Dataset:
         """
         unlist_removed(self.store, sorted(kept))
         list_removed(self.store, sorted(gone))
-        digests = {digest_of([file]) for file in gone}
-        self._meta["gone"] = sorted({*self._meta.get("gone", [])} - {digest_of([f]) for f in kept} | digests)
+        earlier = {*self._meta.get("gone", [])} - {digest_of([file]) for file in kept}
+        digests = earlier | {digest_of([file]) for file in gone}
+        self._meta["gone"] = sorted(digests)
         if self.is_of(listing := self.listing()):
-            self.name_after([row for row in listing if digest_of([row[0]]) not in self._meta["gone"]])
+            self.name_after([row for row in listing if digest_of([row[0]]) not in digests])
 
     def listing(self) -> list[tuple]:
         """List the image files of the source, as they are now."""
@@ -368,7 +365,8 @@ class Dataset:
 
     def _named(self, listing: list[tuple]) -> Path:
         kind, _, *rest = self.store.name.split("-")
-        key = folder_key(self.source, self._meta["image_size"], [*listing, *self._meta.get("choices", [])])
+        with undamaged(self.store / "meta.json"):
+            key = folder_key(self.source, self._meta["image_size"], [*listing, *self._meta.get("choices", [])])
         return self.store.with_name("-".join([kind, key, *rest]))
 
     def _split(self, name: str) -> Split:

@@ -80,16 +80,9 @@ def is_whole(folder: Path) -> bool:
     return not _about(folder)["deleted"]
 
 
-def forget_deletions(folder: Path, store: str = "") -> None:
-    """Delete an unpacked archive, which is unpacked again with all its files.
-
-    Args:
-        folder: of the archive.
-        store: the name of a decoded copy that needs all of them again.
-    """
-    about = _about(folder)
-    unneeded = {name: files for name, files in about["unneeded"].items() if name != store}
-    _write(folder, about | {"deleted": [], "unneeded": unneeded})
+def forget_deletions(folder: Path) -> None:
+    """Delete an unpacked archive, which is unpacked again with all its files."""
+    _write(folder, _about(folder) | {"deleted": []})
     if folder.exists():
         remove_folder(folder)
 

@@ -138,7 +138,7 @@ def delete_unpacked(folder: Path, home: Path, *stores: Path) -> int:
         dealt = [Dataset(store) for store in used if (store / "meta.json").exists()]
         found = [dataset for dataset in dealt if dataset.is_of(dataset.listing())]
         count = unpacked.delete_unneeded(folder, used)
-        for dataset in found:
+        for dataset in found if count else ():
             dataset.name_after(dataset.listing())
         return count
     except UserError as error:
